@@ -1,0 +1,1 @@
+//! Empty on purpose. Only one crate may declare `links = "tch"`, and that is torch-sys 0.24.

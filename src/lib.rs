@@ -1,0 +1,3 @@
+//! Householder Reflection Adaptation for Stable Diffusion.
+pub mod error;
+pub use error::{Error, Result};
