@@ -1,0 +1,196 @@
+//! Householder Reflection Adaptation (arXiv 2405.17484): `W' = W H`, `H = H_1 H_2 .. H_r`, `H_i = I - 2 u_i u_i^T`.
+//!
+//! The product is applied in the compact WY form (paper eq. 3-5 in closed form): with `U = [u_1 .. u_r]`,
+//!
+//! ```text
+//! H = I - U T U^T,   T^-1 = I/2 + strictly_upper(U^T U)
+//! ```
+//!
+//! so a step needs one `r x r` Gram matrix and one triangular solve, no `d x d` matrix, and no gradient for `W`.
+//! The Gram-Schmidt variant (paper section 3.3, lambda = infinity) is `H = I - 2 Q Q^T` with orthonormal `Q`.
+//! Raw vectors, norms and `T` are f32; products with activations are in the activations' dtype.
+
+use super::reflections::{Reflections, wy_factor};
+use super::{Adapter, Frozen, Geometry};
+use crate::error::{Error, Result};
+use tch::{Device, Kind, Tensor};
+
+/// How the raw vectors start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum HraInit {
+    /// Ours: paired columns (or, for Gram-Schmidt, the directions that the layer uses least).
+    Auto,
+    /// PEFT's draw: its bound depends on the rank, and its Gram-Schmidt start is random.
+    Peft,
+}
+
+/// The settings of a new HRA adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HraConfig {
+    /// Number of reflections r.
+    pub rank: i64,
+    /// Orthonormalise the vectors (PEFT's `apply_GS`).
+    pub gram_schmidt: bool,
+    /// Start of the vectors.
+    pub init: HraInit,
+    /// Allow an odd rank, which cannot start at the identity.
+    pub allow_odd_rank: bool,
+}
+
+impl HraConfig {
+    /// Refuses ranks that cannot be trained as asked.
+    pub fn validate(&self) -> Result<()> {
+        if self.rank < 1 {
+            return Err(Error::config(format!("rank: expected at least 1, found {}", self.rank)));
+        }
+        if self.rank % 2 == 1 && !self.gram_schmidt && !self.allow_odd_rank {
+            return Err(Error::config(format!(
+                "rank: expected an even number for HRA, found {r}: reflections cancel in pairs, so {r} of them can \
+                 never start at the base model (det H = -1)\nhint: use rank {} or {}, or --allow-odd-rank",
+                (self.rank - 1).max(2),
+                self.rank + 1,
+                r = self.rank,
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// The HRA adapter of one layer.
+pub struct Hra {
+    /// Raw vectors `(d_in, r)`, f32; only their directions matter.
+    v: Tensor,
+    gram_schmidt: bool,
+}
+
+/// Which side of the frozen product the reflections are applied to; both are exact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    /// `y = (x - (x U) (U T)^T) W^T + b`
+    Input,
+    /// `y = x W^T + b - (x U) ((W U) T)^T`
+    Output,
+}
+
+impl Hra {
+    /// An adapter with the given raw vectors `(d_in, r)`.
+    pub fn from_vectors(v: Tensor, gram_schmidt: bool) -> Self {
+        Self { v, gram_schmidt }
+    }
+
+    /// A new adapter for the frozen `weight` `(d_out, d_in)`. Draws on the CPU from `seed` alone.
+    ///
+    /// Paired columns `u_1 = u_2, u_3 = u_4, ..` cancel, so training starts at the base model. The bound of the draw is
+    /// a free choice (H depends on directions only) that sets the angle of the first Adam steps, about
+    /// `lr * sqrt(3) / bound`: a constant 0.5 keeps that angle, and so the best learning rate, the same for every rank,
+    /// where PEFT's `1 / sqrt(r / 2)` makes it grow with the rank.
+    pub fn new(weight: &Tensor, config: HraConfig, seed: u64) -> Self {
+        let _guard = tch::no_grad_guard();
+        let d_in = weight.size()[1];
+        let r = config.rank;
+        let v = if config.gram_schmidt && config.init == HraInit::Auto && r <= d_in {
+            least_energy_directions(weight, r)
+        } else {
+            tch::manual_seed(seed as i64);
+            let paired = r % 2 == 0 && !config.gram_schmidt;
+            let columns = if paired { r / 2 } else { r };
+            let bound = match config.init {
+                HraInit::Auto => 0.5,
+                // kaiming_uniform(a = sqrt 5) of a (d_in, columns) tensor, whose fan-in torch takes to be `columns`
+                HraInit::Peft => 1.0 / (columns as f64).sqrt(),
+            };
+            let half = Tensor::empty([d_in, columns], (Kind::Float, Device::Cpu)).uniform_(-bound, bound);
+            if paired { half.repeat_interleave_self_int(2, 1, None) } else { half }
+        };
+        Self::from_vectors(v.to_device(weight.device()), config.gram_schmidt)
+    }
+
+    /// `(U, T)` of `H = I - U T U^T` in f32, with gradients.
+    fn factors(&self) -> (Tensor, Tensor) {
+        if self.gram_schmidt {
+            // QR by Householder reflections stays orthonormal to f32 for any independent columns.
+            let (q, _) = Tensor::linalg_qr(&self.v, "reduced");
+            let t = Tensor::eye(q.size()[1], (Kind::Float, q.device())) * 2.0;
+            (q, t)
+        } else {
+            let u = unit_columns(&self.v);
+            let t = wy_factor(&u);
+            (u, t)
+        }
+    }
+}
+
+impl Adapter for Hra {
+    fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor {
+        let (u, t) = self.factors();
+        let kind = x.kind();
+        let weight = frozen.matrix(); // [d_out, d_in]
+        match choose_side(frozen, x, u.size()[1]) {
+            Side::Input => {
+                let ut = u.matmul(&t).to_kind(kind); // [d_in, r]
+                let x = x - x.matmul(&u.to_kind(kind)).matmul(&ut.tr()); // [.., d_in]
+                frozen.forward(&x)
+            }
+            Side::Output => {
+                let wu = weight.matmul(&u.to_kind(kind)).to_kind(Kind::Float); // [d_out, r]
+                let up = wu.matmul(&t).to_kind(kind);
+                frozen.forward(x) - frozen.low_rank(x, &u.to_kind(kind).tr(), &up)
+            }
+        }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![("hra_u", self.v.shallow_clone())]
+    }
+
+    fn replace_parameters(&mut self, replace: &mut dyn FnMut(&Tensor) -> Tensor) {
+        self.v = replace(&self.v);
+    }
+
+    /// `||I - U^T U||_F^2` on unit columns (paper eq. 6); nothing for the Gram-Schmidt variant, where it is zero.
+    fn regulariser(&self) -> Option<Tensor> {
+        if self.gram_schmidt {
+            return None;
+        }
+        let u = unit_columns(&self.v);
+        let gram = u.tr().matmul(&u);
+        let eye = Tensor::eye(gram.size()[0], (Kind::Float, gram.device()));
+        Some((eye - gram).square().sum(Kind::Float))
+    }
+
+    fn reflections(&self) -> Option<Reflections> {
+        Some(Reflections::from_vectors(&self.v, self.gram_schmidt))
+    }
+}
+
+/// The columns of `v` divided by their norms, without an epsilon, as PEFT divides them.
+fn unit_columns(v: &Tensor) -> Tensor {
+    v / v.norm_scalaropt_dim(2, [0], true)
+}
+
+/// The cheaper exact form for this call, by multiplications, forward and backward.
+///
+/// On the input side the gradient of the vectors needs `grad_y W`, which is free only if `x` wants a gradient anyway;
+/// on the output side `W U` and its backward cost `4 d_out d_in r` whatever the number of tokens.
+fn choose_side(frozen: &Frozen, x: &Tensor, rank: i64) -> Side {
+    if frozen.geometry != Geometry::Linear {
+        return Side::Output;
+    }
+    let size = frozen.weight.size();
+    let (d_out, d_in) = (size[0] as f64, size[1] as f64);
+    let r = rank as f64;
+    let tokens = x.numel() as f64 / d_in;
+    let through_weight = if x.requires_grad() { 0.0 } else { tokens * d_in * d_out };
+    let input = 6.0 * tokens * d_in * r + through_weight;
+    let output = 3.0 * tokens * (d_in + d_out) * r + 2.0 * d_out * d_in * r;
+    if input <= output { Side::Input } else { Side::Output }
+}
+
+/// The `r` right-singular vectors of `weight` with the smallest singular values, `(d_in, r)`: reflecting these disturbs
+/// the base model least (`|W - W H|_F = 2 |W U|_F`), and not at all where `d_in > d_out`.
+fn least_energy_directions(weight: &Tensor, r: i64) -> Tensor {
+    let w = weight.to_kind(Kind::Double).to_device(Device::Cpu);
+    let (_, vectors) = w.tr().matmul(&w).linalg_eigh("L"); // eigenvalues ascending
+    vectors.narrow(1, 0, r).to_kind(Kind::Float).contiguous()
+}

@@ -1,0 +1,180 @@
+//! Fixed products of reflections, `H = I - U T U^T`, in f64: strength, chains, inverse, merging, and how far a weight moves.
+//!
+//! H is orthogonal and differs from the identity only on span(U), so everything here is an `r x r` problem beside
+//! products with `(d_in, r)` matrices. The largest matrix is the weight itself.
+
+use nalgebra::DMatrix;
+use tch::{Device, Kind, Tensor};
+
+/// An orthogonal factor `H = I - U T U^T` on the input side of a weight.
+#[derive(Debug)]
+pub struct Reflections {
+    /// `(d_in, r)`, f64, CPU.
+    u: Tensor,
+    /// `(r, r)`, f64, CPU.
+    t: Tensor,
+}
+
+/// The WY factor of unit columns `u` `(d, r)`: `T = (I/2 + strictly_upper(U^T U))^-1`, upper triangular.
+pub fn wy_factor(u: &Tensor) -> Tensor {
+    let eye = Tensor::eye(u.size()[1], (u.kind(), u.device()));
+    let inverse = u.tr().matmul(u).triu(1) + &eye * 0.5;
+    inverse.linalg_solve_triangular(&eye, true, true, false)
+}
+
+impl Reflections {
+    /// From HRA's raw vectors `(d_in, r)`.
+    pub fn from_vectors(v: &Tensor, gram_schmidt: bool) -> Self {
+        let _guard = tch::no_grad_guard();
+        let v = v.detach().to_device(Device::Cpu).to_kind(Kind::Double);
+        if gram_schmidt {
+            let (u, _) = Tensor::linalg_qr(&v, "reduced");
+            let t = Tensor::eye(u.size()[1], (Kind::Double, Device::Cpu)) * 2.0;
+            Self { u, t }
+        } else {
+            let u = &v / v.norm_scalaropt_dim(2, [0], true);
+            let t = wy_factor(&u);
+            Self { u, t }
+        }
+    }
+
+    /// `H^T`, which undoes H.
+    pub fn inverse(&self) -> Self {
+        Self { u: self.u.shallow_clone(), t: self.t.tr() }
+    }
+
+    /// `H_self H_other`, of rank `r_self + r_other`: the weight becomes `W H_self H_other`.
+    pub fn then(&self, other: &Self) -> Self {
+        let corner = -self.t.matmul(&self.u.tr().matmul(&other.u)).matmul(&other.t);
+        let zero = corner.zeros_like().tr();
+        let top = Tensor::cat(&[self.t.shallow_clone(), corner], 1);
+        let bottom = Tensor::cat(&[zero, other.t.shallow_clone()], 1);
+        Self {
+            u: Tensor::cat(&[self.u.shallow_clone(), other.u.shallow_clone()], 1),
+            t: Tensor::cat(&[top, bottom], 0),
+        }
+    }
+
+    /// `H^s` along the geodesic of the orthogonal group: orthogonal at every `s`, `H^0 = I`, `H^1 = H`.
+    ///
+    /// On an orthonormal basis Q of span(U), `M = Q^T H Q` is orthogonal and its real Schur form is block diagonal:
+    /// rotations, whose angle is multiplied by `s`, ones, and minus ones. Minus ones come in pairs, each pair a half
+    /// turn in the plane of its two Schur vectors, unless det H = -1. Then one is left over: no path of orthogonal
+    /// matrices leads from the identity to H, and that direction alone is scaled by `cos(pi s)` instead; the second
+    /// value says so.
+    pub fn power(&self, s: f64) -> (Self, bool) {
+        let _guard = tch::no_grad_guard();
+        // Rank by singular values: columns may coincide (they do at the start of training).
+        let (left, singular, _) = self.u.svd(true, true);
+        let largest = singular.max().double_value(&[]);
+        let rank = singular.gt(1e-9 * largest).sum(Kind::Int64).int64_value(&[]);
+        let q = left.narrow(1, 0, rank); // [d_in, k]
+        let qu = q.tr().matmul(&self.u); // [k, r]
+        let m = Tensor::eye(rank, (Kind::Double, Device::Cpu)) - qu.matmul(&self.t).matmul(&qu.tr());
+        let (power, left_over) = orthogonal_power(&to_matrix(&m), s);
+        let t = Tensor::eye(rank, (Kind::Double, Device::Cpu)) - to_tensor(&power);
+        (Self { u: q, t }, left_over)
+    }
+
+    /// As a LoRA of the frozen `weight` `(d_out, d_in)`, exact, but only for this weight:
+    /// `down = U^T (r, d_in)`, `up = -(W U) T (d_out, r)`, both f32 on the weight's device.
+    pub fn low_rank(&self, weight: &Tensor) -> (Tensor, Tensor) {
+        let _guard = tch::no_grad_guard();
+        let up = -self.product(weight).matmul(&self.t);
+        (
+            self.u.tr().to_kind(Kind::Float).to_device(weight.device()).contiguous(),
+            up.to_kind(Kind::Float).to_device(weight.device()).contiguous(),
+        )
+    }
+
+    /// `W H` in f32.
+    pub fn merge(&self, weight: &Tensor) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        let change = self.product(weight).matmul(&self.t).matmul(&self.u.tr());
+        let merged = weight.to_device(Device::Cpu).to_kind(Kind::Double) - change;
+        merged.to_kind(Kind::Float).to_device(weight.device())
+    }
+
+    /// `||W H - W||_F / ||W||_F`, without forming `W H`.
+    pub fn relative_change(&self, weight: &Tensor) -> f64 {
+        let _guard = tch::no_grad_guard();
+        let up = self.product(weight).matmul(&self.t); // [d_out, r]
+        // ||A U^T||_F^2 = sum((A^T A) * (U^T U))
+        let squared = (up.tr().matmul(&up) * self.u.tr().matmul(&self.u)).sum(Kind::Double);
+        let norm = weight.norm().to_kind(Kind::Double).double_value(&[]);
+        squared.double_value(&[]).max(0.0).sqrt() / norm.max(f64::MIN_POSITIVE)
+    }
+
+    /// `max |H H^T - I|` over all entries of the factor as it is in f32, the precision that training applies.
+    pub fn orthogonality_error(&self) -> f64 {
+        let _guard = tch::no_grad_guard();
+        let u = self.u.to_kind(Kind::Float).to_kind(Kind::Double);
+        let t = self.t.to_kind(Kind::Float).to_kind(Kind::Double);
+        // H H^T = I + U M U^T,  M = T (U^T U) T^T - T - T^T
+        let m = t.matmul(&u.tr().matmul(&u)).matmul(&t.tr()) - &t - t.tr();
+        let um = u.matmul(&m);
+        let mut largest = 0f64;
+        for rows in um.split(256, 0) {
+            largest = largest.max(rows.matmul(&u.tr()).abs().max().double_value(&[]));
+        }
+        largest
+    }
+
+    /// `W U` in f64 on the CPU.
+    fn product(&self, weight: &Tensor) -> Tensor {
+        weight.detach().to_device(Device::Cpu).to_kind(Kind::Double).matmul(&self.u)
+    }
+}
+
+/// `m^s` for an orthogonal `m`, and whether one eigenvalue -1 had no partner.
+fn orthogonal_power(m: &DMatrix<f64>, s: f64) -> (DMatrix<f64>, bool) {
+    let n = m.nrows();
+    let (z, schur) = nalgebra::linalg::Schur::new(m.clone()).unpack();
+    let mut power = DMatrix::identity(n, n);
+    let mut minus_ones: Vec<usize> = Vec::new();
+    let mut i = 0;
+    while i < n {
+        let coupled = i + 1 < n && schur[(i + 1, i)].abs() > 1e-10;
+        if coupled {
+            // A rotation block [[c, -sin], [sin, c]].
+            let angle = (schur[(i + 1, i)] - schur[(i, i + 1)]).atan2(schur[(i, i)] + schur[(i + 1, i + 1)]);
+            rotate(&mut power, i, i + 1, s * angle);
+            i += 2;
+        } else {
+            if schur[(i, i)] < 0.0 {
+                minus_ones.push(i);
+            }
+            i += 1;
+        }
+    }
+    for pair in minus_ones.chunks_exact(2) {
+        rotate(&mut power, pair[0], pair[1], s * std::f64::consts::PI);
+    }
+    let left_over = minus_ones.len() % 2 == 1;
+    if left_over {
+        let last = minus_ones[minus_ones.len() - 1];
+        power[(last, last)] = (s * std::f64::consts::PI).cos();
+    }
+    (&z * power * z.transpose(), left_over)
+}
+
+/// Writes a rotation by `angle` into the plane of axes `i` and `j`.
+fn rotate(m: &mut DMatrix<f64>, i: usize, j: usize, angle: f64) {
+    let (sin, cos) = angle.sin_cos();
+    m[(i, i)] = cos;
+    m[(j, j)] = cos;
+    m[(i, j)] = -sin;
+    m[(j, i)] = sin;
+}
+
+fn to_matrix(t: &Tensor) -> DMatrix<f64> {
+    let size = t.size();
+    let mut values = vec![0f64; t.numel()];
+    t.contiguous().copy_data(&mut values, t.numel());
+    DMatrix::from_row_slice(size[0] as usize, size[1] as usize, &values)
+}
+
+fn to_tensor(m: &DMatrix<f64>) -> Tensor {
+    // nalgebra stores columns one after the other
+    Tensor::from_slice(m.as_slice()).reshape([m.ncols() as i64, m.nrows() as i64]).tr()
+}

@@ -1,0 +1,281 @@
+//! The training images of one folder: which files are used and which are not and why, and the crops that a model is shown.
+//!
+//! Each picture is treated as diffusers does in examples/dreambooth/train_dreambooth.py: turned upright, shorter side
+//! resized to the resolution (bilinear, as Pillow), then a square cut out of it at random or from the middle. The choice of
+//! the square is apart from the pixels, so that a caller can keep what it computed from (image, x, y).
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use sha2::{Digest, Sha256};
+
+use crate::files::{self, Kind};
+use crate::image::decode::{self, MAX_FILE_BYTES};
+use crate::image::resize::{center_offset, short_side_size};
+use crate::image::{Filter, RgbImage, crop, load_rgb, resize};
+use crate::{Error, Result};
+
+/// A picture whose longer side is more than this many times the shorter is skipped: a square of it shows nothing, and with
+/// its shorter side at the resolution it could fill the memory.
+const MAX_ASPECT: u32 = 16;
+/// Resized pictures are kept in memory up to this many bytes; beyond that they are made again each time.
+const CACHE_BYTES: usize = 1 << 30;
+/// So many reasons are listed when no image can be used.
+const MAX_REASONS: usize = 20;
+
+/// A picture that can be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Name of the file in its folder.
+    pub name: String,
+    /// Path of the file.
+    pub path: PathBuf,
+    /// Width in pixels, the right way up.
+    pub width: u32,
+    /// Height in pixels, the right way up.
+    pub height: u32,
+    /// Name of the file format.
+    pub format: &'static str,
+    /// What was done to bring it the right way up, if anything.
+    pub turned: Option<&'static str>,
+    /// Name of an earlier file with the same pixels, if there is one.
+    pub same_as: Option<String>,
+}
+
+/// An entry of the folder that is not used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// Name in the folder.
+    pub name: String,
+    /// Why it is not used.
+    pub reason: String,
+}
+
+/// Which square is cut out of a resized picture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Crop {
+    /// The middle.
+    Center,
+    /// Drawn by this number: the low 32 bits choose x, the high 32 bits y, each by the remainder of a division (a bias
+    /// below one in a million).
+    Random(u64),
+}
+
+/// The upper left corner of a square in a resized picture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Window {
+    /// Columns from the left.
+    pub x: u32,
+    /// Rows from the top.
+    pub y: u32,
+}
+
+/// The pictures of a folder, in the byte order of their names. Sub-folders are not entered.
+#[derive(Debug)]
+pub struct ImageFolder {
+    dir: PathBuf,
+    images: Vec<Image>,
+    skipped: Vec<Skipped>,
+    cache: Mutex<Cache>,
+}
+
+#[derive(Debug, Default)]
+struct Cache {
+    /// Keyed by image and resolution.
+    resized: HashMap<(usize, u32), Arc<RgbImage>>,
+    bytes: usize,
+}
+
+impl ImageFolder {
+    /// Looks at every entry of `dir` and decodes every image once, which is the only way to know that it is whole.
+    ///
+    /// An [`Error::Data`] with the reasons if not one image can be used.
+    pub fn scan(dir: &Path) -> Result<Self> {
+        let mut folder =
+            Self { dir: dir.into(), images: Vec::new(), skipped: Vec::new(), cache: Mutex::default() };
+        let mut seen: HashMap<[u8; 32], String> = HashMap::new();
+        for entry in files::list_dir(dir)? {
+            let name = entry.name.to_string_lossy().into_owned();
+            match look(&name, &entry) {
+                Ok((mut image, hash)) => {
+                    image.same_as = seen.get(&hash).cloned();
+                    seen.entry(hash).or_insert(name);
+                    folder.images.push(image);
+                }
+                Err(reason) => folder.skipped.push(Skipped { name, reason }),
+            }
+        }
+        if folder.images.is_empty() { Err(folder.nothing_to_use()) } else { Ok(folder) }
+    }
+
+    /// The folder that was scanned.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The pictures that are used; every `index` below counts these.
+    pub fn images(&self) -> &[Image] {
+        &self.images
+    }
+
+    /// The entries that are not used.
+    pub fn skipped(&self) -> &[Skipped] {
+        &self.skipped
+    }
+
+    /// What the user is told before training: a line for each entry of the folder, used or not.
+    pub fn report(&self, resolution: u32) -> String {
+        let plural = if self.images.len() == 1 { "" } else { "s" };
+        let mut text = format!("{}: {} image{plural} used", self.dir.display(), self.images.len());
+        if !self.skipped.is_empty() {
+            let _ = write!(text, ", {} skipped", self.skipped.len());
+        }
+        let names = self.images.iter().map(|i| &i.name).chain(self.skipped.iter().map(|s| &s.name));
+        let column = names.map(|name| name.chars().count()).max().unwrap_or(0);
+        for image in &self.images {
+            let size = format!("{}x{}", image.width, image.height);
+            let notes = [
+                image.turned.map(str::to_string),
+                (image.width.min(image.height) < resolution)
+                    .then(|| format!("smaller than {resolution} pixels, is enlarged")),
+                image.same_as.as_ref().map(|other| format!("same picture as {other}")),
+            ];
+            let notes: String = notes.into_iter().flatten().map(|note| format!(", {note}")).collect();
+            let _ = write!(text, "\n  {:column$}  used     {size} {}{notes}", image.name, image.format);
+        }
+        for Skipped { name, reason } in &self.skipped {
+            let _ = write!(text, "\n  {name:column$}  skipped  {}", one_line(reason));
+        }
+        text
+    }
+
+    /// The picture at its own size, the right way up.
+    pub fn load(&self, index: usize) -> Result<RgbImage> {
+        load_rgb(&self.images[index].path)
+    }
+
+    /// The square that `crop` chooses from the picture with its shorter side at `resolution`. Reads no pixels.
+    pub fn crop_window(&self, index: usize, resolution: u32, crop: Crop) -> Window {
+        let (width, height) = self.resized_size(index, resolution);
+        match crop {
+            Crop::Center => {
+                Window { x: center_offset(width, resolution), y: center_offset(height, resolution) }
+            }
+            Crop::Random(draw) => Window {
+                x: (draw as u32) % (width - resolution + 1),
+                y: ((draw >> 32) as u32) % (height - resolution + 1),
+            },
+        }
+    }
+
+    /// How many different squares [`Crop::Random`] can choose for this picture.
+    pub fn window_count(&self, index: usize, resolution: u32) -> u64 {
+        let (width, height) = self.resized_size(index, resolution);
+        u64::from(width - resolution + 1) * u64::from(height - resolution + 1)
+    }
+
+    /// The `resolution` x `resolution` pixels at `window`, which [`Self::crop_window`] gave for the same picture.
+    ///
+    /// Resized pictures are kept in memory. An error if the file can no longer be read or has another size than before.
+    pub fn prepare(&self, index: usize, resolution: u32, window: Window) -> Result<RgbImage> {
+        Ok(crop(&*self.resized(index, resolution)?, window.x, window.y, resolution))
+    }
+
+    fn resized_size(&self, index: usize, resolution: u32) -> (u32, u32) {
+        let image = &self.images[index];
+        short_side_size(image.width, image.height, resolution)
+    }
+
+    fn resized(&self, index: usize, resolution: u32) -> Result<Arc<RgbImage>> {
+        let key = (index, resolution);
+        let cache = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = cache().resized.get(&key) {
+            return Ok(Arc::clone(known));
+        }
+        let full = self.load(index)?;
+        let Image { width, height, path, .. } = &self.images[index];
+        if full.dimensions() != (*width, *height) {
+            let (now_width, now_height) = full.dimensions();
+            let problem = format!(
+                "expected {width}x{height} pixels as at the start, found {now_width}x{now_height}: the file was changed"
+            );
+            return Err(Error::format(path, problem));
+        }
+        let (width, height) = self.resized_size(index, resolution);
+        let small = Arc::new(resize(&full, width, height, Filter::Bilinear));
+        let mut cache = cache();
+        if cache.bytes + small.len() <= CACHE_BYTES {
+            cache.bytes += small.len();
+            cache.resized.insert(key, Arc::clone(&small));
+        }
+        Ok(small)
+    }
+
+    fn nothing_to_use(&self) -> Error {
+        let mut text = format!("{}: no image that can be used", self.dir.display());
+        if self.skipped.is_empty() {
+            text += ": the folder is empty";
+        }
+        for Skipped { name, reason } in self.skipped.iter().take(MAX_REASONS) {
+            let _ = write!(text, "\n  {name}: {}", one_line(reason));
+        }
+        if self.skipped.len() > MAX_REASONS {
+            let _ = write!(text, "\n  and {} more", self.skipped.len() - MAX_REASONS);
+        }
+        text += "\nhint: put PNG, JPEG, WebP, BMP or TIFF images straight into this folder (sub-folders are not read)";
+        Error::Data(text)
+    }
+}
+
+/// The image of a folder entry and the hash of its pixels, or why there is none.
+fn look(name: &str, entry: &files::DirEntry) -> std::result::Result<(Image, [u8; 32]), String> {
+    if name.starts_with('.') {
+        return Err("hidden".into());
+    }
+    if ["thumbs.db", "desktop.ini"].contains(&name.to_ascii_lowercase().as_str()) {
+        return Err("made by the file manager".into());
+    }
+    match entry.kind {
+        Kind::File => {}
+        Kind::Folder => return Err("a folder: sub-folders are not read".into()),
+        Kind::Other => return Err("no regular file".into()),
+    }
+    let bytes = files::read(&entry.path, MAX_FILE_BYTES).map_err(|e| match e {
+        Error::Io { action, source, .. } => format!("cannot {action}: {source}"),
+        Error::Format { problem, .. } => problem,
+        other => other.to_string(),
+    })?;
+    let picture = decode::decode(&bytes)?;
+    let (width, height) = picture.pixels.dimensions();
+    if width.max(height) > MAX_ASPECT * width.min(height) {
+        return Err(format!("a strip of {width}x{height} pixels: no square of it shows the picture"));
+    }
+    let mut hash = Sha256::new();
+    hash.update(width.to_le_bytes());
+    hash.update(picture.pixels.as_raw());
+    let image = Image {
+        name: name.into(),
+        path: entry.path.clone(),
+        width,
+        height,
+        format: picture.format,
+        turned: picture.turned,
+        same_as: None,
+    };
+    Ok((image, hash.finalize().into()))
+}
+
+/// A reason with its hint on one line of a table.
+fn one_line(reason: &str) -> String {
+    reason.replace("\nhint: ", "; ")
+}
+
+/// The pixels as a model is shown them: channel by channel, rows from the top, `[3, height, width]`, black -1 and white 1.
+///
+/// The f32 arithmetic of torchvision's `ToTensor` and `Normalize([0.5], [0.5])`, to the same bit.
+pub fn to_chw_f32(image: &RgbImage) -> Vec<f32> {
+    let value = |v: u8| (f32::from(v) / 255.0 - 0.5) / 0.5;
+    (0..3).flat_map(|c| image.pixels().map(move |pixel| value(pixel.0[c]))).collect()
+}

@@ -1,0 +1,283 @@
+//! Files and folders: the only place of the crate that touches `std::fs`.
+//!
+//! What is written appears whole or not at all: it is written beside its place under a hidden name (see
+//! [`LEFTOVER_PREFIX`]), flushed to the disk and renamed. A crash or a full disk leaves the old file as it was, and at worst
+//! a hidden leftover. Every error names the path and what was tried.
+
+use std::ffi::{CString, OsString};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::{Error, Result};
+
+/// How the names of unfinished files and folders start; what is left under such a name after a crash may be deleted.
+pub const LEFTOVER_PREFIX: &str = ".tmp-";
+
+/// What an entry of a folder is; links are followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A folder.
+    Folder,
+    /// A pipe, socket, device or dangling link.
+    Other,
+}
+
+/// One entry of a folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirEntry {
+    /// Name inside the folder.
+    pub name: OsString,
+    /// The folder's path joined with the name.
+    pub path: PathBuf,
+    /// File, folder or neither.
+    pub kind: Kind,
+}
+
+/// What `path` is; `None` if nothing is there (a dangling link is [`Kind::Other`]).
+pub fn kind(path: &Path) -> Option<Kind> {
+    match fs::metadata(path) {
+        Ok(meta) if meta.is_file() => Some(Kind::File),
+        Ok(meta) if meta.is_dir() => Some(Kind::Folder),
+        Ok(_) => Some(Kind::Other),
+        Err(_) => fs::symlink_metadata(path).ok().map(|_| Kind::Other),
+    }
+}
+
+/// The whole file as text; an [`Error::Format`] if it is not UTF-8.
+pub fn read_to_string(path: &Path) -> Result<String> {
+    String::from_utf8(read(path, u64::MAX)?).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        Error::format(path, format!("expected UTF-8 text, found another byte at offset {at}"))
+    })
+}
+
+/// The whole file. Refuses what is not a regular file (a pipe would block for ever) and files of more than `max_bytes`.
+pub fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let fail = |source| Error::io("read", path, source);
+    let meta = fs::metadata(path).map_err(fail)?;
+    if !meta.is_file() {
+        let found = if meta.is_dir() { "a folder" } else { "a pipe or device" };
+        return Err(Error::format(path, format!("expected a file, found {found}")));
+    }
+    if meta.len() > max_bytes {
+        let problem = format!("expected at most {max_bytes} bytes, found {}", meta.len());
+        return Err(Error::format(path, problem));
+    }
+    let mut bytes = Vec::with_capacity(meta.len() as usize);
+    // `take` because the file may grow while it is read.
+    File::open(path).and_then(|f| f.take(max_bytes).read_to_end(&mut bytes)).map_err(fail)?;
+    Ok(bytes)
+}
+
+/// The entries of a folder, sorted by name (byte order). Hidden ones are listed too.
+pub fn list_dir(path: &Path) -> Result<Vec<DirEntry>> {
+    let fail = |source| Error::io("list", path, source);
+    let mut entries = Vec::new();
+    for entry in fs::read_dir(path).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        let path = entry.path();
+        let kind = kind(&path).unwrap_or(Kind::Other);
+        entries.push(DirEntry { name: entry.file_name(), path, kind });
+    }
+    entries.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(entries)
+}
+
+/// Makes the folder and those above it; fine if it is there already.
+pub fn create_dir_all(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|e| Error::io("make the folder", path, e))
+}
+
+/// Opens a file for appending and makes it if need be, for logs that grow line by line.
+pub fn open_append(path: &Path) -> Result<File> {
+    OpenOptions::new().append(true).create(true).open(path).map_err(|e| Error::io("open", path, e))
+}
+
+/// Removes a folder with all that is in it; fine if it is not there.
+pub fn remove_dir_all(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("remove", path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Writes a file so that `path` holds either its old content or all of `bytes`, whatever happens.
+///
+/// The parent folder must exist. A link at `path` is replaced, not followed.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || -> io::Result<()> {
+        let parent = parent_of(path)?;
+        let (mut scratch, mut file) =
+            Scratch::beside(path, |temp| OpenOptions::new().write(true).create_new(true).open(temp))?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        drop(file);
+        fs::rename(&scratch.path, path)?;
+        scratch.keep();
+        sync_folder(parent)
+    };
+    write().map_err(|e| Error::io("write", path, e))
+}
+
+/// Fills a folder so that `path` is either what it was or the complete new folder.
+///
+/// `fill` gets an empty hidden folder beside `path`; when it succeeds, everything in it is flushed to the disk and the folder
+/// takes the place of `path`, and an older folder there is removed. If `fill` fails, the hidden folder is removed.
+/// Errors that name the hidden folder are told with `path` instead.
+pub fn stage_dir<T>(path: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let fail = |source| Error::io("write the folder", path, source);
+    let (mut scratch, ()) = Scratch::beside(path, |temp| fs::create_dir(temp)).map_err(fail)?;
+    let value = fill(&scratch.path).map_err(|e| told_with(e, &scratch.path, path))?;
+    let mut place = || -> io::Result<()> {
+        sync_tree(&scratch.path)?;
+        if fs::symlink_metadata(path).is_err() {
+            fs::rename(&scratch.path, path)?;
+            scratch.keep();
+        } else if !fs::symlink_metadata(path)?.is_dir() {
+            return Err(io::Error::new(ErrorKind::NotADirectory, "a file is in its place"));
+        } else if let Err(e) = exchange(&scratch.path, path) {
+            if !matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL)) {
+                return Err(e);
+            }
+            replace_by_two_renames(&scratch.path, path)?;
+        }
+        // After an exchange the scratch folder is the old one, and is removed with `scratch`.
+        sync_folder(parent_of(path)?)
+    };
+    place().map_err(fail)?;
+    Ok(value)
+}
+
+/// Swaps two paths in one step.
+fn exchange(a: &Path, b: &Path) -> io::Result<()> {
+    let [a, b] = [CString::new(a.as_os_str().as_bytes())?, CString::new(b.as_os_str().as_bytes())?];
+    // SAFETY: both are NUL-terminated strings that outlive the call.
+    let rc = unsafe {
+        libc::renameat2(libc::AT_FDCWD, a.as_ptr(), libc::AT_FDCWD, b.as_ptr(), libc::RENAME_EXCHANGE)
+    };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// For file systems that cannot swap: for a moment nothing is at `path`, and the old folder lies beside it. Ends as
+/// [`exchange`] does: the old folder is at `new`.
+fn replace_by_two_renames(new: &Path, path: &Path) -> io::Result<()> {
+    let (mut aside, ()) = Scratch::beside(path, |temp| fs::create_dir(temp))?;
+    fs::rename(path, &aside.path)?;
+    aside.keep();
+    if let Err(e) = fs::rename(new, path) {
+        fs::rename(&aside.path, path)?;
+        return Err(e);
+    }
+    fs::rename(&aside.path, new)
+}
+
+/// A hidden file or folder that is removed when dropped, unless it was kept.
+struct Scratch {
+    path: PathBuf,
+    kept: bool,
+}
+
+impl Scratch {
+    /// `make` must fail with `AlreadyExists` when the name is taken (by a leftover, or by another process).
+    fn beside<T>(target: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(Self, T)> {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        if target.file_name().is_none() {
+            return Err(io::Error::new(ErrorKind::InvalidInput, "the path ends in no name"));
+        }
+        let parent = parent_of(target)?;
+        loop {
+            let n = COUNTER.fetch_add(1, Ordering::Relaxed);
+            let path = parent.join(format!("{LEFTOVER_PREFIX}{}-{n}", std::process::id()));
+            match make(&path) {
+                Ok(made) => return Ok((Self { path, kept: false }, made)),
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    fn keep(&mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if !self.kept {
+            // Nothing better can be done about a failure here: the error that led to it is already being told.
+            let _ = fs::remove_file(&self.path).or_else(|_| fs::remove_dir_all(&self.path));
+        }
+    }
+}
+
+/// `a.txt` alone lies in `.`, for which `Path::parent` gives an empty path.
+fn parent_of(path: &Path) -> io::Result<&Path> {
+    match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Ok(Path::new(".")),
+        Some(parent) => Ok(parent),
+        None => Err(io::Error::new(ErrorKind::InvalidInput, "the path has no parent folder")),
+    }
+}
+
+/// A rename is on the disk only once its folder is.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    match File::open(path).and_then(|f| f.sync_all()) {
+        // Some network file systems cannot flush a folder.
+        Err(e) if matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Ok(()),
+        other => other,
+    }
+}
+
+fn sync_tree(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_tree(&entry.path())?;
+        } else if entry.file_type()?.is_file() {
+            File::open(entry.path())?.sync_all()?;
+        }
+    }
+    sync_folder(path)
+}
+
+/// The same error about `shown` where it is about `hidden`.
+fn told_with(error: Error, hidden: &Path, shown: &Path) -> Error {
+    let rename = |path: PathBuf| match path.strip_prefix(hidden) {
+        Ok(rest) if rest.as_os_str().is_empty() => shown.to_path_buf(),
+        Ok(rest) => shown.join(rest),
+        Err(_) => path,
+    };
+    match error {
+        Error::Io { action, path, source } => Error::Io { action, path: rename(path), source },
+        Error::Format { path, problem } => Error::Format { path: rename(path), problem },
+        Error::Weights { path, problems } => Error::Weights { path: rename(path), problems },
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The only test that cannot be written from outside: the way taken where the kernel or file system cannot swap.
+    #[test]
+    fn two_renames_end_as_an_exchange_does() {
+        for swap in [replace_by_two_renames, exchange] {
+            let dir = tempfile::tempdir().unwrap();
+            let [old, new] = ["old", "new"].map(|name| dir.path().join(name));
+            for path in [&old, &new] {
+                fs::create_dir(path).unwrap();
+                fs::write(path.join("name"), path.file_name().unwrap().as_bytes()).unwrap();
+            }
+            swap(&new, &old).unwrap();
+            assert_eq!(fs::read(old.join("name")).unwrap(), b"new");
+            assert_eq!(fs::read(new.join("name")).unwrap(), b"old");
+            assert_eq!(list_dir(dir.path()).unwrap().len(), 2);
+        }
+    }
+}

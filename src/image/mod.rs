@@ -1,0 +1,15 @@
+//! Pictures as 8-bit RGB pixels: reading, resizing, writing, contact sheets. Knows nothing of tensors or training.
+//!
+//! What Python's training scripts do with Pillow is done here to the same bit, so that a run trains on the same pixels;
+//! only lossy decoders differ (by a level or two).
+
+pub mod decode;
+pub mod grid;
+pub mod png;
+pub mod resize;
+
+pub use ::image::RgbImage;
+pub use decode::load_rgb;
+pub use grid::{Grid, plain_grid};
+pub use png::{read_png_text, save_png};
+pub use resize::{Filter, center_crop, crop, resize, resize_short_side};

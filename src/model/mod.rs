@@ -1,0 +1,13 @@
+//! Stable Diffusion's networks, each loaded from its part of a Hugging Face folder, and the adapters on their layers.
+
+pub mod attention;
+pub mod attach;
+pub mod config;
+pub mod layers;
+pub mod resnet;
+pub mod unet;
+pub mod vae;
+pub mod weights;
+
+pub use unet::UNet;
+pub use vae::Vae;

@@ -1,0 +1,104 @@
+//! The residual block with a time embedding, and the convolutions between levels (diffusers `ResnetBlock2D`).
+
+use super::config::UNetConfig;
+use super::layers::{GroupNorm, Layer};
+use super::weights::Scope;
+use tch::Tensor;
+
+/// Two convolutions with the time embedding between, and a skip around.
+pub struct Resnet {
+    norm1: GroupNorm,
+    conv1: Layer,
+    time_emb_proj: Layer,
+    norm2: GroupNorm,
+    conv2: Layer,
+    conv_shortcut: Option<Layer>,
+    scale_shift: bool,
+    output_scale: f64,
+}
+
+impl Resnet {
+    /// `c_in -> c_out` channels, time embedding of width `time`.
+    pub fn new(scope: &Scope, c_in: i64, c_out: i64, time: i64, output_scale: f64, config: &UNetConfig) -> Self {
+        let (groups, eps) = (config.norm_num_groups, config.norm_eps);
+        let scale_shift = config.resnet_time_scale_shift == "scale_shift";
+        let time_out = if scale_shift { 2 * c_out } else { c_out };
+        Self {
+            norm1: GroupNorm::new(&scope.at("norm1"), groups, c_in, eps),
+            conv1: Layer::conv(&scope.at("conv1"), c_in, c_out, 3, 1, 1),
+            time_emb_proj: Layer::linear(&scope.at("time_emb_proj"), time, time_out, true),
+            norm2: GroupNorm::new(&scope.at("norm2"), groups, c_out, eps),
+            conv2: Layer::conv(&scope.at("conv2"), c_out, c_out, 3, 1, 1),
+            conv_shortcut: (c_in != c_out).then(|| Layer::conv(&scope.at("conv_shortcut"), c_in, c_out, 1, 1, 0)),
+            scale_shift,
+            output_scale,
+        }
+    }
+
+    /// `x (b, c_in, h, w)`; `time (b, t)` with its activation already applied.
+    pub fn forward(&self, x: &Tensor, time: &Tensor) -> Tensor {
+        let h = self.conv1.forward(&self.norm1.forward(x).silu());
+        let time = self.time_emb_proj.forward(time).unsqueeze(-1).unsqueeze(-1); // [b, c_out, 1, 1]
+        let h = if self.scale_shift {
+            let parts = time.chunk(2, 1);
+            self.norm2.forward(&h) * (&parts[0] + 1.0) + &parts[1]
+        } else {
+            self.norm2.forward(&(h + time))
+        };
+        let h = self.conv2.forward(&h.silu());
+        let skip = self.conv_shortcut.as_ref().map_or_else(|| x.shallow_clone(), |conv| conv.forward(x));
+        let y = skip + h;
+        if self.output_scale == 1.0 { y } else { y / self.output_scale }
+    }
+
+    /// Adds this module's layers to `out`.
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Layer>) {
+        out.extend([&mut self.conv1, &mut self.time_emb_proj, &mut self.conv2]);
+        out.extend(self.conv_shortcut.as_mut());
+    }
+}
+
+/// Halves height and width.
+pub struct Downsample {
+    conv: Layer,
+    padding: i64,
+}
+
+impl Downsample {
+    /// A 3x3 convolution of stride 2.
+    pub fn new(scope: &Scope, channels: i64, padding: i64) -> Self {
+        Self { conv: Layer::conv(&scope.at("conv"), channels, channels, 3, 2, padding), padding }
+    }
+
+    /// `(b, c, h, w)` to `(b, c, ceil(h/2), ceil(w/2))`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        if self.padding == 0 { self.conv.forward(&x.constant_pad_nd([0, 1, 0, 1])) } else { self.conv.forward(x) }
+    }
+
+    /// Adds this module's layers to `out`.
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Layer>) {
+        out.push(&mut self.conv);
+    }
+}
+
+/// Enlarges to the size of the level above.
+pub struct Upsample {
+    conv: Layer,
+}
+
+impl Upsample {
+    /// A 3x3 convolution after nearest-neighbour enlargement.
+    pub fn new(scope: &Scope, channels: i64) -> Self {
+        Self { conv: Layer::conv(&scope.at("conv"), channels, channels, 3, 1, 1) }
+    }
+
+    /// `(b, c, h, w)` to `(b, c, height, width)`; odd sizes are why the caller gives them.
+    pub fn forward(&self, x: &Tensor, (height, width): (i64, i64)) -> Tensor {
+        self.conv.forward(&x.upsample_nearest2d([height, width], None, None))
+    }
+
+    /// Adds this module's layers to `out`.
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Layer>) {
+        out.push(&mut self.conv);
+    }
+}

@@ -1,0 +1,132 @@
+//! The variational autoencoder, in f32: the `diffusers` crate's, which needs two arrangements to serve us.
+//!
+//! Its `encode` hides mean and log-variance and only draws samples. So it is built with twice the latent channels: the
+//! file's weights give (mean, log-variance) as the *mean* of that wider distribution, whose own log-variance is held at
+//! -200 by a bias, so a draw from it is its mean to the last bit. The decoder's extra inputs have weight zero. One
+//! instance serves both directions, and decoding pads the latents with zeros.
+
+use super::config::VaeConfig;
+use super::weights::Weights;
+use crate::error::Result;
+use diffusers::models::vae::{AutoEncoderKL, AutoEncoderKLConfig};
+use std::path::Path;
+use tch::{Device, Kind, Tensor, nn};
+
+/// Log-variance of the outer distribution: its standard deviation, exp(-100), vanishes beside any f32 number.
+const NO_VARIANCE: f64 = -200.0;
+
+/// Pictures to latents and back.
+pub struct Vae {
+    inner: AutoEncoderKL,
+    config: VaeConfig,
+    device: Device,
+}
+
+impl Vae {
+    /// Loads `dir` (`config.json` and weights). The second value names tensors of the file that the network lacks.
+    pub fn load(dir: &Path, device: Device) -> Result<(Self, Vec<String>)> {
+        let config = VaeConfig::read(&dir.join("config.json"))?;
+        let weights = Weights::open(dir, "diffusion_pytorch_model", current_name, Kind::Float, device)?;
+        let mut store = nn::VarStore::new(device);
+        let z = config.latent_channels;
+        let inner = AutoEncoderKL::new(
+            store.root(),
+            config.in_channels,
+            config.out_channels,
+            AutoEncoderKLConfig {
+                block_out_channels: config.block_out_channels.clone(),
+                layers_per_block: config.layers_per_block,
+                latent_channels: 2 * z,
+                norm_num_groups: config.norm_num_groups,
+            },
+        );
+        store.freeze();
+        let _guard = tch::no_grad_guard();
+        for (name, mut variable) in store.variables() {
+            // The crate spells the attention layers as diffusers did in 2022.
+            let current = current_name(&name).unwrap_or(name);
+            fill(&mut variable, &current, &weights, z);
+        }
+        let unused = weights.finish()?;
+        Ok((Self { inner, config, device }, unused))
+    }
+
+    /// Pictures `(b, 3, h, w)` in [-1, 1] to mean and log-variance, each `(b, z, h/f, w/f)`, without scaling factor.
+    pub fn encode(&self, pictures: &Tensor) -> (Tensor, Tensor) {
+        let _guard = tch::no_grad_guard();
+        let moments = self.inner.encode(&pictures.to_device(self.device).to_kind(Kind::Float)).sample();
+        let halves = moments.chunk(2, 1);
+        (halves[0].shallow_clone(), halves[1].clamp(-30.0, 20.0))
+    }
+
+    /// Latents `(b, z, h, w)` without scaling factor to pictures `(b, 3, f h, f w)`, about [-1, 1].
+    pub fn decode(&self, latents: &Tensor) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        let latents = latents.to_device(self.device).to_kind(Kind::Float);
+        self.inner.decode(&Tensor::cat(&[&latents, &latents.zeros_like()], 1))
+    }
+
+    /// What latents are multiplied by for the UNet.
+    pub fn scaling_factor(&self) -> f64 {
+        self.config.scaling_factor
+    }
+
+    /// Pixels along one edge of a latent.
+    pub fn factor(&self) -> i64 {
+        self.config.factor()
+    }
+
+    /// Channels of a latent.
+    pub fn latent_channels(&self) -> i64 {
+        self.config.latent_channels
+    }
+}
+
+/// Copies the file's tensor into the crate's variable, which has more rows or columns for five of the names.
+fn fill(variable: &mut Tensor, name: &str, weights: &Weights, z: i64) {
+    let mut shape = variable.size();
+    match name {
+        // outputs (mean, log-variance) only
+        "encoder.conv_out.weight" | "encoder.conv_out.bias" => shape[0] = 2 * z,
+        "quant_conv.weight" => (shape[0], shape[1]) = (2 * z, 2 * z),
+        "quant_conv.bias" => shape[0] = 2 * z,
+        "post_quant_conv.weight" => (shape[0], shape[1]) = (z, z),
+        "post_quant_conv.bias" => shape[0] = z,
+        "decoder.conv_in.weight" => shape[1] = z,
+        _ => {}
+    }
+    let scope = weights.root();
+    let tensor = scope.tensor(name, &shape);
+    if shape == variable.size() {
+        variable.copy_(&tensor);
+        return;
+    }
+    let outer = if name == "quant_conv.bias" { NO_VARIANCE } else { 0.0 };
+    let _ = variable.fill_(outer);
+    let mut part = variable.narrow(0, 0, shape[0]);
+    if shape.len() > 1 {
+        part = part.narrow(1, 0, shape[1]);
+    }
+    part.copy_(&tensor);
+}
+
+/// Attention of the 2022 layout (`query`, `key`, `value`, `proj_attn`) by today's names.
+fn current_name(key: &str) -> Option<String> {
+    const RULES: [(&str, &str); 4] =
+        [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
+    RULES.iter().find(|(old, _)| key.contains(old)).map(|(old, new)| key.replace(old, new))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::current_name;
+
+    #[test]
+    fn old_attention_names_become_todays_and_others_stay() {
+        let old = "decoder.mid_block.attentions.0.proj_attn.weight";
+        assert_eq!(current_name(old).as_deref(), Some("decoder.mid_block.attentions.0.to_out.0.weight"));
+        assert_eq!(current_name("encoder.mid_block.attentions.0.key.bias").as_deref(),
+            Some("encoder.mid_block.attentions.0.to_k.bias"));
+        assert_eq!(current_name("encoder.conv_in.weight"), None);
+    }
+}

@@ -1,0 +1,263 @@
+//! The optimiser: AdamW whose whole state can be saved, gradient clipping, learning-rate schedules.
+//!
+//! All trained tensors lie one after another in one flat f32 tensor, so that a step costs about a dozen operations
+//! however many layers are adapted, and a checkpoint is three tensors. The network's tensors are views of it.
+
+use crate::error::{Error, Result};
+use tch::{Device, Kind, Tensor};
+
+/// Trained tensors, flat, and the same memory as the network sees it.
+pub struct Parameters {
+    flat: Tensor,
+    views: Vec<(String, Tensor)>,
+}
+
+impl Parameters {
+    /// Packs named tensors, in this order. The network must be given [`Self::views`] in their place.
+    pub fn pack(tensors: &[(String, Tensor)]) -> Self {
+        let _guard = tch::no_grad_guard();
+        let rows: Vec<Tensor> = tensors.iter().map(|(_, t)| t.detach().to_kind(Kind::Float).reshape([-1])).collect();
+        let flat = Tensor::cat(&rows, 0);
+        let mut start = 0;
+        let mut views = Vec::new();
+        for (name, t) in tensors {
+            let n = t.numel() as i64;
+            let view = flat.narrow(0, start, n).view(&t.size()[..]).detach();
+            views.push((name.clone(), view.set_requires_grad(true)));
+            start += n;
+        }
+        Self { flat, views }
+    }
+
+    /// The tensors that train, by name: leaves that share memory with the flat tensor.
+    pub fn views(&self) -> &[(String, Tensor)] {
+        &self.views
+    }
+
+    /// Number of trained values.
+    pub fn count(&self) -> usize {
+        self.flat.numel()
+    }
+
+    /// The values, flat.
+    pub fn flat(&self) -> &Tensor {
+        &self.flat
+    }
+
+    /// The gradients, flat and in the same order; zero where a tensor was not used.
+    pub fn gradient(&self) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        let rows: Vec<Tensor> = self
+            .views
+            .iter()
+            .map(|(_, t)| {
+                let grad = t.grad();
+                if grad.defined() { grad.reshape([-1]) } else { t.detach().zeros_like().reshape([-1]) }
+            })
+            .collect();
+        Tensor::cat(&rows, 0)
+    }
+
+    /// Forgets the gradients.
+    pub fn zero_gradient(&mut self) {
+        for (_, t) in &mut self.views {
+            t.zero_grad();
+        }
+    }
+
+    /// Replaces all values.
+    pub fn set(&mut self, values: &Tensor) {
+        let _guard = tch::no_grad_guard();
+        self.flat.copy_(values);
+    }
+}
+
+/// AdamW's constants (arXiv 1711.05101; names and defaults of torch).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWConfig {
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+}
+
+/// AdamW over one flat tensor.
+pub struct AdamW {
+    config: AdamWConfig,
+    /// First moment, flat.
+    pub exp_avg: Tensor,
+    /// Second moment, flat.
+    pub exp_avg_sq: Tensor,
+    /// Steps taken.
+    pub steps: i64,
+}
+
+impl AdamW {
+    /// With moments of zero for `parameters`.
+    pub fn new(config: AdamWConfig, parameters: &Parameters) -> Self {
+        let zeros = || parameters.flat.zeros_like();
+        Self { config, exp_avg: zeros(), exp_avg_sq: zeros(), steps: 0 }
+    }
+
+    /// One step along `gradient` (flat) with decoupled weight decay.
+    pub fn step(&mut self, parameters: &mut Parameters, gradient: &Tensor, learning_rate: f64) {
+        let _guard = tch::no_grad_guard();
+        let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
+        self.steps += 1;
+        let t = self.steps as f64;
+        let correction1 = 1.0 - beta1.powf(t);
+        let correction2 = 1.0 - beta2.powf(t);
+        let _ = self.exp_avg.lerp_(gradient, 1.0 - beta1);
+        let _ = self.exp_avg_sq.g_mul_scalar_(beta2);
+        self.exp_avg_sq += (gradient * gradient) * (1.0 - beta2);
+        let denominator = self.exp_avg_sq.sqrt() / correction2.sqrt() + epsilon;
+        let _ = parameters.flat.g_mul_scalar_(1.0 - learning_rate * weight_decay);
+        parameters.flat -= (&self.exp_avg / denominator) * (learning_rate / correction1);
+    }
+}
+
+/// Scales `gradient` so that its norm is at most `limit`, as torch's `clip_grad_norm_` does, without waiting for the
+/// device; the second value is the norm before.
+pub fn clip(gradient: &Tensor, limit: f64) -> (Tensor, Tensor) {
+    let _guard = tch::no_grad_guard();
+    let norm = gradient.norm();
+    let scale = ((&norm + 1e-6).reciprocal() * limit).clamp_max(1.0);
+    (gradient * scale, norm)
+}
+
+/// Exponential moving average of the trained values.
+pub struct Ema {
+    decay: f64,
+    /// The average, flat.
+    pub average: Tensor,
+}
+
+impl Ema {
+    /// Starts at the present values.
+    pub fn new(decay: f64, parameters: &Parameters) -> Self {
+        Self { decay, average: parameters.flat.copy() }
+    }
+
+    /// Takes in the values after optimiser step `step` (from 1); early steps use a shorter memory, as diffusers' EMA does.
+    pub fn update(&mut self, parameters: &Parameters, step: i64) {
+        let _guard = tch::no_grad_guard();
+        let decay = self.decay.min((1.0 + step as f64) / (10.0 + step as f64));
+        let _ = self.average.lerp_(&parameters.flat, 1.0 - decay);
+    }
+}
+
+/// How the learning rate changes; names and formulas of diffusers' `get_scheduler`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum LrSchedule {
+    Constant,
+    #[value(name = "constant_with_warmup", alias = "constant-with-warmup")]
+    ConstantWithWarmup,
+    Linear,
+    Cosine,
+    #[value(name = "cosine_with_restarts", alias = "cosine-with-restarts")]
+    CosineWithRestarts,
+    Polynomial,
+}
+
+/// A schedule with its numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct LearningRate {
+    pub peak: f64,
+    pub schedule: LrSchedule,
+    pub warmup: i64,
+    pub total: i64,
+    pub cycles: f64,
+    pub power: f64,
+}
+
+impl LearningRate {
+    /// The learning rate of optimiser step `step`, counted from 0.
+    pub fn at(&self, step: i64) -> f64 {
+        self.peak * self.factor(step)
+    }
+
+    fn factor(&self, step: i64) -> f64 {
+        if self.schedule == LrSchedule::Constant {
+            return 1.0;
+        }
+        if step < self.warmup {
+            return step as f64 / self.warmup.max(1) as f64;
+        }
+        let progress = (step - self.warmup) as f64 / (self.total - self.warmup).max(1) as f64;
+        match self.schedule {
+            LrSchedule::Constant | LrSchedule::ConstantWithWarmup => 1.0,
+            LrSchedule::Linear => (1.0 - progress).max(0.0),
+            LrSchedule::Cosine => (0.5 * (1.0 + (std::f64::consts::PI * self.cycles * 2.0 * progress).cos())).max(0.0),
+            LrSchedule::CosineWithRestarts => {
+                if progress >= 1.0 {
+                    return 0.0;
+                }
+                (0.5 * (1.0 + (std::f64::consts::PI * (self.cycles * progress).fract()).cos())).max(0.0)
+            }
+            // diffusers ends at 1e-7, whatever the peak
+            LrSchedule::Polynomial => {
+                let end = 1e-7;
+                let left = (1.0 - progress).max(0.0);
+                (end + (self.peak - end) * left.powf(self.power)) / self.peak
+            }
+        }
+    }
+}
+
+/// Moves a saved moment or average back, which must have the size of `like`.
+pub fn restore(saved: Tensor, like: &Tensor, what: &str, device: Device) -> Result<Tensor> {
+    if saved.size() != like.size() {
+        return Err(Error::Run(format!("{what}: expected {:?} values, found {:?}", like.size(), saved.size())));
+    }
+    Ok(saved.to_device(device))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rate(schedule: LrSchedule, warmup: i64, cycles: f64) -> LearningRate {
+        LearningRate { peak: 2.0, schedule, warmup, total: 10, cycles, power: 1.0 }
+    }
+
+    #[test]
+    fn schedules_give_the_values_of_diffusers() {
+        // diffusers 0.42.1 get_scheduler(name, AdamW(lr=2), num_warmup_steps=2, num_training_steps=10), first 11 values
+        let cosine = rate(LrSchedule::Cosine, 2, 0.5);
+        let expected = [0.0, 1.0, 2.0, 1.923_879_532_5, std::f64::consts::FRAC_1_SQRT_2 + 1.0];
+        for (step, value) in expected.iter().enumerate() {
+            assert!((cosine.at(step as i64) - value).abs() < 1e-9, "step {step}");
+        }
+        assert!(cosine.at(10).abs() < 1e-12);
+        let linear = rate(LrSchedule::Linear, 0, 0.5);
+        assert_eq!(linear.at(5), 1.0);
+        assert_eq!(rate(LrSchedule::Constant, 5, 1.0).at(0), 2.0);
+        assert_eq!(rate(LrSchedule::ConstantWithWarmup, 4, 1.0).at(1), 0.5);
+        let restarts = rate(LrSchedule::CosineWithRestarts, 0, 2.0);
+        assert!((restarts.at(5) - 2.0).abs() < 1e-12 && restarts.at(10) == 0.0);
+        let polynomial = rate(LrSchedule::Polynomial, 0, 1.0);
+        assert!((polynomial.at(5) - (1e-7 + (2.0 - 1e-7) * 0.5)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn clipping_leaves_small_gradients_alone_and_says_the_norm() {
+        let (same, norm) = clip(&Tensor::from_slice(&[0.3f32, 0.4]), 1.0);
+        assert!((norm.double_value(&[]) - 0.5).abs() < 1e-6);
+        assert!((same.double_value(&[1]) - 0.4).abs() < 1e-6);
+        let (clipped, _) = clip(&Tensor::from_slice(&[3f32, 4.0]), 1.0);
+        assert!((clipped.norm().double_value(&[]) - 1.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn views_share_memory_with_the_flat_tensor_and_collect_gradients() {
+        let tensors = vec![("a".to_string(), Tensor::from_slice(&[1f32, 2.0])), ("b".to_string(), Tensor::from_slice(&[3f32]))];
+        let mut parameters = Parameters::pack(&tensors);
+        let loss = (&parameters.views()[0].1 * 2.0).sum(Kind::Float);
+        loss.backward();
+        let gradient: Vec<f32> = Vec::try_from(parameters.gradient()).unwrap();
+        assert_eq!(gradient, [2.0, 2.0, 0.0]);
+        parameters.set(&Tensor::from_slice(&[5f32, 6.0, 7.0]));
+        assert_eq!(parameters.views()[1].1.double_value(&[0]), 7.0);
+    }
+}

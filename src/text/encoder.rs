@@ -1,0 +1,136 @@
+//! The CLIP text tower (transformers `CLIPTextModel`), any size: a causal transformer over token ids.
+//!
+//! Published files name its tensors `text_model.*` (transformers 4) or without that prefix (5); both load.
+
+use crate::error::Result;
+use crate::model::attention::{attend, join_heads, split_heads};
+use crate::model::config::TextConfig;
+use crate::model::layers::{Layer, LayerNorm, Layers};
+use crate::model::weights::{Scope, Weights};
+use std::path::Path;
+use tch::{Device, Kind, Tensor};
+
+/// Text tower with frozen weights.
+pub struct TextEncoder {
+    token_embedding: Tensor,
+    position_embedding: Tensor,
+    layers: Vec<EncoderLayer>,
+    final_layer_norm: LayerNorm,
+    length: i64,
+    vocabulary: i64,
+    device: Device,
+}
+
+struct EncoderLayer {
+    layer_norm1: LayerNorm,
+    q_proj: Layer,
+    k_proj: Layer,
+    v_proj: Layer,
+    out_proj: Layer,
+    layer_norm2: LayerNorm,
+    fc1: Layer,
+    fc2: Layer,
+    heads: i64,
+    quick_gelu: bool,
+}
+
+impl EncoderLayer {
+    fn new(scope: &Scope, config: &TextConfig) -> Self {
+        let width = config.hidden_size;
+        let attention = |name: &str| Layer::linear(&scope.at("self_attn").at(name), width, width, true);
+        Self {
+            layer_norm1: LayerNorm::new(&scope.at("layer_norm1"), width, config.layer_norm_eps),
+            q_proj: attention("q_proj"),
+            k_proj: attention("k_proj"),
+            v_proj: attention("v_proj"),
+            out_proj: attention("out_proj"),
+            layer_norm2: LayerNorm::new(&scope.at("layer_norm2"), width, config.layer_norm_eps),
+            fc1: Layer::linear(&scope.at("mlp.fc1"), width, config.intermediate_size, true),
+            fc2: Layer::linear(&scope.at("mlp.fc2"), config.intermediate_size, width, true),
+            heads: config.num_attention_heads,
+            quick_gelu: config.hidden_act == "quick_gelu",
+        }
+    }
+
+    fn forward(&self, x: &Tensor, mask: &Tensor) -> Tensor {
+        let normed = self.layer_norm1.forward(x);
+        let heads = |layer: &Layer| split_heads(&layer.forward(&normed), self.heads);
+        let y = attend(&heads(&self.q_proj), &heads(&self.k_proj), &heads(&self.v_proj), Some(mask), false);
+        let x = x + self.out_proj.forward(&join_heads(&y));
+        let h = self.fc1.forward(&self.layer_norm2.forward(&x));
+        let h = if self.quick_gelu { &h * (&h * 1.702).sigmoid() } else { h.gelu("none") };
+        &x + self.fc2.forward(&h)
+    }
+}
+
+impl TextEncoder {
+    /// Loads `dir` (`config.json` and weights). The second value names tensors of the file that the tower lacks.
+    pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
+        let config = TextConfig::read(&dir.join("config.json"))?;
+        let weights = Weights::open(dir, "model", without_prefix, kind, device)?;
+        let encoder = Self::new(&weights.root(), &config, device);
+        let mut unused = weights.finish()?;
+        // A constant that old files store, and the projection of the image-text loss.
+        unused.retain(|name| !name.ends_with("position_ids") && name != "text_projection.weight");
+        Ok((encoder, unused))
+    }
+
+    fn new(scope: &Scope, config: &TextConfig, device: Device) -> Self {
+        let width = config.hidden_size;
+        Self {
+            token_embedding: scope.tensor("embeddings.token_embedding.weight", &[config.vocab_size, width]),
+            position_embedding: scope
+                .tensor("embeddings.position_embedding.weight", &[config.max_position_embeddings, width]),
+            layers: (0..config.num_hidden_layers)
+                .map(|i| EncoderLayer::new(&scope.at("encoder.layers").at(i), config))
+                .collect(),
+            final_layer_norm: LayerNorm::new(&scope.at("final_layer_norm"), width, config.layer_norm_eps),
+            length: config.max_position_embeddings,
+            vocabulary: config.vocab_size,
+            device,
+        }
+    }
+
+    /// Token ids `(b, n)`, n at most [`Self::length`], to the last hidden states after the final norm, `(b, n, width)`.
+    pub fn forward(&self, ids: &Tensor) -> Tensor {
+        let ids = ids.to_device(self.device);
+        let (b, n) = (ids.size()[0], ids.size()[1]);
+        let tokens = Tensor::embedding(&self.token_embedding, &ids, -1, false, false); // [b, n, width]
+        let mut x = tokens + self.position_embedding.narrow(0, 0, n).expand([b, n, -1], false);
+        let mask = Tensor::full([n, n], f64::NEG_INFINITY, (x.kind(), self.device)).triu(1);
+        for layer in &self.layers {
+            x = layer.forward(&x, &mask);
+        }
+        self.final_layer_norm.forward(&x)
+    }
+
+    /// The most tokens it can take.
+    pub fn length(&self) -> i64 {
+        self.length
+    }
+
+    /// Number of tokens that it knows.
+    pub fn vocabulary(&self) -> i64 {
+        self.vocabulary
+    }
+
+    /// Width of its states.
+    pub fn width(&self) -> i64 {
+        self.token_embedding.size()[1]
+    }
+}
+
+impl Layers for TextEncoder {
+    fn layers_mut(&mut self) -> Vec<&mut Layer> {
+        self.layers
+            .iter_mut()
+            .flat_map(|l| {
+                [&mut l.q_proj, &mut l.k_proj, &mut l.v_proj, &mut l.out_proj, &mut l.fc1, &mut l.fc2]
+            })
+            .collect()
+    }
+}
+
+fn without_prefix(key: &str) -> Option<String> {
+    key.strip_prefix("text_model.").map(str::to_string)
+}

@@ -1,0 +1,60 @@
+//! The training loss: denoising error on instance pictures, prior preservation, min-SNR weights.
+
+use crate::model::UNet;
+use crate::noise::NoiseSchedule;
+use tch::{Kind, Tensor};
+
+/// One batch, everything drawn already. With `class_half` the first half are instance pictures, the second class pictures.
+pub struct Batch {
+    /// Scaled latents `(b, c, h, w)`, f32.
+    pub latents: Tensor,
+    /// Noise, the same shape.
+    pub noise: Tensor,
+    /// Timesteps `(b)`, i64.
+    pub timesteps: Tensor,
+    /// Text states `(b, n, d)`.
+    pub context: Tensor,
+    /// Whether the second half are class pictures.
+    pub class_half: bool,
+}
+
+/// The loss and its parts; scalars, `total` with gradient.
+pub struct Loss {
+    /// What the network predicted, `(b, c, h, w)`, without gradient.
+    pub prediction: Tensor,
+    /// Error on the instance pictures.
+    pub instance: Tensor,
+    /// Error on the class pictures, if there are any.
+    pub prior: Option<Tensor>,
+    /// `instance + prior_weight * prior`.
+    pub total: Tensor,
+}
+
+/// Noises the batch and compares the prediction with the model's own target.
+///
+/// `snr_gamma` weights each sample, of both halves, by min-SNR (arXiv 2303.09556) before the mean; diffusers' scripts
+/// weight only one half, or the wrong one.
+pub fn training_loss(
+    unet: &UNet,
+    schedule: &NoiseSchedule,
+    batch: &Batch,
+    prior_weight: f64,
+    snr_gamma: Option<f64>,
+) -> Loss {
+    let noisy = schedule.add_noise(&batch.latents, &batch.noise, &batch.timesteps);
+    let target = schedule.target(&batch.latents, &batch.noise, &batch.timesteps);
+    let prediction = unet.forward(&noisy, &batch.timesteps, &batch.context);
+    let mut errors = (&prediction - target).square().flatten(1, -1).mean_dim(1, false, Kind::Float); // [b]
+    if let Some(gamma) = snr_gamma {
+        errors = errors * schedule.snr_weights(&batch.timesteps, gamma);
+    }
+    let prediction = prediction.detach();
+    if !batch.class_half {
+        let instance = errors.mean(Kind::Float);
+        return Loss { prediction, prior: None, total: instance.shallow_clone(), instance };
+    }
+    let halves = errors.chunk(2, 0);
+    let (instance, prior) = (halves[0].mean(Kind::Float), halves[1].mean(Kind::Float));
+    let total = &instance + &prior * prior_weight;
+    Loss { prediction, instance, prior: Some(prior), total }
+}

@@ -1,0 +1,84 @@
+//! What the parity tests share: where reference cases are, and how two tensors are compared.
+#![allow(dead_code)] // each test binary uses its own part
+
+use hra::tensor_file::TensorFile;
+use std::path::{Path, PathBuf};
+use tch::{Kind, Tensor};
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// One folder of reference tensors that Python wrote (see tests/fixtures/README.md).
+pub struct Case {
+    pub name: String,
+    pub dir: PathBuf,
+    pub expected: TensorFile,
+}
+
+/// The cases of this repository, those beside it in `../shared/cases`, and those in the folders of `HRA_CASES`.
+pub fn cases() -> Vec<Case> {
+    let mut folders = vec![root().join("tests/fixtures/cases"), root().join("../shared/cases")];
+    folders.extend(std::env::var_os("HRA_CASES").map(PathBuf::from));
+    let mut cases = Vec::new();
+    for folder in folders {
+        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+        let mut dirs: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).collect();
+        dirs.sort();
+        for dir in dirs {
+            let path = dir.join("expected.safetensors");
+            if path.is_file() {
+                let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+                cases.push(Case { name, expected: TensorFile::open(&path).unwrap(), dir });
+            }
+        }
+    }
+    assert!(cases.len() >= 2, "both kinds of reference cases are in tests/fixtures/cases");
+    cases
+}
+
+impl Case {
+    pub fn get(&self, name: &str) -> Tensor {
+        self.expected.read(name).unwrap_or_else(|e| panic!("{}: {e}", self.name))
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.expected.shape(name).is_some()
+    }
+
+    pub fn pipeline(&self) -> PathBuf {
+        self.dir.join("pipeline")
+    }
+
+    /// Text and numbers of expected.json.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&std::fs::read_to_string(self.dir.join("expected.json")).unwrap()).unwrap()
+    }
+
+    /// Fails if `found` differs from the tensor `name` by more than `tolerance`, relative.
+    pub fn check(&self, name: &str, found: &Tensor, tolerance: f64) {
+        let error = relative_error(found, &self.get(name));
+        assert!(error <= tolerance, "{} {name}: relative error {error:.2e}, allowed {tolerance:.0e}", self.name);
+    }
+}
+
+/// Norm of the difference over norm of the reference.
+pub fn relative_error(found: &Tensor, expected: &Tensor) -> f64 {
+    let (found, expected) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
+    assert_eq!(found.size(), expected.size(), "shapes");
+    let norm = expected.norm().double_value(&[]);
+    let difference = (found - expected).norm().double_value(&[]);
+    if norm == 0.0 { difference } else { difference / norm }
+}
+
+/// The embedded model.
+pub fn tiny_sd() -> PathBuf {
+    root().join("assets/tiny-sd")
+}
+
+/// A path that must exist.
+pub fn existing(path: &Path) -> &Path {
+    assert!(path.exists(), "{} is missing", path.display());
+    path
+}
