@@ -264,7 +264,7 @@ fn told_with(error: Error, hidden: &Path, shown: &Path) -> Error {
 mod tests {
     use super::*;
 
-    /// The only test that cannot be written from outside: the way taken where the kernel or file system cannot swap.
+    /// The one thing that cannot be tested from outside: the way taken where the kernel or file system cannot swap.
     #[test]
     fn two_renames_end_as_an_exchange_does() {
         for swap in [replace_by_two_renames, exchange] {
@@ -278,6 +278,8 @@ mod tests {
             assert_eq!(fs::read(old.join("name")).unwrap(), b"new");
             assert_eq!(fs::read(new.join("name")).unwrap(), b"old");
             assert_eq!(list_dir(dir.path()).unwrap().len(), 2);
+            assert!(swap(&dir.path().join("missing"), &old).is_err());
+            assert_eq!(fs::read(old.join("name")).unwrap(), b"new", "a failure brings the folder back");
         }
     }
 }

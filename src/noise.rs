@@ -122,6 +122,33 @@ impl SchedulerConfig {
         })
     }
 
+    /// The same config with `key` set to `value`.
+    pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.values.insert(key.to_string(), value.into());
+        self
+    }
+
+    /// The same config without `key`, if it has the value `value`.
+    pub fn without(mut self, key: &str, value: &str) -> Self {
+        if self.values.get(key).and_then(Value::as_str) == Some(value) {
+            self.values.remove(key);
+        }
+        self
+    }
+
+    /// Whether the key is there at all.
+    pub fn has(&self, key: &str) -> bool {
+        self.values.contains_key(key)
+    }
+
+    /// As `StableDiffusionPipeline` corrects it on loading: files of its first months lack the offset of one timestep,
+    /// and ask for clipping that no latent model can bear.
+    pub fn for_latent_model(self) -> Self {
+        let clips = matches!(self.class_name(), Some("DDIMScheduler" | "DDPMScheduler"));
+        let config = self.with("steps_offset", 1);
+        if clips { config.with("clip_sample", false) } else { config }
+    }
+
     /// Whether the key is there with a value other than `null`, `false` or an empty list.
     pub fn is_set(&self, key: &str) -> bool {
         match self.values.get(key) {
@@ -159,10 +186,9 @@ impl SchedulerConfig {
         if rescale && self.flag("rescale_betas_zero_snr", false)? {
             betas = rescale_zero_terminal_snr(&betas);
         }
-        let table = cumulative_alphas(&betas);
-        let valid = table.ge(0.0).logical_and(&table.le(1.0)).all();
+        let valid = betas.ge(0.0).logical_and(&betas.le(1.0)).all();
         if bool::try_from(valid)? {
-            return Ok(table);
+            return Ok(cumulative_alphas(&betas));
         }
         Err(self.problem("betas: expected a noise schedule between 0 and 1, found one that leaves it"))
     }
@@ -218,7 +244,12 @@ fn quote_python_numbers(text: &str) -> String {
 }
 
 fn cumulative_alphas(betas: &Tensor) -> Tensor {
-    (-betas + 1.0).cumprod(0, Kind::Float)
+    one_minus(betas).cumprod(0, Kind::Float)
+}
+
+/// 1 - x. The operator of tch computes -(x - 1), which makes -0 of a 1, and the SNR of pure noise -0 with it.
+fn one_minus(x: &Tensor) -> Tensor {
+    x.rsub_scalar(1.0)
 }
 
 /// Betas whose last timestep is pure noise (arXiv 2305.08891, algorithm 1).
@@ -229,7 +260,7 @@ fn rescale_zero_terminal_snr(betas: &Tensor) -> Tensor {
     let product = root.square();
     let len = product.size()[0];
     let ratio = product.narrow(0, 1, len - 1) / product.narrow(0, 0, len - 1);
-    1.0 - Tensor::cat(&[product.narrow(0, 0, 1), ratio], 0)
+    one_minus(&Tensor::cat(&[product.narrow(0, 0, 1), ratio], 0))
 }
 
 /// The training side of a noise schedule: tables on one device, indexed by a timestep for each sample.
@@ -249,7 +280,7 @@ impl NoiseSchedule {
     /// `diffusers`' `DDPMScheduler`, the class that its training scripts build.
     pub fn new(config: &SchedulerConfig, device: Device) -> Result<Self> {
         let alphas_cumprod = config.alphas_cumprod(DEFAULT_BETAS, true)?;
-        let rest = -&alphas_cumprod + 1.0;
+        let rest = one_minus(&alphas_cumprod);
         Ok(Self {
             prediction: config.prediction()?,
             signal: alphas_cumprod.sqrt().to_device(device),

@@ -16,7 +16,8 @@ impl Parameters {
     /// Packs named tensors, in this order. The network must be given [`Self::views`] in their place.
     pub fn pack(tensors: &[(String, Tensor)]) -> Self {
         let _guard = tch::no_grad_guard();
-        let rows: Vec<Tensor> = tensors.iter().map(|(_, t)| t.detach().to_kind(Kind::Float).reshape([-1])).collect();
+        let rows: Vec<Tensor> =
+            tensors.iter().map(|(_, t)| t.detach().to_kind(Kind::Float).reshape([-1])).collect();
         let flat = Tensor::cat(&rows, 0);
         let mut start = 0;
         let mut views = Vec::new();
@@ -188,7 +189,9 @@ impl LearningRate {
         match self.schedule {
             LrSchedule::Constant | LrSchedule::ConstantWithWarmup => 1.0,
             LrSchedule::Linear => (1.0 - progress).max(0.0),
-            LrSchedule::Cosine => (0.5 * (1.0 + (std::f64::consts::PI * self.cycles * 2.0 * progress).cos())).max(0.0),
+            LrSchedule::Cosine => {
+                (0.5 * (1.0 + (std::f64::consts::PI * self.cycles * 2.0 * progress).cos())).max(0.0)
+            }
             LrSchedule::CosineWithRestarts => {
                 if progress >= 1.0 {
                     return 0.0;
@@ -208,7 +211,11 @@ impl LearningRate {
 /// Moves a saved moment or average back, which must have the size of `like`.
 pub fn restore(saved: Tensor, like: &Tensor, what: &str, device: Device) -> Result<Tensor> {
     if saved.size() != like.size() {
-        return Err(Error::Run(format!("{what}: expected {:?} values, found {:?}", like.size(), saved.size())));
+        return Err(Error::Run(format!(
+            "{what}: expected {:?} values, found {:?}",
+            like.size(),
+            saved.size()
+        )));
     }
     Ok(saved.to_device(device))
 }
@@ -251,7 +258,10 @@ mod tests {
 
     #[test]
     fn views_share_memory_with_the_flat_tensor_and_collect_gradients() {
-        let tensors = vec![("a".to_string(), Tensor::from_slice(&[1f32, 2.0])), ("b".to_string(), Tensor::from_slice(&[3f32]))];
+        let tensors = vec![
+            ("a".to_string(), Tensor::from_slice(&[1f32, 2.0])),
+            ("b".to_string(), Tensor::from_slice(&[3f32])),
+        ];
         let mut parameters = Parameters::pack(&tensors);
         let loss = (&parameters.views()[0].1 * 2.0).sum(Kind::Float);
         loss.backward();

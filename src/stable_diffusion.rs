@@ -1,8 +1,8 @@
 //! A whole model folder: `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`.
 
-use crate::model::{UNet, Vae};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::model::{UNet, Vae};
 use crate::noise::SchedulerConfig;
 use crate::tensor_file;
 use crate::text::{TextEncoder, Tokenizer};
@@ -33,7 +33,8 @@ impl StableDiffusion {
     pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
         check_layout(dir)?;
         let _guard = tch::no_grad_guard();
-        let scheduler = SchedulerConfig::read(&dir.join("scheduler/scheduler_config.json"))?;
+        let scheduler =
+            SchedulerConfig::read(&dir.join("scheduler/scheduler_config.json"))?.for_latent_model();
         let mut notes = Vec::new();
         let mut note = |part: &str, unused: Vec<String>| {
             if !unused.is_empty() {
@@ -62,7 +63,9 @@ impl StableDiffusion {
             let (ids, cut) = self.tokenizer.encode(prompt)?;
             if cut > 0 {
                 let room = self.tokenizer.length() - 2;
-                warnings.push(format!("prompt `{prompt}` has {cut} tokens more than the {room} that fit; they are left out"));
+                warnings.push(format!(
+                    "prompt `{prompt}` has {cut} tokens more than the {room} that fit; they are left out"
+                ));
             }
             rows.push(Tensor::from_slice(&ids));
         }
@@ -94,8 +97,16 @@ impl StableDiffusion {
                 problems.push(format!("{what}: expected {expected}, found {found}"));
             }
         };
-        expect("unet: cross_attention_dim (width of the text encoder)", self.text_encoder.width(), self.unet.context_width());
-        expect("unet: in_channels (latent channels of the VAE)", self.vae.latent_channels(), self.unet.in_channels());
+        expect(
+            "unet: cross_attention_dim (width of the text encoder)",
+            self.text_encoder.width(),
+            self.unet.context_width(),
+        );
+        expect(
+            "unet: in_channels (latent channels of the VAE)",
+            self.vae.latent_channels(),
+            self.unet.in_channels(),
+        );
         if i64::from(self.tokenizer.largest_id()) >= self.text_encoder.vocabulary() {
             problems.push(format!(
                 "tokenizer: ids up to {}, but the text encoder knows {} tokens",
@@ -125,5 +136,8 @@ fn check_layout(dir: &Path) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    Err(Error::format(dir, format!("expected a Stable Diffusion folder, found no {}", missing.join("/, no ") + "/")))
+    Err(Error::format(
+        dir,
+        format!("expected a Stable Diffusion folder, found no {}", missing.join("/, no ") + "/"),
+    ))
 }

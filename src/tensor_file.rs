@@ -32,7 +32,10 @@ impl TensorFile {
         let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let length = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
         let not_safetensors = |why: String| {
-            Error::format(path, format!("expected a safetensors file, found {why}\nhint: is the download complete?"))
+            Error::format(
+                path,
+                format!("expected a safetensors file, found {why}\nhint: is the download complete?"),
+            )
         };
         let mut size = [0u8; 8];
         file.read_exact(&mut size).map_err(|_| not_safetensors(format!("a file of {length} bytes")))?;
@@ -90,7 +93,10 @@ impl TensorFile {
             Error::format(&self.path, format!("expected a tensor `{name}`, found {}", list(&self.names())))
         })?;
         let kind = kind_of(info.dtype).ok_or_else(|| {
-            Error::format(&self.path, format!("tensor `{name}` has dtype {:?}, which is not supported", info.dtype))
+            Error::format(
+                &self.path,
+                format!("tensor `{name}` has dtype {:?}, which is not supported", info.dtype),
+            )
         })?;
         let shape: Vec<i64> = info.shape.iter().map(|&d| d as i64).collect();
         let tensor = Tensor::f_empty(&shape[..], (kind, Device::Cpu))?;
@@ -103,7 +109,10 @@ impl TensorFile {
         let tensor = self.read(name)?;
         if !is_float(tensor.kind()) {
             let dtype = self.dtype(name);
-            return Err(Error::format(&self.path, format!("tensor `{name}`: expected floating point, found {dtype}")));
+            return Err(Error::format(
+                &self.path,
+                format!("tensor `{name}`: expected floating point, found {dtype}"),
+            ));
         }
         Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
     }
@@ -146,11 +155,14 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)])
 
 /// The bytes of a safetensors file; `path` is only for messages.
 pub fn to_bytes(path: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<Vec<u8>> {
-    let views: Vec<(String, View)> =
-        tensors.iter().map(|(name, t)| View::new(t).map(|view| (name.clone(), view))).collect::<Result<_>>()?;
+    let views: Vec<(String, View)> = tensors
+        .iter()
+        .map(|(name, t)| View::new(t).map(|view| (name.clone(), view)))
+        .collect::<Result<_>>()?;
     let mut metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     metadata.extend(text.iter().map(|(k, v)| (k.to_string(), v.clone())));
-    safetensors::serialize(views, Some(metadata)).map_err(|e| Error::format(path, format!("cannot be written: {e}")))
+    safetensors::serialize(views, Some(metadata))
+        .map_err(|e| Error::format(path, format!("cannot be written: {e}")))
 }
 
 /// A tensor's bytes as the safetensors crate wants them.
@@ -169,7 +181,9 @@ impl View {
             Kind::Half => Dtype::F16,
             Kind::BFloat16 => Dtype::BF16,
             Kind::Int64 => Dtype::I64,
-            other => return Err(Error::Device(format!("tensors of kind {other:?} are not written to files"))),
+            other => {
+                return Err(Error::Device(format!("tensors of kind {other:?} are not written to files")));
+            }
         };
         let length = t.numel() * t.kind().elt_size_in_bytes();
         let mut bytes = vec![0u8; length];

@@ -31,7 +31,8 @@ fn prompts_become_the_same_ids_and_states() {
         for (i, prompt) in json["prompts"].as_array().unwrap().iter().enumerate() {
             let prompt = prompt.as_str().unwrap();
             let (ids, cut) = model.tokenizer.encode(prompt).unwrap();
-            let expected: Vec<i64> = Vec::try_from(case.get(&format!("text.{i}.input_ids")).reshape([-1])).unwrap();
+            let expected: Vec<i64> =
+                Vec::try_from(case.get(&format!("text.{i}.input_ids")).reshape([-1])).unwrap();
             assert_eq!(ids, expected, "{} `{prompt}`", case.name);
             assert_eq!(cut, 0);
             let (states, _) = model.encode_prompts(&[prompt]).unwrap();
@@ -97,7 +98,8 @@ fn merged_and_folded_weights_give_what_peft_merges() {
             for layer in model.unet.layers_mut() {
                 let key = format!("{adapter}.merged.{}.weight", layer.name);
                 if case.has(&key) {
-                    let h = Reflections::from_vectors(&file.layers[&layer.name].hra_u, file.config.gram_schmidt);
+                    let h =
+                        Reflections::from_vectors(&file.layers[&layer.name].hra_u, file.config.gram_schmidt);
                     let merged = h.merge(&layer.matrix());
                     case.check(&key, &merged.reshape(&case.get(&key).size()[..]), 1e-5);
                     let back = h.inverse().merge(&merged);

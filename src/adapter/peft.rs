@@ -6,8 +6,8 @@
 
 use super::target::TargetRule;
 use crate::error::{Error, Result};
-use crate::tensor_file::{self, TensorFile};
 use crate::files;
+use crate::tensor_file::{self, TensorFile};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -100,7 +100,8 @@ impl AdapterConfig {
             None => return Err(problem("expected PEFT's adapter config, found no `peft_type`".into())),
         }
         let rank = value["r"].as_i64().filter(|r| *r > 0);
-        let rank = rank.ok_or_else(|| problem(format!("r: expected a positive number, found {}", value["r"])))?;
+        let rank =
+            rank.ok_or_else(|| problem(format!("r: expected a positive number, found {}", value["r"])))?;
         let bias = match value["bias"].as_str() {
             None | Some("none") => Bias::None,
             Some("hra_only") => Bias::HraOnly,
@@ -130,11 +131,14 @@ impl AdapterFile {
         if !config_path.is_file() {
             return Err(Error::format(
                 dir,
-                format!("expected an adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no {CONFIG_FILE}"),
+                format!(
+                    "expected an adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found no {CONFIG_FILE}"
+                ),
             ));
         }
         let text = files::read_to_string(&config_path)?;
-        let value: Value = serde_json::from_str(&text).map_err(|e| Error::format(&config_path, e.to_string()))?;
+        let value: Value =
+            serde_json::from_str(&text).map_err(|e| Error::format(&config_path, e.to_string()))?;
         let config = AdapterConfig::from_json(&config_path, &value)?;
 
         let file = TensorFile::open(&dir.join(WEIGHTS_FILE))?;
@@ -149,7 +153,8 @@ impl AdapterFile {
             if let Some(layer) = name.strip_suffix(".hra_u") {
                 let shape = file.shape(&key).unwrap_or_default();
                 if shape.len() != 2 || shape[1] != config.rank {
-                    problems.push(format!("`{key}`: expected shape (d_in, {}), found {shape:?}", config.rank));
+                    problems
+                        .push(format!("`{key}`: expected shape (d_in, {}), found {shape:?}", config.rank));
                     continue;
                 }
                 let hra_u = file.read_as(&key, Kind::Float, Device::Cpu)?;
@@ -158,7 +163,8 @@ impl AdapterFile {
                 }
                 layers.insert(layer.to_string(), LayerTensors { hra_u, bias: None });
             } else if let Some(layer) = name.strip_suffix(".base_layer.bias") {
-                biases.insert(layer.to_string(), (key.clone(), file.read_as(&key, Kind::Float, Device::Cpu)?));
+                biases
+                    .insert(layer.to_string(), (key.clone(), file.read_as(&key, Kind::Float, Device::Cpu)?));
             } else {
                 unused.push(key);
             }
@@ -170,7 +176,10 @@ impl AdapterFile {
             }
         }
         if layers.is_empty() && problems.is_empty() {
-            problems.push(format!("expected tensors named `..LAYER.hra_u`, found {}", tensor_file::list(&file.names())));
+            problems.push(format!(
+                "expected tensors named `..LAYER.hra_u`, found {}",
+                tensor_file::list(&file.names())
+            ));
         }
         if !problems.is_empty() {
             return Err(Error::Weights { path: file.path().to_path_buf(), problems });
@@ -196,9 +205,12 @@ pub fn write(
     tensors: &[(String, Tensor)],
     text: &[(&str, String)],
 ) -> Result<()> {
-    let tensors: Vec<(String, Tensor)> =
-        tensors.iter().map(|(name, t)| (format!("base_model.model.{name}"), t.to_kind(Kind::Float))).collect();
+    let tensors: Vec<(String, Tensor)> = tensors
+        .iter()
+        .map(|(name, t)| (format!("base_model.model.{name}"), t.to_kind(Kind::Float)))
+        .collect();
     tensor_file::write(&dir.join(WEIGHTS_FILE), &tensors, text)?;
-    let json = serde_json::to_string_pretty(&config.to_json(class)).map_err(|e| Error::config(e.to_string()))?;
+    let json =
+        serde_json::to_string_pretty(&config.to_json(class)).map_err(|e| Error::config(e.to_string()))?;
     files::write_atomic(&dir.join(CONFIG_FILE), format!("{json}\n").as_bytes())
 }

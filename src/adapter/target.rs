@@ -34,9 +34,13 @@ impl TargetRule {
             Value::String(pattern) => Self::pattern(pattern),
             Value::Array(items) => {
                 let words = items.iter().map(|i| i.as_str().map(str::to_string)).collect::<Option<Vec<_>>>();
-                words.map(Self::Suffixes).ok_or_else(|| Error::config("target_modules: expected a list of names"))
+                words
+                    .map(Self::Suffixes)
+                    .ok_or_else(|| Error::config("target_modules: expected a list of names"))
             }
-            other => Err(Error::config(format!("target_modules: expected names or a pattern, found {other}"))),
+            other => {
+                Err(Error::config(format!("target_modules: expected names or a pattern, found {other}")))
+            }
         }
     }
 

@@ -16,9 +16,8 @@ const GAP: u32 = 8;
 const LABEL_GAP: u32 = 12;
 /// Row labels are wrapped after this many characters.
 const ROW_LABEL_CHARS: usize = 24;
-/// From one line of text to the next.
-const LINE: u32 = 20;
-const FONT_SIZE: RasterHeight = RasterHeight::Size16;
+/// From this cell width on, text is twice as large: such sheets are looked at from further away.
+const LARGE_CELL: u32 = 384;
 const WHITE: Rgb<u8> = Rgb([255; 3]);
 const INK: u8 = 32;
 
@@ -40,6 +39,29 @@ pub struct GridRow {
     pub images: Vec<RgbImage>,
 }
 
+/// Size of the text of a sheet.
+#[derive(Clone, Copy)]
+struct Font {
+    size: RasterHeight,
+    /// From one line to the next, in pixels.
+    line: u32,
+}
+
+impl Font {
+    fn for_cell(width: u32) -> Self {
+        if width < LARGE_CELL {
+            Self { size: RasterHeight::Size16, line: 20 }
+        } else {
+            Self { size: RasterHeight::Size32, line: 40 }
+        }
+    }
+
+    /// Width of every character, in pixels.
+    fn advance(self) -> u32 {
+        get_raster_width(FontWeight::Regular, self.size) as u32
+    }
+}
+
 impl Grid {
     /// The sheet. All images are enlarged by one whole factor (pixels become squares) so that the widest is at least
     /// 192 pixels wide; an image smaller than its cell stands in the middle of it.
@@ -48,22 +70,26 @@ impl Grid {
         let widest = images().map(RgbImage::width).max().unwrap_or(0).max(1);
         let factor = MIN_CELL.div_ceil(widest);
         let cell = widest * factor;
+        let font = Font::for_cell(cell);
         let columns =
             self.rows.iter().map(|row| row.images.len()).chain([self.columns.len()]).max().unwrap_or(0);
 
-        let headers: Vec<_> = self.columns.iter().map(|label| wrap(label, chars_in(cell))).collect();
+        let headers: Vec<_> =
+            self.columns.iter().map(|label| wrap(label, (cell / font.advance()) as usize)).collect();
         let labels: Vec<_> = self.rows.iter().map(|row| wrap(&row.label, ROW_LABEL_CHARS)).collect();
         let label_chars = labels.iter().flatten().map(String::len).max().unwrap_or(0);
-        let left = MARGIN + if label_chars == 0 { 0 } else { label_chars as u32 * char_width() + LABEL_GAP };
+        let left =
+            MARGIN + if label_chars == 0 { 0 } else { label_chars as u32 * font.advance() + LABEL_GAP };
         let header_lines = headers.iter().map(Vec::len).max().unwrap_or(0);
-        let top = MARGIN + if header_lines == 0 { 0 } else { header_lines as u32 * LINE + LABEL_GAP / 2 };
+        let top =
+            MARGIN + if header_lines == 0 { 0 } else { header_lines as u32 * font.line + LABEL_GAP / 2 };
         let heights: Vec<u32> = self
             .rows
             .iter()
             .zip(&labels)
             .map(|(row, label)| {
                 let tallest = row.images.iter().map(|i| i.height() * factor).max().unwrap_or(0);
-                tallest.max(label.len() as u32 * LINE)
+                tallest.max(label.len() as u32 * font.line)
             })
             .collect();
 
@@ -73,17 +99,24 @@ impl Grid {
         for (column, lines) in headers.iter().enumerate() {
             let x = left + column as u32 * (cell + GAP);
             // Headers stand on the cells: a short one is as close to its column as a long one.
-            let y = top - LABEL_GAP / 2 - lines.len() as u32 * LINE;
+            let y = top - LABEL_GAP / 2 - lines.len() as u32 * font.line;
             for (n, line) in lines.iter().enumerate() {
-                let inset = (cell - line.len() as u32 * char_width()) / 2;
-                draw_text(&mut sheet, x + inset, y + n as u32 * LINE, line, FontWeight::Bold);
+                let inset = (cell - line.len() as u32 * font.advance()) / 2;
+                draw_text(&mut sheet, x + inset, y + n as u32 * font.line, line, font, FontWeight::Bold);
             }
         }
         let mut y = top;
         for ((row, lines), height) in self.rows.iter().zip(&labels).zip(&heights) {
-            let inset = (height - lines.len() as u32 * LINE) / 2;
+            let inset = (height - lines.len() as u32 * font.line) / 2;
             for (n, line) in lines.iter().enumerate() {
-                draw_text(&mut sheet, MARGIN, y + inset + n as u32 * LINE, line, FontWeight::Regular);
+                draw_text(
+                    &mut sheet,
+                    MARGIN,
+                    y + inset + n as u32 * font.line,
+                    line,
+                    font,
+                    FontWeight::Regular,
+                );
             }
             for (column, image) in row.images.iter().enumerate() {
                 let image = enlarge(image, factor);
@@ -114,14 +147,6 @@ fn enlarge(image: &RgbImage, factor: u32) -> RgbImage {
     imageops::resize(image, image.width() * factor, image.height() * factor, FilterType::Nearest)
 }
 
-fn char_width() -> u32 {
-    get_raster_width(FontWeight::Regular, FONT_SIZE) as u32
-}
-
-fn chars_in(width: u32) -> usize {
-    (width / char_width()) as usize
-}
-
 /// Breaks a label into lines of at most `limit` characters, at spaces where there are some; the lines are ASCII.
 fn wrap(label: &str, limit: usize) -> Vec<String> {
     let mut lines = Vec::new();
@@ -148,13 +173,13 @@ fn wrap(label: &str, limit: usize) -> Vec<String> {
     lines
 }
 
-fn draw_text(sheet: &mut RgbImage, x: u32, y: u32, text: &str, weight: FontWeight) {
+fn draw_text(sheet: &mut RgbImage, x: u32, y: u32, text: &str, font: Font, weight: FontWeight) {
     for (n, c) in text.chars().enumerate() {
-        let Some(glyph) = get_raster(c, weight, FONT_SIZE) else { continue };
+        let Some(glyph) = get_raster(c, weight, font.size) else { continue };
         for (dy, row) in glyph.rows().enumerate() {
             for (dx, coverage) in row.iter().enumerate() {
                 let grey = 255 - (u32::from(*coverage) * u32::from(255 - INK) / 255) as u8;
-                let (x, y) = (x + n as u32 * char_width() + dx as u32, y + dy as u32);
+                let (x, y) = (x + n as u32 * font.advance() + dx as u32, y + dy as u32);
                 if grey < 255 {
                     sheet.put_pixel(x, y, Rgb([grey; 3]));
                 }

@@ -1,7 +1,7 @@
 //! Pictures as 8-bit RGB pixels: reading, resizing, writing, contact sheets. Knows nothing of tensors or training.
 //!
 //! What Python's training scripts do with Pillow is done here to the same bit, so that a run trains on the same pixels;
-//! only lossy decoders differ (by a level or two).
+//! only lossy decoders differ in rounding (JPEG: by 0.02 to 0.15 levels on average, 5 at most).
 
 pub mod decode;
 pub mod grid;

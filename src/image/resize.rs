@@ -3,7 +3,7 @@
 //!
 //! Each output pixel is a weighted mean of the input pixels under a filter. When an image shrinks, the filter is widened by
 //! the ratio, which is what keeps fine texture from turning into noise (antialiasing). Rows are filtered first, then
-//! columns, with 8-bit values in between; weights are normalised in f64 and then rounded to [`PRECISION_BITS`] binary places.
+//! columns, with 8-bit values in between; weights are normalised in f64 and then rounded to 22 binary places.
 
 use ::image::{RgbImage, imageops};
 

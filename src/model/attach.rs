@@ -111,9 +111,13 @@ pub fn attach_trained(network: &mut dyn Layers, file: &AdapterFile) -> Result<us
 /// Puts adapters with a strength each on a network for sampling. Several multiply, in the order given; each layer ends
 /// with one low-rank product, whatever their number.
 pub fn attach_fixed(network: &mut dyn Layers, adapters: &[(PathBuf, f64)]) -> Result<Vec<AttachReport>> {
-    let files: Vec<AdapterFile> = adapters.iter().map(|(path, _)| AdapterFile::read(path)).collect::<Result<_>>()?;
-    let mut reports: Vec<AttachReport> =
-        files.iter().zip(adapters).map(|(file, (path, strength))| new_report(file, path, *strength)).collect();
+    let files: Vec<AdapterFile> =
+        adapters.iter().map(|(path, _)| AdapterFile::read(path)).collect::<Result<_>>()?;
+    let mut reports: Vec<AttachReport> = files
+        .iter()
+        .zip(adapters)
+        .map(|(file, (path, strength))| new_report(file, path, *strength))
+        .collect();
     let mut problems = Vec::new();
     let mut matched = vec![std::collections::BTreeSet::new(); files.len()];
     for layer in network.layers_mut() {
@@ -158,7 +162,9 @@ pub fn attach_fixed(network: &mut dyn Layers, adapters: &[(PathBuf, f64)]) -> Re
         }
     }
     for ((report, file), matched) in reports.iter_mut().zip(&files).zip(&matched) {
-        report.unused.extend(file.layers.keys().filter(|name| !matched.contains(*name)).map(|n| format!("{n}.hra_u")));
+        report
+            .unused
+            .extend(file.layers.keys().filter(|name| !matched.contains(*name)).map(|n| format!("{n}.hra_u")));
         report.mean_change /= report.layers.max(1) as f64;
         if report.layers == 0 && problems.is_empty() {
             problems.push(format!(
@@ -172,6 +178,11 @@ pub fn attach_fixed(network: &mut dyn Layers, adapters: &[(PathBuf, f64)]) -> Re
         }
     }
     Ok(reports)
+}
+
+/// Number of values in a network's linear maps and convolutions.
+pub fn weight_count(network: &mut dyn Layers) -> usize {
+    network.layers_mut().iter().map(|layer| layer.matrix().numel()).sum()
 }
 
 /// Switches all adapters of a network on or off.
@@ -210,12 +221,18 @@ fn check_width(layer: &Layer, hra_u: &tch::Tensor) -> Result<()> {
     if expected == found {
         return Ok(());
     }
-    Err(Error::config(format!("`{}.hra_u`: expected {expected} rows for this model, found {found}", layer.name)))
+    Err(Error::config(format!(
+        "`{}.hra_u`: expected {expected} rows for this model, found {found}",
+        layer.name
+    )))
 }
 
 /// Gives every trained tensor of a network, by its name in an adapter file, to `replace`, and puts in its place what
 /// comes back.
-pub fn map_parameters(network: &mut dyn Layers, replace: &mut dyn FnMut(String, &tch::Tensor) -> tch::Tensor) {
+pub fn map_parameters(
+    network: &mut dyn Layers,
+    replace: &mut dyn FnMut(String, &tch::Tensor) -> tch::Tensor,
+) {
     for layer in network.layers_mut() {
         let name = layer.name.clone();
         let Some(attached) = layer.attached_mut() else { continue };

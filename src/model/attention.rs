@@ -129,7 +129,9 @@ impl SpatialTransformer {
             norm: GroupNorm::new(&scope.at("norm"), config.norm_num_groups, channels, 1e-6),
             proj_in: projection("proj_in"),
             blocks: (0..depth)
-                .map(|i| TransformerBlock::new(&scope.at("transformer_blocks").at(i), channels, heads, config))
+                .map(|i| {
+                    TransformerBlock::new(&scope.at("transformer_blocks").at(i), channels, heads, config)
+                })
                 .collect(),
             proj_out: projection("proj_out"),
             linear_projection: config.use_linear_projection,
@@ -140,7 +142,8 @@ impl SpatialTransformer {
     pub fn forward(&self, x: &Tensor, context: &Tensor) -> Tensor {
         let (b, c, h, w) = (x.size()[0], x.size()[1], x.size()[2], x.size()[3]);
         let to_tokens = |t: &Tensor| t.permute([0, 2, 3, 1]).reshape([b, h * w, c]);
-        let to_pixels = |t: &Tensor| t.reshape([b, h, w, c]).permute([0, 3, 1, 2]);
+        // Contiguous, as diffusers has it: another memory layout would choose other kernels in all that follows.
+        let to_pixels = |t: &Tensor| t.reshape([b, h, w, c]).permute([0, 3, 1, 2]).contiguous();
         let normed = self.norm.forward(x);
         let mut tokens = if self.linear_projection {
             self.proj_in.forward(&to_tokens(&normed))
@@ -153,7 +156,7 @@ impl SpatialTransformer {
         let y = if self.linear_projection {
             to_pixels(&self.proj_out.forward(&tokens))
         } else {
-            self.proj_out.forward(&to_pixels(&tokens).contiguous())
+            self.proj_out.forward(&to_pixels(&tokens))
         };
         y + x
     }

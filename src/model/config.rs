@@ -22,9 +22,10 @@ impl PerLevel {
         match self {
             Self::One(n) => Ok(vec![*n; levels]),
             Self::Each(list) if list.len() == levels => Ok(list.clone()),
-            Self::Each(list) => {
-                Err(format!("{what}: expected one number or {levels} (one for each block), found {}", list.len()))
-            }
+            Self::Each(list) => Err(format!(
+                "{what}: expected one number or {levels} (one for each block), found {}",
+                list.len()
+            )),
         }
     }
 }
@@ -86,7 +87,12 @@ impl Default for UNetConfig {
                 "DownBlock2D",
             ]),
             mid_block_type: Some("UNetMidBlock2DCrossAttn".into()),
-            up_block_types: names(["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]),
+            up_block_types: names([
+                "UpBlock2D",
+                "CrossAttnUpBlock2D",
+                "CrossAttnUpBlock2D",
+                "CrossAttnUpBlock2D",
+            ]),
             only_cross_attention: Value::Bool(false),
             block_out_channels: vec![320, 640, 1280, 1280],
             layers_per_block: PerLevel::One(2),
@@ -159,8 +165,10 @@ impl UNetConfig {
                 }
                 kind == with
             };
-            let down = attends(&self.down_block_types[i], "CrossAttnDownBlock2D", "DownBlock2D", &mut problems);
-            let up = attends(&self.up_block_types[n - 1 - i], "CrossAttnUpBlock2D", "UpBlock2D", &mut problems);
+            let down =
+                attends(&self.down_block_types[i], "CrossAttnDownBlock2D", "DownBlock2D", &mut problems);
+            let up =
+                attends(&self.up_block_types[n - 1 - i], "CrossAttnUpBlock2D", "UpBlock2D", &mut problems);
             let positive = |what: &str, value: i64, most: i64, problems: &mut Vec<String>| {
                 if !(1..=most).contains(&value) {
                     problems.push(format!("{what}: expected 1 to {most}, found {value}"));
@@ -174,7 +182,10 @@ impl UNetConfig {
                 problems.push(format!("{channels} channels do not divide into {} attention heads", heads[i]));
             }
             if self.norm_num_groups < 1 || channels % self.norm_num_groups != 0 {
-                problems.push(format!("{channels} channels do not divide into {} norm groups", self.norm_num_groups));
+                problems.push(format!(
+                    "{channels} channels do not divide into {} norm groups",
+                    self.norm_num_groups
+                ));
             }
             levels.push(Level {
                 channels,
@@ -193,7 +204,9 @@ impl UNetConfig {
         let mut problems = Vec::new();
         let mut expect = |what: &str, found: &Value, allowed: &[Value]| {
             if !allowed.contains(found) {
-                problems.push(format!("{what}: {found} is not supported (not a Stable Diffusion 1.x or 2.x UNet?)"));
+                problems.push(format!(
+                    "{what}: {found} is not supported (not a Stable Diffusion 1.x or 2.x UNet?)"
+                ));
             }
         };
         let none = [Value::Null, Value::Bool(false), Value::from("default"), Value::from("positional")];
@@ -336,7 +349,8 @@ impl VaeConfig {
         for c in &config.block_out_channels {
             let divides = config.norm_num_groups > 0 && c % config.norm_num_groups == 0;
             if !(1..=MAX_WIDTH).contains(c) || !divides {
-                problems.push(format!("{c} channels do not divide into {} norm groups", config.norm_num_groups));
+                problems
+                    .push(format!("{c} channels do not divide into {} norm groups", config.norm_num_groups));
             }
         }
         for (types, plain) in
@@ -360,7 +374,9 @@ impl VaeConfig {
             && config.mid_block_add_attention
             && config.shift_factor.is_none_or(|s| s == 0.0);
         if !usual {
-            problems.push("not the VAE of Stable Diffusion 1.x or 2.x (activation, quant_conv, shift_factor)".into());
+            problems.push(
+                "not the VAE of Stable Diffusion 1.x or 2.x (activation, quant_conv, shift_factor)".into(),
+            );
         }
         if problems.is_empty() { Ok(config) } else { Err(Error::format(path, problems.join("\n"))) }
     }

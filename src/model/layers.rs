@@ -51,7 +51,9 @@ impl Layer {
     pub fn forward(&self, x: &Tensor) -> Tensor {
         match self.attached.as_ref().filter(|a| a.enabled) {
             None => self.frozen(self.bias.as_ref()).forward(x),
-            Some(Attached { adapter, bias: None, .. }) => adapter.forward(&self.frozen(self.bias.as_ref()), x),
+            Some(Attached { adapter, bias: None, .. }) => {
+                adapter.forward(&self.frozen(self.bias.as_ref()), x)
+            }
             Some(Attached { adapter, bias: Some(bias), .. }) => {
                 let bias = bias.to_kind(x.kind());
                 adapter.forward(&self.frozen(Some(&bias)), x)
@@ -143,9 +145,11 @@ impl LayerNorm {
 pub fn timestep_features(timesteps: &Tensor, width: i64, flip_sin_to_cos: bool, shift: f64) -> Tensor {
     let half = width / 2;
     let device = timesteps.device();
-    let exponent = Tensor::arange(half, (Kind::Float, device)) * (-(10_000f64.ln()) / (half as f64 - shift));
+    // In diffusers' order of operations: an angle reaches 1000 radians, where a last bit of the exponent shows.
+    let exponent = Tensor::arange(half, (Kind::Float, device)) * -(10_000f64.ln()) / (half as f64 - shift);
     let angle = timesteps.to_kind(Kind::Float).unsqueeze(1) * exponent.exp().unsqueeze(0); // [b, half]
-    let (first, second) = if flip_sin_to_cos { (angle.cos(), angle.sin()) } else { (angle.sin(), angle.cos()) };
+    let (first, second) =
+        if flip_sin_to_cos { (angle.cos(), angle.sin()) } else { (angle.sin(), angle.cos()) };
     let features = Tensor::cat(&[first, second], 1);
     if width % 2 == 1 { features.constant_pad_nd([0, 1]) } else { features }
 }

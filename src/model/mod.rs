@@ -1,7 +1,7 @@
 //! Stable Diffusion's networks, each loaded from its part of a Hugging Face folder, and the adapters on their layers.
 
-pub mod attention;
 pub mod attach;
+pub mod attention;
 pub mod config;
 pub mod layers;
 pub mod resnet;

@@ -19,7 +19,14 @@ pub struct Resnet {
 
 impl Resnet {
     /// `c_in -> c_out` channels, time embedding of width `time`.
-    pub fn new(scope: &Scope, c_in: i64, c_out: i64, time: i64, output_scale: f64, config: &UNetConfig) -> Self {
+    pub fn new(
+        scope: &Scope,
+        c_in: i64,
+        c_out: i64,
+        time: i64,
+        output_scale: f64,
+        config: &UNetConfig,
+    ) -> Self {
         let (groups, eps) = (config.norm_num_groups, config.norm_eps);
         let scale_shift = config.resnet_time_scale_shift == "scale_shift";
         let time_out = if scale_shift { 2 * c_out } else { c_out };
@@ -29,7 +36,8 @@ impl Resnet {
             time_emb_proj: Layer::linear(&scope.at("time_emb_proj"), time, time_out, true),
             norm2: GroupNorm::new(&scope.at("norm2"), groups, c_out, eps),
             conv2: Layer::conv(&scope.at("conv2"), c_out, c_out, 3, 1, 1),
-            conv_shortcut: (c_in != c_out).then(|| Layer::conv(&scope.at("conv_shortcut"), c_in, c_out, 1, 1, 0)),
+            conv_shortcut: (c_in != c_out)
+                .then(|| Layer::conv(&scope.at("conv_shortcut"), c_in, c_out, 1, 1, 0)),
             scale_shift,
             output_scale,
         }
@@ -72,7 +80,11 @@ impl Downsample {
 
     /// `(b, c, h, w)` to `(b, c, ceil(h/2), ceil(w/2))`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        if self.padding == 0 { self.conv.forward(&x.constant_pad_nd([0, 1, 0, 1])) } else { self.conv.forward(x) }
+        if self.padding == 0 {
+            self.conv.forward(&x.constant_pad_nd([0, 1, 0, 1]))
+        } else {
+            self.conv.forward(x)
+        }
     }
 
     /// Adds this module's layers to `out`.

@@ -121,7 +121,12 @@ impl UNet {
             down_blocks,
             mid_block,
             up_blocks,
-            conv_norm_out: GroupNorm::new(&scope.at("conv_norm_out"), config.norm_num_groups, c0, config.norm_eps),
+            conv_norm_out: GroupNorm::new(
+                &scope.at("conv_norm_out"),
+                config.norm_num_groups,
+                c0,
+                config.norm_eps,
+            ),
             conv_out: Layer::conv(&scope.at("conv_out"), c0, config.out_channels, k_out, 1, pad(k_out)),
             config,
             kind,
@@ -138,7 +143,8 @@ impl UNet {
             x = x * 2.0 - 1.0;
         }
         let width = self.conv_in_channels();
-        let features = timestep_features(timesteps, width, self.config.flip_sin_to_cos, self.config.freq_shift);
+        let features =
+            timestep_features(timesteps, width, self.config.flip_sin_to_cos, self.config.freq_shift);
         let time = self.time_embedding.0.forward(&features.to_kind(self.kind)).silu();
         // Every use of the embedding applies the activation first, so it is applied once here.
         let time = self.time_embedding.1.forward(&time).silu(); // [b, 4 c0]
@@ -211,7 +217,13 @@ impl Layers for UNet {
     }
 }
 
-fn attentions(scope: &Scope, level: &Level, attends: bool, count: i64, config: &UNetConfig) -> Vec<SpatialTransformer> {
+fn attentions(
+    scope: &Scope,
+    level: &Level,
+    attends: bool,
+    count: i64,
+    config: &UNetConfig,
+) -> Vec<SpatialTransformer> {
     let count = if attends { count } else { 0 };
     (0..count)
         .map(|j| {

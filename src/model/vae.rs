@@ -125,8 +125,10 @@ mod tests {
     fn old_attention_names_become_todays_and_others_stay() {
         let old = "decoder.mid_block.attentions.0.proj_attn.weight";
         assert_eq!(current_name(old).as_deref(), Some("decoder.mid_block.attentions.0.to_out.0.weight"));
-        assert_eq!(current_name("encoder.mid_block.attentions.0.key.bias").as_deref(),
-            Some("encoder.mid_block.attentions.0.to_k.bias"));
+        assert_eq!(
+            current_name("encoder.mid_block.attentions.0.key.bias").as_deref(),
+            Some("encoder.mid_block.attentions.0.to_k.bias")
+        );
         assert_eq!(current_name("encoder.conv_in.weight"), None);
     }
 }

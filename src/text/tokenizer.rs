@@ -8,7 +8,9 @@ use crate::files;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tokenizers::models::bpe::BPE;
-use tokenizers::normalizers::{NFC, Replace, Sequence as Normalizers, replace::ReplacePattern, utils::Lowercase};
+use tokenizers::normalizers::{
+    NFC, Replace, Sequence as Normalizers, replace::ReplacePattern, utils::Lowercase,
+};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
@@ -48,7 +50,10 @@ impl Tokenizer {
         inner.add_tokens(&settings.added);
         let id = |token: &str| {
             inner.token_to_id(token).ok_or_else(|| {
-                Error::format(dir, format!("expected the special token `{token}` in the vocabulary, found none"))
+                Error::format(
+                    dir,
+                    format!("expected the special token `{token}` in the vocabulary, found none"),
+                )
             })
         };
         let (start, end, pad) = (id(&settings.start)?, id(&settings.end)?, id(&settings.pad)?);
@@ -101,7 +106,10 @@ impl Settings {
         let config = read_optional(&dir.join("tokenizer_config.json"))?;
         let map = read_optional(&dir.join("special_tokens_map.json"))?;
         let token = |name: &str, default: &str| {
-            [&config[name], &map[name]].into_iter().find_map(token_text).unwrap_or_else(|| default.to_string())
+            [&config[name], &map[name]]
+                .into_iter()
+                .find_map(token_text)
+                .unwrap_or_else(|| default.to_string())
         };
         let end = token("eos_token", "<|endoftext|>");
         let mut added = Vec::new();
@@ -145,13 +153,17 @@ fn added_token(value: &Value) -> Option<AddedToken> {
 fn from_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
     let (vocab, merges) = (dir.join("vocab.json"), dir.join("merges.txt"));
     if !vocab.is_file() || !merges.is_file() {
-        return Err(Error::format(dir, "expected tokenizer.json, or vocab.json and merges.txt, found neither"));
+        return Err(Error::format(
+            dir,
+            "expected tokenizer.json, or vocab.json and merges.txt, found neither",
+        ));
     }
     let text = |path: &PathBuf| path.to_str().map(str::to_string);
     let (Some(vocab_text), Some(merges_text)) = (text(&vocab), text(&merges)) else {
         return Err(Error::format(dir, "expected a path in UTF-8"));
     };
-    let broken = |e: tokenizers::Error| Error::format(dir, format!("vocab.json and merges.txt do not fit: {e}"));
+    let broken =
+        |e: tokenizers::Error| Error::format(dir, format!("vocab.json and merges.txt do not fit: {e}"));
     let bpe = BPE::from_file(&vocab_text, &merges_text)
         .unk_token("<|endoftext|>".into())
         .end_of_word_suffix("</w>".into())
@@ -165,7 +177,8 @@ fn from_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
         NormalizerWrapper::Replace(spaces),
         NormalizerWrapper::Lowercase(Lowercase),
     ])));
-    let words = Split::new(SplitPattern::Regex(WORDS.into()), SplitDelimiterBehavior::Removed, true).map_err(broken)?;
+    let words = Split::new(SplitPattern::Regex(WORDS.into()), SplitDelimiterBehavior::Removed, true)
+        .map_err(broken)?;
     inner.with_pre_tokenizer(Some(PreTokenizers::new(vec![
         PreTokenizerWrapper::Split(words),
         PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, true)),

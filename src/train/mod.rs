@@ -1,2 +1,422 @@
-//! x
+//! Training: one loop. Set-up is in [`Trainer::start`]; [`Trainer::run`] is batch, loss, gradient, step, record, save.
+
+mod batches;
+mod class_images;
 pub mod loss;
+mod preview;
+
+use crate::adapter::peft::AdapterConfig;
+use crate::adapter::target::TargetRule;
+use crate::checkpoint::{self, Loaded, State};
+use crate::config::TrainConfig;
+use crate::data::ImageFolder;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::interrupt;
+use crate::model::attach::{self, Movement};
+use crate::noise::NoiseSchedule;
+use crate::optim::{AdamW, Ema, LearningRate, Parameters, clip};
+use crate::progress::Progress;
+use crate::run::{Metrics, Record, RunFolder, Sums};
+use crate::stable_diffusion::StableDiffusion;
+use batches::Batches;
+use loss::training_loss;
+use preview::HeldOut;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// How far the weights moved is measured at every so many records, and at the end: it looks at every adapted weight.
+const RECORDS_A_MOVEMENT: i64 = 10;
+
+/// Where to go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resume {
+    /// The newest checkpoint.
+    Latest,
+    /// The checkpoint of this step.
+    Step(i64),
+}
+
+impl std::str::FromStr for Resume {
+    type Err = Error;
+
+    /// `latest`, a number of steps, or a checkpoint folder's name or path as diffusers' scripts take it.
+    fn from_str(text: &str) -> Result<Self> {
+        if text == "latest" {
+            return Ok(Self::Latest);
+        }
+        let name = text.trim_end_matches('/').rsplit('/').next().unwrap_or(text);
+        let digits = name.trim_start_matches("step-").trim_start_matches("checkpoint-");
+        digits
+            .parse()
+            .map(Self::Step)
+            .map_err(|_| Error::config(format!("--resume: expected latest or a step, found `{text}`")))
+    }
+}
+
+/// What a finished run can say of itself.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The run folder, with the adapter at its top.
+    pub folder: PathBuf,
+    /// Optimiser steps taken, over all sessions.
+    pub steps: i64,
+    /// Loss of the last record.
+    pub loss: f64,
+    /// How far the weights moved.
+    pub movement: Movement,
+    /// Seconds of training, over all sessions.
+    pub seconds: f64,
+    /// Trained values.
+    pub parameters: usize,
+}
+
+struct Trainer {
+    config: TrainConfig,
+    resolution: u32,
+    folder: RunFolder,
+    model: StableDiffusion,
+    schedule: NoiseSchedule,
+    batches: Batches,
+    held_out: Option<HeldOut>,
+    parameters: Parameters,
+    optimizer: AdamW,
+    ema: Option<Ema>,
+    learning_rate: LearningRate,
+    adapter: AdapterConfig,
+    fingerprint: String,
+    metrics: Metrics,
+    sums: Sums,
+    /// Seconds of earlier sessions, and when this one began to train.
+    earlier: f64,
+    started: Instant,
+}
+
+/// Trains as `config` says, from the start or from a checkpoint of the run in `config.output_dir`.
+pub fn train(config: TrainConfig, resume: Option<&Resume>) -> Result<Outcome> {
+    let (mut trainer, step) = Trainer::start(config, resume)?;
+    trainer.run(step)
+}
+
+impl Trainer {
+    /// Everything is checked before anything is written; the second value is the number of steps already taken.
+    fn start(config: TrainConfig, resume: Option<&Resume>) -> Result<(Self, i64)> {
+        config.validate()?;
+        let checkpoint = match resume {
+            None => RunFolder::check_new(&config.output_dir).map(|()| None)?,
+            Some(resume) => find_checkpoint(&config, resume)?,
+        };
+        let compute = device::resolve(config.device, Some(config.dtype))?;
+        compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
+
+        let instance = ImageFolder::scan(&config.instance_data_dir)?;
+        let held_out = config.held_out_data_dir.as_deref().map(ImageFolder::scan).transpose()?;
+        let mut model =
+            StableDiffusion::load(&config.pretrained_model_name_or_path, compute.kind, compute.device)?;
+        model.notes.iter().for_each(|note| eprintln!("note: {note}"));
+        device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
+        let resolution = resolution(&config, &model)?;
+        let config = TrainConfig { resolution: Some(resolution), ..config };
+        let mut report = format!("subject pictures: {}\n", instance.report(resolution));
+        if let Some(folder) = &held_out {
+            report += &format!("held-out pictures: {}\n", folder.report(resolution));
+        }
+        eprint!("{report}");
+
+        let targets = TargetRule::from_words(&config.target_modules)?;
+        let schedule = NoiseSchedule::new(&model.scheduler, compute.device)?;
+        let fingerprint = model.fingerprint()?;
+
+        let folder = match resume {
+            None => RunFolder::create(&config.output_dir, &config.to_toml()?)?,
+            Some(_) => RunFolder::open(&config.output_dir)?,
+        };
+        folder.write_config(&config.to_toml()?)?;
+        let class = if config.with_prior_preservation {
+            eprintln!("{}", class_images::ensure(&model, &config, resolution)?);
+            let folder = ImageFolder::scan(&class_images::folder(&config))?;
+            report += &format!("class pictures: {}\n", folder.report(resolution));
+            Some(folder)
+        } else {
+            None
+        };
+        files::write_atomic(&folder.path().join("dataset.txt"), report.as_bytes())?;
+
+        let batches = Batches::new(&model, &config, resolution, instance, class)?;
+        let held_out = held_out.map(|f| HeldOut::new(&model, &config, resolution, &f)).transpose()?;
+        attach::attach_new(&mut model.unet, &targets, config.hra(), config.bias, config.seed)?;
+        let mut parameters = attach::pack_parameters(&mut model.unet);
+        let mut optimizer = AdamW::new(config.adamw(), &parameters);
+        let mut ema = config.use_ema.then(|| Ema::new(config.ema_decay, &parameters));
+        let (mut step, mut earlier, mut sums) = (0, 0.0, Sums::default());
+        if let Some(loaded) = checkpoint {
+            if loaded.state.base_fingerprint != fingerprint {
+                return Err(Error::Run(format!(
+                    "{}: the base model's weights are not those that this run began with",
+                    config.pretrained_model_name_or_path.display()
+                )));
+            }
+            loaded.restore(&mut parameters, &mut optimizer, ema.as_mut())?;
+            (step, earlier, sums) = (loaded.state.step, loaded.state.seconds, loaded.state.sums);
+            eprintln!("resuming after step {step}");
+        }
+        let adapter = AdapterConfig {
+            rank: config.rank,
+            gram_schmidt: config.gram_schmidt,
+            bias: config.bias,
+            targets,
+            base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
+        };
+        let metrics = Metrics::open(folder.path(), step)?;
+        let learning_rate = config.learning_rate();
+        let trainer = Self {
+            config,
+            resolution,
+            folder,
+            model,
+            schedule,
+            batches,
+            held_out,
+            parameters,
+            optimizer,
+            ema,
+            learning_rate,
+            adapter,
+            fingerprint,
+            metrics,
+            sums,
+            earlier,
+            started: Instant::now(),
+        };
+        Ok((trainer, step))
+    }
+
+    fn run(&mut self, first: i64) -> Result<Outcome> {
+        let total = self.config.max_train_steps;
+        let layers = self.parameters.views().iter().filter(|(name, _)| name.ends_with(".hra_u")).count();
+        eprintln!(
+            "training {} values on {layers} layers, steps {} to {total}, {:?}, {:?}",
+            self.parameters.count(),
+            first + 1,
+            self.model.unet.device(),
+            self.model.unet.kind()
+        );
+        let mut progress = Progress::new("training", first as u64, total.max(first) as u64);
+        let mut last = Record::default();
+        for step in first + 1..=total {
+            if interrupt::requested() {
+                return Err(self.stop(step - 1));
+            }
+            let gradient_norm = self.step(step)?;
+            let due = |every: i64| step % every == 0 || step == total;
+            let log = due(self.config.log_every);
+            let look = due(self.config.validation_steps);
+            let message = format!(
+                "loss {:.4} lr {:.2e} {:.2} step/s",
+                self.sums.loss / self.sums.count,
+                self.learning_rate.at(step - 1),
+                (step - first) as f64 / self.started.elapsed().as_secs_f64()
+            );
+            if log {
+                last = self.record(step, gradient_norm, look)?;
+            }
+            if look && !self.config.validation_prompt.is_empty() {
+                let folder = self.with_average(|t| {
+                    preview::draw(&t.model, &t.config, t.resolution, t.folder.path(), step)
+                })?;
+                progress.say(&format!("previews of step {step}: {}", folder.display()));
+            }
+            if due(self.config.checkpointing_steps) {
+                self.save(step)?;
+            }
+            progress.set(step as u64, &message);
+        }
+        progress.finish();
+        let movement = attach::movement(&mut self.model.unet);
+        let state = self.state(total.max(first));
+        self.with_average(|t| {
+            checkpoint::write_adapter(t.folder.path(), &t.adapter, t.parameters.views(), &state)
+        })?;
+        Ok(Outcome {
+            folder: self.folder.path().to_path_buf(),
+            steps: state.step,
+            loss: last.loss,
+            movement,
+            seconds: state.seconds,
+            parameters: self.parameters.count(),
+        })
+    }
+
+    /// One optimiser step; the gradient's norm before clipping.
+    fn step(&mut self, step: i64) -> Result<f64> {
+        let config = &self.config;
+        let accumulation = config.gradient_accumulation_steps as u64;
+        self.parameters.zero_gradient();
+        for micro in 0..accumulation {
+            let batch = self.batches.batch(&self.model, (step - 1) as u64 * accumulation + micro)?;
+            let loss = training_loss(
+                &self.model.unet,
+                &self.schedule,
+                &batch,
+                config.prior_loss_weight,
+                config.snr_gamma,
+            );
+            let mut total = loss.total;
+            if config.hra_lambda > 0.0
+                && let Some(regulariser) = attach::regulariser(&mut self.model.unet)
+            {
+                total = total + &regulariser * config.hra_lambda;
+                self.sums.regulariser += regulariser.double_value(&[]) / accumulation as f64;
+            }
+            let value = total.double_value(&[]); // waits for the device
+            if !value.is_finite() {
+                return Err(self.not_finite(step, "the loss"));
+            }
+            (total / accumulation as f64).backward();
+            let share = 1.0 / accumulation as f64;
+            self.sums.loss += value * share;
+            self.sums.instance += loss.instance.double_value(&[]) * share;
+            self.sums.prior += loss.prior.map_or(0.0, |p| p.double_value(&[])) * share;
+        }
+        self.sums.count += 1.0;
+        let (gradient, norm) = clip(&self.parameters.gradient(), config.max_grad_norm);
+        let norm = norm.double_value(&[]);
+        if !norm.is_finite() {
+            return Err(self.not_finite(step, "the gradient"));
+        }
+        self.optimizer.step(&mut self.parameters, &gradient, self.learning_rate.at(step - 1));
+        if let Some(ema) = &mut self.ema {
+            ema.update(&self.parameters, step);
+        }
+        Ok(norm)
+    }
+
+    fn record(&mut self, step: i64, gradient_norm: f64, look: bool) -> Result<Record> {
+        let config = &self.config;
+        let last = step == config.max_train_steps;
+        let mean = |sum: f64| sum / self.sums.count;
+        let mut record = Record {
+            step,
+            loss: mean(self.sums.loss),
+            loss_instance: mean(self.sums.instance),
+            loss_prior: config.with_prior_preservation.then(|| mean(self.sums.prior)),
+            regulariser: (config.hra_lambda > 0.0).then(|| mean(self.sums.regulariser)),
+            learning_rate: self.learning_rate.at(step - 1),
+            gradient_norm,
+            seconds: self.seconds(),
+            ..Record::default()
+        };
+        if last || look || step % (config.log_every * RECORDS_A_MOVEMENT) == 0 {
+            let movement = attach::movement(&mut self.model.unet);
+            record.weight_change = Some(movement.mean);
+            record.weight_change_max = Some(movement.largest);
+            record.orthogonality_error = Some(movement.orthogonality_error);
+        }
+        if look && self.held_out.is_some() {
+            let loss =
+                self.with_average(|t| Ok(t.held_out.as_ref().map(|h| h.loss(&t.model, &t.schedule))))?;
+            record.held_out_loss = loss;
+        }
+        self.metrics.write(&record)?;
+        self.sums = Sums::default();
+        Ok(record)
+    }
+
+    /// Runs `look` with the averaged adapter in place, where there is one.
+    fn with_average<T>(&mut self, look: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
+        let Some(average) = self.ema.as_ref().map(|ema| ema.average.shallow_clone()) else {
+            return look(self);
+        };
+        let own = self.parameters.flat().copy();
+        self.parameters.set(&average);
+        let result = look(self);
+        self.parameters.set(&own);
+        result
+    }
+
+    fn seconds(&self) -> f64 {
+        self.earlier + self.started.elapsed().as_secs_f64()
+    }
+
+    fn state(&self, step: i64) -> State {
+        State::new(step, self.seconds(), &self.fingerprint, &self.parameters, self.sums.clone())
+    }
+
+    fn save(&self, step: i64) -> Result<PathBuf> {
+        checkpoint::save(
+            self.folder.path(),
+            &self.state(step),
+            &self.adapter,
+            &self.parameters,
+            &self.optimizer,
+            self.ema.as_ref(),
+            self.config.checkpoints_total_limit,
+        )
+    }
+
+    /// Saves after a request to stop; what to tell the user.
+    fn stop(&self, step: i64) -> Error {
+        let folder = self.folder.path().display();
+        match self.save(step) {
+            Ok(path) => Error::Interrupted(format!(
+                "stopped after step {step}, saved {}\nhint: go on with `hra train --resume latest --output_dir {folder}`",
+                path.display()
+            )),
+            Err(e) => e,
+        }
+    }
+
+    fn not_finite(&self, step: i64, what: &str) -> Error {
+        let steps = checkpoint::list(self.folder.path()).unwrap_or_default();
+        let good = steps.last().map_or_else(
+            || "there is no checkpoint".to_string(),
+            |s| {
+                format!(
+                    "the last good checkpoint is {}",
+                    checkpoint::folder(self.folder.path(), *s).display()
+                )
+            },
+        );
+        Error::NotFinite(format!(
+            "step {step}: {what} is not a finite number; {good}\nhint: try a lower --learning_rate, or --dtype f32"
+        ))
+    }
+}
+
+/// The run's own resolution, or the model's; it must fit the VAE.
+fn resolution(config: &TrainConfig, model: &StableDiffusion) -> Result<u32> {
+    let factor = model.vae.factor();
+    let native = model.unet.sample_size().map_or(512, |s| s * factor);
+    let resolution = config.resolution.map_or(native, i64::from);
+    if resolution < factor || resolution % factor != 0 {
+        return Err(Error::config(format!(
+            "resolution: expected a multiple of {factor} (pixels for one latent of this model), found {resolution}"
+        )));
+    }
+    u32::try_from(resolution).map_err(|_| Error::config(format!("resolution: {resolution} is out of range")))
+}
+
+/// The checkpoint to go on from; none if the run was stopped before its first one, and then it starts again.
+fn find_checkpoint(config: &TrainConfig, resume: &Resume) -> Result<Option<Loaded>> {
+    let run = &config.output_dir;
+    RunFolder::check_run(run)?;
+    let steps = checkpoint::list(run)?;
+    let step = match resume {
+        Resume::Latest => match steps.last() {
+            Some(step) => *step,
+            None => {
+                eprintln!("note: {} has no checkpoint yet, the run starts at step 1", run.display());
+                return Ok(None);
+            }
+        },
+        Resume::Step(step) if steps.contains(step) => *step,
+        Resume::Step(step) => {
+            return Err(Error::Run(format!(
+                "{}: expected a checkpoint of step {step}, found {steps:?}",
+                run.display()
+            )));
+        }
+    };
+    Loaded::read(&checkpoint::folder(run, step)).map(Some)
+}

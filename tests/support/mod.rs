@@ -1,6 +1,8 @@
 //! What the parity tests share: where reference cases are, and how two tensors are compared.
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod program;
+
 use hra::tensor_file::TensorFile;
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
@@ -59,7 +61,11 @@ impl Case {
     /// Fails if `found` differs from the tensor `name` by more than `tolerance`, relative.
     pub fn check(&self, name: &str, found: &Tensor, tolerance: f64) {
         let error = relative_error(found, &self.get(name));
-        assert!(error <= tolerance, "{} {name}: relative error {error:.2e}, allowed {tolerance:.0e}", self.name);
+        assert!(
+            error <= tolerance,
+            "{} {name}: relative error {error:.2e}, allowed {tolerance:.0e}",
+            self.name
+        );
     }
 }
 

@@ -1,0 +1,47 @@
+# One command for each thing to do with this checkout. `make` lists them.
+
+PYTHON ?= python3
+CARGO ?= cargo
+export HRA_CUDA TORCH_WHEEL WHEELS
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test test-python test-cuda lint bench
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "variables: PYTHON=python3.12     the Python that runs the set-up"
+	@echo "           HRA_CUDA=yes|no       whether NVIDIA's libraries are installed (default: where there is a driver)"
+	@echo "           WHEELS=DIR            take wheels from this folder before pip downloads them"
+	@echo "           TORCH_WHEEL=FILE      take libtorch from this wheel"
+
+setup: ## install libtorch into .libtorch/ (unless LIBTORCH is set)
+	@$(PYTHON) tools/setup.py
+
+build: setup ## build target/release/hra
+	$(CARGO) build --release --locked
+
+demo: build ## train on the embedded model and compare samples, in runs/demo/
+	@if [ -e runs/demo ] && [ ! -f runs/demo/config.toml ]; then \
+	  echo "runs/demo is there but is no run (no config.toml in it): move it away first" >&2; exit 1; fi
+	rm -rf runs/demo
+	target/release/hra train configs/demo.toml --output_dir runs/demo
+	target/release/hra sample --model assets/tiny-sd --adapter runs/demo --with-base --prompt-file assets/demo-prompts.txt --num-images 2 --steps 30 --guidance 4 --seed 7 --output runs/demo/compare
+
+test: setup ## run the Rust tests
+	$(CARGO) test --locked
+
+test-python: setup ## compare with the Python peers (installs them into .venv/)
+	@$(PYTHON) tools/setup.py venv
+	.venv/bin/python -m pytest tests/python
+
+test-cuda: setup ## run the tests that need an NVIDIA GPU; skipped where there is none
+	@if $(PYTHON) tools/setup.py has-driver; then $(CARGO) test --locked --test cuda -- --ignored; \
+	  else echo "test-cuda: skipped, no NVIDIA driver on this machine"; fi
+
+lint: setup ## check format and lints, warnings are errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+bench: setup ## run the benchmarks
+	$(CARGO) bench --locked

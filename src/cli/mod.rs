@@ -1,0 +1,81 @@
+//! The command line: what the user typed, turned into calls of the library.
+
+mod sample;
+mod train;
+mod words;
+
+use crate::error::{Error, Result};
+use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::ffi::OsString;
+
+/// Fine-tune Stable Diffusion on a few pictures with Householder Reflection Adaptation (HRA), and draw with the result.
+#[derive(Debug, Parser)]
+#[command(name = "hra", version, max_term_width = 110, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Train an adapter on pictures of a subject
+    Train(Box<train::TrainArgs>),
+    /// Draw pictures from prompts
+    Sample(Box<sample::SampleArgs>),
+    /// Say what this machine has and whether it computes correctly
+    Doctor(DoctorArgs),
+}
+
+#[derive(Debug, Args)]
+struct DoctorArgs {
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a command line asks for besides running: text to print and the exit code.
+pub enum Early {
+    /// `--help`, `--version`, or a command line that clap refuses.
+    Clap(clap::Error),
+    /// An error of the library.
+    Error(Error),
+}
+
+impl From<Error> for Early {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// The whole command line as clap knows it, for tests of its texts.
+pub fn command() -> Command {
+    Cli::command()
+}
+
+/// Parses and runs a command line; `args` begins with the program's name.
+///
+/// Errors: what clap has to say, or the library's error.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), Early> {
+    let args = words::normalise(args.into_iter().collect())?;
+    let matches = Cli::command().try_get_matches_from(args).map_err(Early::Clap)?;
+    let cli = Cli::from_arg_matches(&matches).map_err(Early::Clap)?;
+    let typed = matches.subcommand().map(|(_, m)| m.clone()).unwrap_or_default();
+    Ok(match cli.command {
+        Verb::Train(args) => train::run(&args, &typed),
+        Verb::Sample(args) => sample::run(&args),
+        Verb::Doctor(args) => crate::doctor::run(args.json),
+    }?)
+}
+
+/// Splits `DIR=STRENGTH`; a strength of 1 where there is none.
+fn adapter_with_strength(text: &str) -> (std::path::PathBuf, f64) {
+    match text.rsplit_once('=').and_then(|(dir, s)| s.parse::<f64>().ok().map(|s| (dir, s))) {
+        Some((dir, strength)) if strength.is_finite() => (dir.into(), strength),
+        _ => (text.into(), 1.0),
+    }
+}
+
+/// Listens for Ctrl-C; every command that takes long begins with it.
+fn listen() -> Result<()> {
+    crate::interrupt::install()
+}

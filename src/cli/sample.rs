@@ -1,0 +1,372 @@
+//! `hra sample`.
+
+use crate::device::{self, DeviceChoice, Precision};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::image::grid::{Grid, GridRow};
+use crate::image::png;
+use crate::model::attach;
+use crate::progress::Progress;
+use crate::sample::{self, Noise, Picture, Settings};
+use crate::sampler::{SamplerKind, Spacing};
+use crate::stable_diffusion::StableDiffusion;
+use crate::tensor_file::{self, TensorFile};
+use clap::Args;
+use std::path::{Path, PathBuf};
+use tch::{Device, Kind, Tensor};
+
+/// Flags of `hra sample`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Draw pictures from prompts",
+    after_help = "Picture i of a prompt is drawn from seed --seed + i, as diffusers draws it from a CPU generator with that \
+                  seed.\n\nExamples:\n  hra sample --model assets/tiny-sd --prompt \"a fluent 3d emoji of a cat face\" \
+                  --output out\n  hra sample --model DIR --adapter runs/dog=0.8 --prompt-file prompts.txt --with-base \
+                  --output out"
+)]
+pub struct SampleArgs {
+    /// Stable Diffusion folder
+    #[arg(long, alias = "pretrained-model-name-or-path", value_name = "DIR")]
+    model: PathBuf,
+    /// Adapter folder, with a strength: 1 is as trained, 0 the base model. Several multiply
+    #[arg(long, value_name = "DIR[=STRENGTH]")]
+    adapter: Vec<String>,
+    /// What to draw; may be given several times
+    #[arg(long)]
+    prompt: Vec<String>,
+    /// File with a prompt on each line; empty lines and lines that begin with # are passed over
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// What not to draw
+    #[arg(long, default_value = "", hide_default_value = true)]
+    negative_prompt: String,
+    /// Folder for the pictures: PROMPT-PICTURE.png, counted from 0000-0000, and grid.png
+    #[arg(long, alias = "output-dir", value_name = "DIR")]
+    output: PathBuf,
+    /// Draw each picture with the base model too, from the same noise: in base/, and beside the others in grid.png
+    #[arg(long)]
+    with_base: bool,
+
+    /// Pictures for each prompt [default: 1, or as many as --latents holds]
+    #[arg(long, alias = "num-images-per-prompt", value_name = "N", help_heading = "Pictures")]
+    num_images: Option<usize>,
+    /// Seed of the first picture of each prompt
+    #[arg(long, default_value_t = 0, help_heading = "Pictures")]
+    seed: u64,
+    /// Width in pixels [default: what the model was trained at]
+    #[arg(long, value_name = "PIXELS", help_heading = "Pictures")]
+    width: Option<i64>,
+    /// Height in pixels [default: what the model was trained at]
+    #[arg(long, value_name = "PIXELS", help_heading = "Pictures")]
+    height: Option<i64>,
+
+    /// Scheduler [default: the model's]
+    #[arg(long, value_enum, help_heading = "Sampling")]
+    scheduler: Option<SamplerKind>,
+    /// How timesteps are spread [default: the sampler's own way]
+    #[arg(long, value_enum, help_heading = "Sampling")]
+    timestep_spacing: Option<Spacing>,
+    /// Karras' noise levels: true or false [default: true for heun, unipc and dpm++2m-karras]
+    #[arg(long, value_name = "BOOL", help_heading = "Sampling")]
+    karras_sigmas: Option<bool>,
+    /// Number of steps
+    #[arg(long, alias = "num-inference-steps", default_value_t = 30, help_heading = "Sampling")]
+    steps: usize,
+    /// Classifier-free guidance; 1 is none
+    #[arg(long, alias = "guidance-scale", default_value_t = 7.5, help_heading = "Sampling")]
+    guidance: f64,
+    /// Pictures drawn at once; the pictures do not depend on it
+    #[arg(long, default_value_t = 4, help_heading = "Sampling")]
+    batch_size: usize,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value_t = DeviceChoice::Auto, help_heading = "Sampling")]
+    device: DeviceChoice,
+    /// Number format of the model
+    #[arg(long, alias = "mixed-precision", value_enum, default_value_t = Precision::F32, help_heading = "Sampling")]
+    dtype: Precision,
+    /// CPU threads [default: libtorch's choice]
+    #[arg(long, help_heading = "Sampling")]
+    threads: Option<i32>,
+
+    /// Unit noise to start from: tensor `latents` (b, c, h, w) of a safetensors file, the same for each prompt
+    #[arg(long, value_name = "FILE", help_heading = "Exchange with other software")]
+    latents: Option<PathBuf>,
+    /// Noise of each step for ancestral samplers: tensor `noise` (steps, b, c, h, w)
+    #[arg(long, value_name = "FILE", requires = "latents", help_heading = "Exchange with other software")]
+    step_noise: Option<PathBuf>,
+    /// Write the final latents of all pictures, prompt by prompt, as tensor `latents`
+    #[arg(long, value_name = "FILE", help_heading = "Exchange with other software")]
+    save_latents: Option<PathBuf>,
+}
+
+/// Where the noise comes from.
+enum Source {
+    Seeds(Vec<u64>),
+    Given(Noise),
+}
+
+/// Runs `hra sample`.
+pub fn run(args: &SampleArgs) -> Result<()> {
+    let prompts = prompts(args)?;
+    let given =
+        args.latents.as_deref().map(|path| read_noise(path, args.step_noise.as_deref())).transpose()?;
+    if args.batch_size == 0 || args.num_images == Some(0) {
+        return Err(Error::config("--batch-size and --num-images: expected 1 or more"));
+    }
+    if args.with_base && args.adapter.is_empty() {
+        return Err(Error::config("--with-base compares an adapter with the base model: give an --adapter"));
+    }
+    let compute = device::resolve(args.device, Some(args.dtype))?;
+    compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    super::listen()?;
+
+    let mut model = StableDiffusion::load(&args.model, compute.kind, compute.device)?;
+    model.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
+    let adapters: Vec<(PathBuf, f64)> =
+        args.adapter.iter().map(|a| super::adapter_with_strength(a)).collect();
+    if !adapters.is_empty() {
+        for report in attach::attach_fixed(&mut model.unet, &adapters)? {
+            eprintln!("{report}");
+        }
+    }
+    let settings = settings(args, &model, given.as_ref())?;
+    settings.validate(&model)?;
+    let source = source(args, &model, &settings, given)?;
+    let all: Vec<&str> = prompts
+        .iter()
+        .map(String::as_str)
+        .chain([args.negative_prompt.as_str()])
+        .filter(|p| !p.is_empty())
+        .collect();
+    if !all.is_empty() {
+        model.encode_prompts(&all)?.1.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    }
+
+    let count = source.count();
+    let output = Output::prepare(&args.output, args.with_base, prompts.len(), count)?;
+    let passes = if args.with_base { 2 } else { 1 };
+    let calls = sample::model_calls(&model, &settings, count, args.batch_size)? * prompts.len() * passes;
+    let mut progress = Progress::new("sampling", 0, calls as u64);
+    let mut done = 0;
+    let mut rows = Vec::new();
+    let mut latents = Vec::new();
+    for (p, prompt) in prompts.iter().enumerate() {
+        let settings = Settings { prompt: prompt.clone(), ..settings.clone() };
+        let noise = source.noise(&settings, &model)?;
+        let mut images = Vec::new();
+        for base in if args.with_base { &[true, false][..] } else { &[false] } {
+            attach::set_enabled(&mut model.unet, !base);
+            let mut tick = || {
+                done += 1;
+                progress.set(done, prompt);
+            };
+            let mut pictures = sample::sample(&model, &settings, &noise, args.batch_size, &mut tick)?;
+            source.name(&mut pictures);
+            let names = if *base { String::new() } else { args.adapter.join(", ") };
+            output.save(p, &pictures, *base, &settings, &args.model, &names)?;
+            if !base {
+                latents.extend(pictures.iter().map(|p| p.latents.shallow_clone()));
+            }
+            images.extend(pictures.into_iter().map(|p| p.image));
+        }
+        rows.push(GridRow { label: prompt.clone(), images });
+    }
+    progress.finish();
+    let columns = (0..passes).flat_map(|pass| {
+        let what = if passes == 1 { "" } else { ["base, ", "tuned, "][pass] };
+        source.labels().into_iter().map(move |label| format!("{what}{label}"))
+    });
+    let grid = Grid { columns: columns.collect(), rows };
+    png::save_png(&args.output.join("grid.png"), &grid.render(), &[])?;
+    if let Some(path) = &args.save_latents {
+        tensor_file::write(path, &[("latents".to_string(), Tensor::cat(&latents, 0))], &[])?;
+    }
+    println!("{} pictures in {}", prompts.len() * count * passes, args.output.display());
+    Ok(())
+}
+
+fn prompts(args: &SampleArgs) -> Result<Vec<String>> {
+    let mut prompts = args.prompt.clone();
+    if let Some(path) = &args.prompt_file {
+        let text = files::read_to_string(path)?;
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        prompts.extend(lines.map(str::to_string));
+    }
+    if prompts.is_empty() {
+        return Err(Error::config(
+            "expected a prompt, found none\nhint: give --prompt TEXT or --prompt-file FILE",
+        ));
+    }
+    Ok(prompts)
+}
+
+fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
+    let read = |path: &Path, name: &str, dims: usize| {
+        let file = TensorFile::open(path)?;
+        let tensor = file.read_as(name, Kind::Float, Device::Cpu)?;
+        if tensor.dim() != dims || tensor.numel() == 0 {
+            let found = tensor.size();
+            return Err(Error::format(
+                path,
+                format!("`{name}`: expected {dims} dimensions, found shape {found:?}"),
+            ));
+        }
+        Ok(tensor)
+    };
+    let latents = read(path, "latents", 4)?;
+    let Some(steps) = steps else {
+        return Ok(Noise { latents, steps: Tensor::empty([0], (Kind::Float, Device::Cpu)) });
+    };
+    let noise = read(steps, "noise", 5)?;
+    if noise.size()[1..] != latents.size()[..] {
+        let (expected, found) = (latents.size(), noise.size());
+        return Err(Error::format(
+            steps,
+            format!("`noise`: expected (steps, ..) over {expected:?}, found {found:?}"),
+        ));
+    }
+    Ok(Noise { latents, steps: noise })
+}
+
+fn settings(args: &SampleArgs, model: &StableDiffusion, given: Option<&Noise>) -> Result<Settings> {
+    let factor = model.vae.factor();
+    let native = model.unet.sample_size().map_or(512, |s| s * factor);
+    let size = |flag: Option<i64>, dim: usize| {
+        flag.unwrap_or_else(|| given.map_or(native, |noise| noise.latents.size()[dim] * factor))
+    };
+    let (sampler, note) = match args.scheduler {
+        Some(kind) => (kind, None),
+        None => SamplerKind::from_config(&model.scheduler)?,
+    };
+    note.iter().for_each(|note| eprintln!("note: {note}"));
+    Ok(Settings {
+        prompt: String::new(),
+        negative_prompt: args.negative_prompt.clone(),
+        sampler,
+        spacing: args.timestep_spacing,
+        karras: args.karras_sigmas,
+        steps: args.steps,
+        guidance: args.guidance,
+        width: size(args.width, 3),
+        height: size(args.height, 2),
+    })
+}
+
+fn source(
+    args: &SampleArgs,
+    model: &StableDiffusion,
+    settings: &Settings,
+    given: Option<Noise>,
+) -> Result<Source> {
+    let Some(mut noise) = given else {
+        let count = args.num_images.unwrap_or(1) as u64;
+        return Ok(Source::Seeds((0..count).map(|i| args.seed.wrapping_add(i)).collect()));
+    };
+    let (expected, found) = (settings.latent_shape(model), noise.latents.size());
+    if found[1..] != expected[1..] {
+        return Err(Error::config(format!(
+            "--latents: expected (b, {}, {}, {}) for this model at {}x{} pixels, found {found:?}",
+            expected[1], expected[2], expected[3], settings.width, settings.height
+        )));
+    }
+    if args.num_images.is_some_and(|n| n as i64 != found[0]) {
+        return Err(Error::config(format!(
+            "--num-images: --latents holds {} pictures; leave it out",
+            found[0]
+        )));
+    }
+    let needed = settings.plan(model)?.noise_steps();
+    if needed > 0 && noise.steps.dim() != 5 {
+        // Without the noise of each step, picture i takes it from seed + i as it would without --latents.
+        let seeds: Vec<u64> = (0..found[0] as u64).map(|i| args.seed.wrapping_add(i)).collect();
+        noise.steps = Noise::draw(&seeds, settings, model)?.steps;
+    } else if needed > 0 && noise.steps.size()[0] < needed as i64 {
+        let found = noise.steps.size()[0];
+        return Err(Error::config(format!("--step-noise: expected noise for {needed} steps, found {found}")));
+    }
+    Ok(Source::Given(noise))
+}
+
+impl Source {
+    fn count(&self) -> usize {
+        match self {
+            Self::Seeds(seeds) => seeds.len(),
+            Self::Given(noise) => noise.latents.size()[0] as usize,
+        }
+    }
+
+    fn noise(&self, settings: &Settings, model: &StableDiffusion) -> Result<Noise> {
+        match self {
+            Self::Seeds(seeds) => Noise::draw(seeds, settings, model),
+            Self::Given(noise) => {
+                Ok(Noise { latents: noise.latents.shallow_clone(), steps: noise.steps.shallow_clone() })
+            }
+        }
+    }
+
+    fn name(&self, pictures: &mut [Picture]) {
+        if let Self::Seeds(seeds) = self {
+            pictures.iter_mut().zip(seeds).for_each(|(picture, seed)| picture.seed = Some(*seed));
+        }
+    }
+
+    fn labels(&self) -> Vec<String> {
+        match self {
+            Self::Seeds(seeds) => seeds.iter().map(|seed| format!("seed {seed}")).collect(),
+            Self::Given(_) => (0..self.count()).map(|i| format!("latents {i}")).collect(),
+        }
+    }
+}
+
+/// The folder that pictures go into.
+struct Output<'a> {
+    dir: &'a Path,
+}
+
+impl<'a> Output<'a> {
+    /// Makes the folder. Pictures that hra drew there before are replaced; any other file of that name is not touched.
+    fn prepare(dir: &'a Path, with_base: bool, prompts: usize, count: usize) -> Result<Self> {
+        let output = Self { dir };
+        for base in if with_base { &[false, true][..] } else { &[false] } {
+            files::create_dir_all(&output.folder(*base))?;
+            for (prompt, picture) in (0..prompts).flat_map(|p| (0..count).map(move |i| (p, i))) {
+                let path = output.file(prompt, picture, *base);
+                let ours =
+                    || png::read_png_text(&path).is_ok_and(|text| text.iter().any(|(k, _)| k == "software"));
+                if path.exists() && !ours() {
+                    return Err(Error::Run(format!(
+                        "{}: a file that hra did not draw is in the way\nhint: give another --output",
+                        path.display()
+                    )));
+                }
+            }
+        }
+        Ok(output)
+    }
+
+    fn folder(&self, base: bool) -> PathBuf {
+        if base { self.dir.join("base") } else { self.dir.to_path_buf() }
+    }
+
+    fn file(&self, prompt: usize, picture: usize, base: bool) -> PathBuf {
+        self.folder(base).join(format!("{prompt:04}-{picture:04}.png"))
+    }
+
+    fn save(
+        &self,
+        prompt: usize,
+        pictures: &[Picture],
+        base: bool,
+        settings: &Settings,
+        model: &Path,
+        adapters: &str,
+    ) -> Result<()> {
+        let model = model.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        for (i, picture) in pictures.iter().enumerate() {
+            let text = settings.to_text(picture.seed, &model, adapters);
+            png::save_png(&self.file(prompt, i, base), &picture.image, &text)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,95 @@
+//! `hra train`.
+
+use crate::checkpoint;
+use crate::config::TrainConfig;
+use crate::device::peak_process_memory;
+use crate::error::Result;
+use crate::run::{CONFIG_FILE, RunFolder};
+use crate::train::{self, Outcome, Resume};
+use clap::{ArgMatches, Args};
+use std::path::PathBuf;
+
+/// Flags of `hra train`. The settings themselves are [`TrainConfig`]'s.
+#[derive(Debug, Args)]
+#[command(
+    about = "Train an adapter on pictures of a subject",
+    after_help = "Every long flag is a key of the config file, with underscores; flags win over the file. The words of \
+                  diffusers' DreamBooth scripts are accepted, with hyphens or underscores.\n\n\
+                  Examples:\n  hra train configs/demo.toml\n  hra train --model DIR --instance_data_dir photos \
+                  --instance_prompt \"a photo of sks dog\" --output_dir runs/dog\n  hra train --resume latest --output_dir \
+                  runs/dog --max_train_steps 2000"
+)]
+pub struct TrainArgs {
+    /// Config file (TOML)
+    config: Option<PathBuf>,
+    /// Go on with the run in --output_dir: latest, or the step of a checkpoint
+    #[arg(
+        long,
+        alias = "resume-from-checkpoint",
+        value_name = "WHICH",
+        help_heading = "Previews and checkpoints"
+    )]
+    resume: Option<String>,
+    /// Print every effective setting as a config file, and do nothing
+    #[arg(long, help_heading = "Model and output")]
+    print_config: bool,
+    #[command(flatten)]
+    settings: TrainConfig,
+}
+
+/// Runs `hra train`; `typed` says which flags were given.
+pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
+    let file = args.config.as_deref();
+    let resume: Option<Resume> = args.resume.as_deref().map(str::parse).transpose()?;
+    let given = TrainConfig::from_matches(typed, file.as_slice())?;
+    let config = match &resume {
+        None => given.with_absolute_paths()?,
+        Some(_) => {
+            RunFolder::check_run(&given.output_dir)?;
+            let saved = given.output_dir.join(CONFIG_FILE);
+            let before = TrainConfig::read(&saved)?;
+            let files: Vec<_> = std::iter::once(saved.as_path()).chain(file).collect();
+            let mut config = TrainConfig::from_matches(typed, &files)?;
+            // The folder that was named holds the run, even if it was moved since.
+            config.output_dir = given.output_dir;
+            let config = config.with_absolute_paths()?;
+            config.check_resume(&before)?;
+            config
+        }
+    };
+    if args.print_config {
+        print!("{}", config.to_toml()?);
+        return Ok(());
+    }
+    super::listen()?;
+    let outcome = train::train(config.clone(), resume.as_ref())?;
+    report(&outcome, &config);
+    Ok(())
+}
+
+fn report(outcome: &Outcome, config: &TrainConfig) {
+    let folder = outcome.folder.display();
+    println!("adapter: {folder} ({} values, loadable by PEFT)", outcome.parameters);
+    println!(
+        "{} steps in {:.0} s; loss {:.4}; weights moved by {:.4} on average, {:.4} at most (relative); max |HH^T - I| {:.1e}",
+        outcome.steps,
+        outcome.seconds,
+        outcome.loss,
+        outcome.movement.mean,
+        outcome.movement.largest,
+        outcome.movement.orthogonality_error
+    );
+    if let Some(bytes) = peak_process_memory() {
+        println!("peak memory of the process: {:.2} GB", bytes as f64 / 1e9);
+    }
+    if let Ok(steps) = checkpoint::list(&outcome.folder)
+        && !steps.is_empty()
+    {
+        println!("checkpoints: {} in {folder}/checkpoints", steps.len());
+    }
+    println!(
+        "draw with it:\n  hra sample --model {} --adapter {folder} --prompt \"{}\" --output {folder}/pictures",
+        config.pretrained_model_name_or_path.display(),
+        config.instance_prompt
+    );
+}

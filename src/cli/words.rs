@@ -1,0 +1,98 @@
+//! Words that users of other trainers know: underscores in flags, and flags of diffusers' DreamBooth scripts that this
+//! program does not need or does not have.
+
+use crate::error::{Error, Result};
+use std::ffi::OsString;
+
+/// Flags of diffusers' scripts without an effect on the result here, and whether a value follows. They are passed over.
+const NOT_NEEDED: [(&str, bool); 14] = [
+    ("--report-to", true),
+    ("--logging-dir", true),
+    ("--dataloader-num-workers", true),
+    ("--local-rank", true),
+    ("--revision", true),
+    ("--variant", true),
+    ("--tokenizer-name", true),
+    ("--tokenizer-max-length", true),
+    ("--prior-generation-precision", true),
+    ("--allow-tf32", false),
+    ("--set-grads-to-none", false),
+    ("--enable-xformers-memory-efficient-attention", false),
+    ("--pre-compute-text-embeddings", false),
+    ("--skip-save-text-encoder", false),
+];
+
+/// Flags of diffusers' scripts that would change the result or the memory, and what to do instead.
+const NOT_THERE: [(&str, &str); 9] = [
+    ("--train-text-encoder", "only the UNet is trained"),
+    ("--use-8bit-adam", "the adapter's moments are a few megabytes in f32"),
+    (
+        "--gradient-checkpointing",
+        "this version keeps all activations; lower --train-batch-size if memory is short",
+    ),
+    ("--scale-lr", "give the learning rate that you want"),
+    ("--num-train-epochs", "give --max-train-steps"),
+    ("--validation-epochs", "give --validation-steps"),
+    ("--push-to-hub", "nothing is uploaded"),
+    ("--offset-noise", "the noise is the model's own"),
+    ("--with-offset-noise", "the noise is the model's own"),
+];
+
+/// Writes long flags with hyphens and takes out those that are not needed, with a note.
+pub fn normalise(args: Vec<OsString>) -> Result<Vec<OsString>> {
+    let mut result = Vec::new();
+    let mut args = args.into_iter();
+    while let Some(arg) = args.next() {
+        let Some(text) = arg.to_str().filter(|t| t.starts_with("--") && t.len() > 2) else {
+            let rest = arg == "--";
+            result.push(arg);
+            if rest {
+                result.extend(args);
+                break;
+            }
+            continue;
+        };
+        let (name, value) = text.split_once('=').map_or((text, None), |(n, v)| (n, Some(v)));
+        let name = name.replace('_', "-");
+        if let Some((_, takes_value)) = NOT_NEEDED.iter().find(|(flag, _)| *flag == name) {
+            eprintln!("note: {name} is not needed and has no effect");
+            if *takes_value && value.is_none() {
+                args.next();
+            }
+            continue;
+        }
+        if let Some((_, instead)) = NOT_THERE.iter().find(|(flag, _)| *flag == name) {
+            return Err(Error::config(format!("{name} is not supported: {instead}")));
+        }
+        result.push(value.map_or_else(|| name.clone(), |v| format!("{name}={v}")).into());
+    }
+    Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(args: &[&str]) -> Result<Vec<String>> {
+        let args = args.iter().map(OsString::from).collect();
+        Ok(normalise(args)?.into_iter().map(|a| a.into_string().unwrap()).collect())
+    }
+
+    #[test]
+    fn underscores_in_flags_become_hyphens_and_values_stay() {
+        let given = ["hra", "--instance_prompt", "a_b --c_d", "--learning_rate=1e_4", "--", "--a_b"];
+        assert_eq!(
+            words(&given).unwrap(),
+            ["hra", "--instance-prompt", "a_b --c_d", "--learning-rate=1e_4", "--", "--a_b"]
+        );
+    }
+
+    #[test]
+    fn flags_that_are_not_needed_go_with_their_value() {
+        assert_eq!(
+            words(&["hra", "--report_to", "wandb", "--allow_tf32", "--seed", "1"]).unwrap(),
+            ["hra", "--seed", "1"]
+        );
+        assert!(words(&["hra", "--train_text_encoder"]).unwrap_err().to_string().contains("only the UNet"));
+    }
+}

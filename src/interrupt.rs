@@ -1,0 +1,30 @@
+//! Ctrl-C and SIGTERM: the first asks the program to stop at the next safe point, the second ends it at once.
+
+use crate::error::{Error, Result};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static REQUESTED: AtomicBool = AtomicBool::new(false);
+
+/// Exit code of a program that was asked to stop, by convention 128 + SIGINT.
+pub const EXIT_CODE: i32 = 130;
+
+/// Starts listening; call once.
+pub fn install() -> Result<()> {
+    ctrlc::set_handler(|| {
+        if REQUESTED.swap(true, Ordering::SeqCst) {
+            std::process::exit(EXIT_CODE);
+        }
+        eprintln!("\nstopping at the next safe point (press Ctrl-C again to end at once)");
+    })
+    .map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))
+}
+
+/// Whether the user has asked to stop.
+pub fn requested() -> bool {
+    REQUESTED.load(Ordering::SeqCst)
+}
+
+/// An [`Error::Interrupted`] with `message` if the user has asked to stop.
+pub fn check(message: impl FnOnce() -> String) -> Result<()> {
+    if requested() { Err(Error::Interrupted(message())) } else { Ok(()) }
+}

@@ -1,0 +1,45 @@
+//! Heun's second-order method on Euler's grid: arXiv 2206.00364, algorithm 1 without churn.
+
+use tch::Tensor;
+
+use super::Model;
+use super::euler;
+use super::schedule::scaled;
+use crate::Result;
+use crate::noise::{Prediction, SchedulerConfig};
+
+/// Euler's steps, and the bound on predicted clean latents (`clip_sample`).
+#[derive(Debug)]
+pub(super) struct Steps {
+    pub(super) steps: Vec<euler::Step>,
+    clip: Option<f64>,
+}
+
+pub(super) fn plan(config: &SchedulerConfig, steps: Vec<euler::Step>) -> Result<Steps> {
+    let clip = config.flag("clip_sample", false)?.then(|| config.number("clip_sample_range", 1.0));
+    Ok(Steps { steps, clip: clip.transpose()? })
+}
+
+pub(super) fn run(plan: &Steps, prediction: Prediction, mut x: Tensor, model: &mut Model) -> Result<Tensor> {
+    let mut slope = |x: &Tensor, at: &euler::Step| -> Result<Tensor> {
+        let mut clean = at.denoised(prediction, x, model)?;
+        if let Some(range) = plan.clip {
+            clean = clean.clamp(-range, range);
+        }
+        Ok((x - clean) / f64::from(at.sigma))
+    };
+    for (i, step) in plan.steps.iter().enumerate() {
+        let first = slope(&x, step)?;
+        let width = step.sigma_down - step.sigma;
+        let ahead = &x + scaled(&first, width);
+        // The last step ends at sigma 0, where there is no slope.
+        x = match plan.steps.get(i + 1) {
+            None => ahead,
+            Some(next) => {
+                let second = slope(&ahead, next)?;
+                x + scaled(&((first + second) / 2.0), width)
+            }
+        };
+    }
+    Ok(x)
+}

@@ -1,0 +1,115 @@
+//! What is looked at between steps: preview pictures from fixed seeds, and the loss on held-out pictures with fixed noise.
+//! Neither draws from anything that training draws from.
+
+use super::batches::encode;
+use super::loss::{Batch, training_loss};
+use crate::config::TrainConfig;
+use crate::data::{Crop, ImageFolder};
+use crate::error::Result;
+use crate::files;
+use crate::image::grid::{Grid, GridRow};
+use crate::image::png;
+use crate::noise::NoiseSchedule;
+use crate::sample::{self, Noise, Settings};
+use crate::sampler::SamplerKind;
+use crate::seed;
+use crate::stable_diffusion::StableDiffusion;
+use std::path::{Path, PathBuf};
+use tch::{Kind, Tensor};
+
+/// Each held-out picture is measured at this many timesteps, evenly spread.
+const HELD_OUT_TIMESTEPS: i64 = 8;
+
+/// Draws the validation prompts into `samples/step-NNNNNN/` of the run: one PNG a picture, and a grid.
+pub fn draw(
+    model: &StableDiffusion,
+    config: &TrainConfig,
+    resolution: u32,
+    run: &Path,
+    step: i64,
+) -> Result<PathBuf> {
+    let dir = run.join("samples").join(format!("step-{step:06}"));
+    files::create_dir_all(&dir)?;
+    let sampler = match config.validation_scheduler {
+        Some(kind) => kind,
+        None => SamplerKind::from_config(&model.scheduler)?.0,
+    };
+    let seeds: Vec<u64> = (0..config.num_validation_images as u64).map(|i| config.seed + i).collect();
+    let mut grid = Grid { columns: seeds.iter().map(|s| format!("seed {s}")).collect(), rows: Vec::new() };
+    let name = model.dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    for (p, prompt) in config.validation_prompt.iter().enumerate() {
+        let settings = Settings {
+            prompt: prompt.clone(),
+            negative_prompt: String::new(),
+            sampler,
+            spacing: None,
+            karras: None,
+            steps: config.validation_inference_steps,
+            guidance: config.validation_guidance,
+            width: i64::from(resolution),
+            height: i64::from(resolution),
+        };
+        settings.validate(model)?;
+        let noise = Noise::draw(&seeds, &settings, model)?;
+        let pictures = sample::sample(model, &settings, &noise, config.sample_batch_size, &mut || {})?;
+        for (i, picture) in pictures.iter().enumerate() {
+            let text = settings.to_text(Some(seeds[i]), &name, &format!("{} at step {step}", run.display()));
+            png::save_png(&dir.join(format!("{p:04}-{i:04}.png")), &picture.image, &text)?;
+        }
+        let images = pictures.into_iter().map(|p| p.image).collect();
+        grid.rows.push(GridRow { label: prompt.clone(), images });
+    }
+    png::save_png(&dir.join("grid.png"), &grid.render(), &[])?;
+    Ok(dir)
+}
+
+/// Held-out pictures, encoded once, with the noise that they are always measured with.
+pub struct HeldOut {
+    batches: Vec<Batch>,
+}
+
+impl HeldOut {
+    /// Encodes the pictures of `folder`, the middle of each.
+    pub fn new(
+        model: &StableDiffusion,
+        config: &TrainConfig,
+        resolution: u32,
+        folder: &ImageFolder,
+    ) -> Result<Self> {
+        let _guard = tch::no_grad_guard();
+        let device = model.unet.device();
+        let (states, _) = model.encode_prompts(&[&config.instance_prompt])?;
+        let spacing = model.scheduler.train_timesteps()? as f64 / HELD_OUT_TIMESTEPS as f64;
+        let timesteps: Vec<i64> =
+            (0..HELD_OUT_TIMESTEPS).map(|j| ((j as f64 + 0.5) * spacing) as i64).collect();
+        let mut batches = Vec::new();
+        for image in 0..folder.images().len() {
+            let window = folder.crop_window(image, resolution, Crop::Center);
+            let (mean, _) = encode(model, folder, image, window, resolution)?;
+            let latents = mean * model.vae.scaling_factor(); // [1, c, h, w]
+            tch::manual_seed(seed::derive(config.seed, "held-out noise", image as u64) as i64);
+            let mut shape = latents.size();
+            shape[0] = HELD_OUT_TIMESTEPS;
+            let noise = Tensor::randn(&shape[..], (Kind::Float, tch::Device::Cpu)).to_device(device);
+            batches.push(Batch {
+                latents: latents.repeat([HELD_OUT_TIMESTEPS, 1, 1, 1]),
+                noise,
+                timesteps: Tensor::from_slice(&timesteps).to_device(device),
+                context: states.repeat([HELD_OUT_TIMESTEPS, 1, 1]),
+                class_half: false,
+            });
+        }
+        Ok(Self { batches })
+    }
+
+    /// Mean denoising error over all pictures and timesteps.
+    pub fn loss(&self, model: &StableDiffusion, schedule: &NoiseSchedule) -> f64 {
+        let _guard = tch::no_grad_guard();
+        let sum: f64 = self
+            .batches
+            .iter()
+            .map(|batch| training_loss(&model.unet, schedule, batch, 0.0, None).total.double_value(&[]))
+            .sum();
+        sum / self.batches.len() as f64
+    }
+}

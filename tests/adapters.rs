@@ -1,0 +1,238 @@
+//! HRA as algebra: what must hold for any shapes and any vectors, checked on random ones.
+
+mod support;
+
+use hra::adapter::hra::{Hra, HraConfig, HraInit};
+use hra::adapter::reflections::wy_factor;
+use hra::adapter::{Adapter, Frozen, Geometry, Reflections};
+use proptest::prelude::*;
+use support::relative_error;
+use tch::{Device, Kind, Tensor};
+
+const F64: (Kind, Device) = (Kind::Double, Device::Cpu);
+const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+fn randn(seed: u64, shape: &[i64]) -> Tensor {
+    tch::manual_seed(seed as i64);
+    Tensor::randn(shape, F32)
+}
+
+/// The paper's definition, one dense reflection after another: `H = H_1 H_2 .. H_r`.
+fn dense(v: &Tensor) -> Tensor {
+    let v = v.to_kind(Kind::Double);
+    let d = v.size()[0];
+    let mut h = Tensor::eye(d, F64);
+    for j in 0..v.size()[1] {
+        let u = v.narrow(1, j, 1);
+        let u = &u / u.norm();
+        h = h.matmul(&(Tensor::eye(d, F64) - u.matmul(&u.tr()) * 2.0));
+    }
+    h
+}
+
+/// The dense matrix of fixed reflections.
+fn matrix(h: &Reflections, d: i64) -> Tensor {
+    h.merge(&Tensor::eye(d, F64))
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
+}
+
+fn config(rank: i64) -> HraConfig {
+    HraConfig { rank, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn compact_wy_is_the_chain_of_reflections(seed in 0u64..1000, d in 2i64..40, r in 1i64..9) {
+        let v = randn(seed, &[d, r]);
+        let h = Reflections::from_vectors(&v, false);
+        prop_assert!(distance(&matrix(&h, d), &dense(&v)) < 1e-5);
+        let product = h.then(&h.inverse());
+        prop_assert!(distance(&matrix(&product, d), &Tensor::eye(d, F64)) < 1e-5);
+        prop_assert!(h.orthogonality_error() < 1e-5);
+    }
+
+    #[test]
+    fn both_sides_and_the_convolution_equal_the_merged_weight(
+        seed in 0u64..1000, d_in in 2i64..24, d_out in 1i64..24, r in 1i64..7, n in 1i64..40, wants_gradient: bool, gs: bool,
+    ) {
+        let r = r.min(d_in);
+        let v = randn(seed, &[d_in, r]);
+        let weight = randn(seed + 1, &[d_out, d_in]);
+        let bias = randn(seed + 2, &[d_out]);
+        let x = randn(seed + 3, &[2, n, d_in]).set_requires_grad(wants_gradient);
+        let adapter = Hra::from_vectors(v.shallow_clone(), gs);
+        let merged = Reflections::from_vectors(&v, gs).merge(&weight);
+        let frozen = Frozen { weight: &weight, bias: Some(&bias), geometry: Geometry::Linear };
+        let y = adapter.forward(&frozen, &x);
+        prop_assert!(relative_error(&y.detach(), &x.linear(&merged, Some(&bias)).detach()) < 1e-5);
+
+        let (c, kernel) = (d_in, [1 + n % 3, 1 + (n + seed as i64) % 3]);
+        let weight = randn(seed + 4, &[d_out, c, kernel[0], kernel[1]]);
+        let v = randn(seed + 5, &[c * kernel[0] * kernel[1], r]);
+        let x = randn(seed + 6, &[2, c, 7, 6]);
+        let merged = Reflections::from_vectors(&v, gs).merge(&weight.flatten(1, -1)).reshape(&weight.size()[..]);
+        let frozen = Frozen { weight: &weight, bias: None, geometry: Geometry::Conv { stride: 1 + n % 2, padding: n % 2 } };
+        let y = Hra::from_vectors(v, gs).forward(&frozen, &x);
+        prop_assert!(relative_error(&y, &frozen.apply(&x, &merged, None)) < 1e-5);
+    }
+
+    #[test]
+    fn even_ranks_start_at_the_base_model(seed in 0u64..1000, d in 2i64..64, half in 1i64..6, peft: bool) {
+        let init = if peft { HraInit::Peft } else { HraInit::Auto };
+        let weight = randn(seed, &[5, d]);
+        let adapter = Hra::new(&weight, HraConfig { init, ..config(2 * half) }, seed);
+        let h = adapter.reflections().unwrap();
+        prop_assert!(h.relative_change(&weight) < 1e-12);
+    }
+
+    #[test]
+    fn strength_is_a_path_of_orthogonal_matrices_from_the_identity_through_h(
+        seed in 0u64..1000, d in 2i64..30, half in 1i64..5, s in -2.0f64..2.0, copies: bool,
+    ) {
+        let v = if copies { randn(seed, &[d, half]).repeat_interleave_self_int(2, 1, None) + randn(seed, &[d, 2 * half]) * 0.05 }
+            else { randn(seed, &[d, 2 * half]) };
+        let h = Reflections::from_vectors(&v, false);
+        let whole = matrix(&h, d);
+        let (part, left_over) = h.power(s);
+        prop_assert!(!left_over);
+        let m = matrix(&part, d).to_kind(Kind::Double);
+        prop_assert!(distance(&m.matmul(&m.tr()), &Tensor::eye(d, F64)) < 1e-5);
+        prop_assert!(distance(&matrix(&h.power(0.0).0, d), &Tensor::eye(d, F64)) < 1e-6);
+        prop_assert!(distance(&matrix(&h.power(1.0).0, d), &whole) < 1e-5);
+        // Powers along one path multiply as their exponents add.
+        let rest = h.power(1.0 - s).0;
+        prop_assert!(distance(&matrix(&part.then(&rest), d), &whole) < 1e-5);
+        // Nearby strengths are nearby matrices.
+        let near = h.power(s + 1e-3).0;
+        prop_assert!(distance(&matrix(&near, d), &m) < 0.02);
+    }
+
+    #[test]
+    fn low_rank_form_and_relative_change_describe_the_merged_weight(
+        seed in 0u64..1000, d_in in 2i64..30, d_out in 1i64..30, r in 1i64..8,
+    ) {
+        let weight = randn(seed, &[d_out, d_in]);
+        let h = Reflections::from_vectors(&randn(seed + 1, &[d_in, r]), false);
+        let merged = h.merge(&weight);
+        let (down, up) = h.low_rank(&weight);
+        prop_assert!(relative_error(&(&weight + up.matmul(&down)), &merged) < 1e-5);
+        let change = relative_error(&merged, &weight);
+        prop_assert!((h.relative_change(&weight) - change).abs() < 1e-5);
+        prop_assert!(relative_error(&h.inverse().merge(&merged), &weight) < 1e-5);
+    }
+}
+
+#[test]
+fn an_odd_number_of_reflections_has_one_direction_that_strength_cannot_turn() {
+    let h = Reflections::from_vectors(&randn(3, &[9, 3]), false);
+    let (half, left_over) = h.power(0.5);
+    assert!(left_over);
+    let eigenvalues = matrix(&half, 9).to_kind(Kind::Double);
+    // All directions but one keep their length.
+    let singular = eigenvalues.svd(true, true).1;
+    assert!((singular.double_value(&[7]) - 1.0).abs() < 1e-6);
+    assert!(singular.double_value(&[8]).abs() < 1e-6);
+    assert!(distance(&matrix(&h.power(1.0).0, 9), &matrix(&h, 9)) < 1e-6);
+}
+
+#[test]
+fn chains_multiply_in_the_order_given() {
+    let (a, b) = (randn(1, &[12, 4]), randn(2, &[12, 3]));
+    let chain = Reflections::from_vectors(&a, false).then(&Reflections::from_vectors(&b, false));
+    assert!(distance(&matrix(&chain, 12), &dense(&a).matmul(&dense(&b))) < 1e-6);
+}
+
+#[test]
+fn gram_schmidt_is_an_involution_and_its_start_disturbs_a_wide_layer_not_at_all() {
+    let v = randn(5, &[16, 4]);
+    let h = Reflections::from_vectors(&v, true);
+    assert!(distance(&matrix(&h.then(&h), 16), &Tensor::eye(16, F64)) < 1e-6);
+    assert!(h.orthogonality_error() < 1e-5);
+    let wide = randn(6, &[8, 16]); // d_in > d_out: there are directions that the layer does not use
+    let gs = HraConfig { gram_schmidt: true, ..config(4) };
+    let start = Hra::new(&wide, gs, 0).reflections().unwrap();
+    assert!(start.relative_change(&wide) < 1e-5);
+    let square = randn(7, &[16, 16]);
+    let quiet = Hra::new(&square, gs, 0).reflections().unwrap().relative_change(&square);
+    let random = Hra::new(&square, HraConfig { init: HraInit::Peft, ..gs }, 0).reflections().unwrap();
+    assert!(quiet < 0.5 * random.relative_change(&square), "{quiet}");
+}
+
+#[test]
+fn odd_ranks_are_refused_with_the_reason_unless_allowed() {
+    let text = config(7).validate().unwrap_err().to_string();
+    assert!(text.contains("expected an even number") && text.contains("rank 6 or 8"), "{text}");
+    assert!(HraConfig { allow_odd_rank: true, ..config(7) }.validate().is_ok());
+    assert!(HraConfig { gram_schmidt: true, ..config(7) }.validate().is_ok());
+    assert!(config(0).validate().is_err());
+}
+
+#[test]
+fn gradients_equal_finite_differences_on_both_sides() {
+    for (tokens, wants_gradient) in [(2, true), (40, false)] {
+        let weight = randn(1, &[6, 10]);
+        let x = randn(2, &[tokens, 10]).set_requires_grad(wants_gradient);
+        let v = randn(3, &[10, 4]).set_requires_grad(true);
+        let frozen = Frozen { weight: &weight, bias: None, geometry: Geometry::Linear };
+        let loss = |v: &Tensor| {
+            Hra::from_vectors(v.shallow_clone(), false).forward(&frozen, &x).square().sum(Kind::Float)
+        };
+        loss(&v).backward();
+        let exact = v.grad();
+        let _guard = tch::no_grad_guard();
+        let merged_loss = |v: &Tensor| {
+            let merged = Tensor::matmul(&weight.to_kind(Kind::Double), &dense(v));
+            x.to_kind(Kind::Double)
+                .linear(&merged, None::<Tensor>)
+                .square()
+                .sum(Kind::Double)
+                .double_value(&[])
+        };
+        for (i, j) in [(0, 0), (3, 1), (9, 3)] {
+            let h = 1e-6;
+            let shifted = |by: f64| {
+                let v = v.detach().to_kind(Kind::Double).copy();
+                let _ = v.get(i).get(j).g_add_scalar_(by);
+                v
+            };
+            let (up, down) = (merged_loss(&shifted(h)), merged_loss(&shifted(-h)));
+            let slope = (up - down) / (2.0 * h);
+            let found = exact.double_value(&[i, j]);
+            assert!((slope - found).abs() < 1e-3 * (1.0 + slope.abs()), "tokens {tokens}: {slope} {found}");
+        }
+    }
+}
+
+#[test]
+fn no_bytes_are_spent_on_a_matrix_of_the_weights_size_nor_on_its_gradient() {
+    // 4096 inputs: a d x d matrix has 64 MiB, and so has the weight's gradient. Activations here are under 1 MiB each.
+    let d = 4096;
+    let weight = Tensor::randn([d, d], F32);
+    let x = Tensor::randn([8, d], F32).set_requires_grad(true);
+    let v = Tensor::randn([d, 8], F32).set_requires_grad(true);
+    let frozen = Frozen { weight: &weight, bias: None, geometry: Geometry::Linear };
+    let step = || {
+        Hra::from_vectors(v.shallow_clone(), false).forward(&frozen, &x).square().sum(Kind::Float).backward()
+    };
+    step(); // the first call makes the libraries' own buffers
+    let before = hra::device::peak_process_memory().unwrap();
+    step();
+    let grown = hra::device::peak_process_memory().unwrap() - before;
+    assert!(grown < 16 << 20, "the step needed {} MiB more than before", grown >> 20);
+    assert!(!weight.requires_grad() && !weight.grad().defined());
+}
+
+#[test]
+fn wy_factor_satisfies_its_equation() {
+    let u = randn(8, &[20, 5]);
+    let u = &u / u.norm_scalaropt_dim(2, [0], true);
+    let t = wy_factor(&u).to_kind(Kind::Double);
+    let gram = u.tr().matmul(&u).to_kind(Kind::Double);
+    // H H^T = I  <=>  T + T^T = T G T^T
+    assert!(distance(&(&t + t.tr()), &t.matmul(&gram).matmul(&t.tr())) < 1e-5);
+}

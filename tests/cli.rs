@@ -1,0 +1,269 @@
+//! What users type and read: help texts, config files, and one clear message for each kind of bad input.
+
+mod support;
+
+use support::program::{Finished, Scratch, leftovers};
+use support::{existing, root, tiny_sd};
+
+fn refused(done: &Finished, parts: &[&str]) {
+    assert_eq!(done.code, 2, "{}", done.err);
+    for part in parts {
+        assert!(done.err.contains(part), "expected `{part}` in: {}", done.err);
+    }
+    assert!(!done.err.contains("panicked") && !done.err.contains("RUST_BACKTRACE"), "{}", done.err);
+}
+
+/// Runs training with some flags replaced, and checks that nothing was made.
+fn training_is_refused(more: &[&str], parts: &[&str]) {
+    let scratch = Scratch::new();
+    let all = scratch.train_flags("run", more);
+    let done = scratch.run(&all.iter().map(String::as_str).collect::<Vec<_>>());
+    refused(&done, parts);
+    assert!(!scratch.path("run").exists(), "{more:?} left a run folder");
+}
+
+#[test]
+fn every_flag_of_every_command_has_a_help_text() {
+    let command = hra::cli::command();
+    for sub in command.get_subcommands() {
+        assert!(sub.get_about().is_some(), "{}", sub.get_name());
+        for arg in sub.get_arguments() {
+            let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.len() > 5, "{} {}", sub.get_name(), arg.get_id());
+        }
+    }
+    let help = Scratch::new().ok(&["train", "--help"]).out;
+    for part in [
+        "Prior preservation",
+        "--learning-rate",
+        "[default: 0.0001]",
+        "Examples:",
+        "hra train configs/demo.toml",
+    ] {
+        assert!(help.contains(part), "{part}");
+    }
+}
+
+#[test]
+fn every_config_in_the_folder_validates_and_is_printed_whole() {
+    let scratch = Scratch::new();
+    let mut count = 0;
+    for entry in std::fs::read_dir(root().join("configs")).unwrap() {
+        let path = entry.unwrap().path();
+        let printed = scratch.ok(&["train", path.to_str().unwrap(), "--print-config", "--seed", "5"]).out;
+        let table: toml::Table = toml::from_str(&printed).unwrap();
+        assert_eq!(table["seed"].as_integer(), Some(5));
+        assert!(table.len() > 40, "every effective value: {}", table.len());
+        let config: hra::config::TrainConfig = table.try_into().unwrap();
+        config.validate().unwrap();
+        count += 1;
+    }
+    assert!(count >= 4, "the demo and the paper's three settings");
+}
+
+#[test]
+fn words_of_other_trainers_are_accepted_and_settings_have_an_order() {
+    let scratch = Scratch::new();
+    let config = root().join("configs/demo.toml");
+    let printed = scratch.ok(&[
+        "train",
+        config.to_str().unwrap(),
+        "--print_config",
+        "--mixed_precision=bf16",
+        "--learning_rate",
+        "1e-3",
+        "--report_to",
+        "tensorboard",
+        "--adam_weight_decay=0.5",
+    ]);
+    let table: toml::Table = toml::from_str(&printed.out).unwrap();
+    assert_eq!(table["dtype"].as_str(), Some("bf16"));
+    assert_eq!(table["learning_rate"].as_float(), Some(1e-3), "flags win over the file");
+    assert_eq!(table["train_batch_size"].as_integer(), Some(2), "the file wins over defaults");
+    assert_eq!(table["adam_beta1"].as_float(), Some(0.9));
+    assert!(printed.err.contains("--report-to is not needed"));
+}
+
+#[test]
+fn bad_settings_are_listed_together() {
+    training_is_refused(
+        &["--rank", "7", "--train_batch_size", "0", "--instance_prompt", " "],
+        &["expected an even number", "--allow-odd-rank", "train_batch_size", "instance_prompt"],
+    );
+    training_is_refused(&["--train_text_encoder"], &["only the UNet is trained"]);
+    training_is_refused(&["--target_modules", "to_x"], &["matches none", "layers are"]);
+    training_is_refused(&["--resolution", "66"], &["expected a multiple of 4", "found 66"]);
+    training_is_refused(&["--device", "gpu"], &["auto, cpu, cuda"]);
+    training_is_refused(&["--no-such-flag"], &["--no-such-flag"]);
+}
+
+#[test]
+fn config_files_with_mistakes_name_the_file_and_the_key() {
+    let scratch = Scratch::new();
+    for (text, part) in [
+        ("learning_rat = 1", "learning_rat"),
+        ("learning_rate = 'fast'", "learning_rate"),
+        ("rank = ", "TOML"),
+        ("method = 'magic'", "magic"),
+    ] {
+        std::fs::write(scratch.path("bad.toml"), text).unwrap();
+        let done = scratch.run(&["train", "bad.toml", "--print-config"]);
+        refused(&done, &["bad.toml", part]);
+    }
+    refused(&scratch.run(&["train", "none.toml"]), &["cannot read none.toml", "No such file"]);
+}
+
+#[test]
+fn bad_data_is_refused_before_anything_is_written() {
+    let scratch = Scratch::new();
+    let folder = |name: &str, file: Option<(&str, &[u8])>| {
+        let dir = scratch.path(name);
+        std::fs::create_dir(&dir).unwrap();
+        if let Some((file, bytes)) = file {
+            std::fs::write(dir.join(file), bytes).unwrap();
+        }
+        dir.to_str().unwrap().to_string()
+    };
+    let empty = folder("empty", None);
+    let text = folder("text", Some(("a.png", b"not a picture")));
+    let png = std::fs::read(root().join("assets/subjects/cat/train/00.png")).unwrap();
+    let cut = folder("cut", Some(("a.png", &png[..png.len() / 2])));
+    training_is_refused(&["--instance_data_dir", &empty], &["empty"]);
+    training_is_refused(&["--instance_data_dir", &text], &["a.png"]);
+    training_is_refused(&["--instance_data_dir", &cut], &["a.png"]);
+    training_is_refused(&["--instance_data_dir", "/nowhere/at/all"], &["/nowhere/at/all"]);
+}
+
+#[test]
+fn folders_that_cannot_be_made_are_named() {
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("file"), "").unwrap();
+    let all = scratch.train_flags("file/run", &[]);
+    let done = scratch.run(&all.iter().map(String::as_str).collect::<Vec<_>>());
+    refused(&done, &["file/run"]);
+    let model = tiny_sd();
+    let done = scratch.run(&[
+        "sample",
+        "--model",
+        model.to_str().unwrap(),
+        "--prompt",
+        "x",
+        "--steps",
+        "1",
+        "--output",
+        "file/out",
+    ]);
+    refused(&done, &["file/out"]);
+}
+
+/// A copy of the embedded model whose large files are links, with one file replaced.
+fn broken_model(scratch: &Scratch, name: &str, replace: &str, bytes: &[u8]) -> String {
+    let copy = scratch.path(name);
+    for part in ["unet", "vae", "text_encoder", "tokenizer", "scheduler"] {
+        std::fs::create_dir_all(copy.join(part)).unwrap();
+        for entry in std::fs::read_dir(tiny_sd().join(part)).unwrap() {
+            let from = entry.unwrap().path();
+            std::os::unix::fs::symlink(&from, copy.join(part).join(from.file_name().unwrap())).unwrap();
+        }
+    }
+    std::fs::remove_file(existing(&copy.join(replace))).unwrap();
+    std::fs::write(copy.join(replace), bytes).unwrap();
+    copy.to_str().unwrap().to_string()
+}
+
+#[test]
+fn broken_models_are_refused_with_every_problem() {
+    let scratch = Scratch::new();
+    let sample = |model: &str| {
+        scratch.run(&["sample", "--model", model, "--prompt", "x", "--steps", "1", "--output", "out"])
+    };
+    let weights = "unet/diffusion_pytorch_model.safetensors";
+    let good = std::fs::read(tiny_sd().join(weights)).unwrap();
+
+    refused(
+        &sample(&broken_model(&scratch, "cut", weights, &good[..good.len() - 100])),
+        &[weights, "bytes where its header promises"],
+    );
+    refused(
+        &sample(&broken_model(&scratch, "tiny", weights, b"abc")),
+        &[weights, "expected a safetensors file"],
+    );
+    let mut hostile = u64::MAX.to_le_bytes().to_vec();
+    hostile.extend(b"{}");
+    refused(
+        &sample(&broken_model(&scratch, "hostile", weights, &hostile)),
+        &["a header of 18446744073709551615 bytes"],
+    );
+    let huge = br#"{"w":{"dtype":"F32","shape":[4611686018427387904,8],"data_offsets":[0,16]}}"#;
+    let mut overflow = (huge.len() as u64).to_le_bytes().to_vec();
+    overflow.extend(huge);
+    overflow.extend([0u8; 16]);
+    refused(&sample(&broken_model(&scratch, "overflow", weights, &overflow)), &["broken header"]);
+
+    // Another width in the config: every tensor that does not fit is told at once.
+    let config = std::fs::read_to_string(tiny_sd().join("unet/config.json")).unwrap();
+    let wider = config.replacen("64,\n    128,\n    192", "64,\n    128,\n    256", 1);
+    assert_ne!(wider, config);
+    let done = sample(&broken_model(&scratch, "wide", "unet/config.json", wider.as_bytes()));
+    refused(&done, &["problems with the weights", "expected shape [256", "mid_block"]);
+    assert!(done.err.lines().count() > 20, "{}", done.err);
+    let absurd = config.replacen("192", "19200000000000", 1);
+    refused(
+        &sample(&broken_model(&scratch, "absurd", "unet/config.json", absurd.as_bytes())),
+        &["unet/config.json"],
+    );
+    let sdxl = config.replacen("\"addition_embed_type\": null", "\"addition_embed_type\": \"text_time\"", 1);
+    refused(
+        &sample(&broken_model(&scratch, "sdxl", "unet/config.json", sdxl.as_bytes())),
+        &["addition_embed_type", "not supported"],
+    );
+
+    refused(&sample("nowhere"), &["nowhere", "expected a Stable Diffusion folder, found nothing"]);
+    let lone = scratch.path("lone");
+    std::fs::create_dir(&lone).unwrap();
+    refused(&sample(lone.to_str().unwrap()), &["found no unet/, no vae/"]);
+    assert!(!scratch.path("out").exists());
+    assert!(leftovers(scratch.dir.path()).is_empty());
+}
+
+#[test]
+fn bad_requests_to_sample_are_refused_before_the_folder_is_made() {
+    let scratch = Scratch::new();
+    let model = tiny_sd();
+    let model = model.to_str().unwrap();
+    let sample = |more: &[&str]| {
+        let mut args = vec!["sample", "--model", model, "--output", "out"];
+        args.extend(more);
+        scratch.run(&args)
+    };
+    refused(&sample(&[]), &["expected a prompt"]);
+    refused(&sample(&["--prompt", "x", "--width", "66"]), &["--width: expected a multiple of 4"]);
+    refused(&sample(&["--prompt", "x", "--steps", "0"]), &["steps"]);
+    refused(&sample(&["--prompt", "x", "--scheduler", "magic"]), &["magic", "ddim"]);
+    refused(&sample(&["--prompt", "x", "--adapter", "none"]), &["none", "adapter_config.json"]);
+    refused(&sample(&["--prompt", "x", "--with-base"]), &["--adapter"]);
+    refused(&sample(&["--prompt", "x", "--latents", "none.safetensors"]), &["none.safetensors"]);
+    refused(&sample(&["--prompt", "x", "--batch-size", "0"]), &["--batch-size"]);
+    assert!(!scratch.path("out").exists());
+}
+
+#[test]
+fn cuda_that_is_not_there_is_refused_with_what_is_missing() {
+    if hra::device::resolve("cuda".parse().unwrap(), None).is_ok() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let model = tiny_sd();
+    let done = scratch.run(&[
+        "sample",
+        "--model",
+        model.to_str().unwrap(),
+        "--prompt",
+        "x",
+        "--output",
+        "out",
+        "--device",
+        "cuda",
+    ]);
+    refused(&done, &["cuda", "hint"]);
+}
