@@ -29,7 +29,7 @@ demo: build ## train on the embedded model and compare samples, in runs/demo/
 	target/release/hra sample --model assets/tiny-sd --adapter runs/demo --with-base --prompt-file assets/demo-prompts.txt --num-images 2 --steps 30 --guidance 4 --seed 7 --output runs/demo/compare
 
 test: setup ## run the Rust tests
-	$(CARGO) test --locked
+	OMP_NUM_THREADS=1 $(CARGO) test --locked
 
 test-python: setup ## compare with the Python peers (installs them into .venv/)
 	@$(PYTHON) tools/setup.py venv

@@ -339,7 +339,7 @@ mod tests {
     #[test]
     fn a_thread_count_below_one_is_refused() {
         assert_eq!(
-            set_threads(Some(0)).expect_err("0 threads").to_string(),
+            set_threads(Some(0), 0).expect_err("0 threads").to_string(),
             "threads: expected 1 or more, found 0"
         );
     }

@@ -6,7 +6,7 @@
 use crate::error::{Error, Result};
 use crate::files;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
-use std::borrow::Cow;
+use serde_json::json;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
@@ -150,30 +150,44 @@ pub fn ends(path: &Path) -> Result<(u64, Vec<u8>)> {
 
 /// Writes tensors and free text to `path`, whole or not at all.
 pub fn write(path: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<()> {
-    files::write_atomic(path, &to_bytes(path, tensors, text)?)
+    files::write_atomic(path, &to_bytes(tensors, text)?)
 }
 
-/// The bytes of a safetensors file; `path` is only for messages.
-pub fn to_bytes(path: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<Vec<u8>> {
-    let views: Vec<(String, View)> = tensors
-        .iter()
-        .map(|(name, t)| View::new(t).map(|view| (name.clone(), view)))
-        .collect::<Result<_>>()?;
-    let mut metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    metadata.extend(text.iter().map(|(k, v)| (k.to_string(), v.clone())));
-    safetensors::serialize(views, Some(metadata))
-        .map_err(|e| Error::format(path, format!("cannot be written: {e}")))
+/// The bytes of a safetensors file. The same tensors give the same bytes: the crate's own writer puts the metadata in the
+/// order of a hash map, which differs from run to run.
+pub fn to_bytes(tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<Vec<u8>> {
+    let mut views: Vec<View> = tensors.iter().map(|(name, t)| View::new(name, t)).collect::<Result<_>>()?;
+    // As upstream: wide numbers first, so that all are aligned; then by name.
+    views.sort_by(|a, b| (b.dtype, &a.name).cmp(&(a.dtype, &b.name)));
+    let mut metadata = serde_json::Map::from_iter([("format".to_string(), "pt".into())]);
+    metadata.extend(text.iter().map(|(k, v)| (k.to_string(), v.as_str().into())));
+    let mut header = serde_json::Map::from_iter([("__metadata__".to_string(), metadata.into())]);
+    let mut end = 0;
+    for view in &views {
+        let start = end;
+        end += view.bytes.len();
+        let entry = json!({"dtype": view.dtype, "shape": view.shape, "data_offsets": [start, end]});
+        header.insert(view.name.clone(), entry);
+    }
+    let mut header = serde_json::Value::from(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut bytes = Vec::with_capacity(8 + header.len() + end);
+    bytes.extend_from_slice(&(header.len() as u64).to_le_bytes());
+    bytes.append(&mut header);
+    views.iter().for_each(|view| bytes.extend_from_slice(&view.bytes));
+    Ok(bytes)
 }
 
-/// A tensor's bytes as the safetensors crate wants them.
+/// A tensor as the file holds it.
 struct View {
+    name: String,
     dtype: Dtype,
-    shape: Vec<usize>,
+    shape: Vec<i64>,
     bytes: Vec<u8>,
 }
 
 impl View {
-    fn new(tensor: &Tensor) -> Result<Self> {
+    fn new(name: &str, tensor: &Tensor) -> Result<Self> {
         let t = tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
         let dtype = match t.kind() {
             Kind::Float => Dtype::F32,
@@ -182,7 +196,9 @@ impl View {
             Kind::BFloat16 => Dtype::BF16,
             Kind::Int64 => Dtype::I64,
             other => {
-                return Err(Error::Device(format!("tensors of kind {other:?} are not written to files")));
+                return Err(Error::Device(format!(
+                    "{name}: tensors of kind {other:?} are not written to files"
+                )));
             }
         };
         let length = t.numel() * t.kind().elt_size_in_bytes();
@@ -191,25 +207,7 @@ impl View {
             // SAFETY: `t` is contiguous on the CPU and holds `length` bytes.
             bytes.copy_from_slice(unsafe { std::slice::from_raw_parts(t.data_ptr().cast::<u8>(), length) });
         }
-        Ok(Self { dtype, shape: t.size().iter().map(|&d| d as usize).collect(), bytes })
-    }
-}
-
-impl safetensors::View for View {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes.len()
+        Ok(Self { name: name.to_string(), dtype, shape: t.size(), bytes })
     }
 }
 

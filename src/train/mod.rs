@@ -127,6 +127,7 @@ impl Trainer {
         let targets = TargetRule::from_words(&config.target_modules)?;
         let schedule = NoiseSchedule::new(&model.scheduler, compute.device)?;
         let fingerprint = model.fingerprint()?;
+        attach::attach_new(&mut model.unet, &targets, config.hra(), config.bias, config.seed)?;
 
         let folder = match resume {
             None => RunFolder::create(&config.output_dir, &config.to_toml()?)?,
@@ -134,7 +135,10 @@ impl Trainer {
         };
         folder.write_config(&config.to_toml()?)?;
         let class = if config.with_prior_preservation {
+            // Drawn by the base model, which an adapter that starts at the identity is only up to rounding.
+            attach::set_enabled(&mut model.unet, false);
             eprintln!("{}", class_images::ensure(&model, &config, resolution)?);
+            attach::set_enabled(&mut model.unet, true);
             let folder = ImageFolder::scan(&class_images::folder(&config))?;
             report += &format!("class pictures: {}\n", folder.report(resolution));
             Some(folder)
@@ -145,7 +149,6 @@ impl Trainer {
 
         let batches = Batches::new(&model, &config, resolution, instance, class)?;
         let held_out = held_out.map(|f| HeldOut::new(&model, &config, resolution, &f)).transpose()?;
-        attach::attach_new(&mut model.unet, &targets, config.hra(), config.bias, config.seed)?;
         let mut parameters = attach::pack_parameters(&mut model.unet);
         let mut optimizer = AdamW::new(config.adamw(), &parameters);
         let mut ema = config.use_ema.then(|| Ema::new(config.ema_decay, &parameters));

@@ -101,9 +101,11 @@ pub fn records(run: &Path) -> Vec<serde_json::Value> {
         .collect()
 }
 
-/// The bytes of a run's adapter.
-pub fn adapter(run: &Path) -> Vec<u8> {
-    std::fs::read(run.join("adapter_model.safetensors")).unwrap()
+/// SHA-256 of a run's adapter: two runs have the same adapter if this is the same.
+pub fn adapter(run: &Path) -> String {
+    use sha2::Digest;
+    let bytes = std::fs::read(run.join("adapter_model.safetensors")).unwrap();
+    sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Files below `dir` whose names say that a write did not end.
