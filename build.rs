@@ -7,4 +7,6 @@ fn main() {
     let lib =
         std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys tells its dependents where libtorch is");
     println!("cargo::rustc-link-arg=-Wl,-rpath,{lib}");
+    // target/release/hra finds libtorch beside it after the checkout has been moved, too.
+    println!("cargo::rustc-link-arg=-Wl,-rpath,$ORIGIN/../../.libtorch/torch/lib");
 }

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::model::layers::{Layer, Layers};
 use crate::model::{UNet, Vae};
 use crate::noise::SchedulerConfig;
 use crate::tensor_file;
@@ -115,6 +116,15 @@ impl StableDiffusion {
             ));
         }
         if problems.is_empty() { Ok(()) } else { Err(Error::format(&self.dir, problems.join("\n"))) }
+    }
+}
+
+impl Layers for StableDiffusion {
+    /// Of the UNet, then of the text encoder; their names do not meet.
+    fn layers_mut(&mut self) -> Vec<&mut Layer> {
+        let mut layers = self.unet.layers_mut();
+        layers.extend(self.text_encoder.layers_mut());
+        layers
     }
 }
 

@@ -126,7 +126,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let adapters: Vec<(PathBuf, f64)> =
         args.adapter.iter().map(|a| super::adapter_with_strength(a)).collect();
     if !adapters.is_empty() {
-        for report in attach::attach_fixed(&mut model.unet, &adapters)? {
+        for report in attach::attach_fixed(&mut model, &adapters)? {
             eprintln!("{report}");
         }
     }
@@ -156,7 +156,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         let noise = source.noise(&settings, &model)?;
         let mut images = Vec::new();
         for base in if args.with_base { &[true, false][..] } else { &[false] } {
-            attach::set_enabled(&mut model.unet, !base);
+            attach::set_enabled(&mut model, !base);
             let mut tick = || {
                 done += 1;
                 progress.set(done, prompt);
