@@ -98,6 +98,20 @@ pub fn open_append(path: &Path) -> Result<File> {
     OpenOptions::new().append(true).create(true).open(path).map_err(|e| Error::io("open", path, e))
 }
 
+/// Removes what interrupted writes have left in the folder at `path`; only for a folder in which no other process writes.
+pub fn remove_leftovers(path: &Path) -> Result<()> {
+    for entry in list_dir(path)? {
+        if entry.name.as_bytes().starts_with(LEFTOVER_PREFIX.as_bytes()) {
+            let removed = match entry.kind {
+                Kind::Folder => fs::remove_dir_all(&entry.path),
+                _ => fs::remove_file(&entry.path),
+            };
+            removed.map_err(|e| Error::io("remove", &entry.path, e))?;
+        }
+    }
+    Ok(())
+}
+
 /// Removes a folder with all that is in it; fine if it is not there.
 pub fn remove_dir_all(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {

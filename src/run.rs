@@ -58,7 +58,11 @@ impl RunFolder {
     /// Opens the folder of a run that is to go on.
     pub fn open(path: &Path) -> Result<Self> {
         Self::check_run(path)?;
-        Self::lock(path)
+        let run = Self::lock(path)?;
+        for dir in [path.to_path_buf(), path.join("checkpoints")].iter().filter(|dir| dir.is_dir()) {
+            files::remove_leftovers(dir)?;
+        }
+        Ok(run)
     }
 
     /// Fails unless `path` holds a run.

@@ -7,7 +7,6 @@ use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::image::png;
-use crate::interrupt;
 use crate::progress::Progress;
 use crate::sample::{self, Noise, Settings};
 use crate::sampler::SamplerKind;
@@ -102,16 +101,17 @@ fn generate(
     let mut progress = Progress::new("class pictures", 0, missing.len() as u64);
     let mut done = 0;
     for indices in missing.chunks(config.sample_batch_size) {
-        interrupt::check(|| {
-            let out = config.output_dir.display();
-            format!(
-                "stopped while making class pictures; go on with: hra train --resume latest --output_dir {out}"
-            )
-        })?;
         let seeds: Vec<u64> =
             indices.iter().map(|i| seed::derive(config.seed, "class image", *i as u64)).collect();
         let noise = Noise::draw(&seeds, &settings, model)?;
-        let pictures = sample::sample(model, &settings, &noise, seeds.len(), &mut || {})?;
+        let pictures = sample::sample(model, &settings, &noise, seeds.len(), &mut || {}).map_err(|e| match e {
+            Error::Interrupted(_) => Error::Interrupted(format!(
+                "stopped after {done} of {} class pictures\nhint: go on with `hra train --resume latest --output_dir {}`",
+                missing.len(),
+                config.output_dir.display()
+            )),
+            other => other,
+        })?;
         for ((index, seed), picture) in indices.iter().zip(&seeds).zip(&pictures) {
             png::save_png(&file(dir, *index), &picture.image, &settings.to_text(Some(*seed), &name, ""))?;
         }

@@ -44,10 +44,11 @@ pub fn training_loss(
     let noisy = schedule.add_noise(&batch.latents, &batch.noise, &batch.timesteps);
     let target = schedule.target(&batch.latents, &batch.noise, &batch.timesteps);
     let prediction = unet.forward(&noisy, &batch.timesteps, &batch.context);
-    let mut errors = (&prediction - target).square().flatten(1, -1).mean_dim(1, false, Kind::Float); // [b]
-    if let Some(gamma) = snr_gamma {
-        errors = errors * schedule.snr_weights(&batch.timesteps, gamma);
-    }
+    let errors = (&prediction - target).square().flatten(1, -1).mean_dim(1, false, Kind::Float); // [b]
+    let errors = match snr_gamma {
+        Some(gamma) => errors * schedule.snr_weights(&batch.timesteps, gamma),
+        None => errors,
+    };
     let prediction = prediction.detach();
     if !batch.class_half {
         let instance = errors.mean(Kind::Float);

@@ -225,10 +225,14 @@ impl Trainer {
                 last = self.record(step, gradient_norm, look)?;
             }
             if look && !self.config.validation_prompt.is_empty() {
-                let folder = self.with_average(|t| {
+                let drawn = self.with_average(|t| {
                     preview::draw(&t.model, &t.config, t.resolution, t.folder.path(), step)
-                })?;
-                progress.say(&format!("previews of step {step}: {}", folder.display()));
+                });
+                match drawn {
+                    Ok(folder) => progress.say(&format!("previews of step {step}: {}", folder.display())),
+                    Err(Error::Interrupted(_)) => return Err(self.stop(step)),
+                    Err(e) => return Err(e),
+                }
             }
             if due(self.config.checkpointing_steps) {
                 self.save(step)?;
@@ -265,13 +269,12 @@ impl Trainer {
                 config.prior_loss_weight,
                 config.snr_gamma,
             );
-            let mut total = loss.total;
-            if config.hra_lambda > 0.0
-                && let Some(regulariser) = attach::regulariser(&mut self.model.unet)
-            {
-                total = total + &regulariser * config.hra_lambda;
-                self.sums.regulariser += regulariser.double_value(&[]) / accumulation as f64;
-            }
+            let regulariser =
+                if config.hra_lambda > 0.0 { attach::regulariser(&mut self.model.unet) } else { None };
+            let total = match &regulariser {
+                Some(regulariser) => loss.total + regulariser * config.hra_lambda,
+                None => loss.total,
+            };
             let value = total.double_value(&[]); // waits for the device
             if !value.is_finite() {
                 return Err(self.not_finite(step, "the loss"));
@@ -281,6 +284,7 @@ impl Trainer {
             self.sums.loss += value * share;
             self.sums.instance += loss.instance.double_value(&[]) * share;
             self.sums.prior += loss.prior.map_or(0.0, |p| p.double_value(&[])) * share;
+            self.sums.regulariser += regulariser.map_or(0.0, |r| r.double_value(&[])) * share;
         }
         self.sums.count += 1.0;
         let (gradient, norm) = clip(&self.parameters.gradient(), config.max_grad_norm);
