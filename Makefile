@@ -31,7 +31,7 @@ demo: build ## train on the embedded model and compare samples, in runs/demo/
 test: setup ## run the Rust tests
 	OMP_NUM_THREADS=1 $(CARGO) test --locked
 
-test-python: setup ## compare with the Python peers (installs them into .venv/)
+test-python: build ## compare with the Python peers (installs them into .venv/)
 	@$(PYTHON) tools/setup.py venv
 	.venv/bin/python -m pytest tests/python
 

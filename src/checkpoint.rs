@@ -79,12 +79,19 @@ pub fn save(
         files::write_atomic(&dir.join(STATE_FILE), json.as_bytes())
     })?;
     if let Some(limit) = limit {
-        let steps = list(run)?;
-        for step in &steps[..steps.len().saturating_sub(limit.max(1))] {
+        let older: Vec<i64> = list(run)?.into_iter().filter(|step| *step < state.step).collect();
+        for step in &older[..older.len().saturating_sub(limit.max(1) - 1)] {
             files::remove_dir_all(&folder(run, *step))?;
         }
     }
     Ok(dir)
+}
+
+/// Removes the checkpoints after `step`, which a run that goes on from there no longer leads to; how many there were.
+pub fn remove_after(run: &Path, step: i64) -> Result<usize> {
+    let later: Vec<i64> = list(run)?.into_iter().filter(|s| *s > step).collect();
+    later.iter().try_for_each(|s| files::remove_dir_all(&folder(run, *s)))?;
+    Ok(later.len())
 }
 
 /// Writes the adapter's two files, with what PEFT has no field for in the tensor file's metadata. Refuses numbers that

@@ -99,8 +99,8 @@ pub struct TrainConfig {
     /// Steps for a class picture
     #[arg(long, default_value_t = 50, help_heading = "Prior preservation")]
     pub class_steps: usize,
-    /// Guidance for a class picture
-    #[arg(long, default_value_t = 7.5, help_heading = "Prior preservation")]
+    /// Guidance for a class picture; nearer to 1 is nearer to what the model knows of the class
+    #[arg(long, default_value_t = 5.0, help_heading = "Prior preservation")]
     pub class_guidance: f64,
     /// Scheduler for class pictures [default: the model's]
     #[arg(long, value_enum, help_heading = "Prior preservation")]
@@ -110,13 +110,13 @@ pub struct TrainConfig {
     #[arg(long, value_enum, default_value_t = Method::Hra, help_heading = "Adapter")]
     pub method: Method,
     /// Number of reflections; even
-    #[arg(long, default_value_t = 8, help_heading = "Adapter")]
+    #[arg(long, alias = "hra-r", default_value_t = 8, help_heading = "Adapter")]
     pub rank: i64,
     /// Weight of the orthogonality regulariser (the paper's lambda)
     #[arg(long, alias = "lambda", default_value_t = 0.0, help_heading = "Adapter")]
     pub hra_lambda: f64,
     /// Orthonormalise the vectors (the paper's lambda = infinity; PEFT's apply_GS)
-    #[arg(long, alias = "apply-gs", alias = "hra-apply-gs", require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Adapter")]
+    #[arg(long, aliases = ["apply-gs", "apply-GS", "hra-apply-gs", "hra-apply-GS"], require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Adapter")]
     pub gram_schmidt: bool,
     /// Start of the vectors: ours, whose best learning rate does not depend on the rank, or PEFT's draw
     #[arg(long, value_enum, default_value_t = HraInit::Auto, help_heading = "Adapter")]
@@ -205,7 +205,7 @@ pub struct TrainConfig {
     /// Checkpoints to keep [default: all]
     #[arg(long, help_heading = "Previews and checkpoints")]
     pub checkpoints_total_limit: Option<usize>,
-    /// Steps between records of metrics.jsonl and TensorBoard; how far the weights moved is measured at checkpoints too
+    /// Steps between records of metrics.jsonl and TensorBoard; how far the weights moved is in every tenth, and with previews
     #[arg(long, default_value_t = 10, help_heading = "Previews and checkpoints")]
     pub log_every: i64,
 }
@@ -240,7 +240,15 @@ impl TrainConfig {
                 let hint = "hint: keys are the long flags of `hra train --help`, with underscores";
                 Error::format(path, format!("{}\n{hint}", e.to_string().trim_end()))
             };
-            let table: toml::Table = toml::from_str(&text).map_err(problem)?;
+            let mut table: toml::Table = toml::from_str(&text).map_err(problem)?;
+            // The command line's second names are keys too.
+            for arg in arguments().get_arguments() {
+                for alias in arg.get_all_aliases().unwrap_or_default() {
+                    if let Some(value) = table.remove(&alias.replace('-', "_")) {
+                        table.insert(arg.get_id().to_string(), value);
+                    }
+                }
+            }
             // Alone over the defaults first, so that a mistake is told with the file it is in.
             over(typed.to_table()?, &table).try_into::<Self>().map_err(problem)?;
             merged = over(merged, &table);
@@ -273,10 +281,18 @@ impl TrainConfig {
         Ok(self)
     }
 
-    /// As a config file.
+    /// As a config file. What is not set is named in a comment, with what happens then.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self)
-            .map_err(|e| Error::config(format!("the settings cannot be written as TOML: {e}")))
+        let cannot = |e| Error::config(format!("the settings cannot be written as TOML: {e}"));
+        let mut text = toml::to_string(self).map_err(cannot)?;
+        let table = self.to_table()?;
+        for arg in arguments().get_arguments().filter(|arg| !table.contains_key(arg.get_id().as_str())) {
+            let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+            let default =
+                help.split_once("[default: ").map_or("not used", |(_, rest)| rest.trim_end_matches(']'));
+            text += &format!("# {} is not set: {default}\n", arg.get_id());
+        }
+        Ok(text)
     }
 
     /// Checks everything that can be checked without opening a file; all problems are listed.
@@ -305,16 +321,17 @@ impl TrainConfig {
             require(!self.class_prompt.trim().is_empty(), "class_prompt: needed for prior preservation");
             require(self.num_class_images >= 1, "num_class_images: expected 1 or more");
             require(self.class_steps >= 1, "class_steps: expected 1 or more");
-        } else {
-            require(
-                self.class_data_dir.is_none() && self.class_prompt.is_empty(),
-                "class_data_dir and class_prompt are only used --with_prior_preservation",
-            );
         }
         require(
             self.resolution.is_none_or(|r| (8..=4096).contains(&r)),
             "resolution: expected 8 to 4096 pixels",
         );
+        // Far above any use, and far below what would overflow a count or fill a memory.
+        require(self.num_class_images <= 1_000_000, "num_class_images: expected at most 1000000");
+        require(self.num_validation_images <= 10_000, "num_validation_images: expected at most 10000");
+        require(self.train_batch_size <= 4096, "train_batch_size: expected at most 4096");
+        require(self.sample_batch_size <= 4096, "sample_batch_size: expected at most 4096");
+        require(self.max_train_steps <= 1_000_000_000, "max_train_steps: expected at most 1000000000");
         require(self.max_train_steps >= 1, "max_train_steps: expected 1 or more");
         require(self.train_batch_size >= 1, "train_batch_size: expected 1 or more");
         require(self.sample_batch_size >= 1, "sample_batch_size: expected 1 or more");
@@ -369,6 +386,13 @@ impl TrainConfig {
             }
         }
         if differences.is_empty() {
+            let whole = [LrSchedule::Constant, LrSchedule::ConstantWithWarmup];
+            if self.max_train_steps != before.max_train_steps && !whole.contains(&self.lr_scheduler) {
+                eprintln!(
+                    "note: the learning rate now follows its schedule over {} steps",
+                    self.max_train_steps
+                );
+            }
             return Ok(());
         }
         Err(Error::Run(format!(
@@ -415,6 +439,11 @@ impl TrainConfig {
         toml::Table::try_from(self)
             .map_err(|e| Error::config(format!("the settings cannot be written as TOML: {e}")))
     }
+}
+
+/// The settings as clap knows them.
+fn arguments() -> clap::Command {
+    TrainConfig::augment_args(clap::Command::new("train"))
 }
 
 /// `table` with the entries of `winner` in place of its own.

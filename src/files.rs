@@ -1,4 +1,4 @@
-//! Files and folders: the only place of the crate that touches `std::fs`.
+//! Files and folders: what is read, listed and written, with errors that name the path.
 //!
 //! What is written appears whole or not at all: it is written beside its place under a hidden name (see
 //! [`LEFTOVER_PREFIX`]), flushed to the disk and renamed. A crash or a full disk leaves the old file as it was, and at worst

@@ -1,11 +1,16 @@
 //! Householder Reflection Adaptation (HRA) for Stable Diffusion: training on a few pictures, sampling, and the parts of
 //! both, on libtorch.
 //!
-//! Data flows one way, and each level imports only from levels below it:
+//! Data flows one way; a module imports only from those to the right of it and below (`tests/layers.rs` checks it):
 //!
 //! ```text
-//! cli -> train -> sample, checkpoint, run -> stable_diffusion -> text -> model -> adapter -> tensor_file -> files
-//!                 data (-> image)            sampler -> noise    optim, seed, device, config
+//! cli        train, sample, doctor: what the user typed
+//! train      config -> data -> model + adapter -> loss -> optim -> checkpoint, run (metrics)
+//! sample     prompts and seeds -> text -> sampler -> model -> pictures
+//! model      unet, vae and the layers that carry an adapter;  text: tokenizer, CLIP;  stable_diffusion: a whole folder
+//! adapter    hra, its algebra (reflections), PEFT's files: knows a weight and an input, no network
+//! noise      beta table, targets, SNR weights;  sampler: schedulers;  optim: AdamW;  image, data: pictures
+//! device     cuda, tensor_file, files, seed, interrupt, progress, tensorboard, error: what everything stands on
 //! ```
 
 pub mod adapter;

@@ -9,7 +9,14 @@ const ERROR: u8 = 2;
 
 fn main() -> ExitCode {
     device::start();
-    match cli::run(std::env::args_os()) {
+    // An operation inside libtorch that cannot be done (no memory left, above all) arrives as a panic with a C++ backtrace.
+    std::panic::set_hook(Box::new(|_| {}));
+    let Ok(result) =
+        std::panic::catch_unwind(|| cli::run(std::env::args_os())).map_err(|cause| tell(&*cause))
+    else {
+        return ExitCode::from(ERROR);
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Early::Clap(error)) => {
             // A closed pipe is no error of ours.
@@ -23,5 +30,20 @@ fn main() -> ExitCode {
                 _ => ExitCode::from(ERROR),
             }
         }
+    }
+}
+
+/// Says in a line or two what a panic was about.
+fn tell(cause: &(dyn std::any::Any + Send)) {
+    let text =
+        cause.downcast_ref::<String>().map(String::as_str).or_else(|| cause.downcast_ref::<&str>().copied());
+    let text = text.unwrap_or("unknown cause");
+    // tch puts libtorch's message between quotes, with the backtrace behind escaped line ends.
+    let line = text.split("\\n").next().unwrap_or(text).lines().next().unwrap_or(text);
+    eprintln!("error: {line}");
+    if text.contains("out of memory") || text.contains("can't allocate memory") {
+        eprintln!("hint: lower the batch size, --width and --height or --resolution, or use --dtype bf16");
+    } else {
+        eprintln!("hint: this is a defect of hra; please report it with the command that led here");
     }
 }

@@ -42,8 +42,7 @@ pub struct SchedulerConfig {
 impl SchedulerConfig {
     /// Reads the config file at `path`. Errors: the file cannot be read, or is no JSON object.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-        Self::parse(&text, path)
+        Self::parse(&crate::files::read_to_string(path)?, path)
     }
 
     /// Parses the text of a config; `path` is for messages. Python's `Infinity` and `NaN` are understood.

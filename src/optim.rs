@@ -142,7 +142,8 @@ impl Ema {
     /// Takes in the values after optimiser step `step` (from 1); early steps use a shorter memory, as diffusers' EMA does.
     pub fn update(&mut self, parameters: &Parameters, step: i64) {
         let _guard = tch::no_grad_guard();
-        let decay = self.decay.min((1.0 + step as f64) / (10.0 + step as f64));
+        let before = (step - 1) as f64;
+        let decay = if step <= 1 { 0.0 } else { self.decay.min((1.0 + before) / (10.0 + before)) };
         let _ = self.average.lerp_(&parameters.flat, 1.0 - decay);
     }
 }

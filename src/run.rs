@@ -37,7 +37,7 @@ impl RunFolder {
                 path.display()
             )));
         }
-        if path.is_dir() && files::list_dir(path)?.iter().any(|entry| entry.name != LOCK_FILE) {
+        if path.is_dir() && files::list_dir(path)?.iter().any(is_somebodys) {
             return Err(Error::Run(format!(
                 "{} is not empty\nhint: give another --output_dir; a run writes only into its own folder",
                 path.display()
@@ -59,7 +59,9 @@ impl RunFolder {
     pub fn open(path: &Path) -> Result<Self> {
         Self::check_run(path)?;
         let run = Self::lock(path)?;
-        for dir in [path.to_path_buf(), path.join("checkpoints")].iter().filter(|dir| dir.is_dir()) {
+        for dir in
+            ["", "checkpoints", "class_images"].map(|name| path.join(name)).iter().filter(|dir| dir.is_dir())
+        {
             files::remove_leftovers(dir)?;
         }
         Ok(run)
@@ -100,6 +102,12 @@ impl RunFolder {
 }
 
 const LOCK_FILE: &str = ".lock";
+
+/// Neither our lock nor what a killed process left behind while it made the folder.
+fn is_somebodys(entry: &files::DirEntry) -> bool {
+    let name = entry.name.to_string_lossy();
+    name != LOCK_FILE && !name.starts_with(files::LEFTOVER_PREFIX)
+}
 
 /// What is recorded of one step.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -160,8 +168,9 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens a run's metrics to go on after `step`: later records, and a line that was cut off, are dropped.
-    pub fn open(run: &Path, step: i64) -> Result<Self> {
+    /// Opens a run's metrics to go on after `step`: later records, and a line that was cut off, are dropped. `resumed`
+    /// tells TensorBoard to drop what an earlier session wrote beyond it.
+    pub fn open(run: &Path, step: i64, resumed: bool) -> Result<Self> {
         let path = run.join(METRICS_FILE);
         if path.is_file() {
             let text = String::from_utf8_lossy(&files::read(&path, u64::MAX)?).into_owned();
@@ -176,7 +185,7 @@ impl Metrics {
             }
         }
         let file = files::open_append(&path)?;
-        let events = EventWriter::create(&run.join("tensorboard"), step)?;
+        let events = EventWriter::create(&run.join("tensorboard"), if resumed { step + 1 } else { 0 })?;
         Ok(Self { path, file, events })
     }
 

@@ -96,6 +96,8 @@ impl Settings {
             ("steps", self.steps.to_string()),
             ("guidance_scale", self.guidance.to_string()),
             ("seed", seed_text),
+            ("timestep_spacing", self.spacing.map_or("the sampler's", |s| s.name()).to_string()),
+            ("karras_sigmas", self.karras.map_or("the sampler's".to_string(), |k| k.to_string())),
             ("model", model.to_string()),
             ("adapters", adapters.to_string()),
             ("software", format!("hra {}", env!("CARGO_PKG_VERSION"))),

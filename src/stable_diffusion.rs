@@ -108,6 +108,11 @@ impl StableDiffusion {
             self.vae.latent_channels(),
             self.unet.in_channels(),
         );
+        expect(
+            "unet: out_channels (latent channels of the VAE)",
+            self.vae.latent_channels(),
+            self.unet.out_channels(),
+        );
         if i64::from(self.tokenizer.largest_id()) >= self.text_encoder.vocabulary() {
             problems.push(format!(
                 "tokenizer: ids up to {}, but the text encoder knows {} tokens",

@@ -4,7 +4,6 @@
 //! biases were trained (PEFT 0.21 `save_pretrained`). What PEFT's config has no field for goes into the metadata of
 //! the tensor file, which PEFT ignores silently; unknown config fields make it warn.
 
-use super::target::TargetRule;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::tensor_file::{self, TensorFile};
@@ -41,8 +40,9 @@ pub struct AdapterConfig {
     pub gram_schmidt: bool,
     /// `bias`.
     pub bias: Bias,
-    /// `target_modules`.
-    pub targets: TargetRule,
+    /// `target_modules` as it stands in the file. Which layers are adapted is known from the tensors' names; a pattern in
+    /// Python's syntax is kept, not run.
+    pub targets: Value,
     /// `base_model_name_or_path`.
     pub base_model: Option<String>,
 }
@@ -85,7 +85,7 @@ impl AdapterConfig {
             "peft_version": PEFT_VERSION,
             "r": self.rank,
             "revision": null,
-            "target_modules": self.targets.to_json(),
+            "target_modules": self.targets,
             "task_type": null,
         })
     }
@@ -109,16 +109,17 @@ impl AdapterConfig {
                 return Err(problem(format!("bias: expected none or hra_only, found {other}")));
             }
         };
-        for key in ["modules_to_save", "layers_to_transform"] {
-            if value.get(key).is_some_and(|v| !v.is_null()) {
-                return Err(problem(format!("{key}: only null is supported, found {}", value[key])));
-            }
+        if value["modules_to_save"].as_array().is_some_and(|list| !list.is_empty()) {
+            return Err(problem(format!(
+                "modules_to_save: expected none, found {}",
+                value["modules_to_save"]
+            )));
         }
         Ok(Self {
             rank,
             gram_schmidt: value["apply_GS"].as_bool().unwrap_or(false),
             bias,
-            targets: TargetRule::from_json(&value["target_modules"]).map_err(|e| problem(e.to_string()))?,
+            targets: value["target_modules"].clone(),
             base_model: value["base_model_name_or_path"].as_str().map(str::to_string),
         })
     }
@@ -152,7 +153,7 @@ impl AdapterFile {
             let name = name.strip_prefix("text_model.").unwrap_or(name);
             if let Some(layer) = name.strip_suffix(".hra_u") {
                 let shape = file.shape(&key).unwrap_or_default();
-                if shape.len() != 2 || shape[1] != config.rank {
+                if shape.len() != 2 || shape[0] < 1 || shape[1] != config.rank {
                     problems
                         .push(format!("`{key}`: expected shape (d_in, {}), found {shape:?}", config.rank));
                     continue;
@@ -163,8 +164,11 @@ impl AdapterFile {
                 }
                 layers.insert(layer.to_string(), LayerTensors { hra_u, bias: None });
             } else if let Some(layer) = name.strip_suffix(".base_layer.bias") {
-                biases
-                    .insert(layer.to_string(), (key.clone(), file.read_as(&key, Kind::Float, Device::Cpu)?));
+                let bias = file.read_as(&key, Kind::Float, Device::Cpu)?;
+                if bias.isfinite().all().int64_value(&[]) == 0 {
+                    problems.push(format!("`{key}`: holds numbers that are not finite"));
+                }
+                biases.insert(layer.to_string(), (key.clone(), bias));
             } else {
                 unused.push(key);
             }

@@ -101,7 +101,7 @@ impl Reflections {
         let up = self.product(weight).matmul(&self.t); // [d_out, r]
         // ||A U^T||_F^2 = sum((A^T A) * (U^T U))
         let squared = (up.tr().matmul(&up) * self.u.tr().matmul(&self.u)).sum(Kind::Double);
-        let norm = weight.norm().to_kind(Kind::Double).double_value(&[]);
+        let norm = weight.to_kind(Kind::Float).norm().double_value(&[]);
         squared.double_value(&[]).max(0.0).sqrt() / norm.max(f64::MIN_POSITIVE)
     }
 

@@ -1,8 +1,7 @@
 //! Which layers an adapter is put on, by PEFT's rules.
 //!
 //! A list of names matches a layer whose name is one of them or ends with `.` and one of them; a single string is a
-//! regular expression that must match the whole name. `exclude_modules` removes layers by the same rules
-//! (PEFT `tuners_utils.check_target_module_exists`).
+//! regular expression that must match the whole name (PEFT `tuners_utils.check_target_module_exists`).
 
 use crate::error::{Error, Result};
 use serde_json::Value;
@@ -25,22 +24,6 @@ impl TargetRule {
         match words {
             [word] if word.contains(|c: char| "*+?()[]|\\^$".contains(c)) => Self::pattern(word),
             _ => Ok(Self::Suffixes(words.to_vec())),
-        }
-    }
-
-    /// From `target_modules` of an `adapter_config.json`: a list, or a string that is a pattern.
-    pub fn from_json(value: &Value) -> Result<Self> {
-        match value {
-            Value::String(pattern) => Self::pattern(pattern),
-            Value::Array(items) => {
-                let words = items.iter().map(|i| i.as_str().map(str::to_string)).collect::<Option<Vec<_>>>();
-                words
-                    .map(Self::Suffixes)
-                    .ok_or_else(|| Error::config("target_modules: expected a list of names"))
-            }
-            other => {
-                Err(Error::config(format!("target_modules: expected names or a pattern, found {other}")))
-            }
         }
     }
 
@@ -87,7 +70,7 @@ mod tests {
 
     #[test]
     fn a_string_matches_the_whole_name_as_a_pattern() {
-        let rule = TargetRule::from_json(&Value::from(r".*attn1\.to_(q|out\.0)")).unwrap();
+        let rule = TargetRule::from_words(&[r".*attn1\.to_(q|out\.0)".into()]).unwrap();
         assert!(rule.matches(LAYER));
         assert!(!rule.matches(&format!("{LAYER}.base_layer")));
         assert!(!rule.matches("down.attn2.to_q"));

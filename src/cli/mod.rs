@@ -67,8 +67,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
     }?)
 }
 
-/// Splits `DIR=STRENGTH`; a strength of 1 where there is none.
+/// Splits `DIR=STRENGTH`; a strength of 1 where there is none. A folder of the whole name wins.
 fn adapter_with_strength(text: &str) -> (std::path::PathBuf, f64) {
+    if std::path::Path::new(text).is_dir() {
+        return (text.into(), 1.0);
+    }
     match text.rsplit_once('=').and_then(|(dir, s)| s.parse::<f64>().ok().map(|s| (dir, s))) {
         Some((dir, strength)) if strength.is_finite() => (dir.into(), strength),
         _ => (text.into(), 1.0),

@@ -110,8 +110,10 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let prompts = prompts(args)?;
     let given =
         args.latents.as_deref().map(|path| read_noise(path, args.step_noise.as_deref())).transpose()?;
-    if args.batch_size == 0 || args.num_images == Some(0) {
-        return Err(Error::config("--batch-size and --num-images: expected 1 or more"));
+    if !(1..=4096).contains(&args.batch_size) || !(1..=100_000).contains(&args.num_images.unwrap_or(1)) {
+        return Err(Error::config(
+            "--batch-size: expected 1 to 4096, and --num-images: expected 1 to 100000",
+        ));
     }
     if args.with_base && args.adapter.is_empty() {
         return Err(Error::config("--with-base compares an adapter with the base model: give an --adapter"));
@@ -144,6 +146,15 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     }
 
     let count = source.count();
+    if let Some(parent) = args.save_latents.as_deref().and_then(Path::parent)
+        && !parent.as_os_str().is_empty()
+        && !parent.is_dir()
+    {
+        return Err(Error::config(format!(
+            "--save-latents: expected an existing folder, found no {}",
+            parent.display()
+        )));
+    }
     let output = Output::prepare(&args.output, args.with_base, prompts.len(), count)?;
     let passes = if args.with_base { 2 } else { 1 };
     let calls = sample::model_calls(&model, &settings, count, args.batch_size)? * prompts.len() * passes;
@@ -177,11 +188,13 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         let what = if passes == 1 { "" } else { ["base, ", "tuned, "][pass] };
         source.labels().into_iter().map(move |label| format!("{what}{label}"))
     });
-    let grid = Grid { columns: columns.collect(), rows };
-    png::save_png(&args.output.join("grid.png"), &grid.render(), &[])?;
     if let Some(path) = &args.save_latents {
         tensor_file::write(path, &[("latents".to_string(), Tensor::cat(&latents, 0))], &[])?;
     }
+    let grid = Grid { columns: columns.collect(), rows };
+    let all = Settings { prompt: prompts.join("\n"), ..settings };
+    let text = all.to_text(Some(args.seed), &model_name(&args.model), &args.adapter.join(", "));
+    png::save_png(&args.output.join("grid.png"), &grid.render(), &text)?;
     println!("{} pictures in {}", prompts.len() * count * passes, args.output.display());
     Ok(())
 }
@@ -190,8 +203,15 @@ fn prompts(args: &SampleArgs) -> Result<Vec<String>> {
     let mut prompts = args.prompt.clone();
     if let Some(path) = &args.prompt_file {
         let text = files::read_to_string(path)?;
-        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let lines = text
+            .trim_start_matches('\u{feff}')
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && !line.starts_with('#'));
         prompts.extend(lines.map(str::to_string));
+    }
+    if prompts.iter().chain([&args.negative_prompt]).any(|prompt| prompt.contains('\0')) {
+        return Err(Error::config("prompt: expected text, found a NUL character in it"));
     }
     if prompts.is_empty() {
         return Err(Error::config(
@@ -319,6 +339,10 @@ impl Source {
     }
 }
 
+fn model_name(dir: &Path) -> String {
+    dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+}
+
 /// The folder that pictures go into.
 struct Output<'a> {
     dir: &'a Path,
@@ -330,8 +354,9 @@ impl<'a> Output<'a> {
         let output = Self { dir };
         for base in if with_base { &[false, true][..] } else { &[false] } {
             files::create_dir_all(&output.folder(*base))?;
-            for (prompt, picture) in (0..prompts).flat_map(|p| (0..count).map(move |i| (p, i))) {
-                let path = output.file(prompt, picture, *base);
+            let pictures = (0..prompts).flat_map(|p| (0..count).map(move |i| (p, i)));
+            let pictures = pictures.map(|(prompt, picture)| output.file(prompt, picture, *base));
+            for path in pictures.chain([dir.join("grid.png")]) {
                 let ours =
                     || png::read_png_text(&path).is_ok_and(|text| text.iter().any(|(k, _)| k == "software"));
                 if path.exists() && !ours() {
@@ -362,7 +387,7 @@ impl<'a> Output<'a> {
         model: &Path,
         adapters: &str,
     ) -> Result<()> {
-        let model = model.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        let model = model_name(model);
         for (i, picture) in pictures.iter().enumerate() {
             let text = settings.to_text(picture.seed, &model, adapters);
             png::save_png(&self.file(prompt, i, base), &picture.image, &text)?;

@@ -70,11 +70,11 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
 fn report(outcome: &Outcome, config: &TrainConfig) {
     let folder = outcome.folder.display();
     println!("adapter: {folder} ({} values, loadable by PEFT)", outcome.parameters);
+    let loss = outcome.loss.map_or_else(String::new, |loss| format!("; loss {loss:.4}"));
     println!(
-        "{} steps in {:.0} s; loss {:.4}; weights moved by {:.4} on average, {:.4} at most (relative); max |HH^T - I| {:.1e}",
+        "{} steps in {:.0} s{loss}; weights moved by {:.4} on average, {:.4} at most (relative); max |HH^T - I| {:.1e}",
         outcome.steps,
         outcome.seconds,
-        outcome.loss,
         outcome.movement.mean,
         outcome.movement.largest,
         outcome.movement.orthogonality_error

@@ -4,35 +4,42 @@
 use crate::error::{Error, Result};
 use std::ffi::OsString;
 
-/// Flags of diffusers' scripts without an effect on the result here, and whether a value follows. They are passed over.
-const NOT_NEEDED: [(&str, bool); 14] = [
+/// Flags of diffusers' and PEFT's scripts without an effect on the result here, and whether a value follows. They are
+/// passed over with a note.
+const NOT_NEEDED: [(&str, bool); 24] = [
     ("--report-to", true),
     ("--logging-dir", true),
     ("--dataloader-num-workers", true),
+    ("--num-dataloader-workers", true),
     ("--local-rank", true),
     ("--revision", true),
     ("--variant", true),
     ("--tokenizer-name", true),
     ("--tokenizer-max-length", true),
     ("--prior-generation-precision", true),
+    ("--wandb-key", true),
+    ("--wandb-project-name", true),
+    ("--wandb-run-name", true),
+    ("--hub-token", true),
+    ("--hub-model-id", true),
+    ("--use-8bit-adam", false),
+    ("--gradient-checkpointing", false),
     ("--allow-tf32", false),
     ("--set-grads-to-none", false),
     ("--enable-xformers-memory-efficient-attention", false),
     ("--pre-compute-text-embeddings", false),
     ("--skip-save-text-encoder", false),
+    ("--no-tracemalloc", false),
+    ("--use-hra", false),
 ];
 
-/// Flags of diffusers' scripts that would change the result or the memory, and what to do instead.
-const NOT_THERE: [(&str, &str); 9] = [
+/// Flags of diffusers' scripts that would change the result, and what to do instead.
+const NOT_THERE: [(&str, &str); 8] = [
     ("--train-text-encoder", "only the UNet is trained"),
-    ("--use-8bit-adam", "the adapter's moments are a few megabytes in f32"),
-    (
-        "--gradient-checkpointing",
-        "this version keeps all activations; lower --train-batch-size if memory is short",
-    ),
     ("--scale-lr", "give the learning rate that you want"),
     ("--num-train-epochs", "give --max-train-steps"),
     ("--validation-epochs", "give --validation-steps"),
+    ("--validation-images", "previews are drawn from prompts"),
     ("--push-to-hub", "nothing is uploaded"),
     ("--offset-noise", "the noise is the model's own"),
     ("--with-offset-noise", "the noise is the model's own"),
@@ -41,6 +48,9 @@ const NOT_THERE: [(&str, &str); 9] = [
 /// Writes long flags with hyphens and takes out those that are not needed, with a note.
 pub fn normalise(args: Vec<OsString>) -> Result<Vec<OsString>> {
     let mut result = Vec::new();
+    // As in the reference, steps win over epochs.
+    let has_steps =
+        args.iter().any(|a| a.to_string_lossy().replace('_', "-").starts_with("--max-train-steps"));
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
         let Some(text) = arg.to_str().filter(|t| t.starts_with("--") && t.len() > 2) else {
@@ -54,9 +64,11 @@ pub fn normalise(args: Vec<OsString>) -> Result<Vec<OsString>> {
         };
         let (name, value) = text.split_once('=').map_or((text, None), |(n, v)| (n, Some(v)));
         let name = name.replace('_', "-");
-        if let Some((_, takes_value)) = NOT_NEEDED.iter().find(|(flag, _)| *flag == name) {
+        let not_needed = NOT_NEEDED.iter().find(|(flag, _)| *flag == name).copied();
+        let epochs = (has_steps && name == "--num-train-epochs").then_some(("", true));
+        if let Some((_, takes_value)) = not_needed.or(epochs) {
             eprintln!("note: {name} is not needed and has no effect");
-            if *takes_value && value.is_none() {
+            if takes_value && value.is_none() {
                 args.next();
             }
             continue;
@@ -93,6 +105,9 @@ mod tests {
             words(&["hra", "--report_to", "wandb", "--allow_tf32", "--seed", "1"]).unwrap(),
             ["hra", "--seed", "1"]
         );
+        let epochs = ["hra", "--num_train_epochs", "3", "--max_train_steps=5"];
+        assert_eq!(words(&epochs).unwrap(), ["hra", "--max-train-steps=5"]);
+        assert!(words(&epochs[..3]).is_err());
         assert!(words(&["hra", "--train_text_encoder"]).unwrap_err().to_string().contains("only the UNet"));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::layers::{Layer, Layers};
 use crate::adapter::hra::{Hra, HraConfig};
-use crate::adapter::peft::{AdapterFile, Bias};
+use crate::adapter::peft::{AdapterFile, Bias, LayerTensors};
 use crate::adapter::target::TargetRule;
 use crate::adapter::{LowRank, Reflections};
 use crate::error::{Error, Result};
@@ -66,12 +66,12 @@ pub fn attach_new(
             continue;
         }
         let weight = layer.matrix();
-        if config.gram_schmidt && config.rank > weight.size()[1] {
+        if config.rank > weight.size()[1] {
             return Err(Error::config(format!(
-                "rank: {} orthonormal vectors do not fit into the {} inputs of {}",
-                config.rank,
+                "rank: expected at most {}, the inputs of {}, found {}",
                 weight.size()[1],
-                layer.name
+                layer.name,
+                config.rank
             )));
         }
         let seed = seed::derive(run_seed, "adapter start", names.len() as u64);
@@ -99,7 +99,7 @@ pub fn attach_trained(network: &mut dyn Layers, file: &AdapterFile) -> Result<us
     for layer in network.layers_mut() {
         if let Some(tensors) = file.layers.get(&layer.name) {
             let device = layer.matrix().device();
-            check_width(layer, &tensors.hra_u)?;
+            check_fit(layer, tensors).map_err(Error::config)?;
             let adapter = Hra::from_vectors(tensors.hra_u.to_device(device), file.config.gram_schmidt);
             layer.attach(Box::new(adapter), tensors.bias.as_ref().map(|b| b.to_device(device)));
             count += 1;
@@ -128,16 +128,27 @@ pub fn attach_fixed(network: &mut dyn Layers, adapters: &[(PathBuf, f64)]) -> Re
         for (i, file) in files.iter().enumerate() {
             let Some(tensors) = file.layers.get(&name) else { continue };
             matched[i].insert(name.clone());
-            if let Err(e) = check_width(layer, &tensors.hra_u) {
-                problems.push(e.to_string());
+            if let Err(problem) = check_fit(layer, tensors) {
+                problems.push(problem);
                 continue;
             }
             let report = &mut reports[i];
+            if file.config.gram_schmidt && nearly_equal_columns(&tensors.hra_u) {
+                report.note(
+                    "some vectors of this Gram-Schmidt adapter are nearly equal; other programs, which orthonormalise \
+                     in one pass, give something else",
+                );
+            }
             let mut h = Reflections::from_vectors(&tensors.hra_u, file.config.gram_schmidt);
             if report.strength != 1.0 {
                 let (power, left_over) = h.power(report.strength);
                 h = power;
-                report.odd(left_over);
+                if left_over {
+                    report.note(
+                        "some layers have determinant -1 (an odd number of reflections), which no partial strength \
+                         reaches by rotations alone; one direction of each is scaled instead",
+                    );
+                }
             }
             let change = h.relative_change(&weight);
             report.layers += 1;
@@ -195,10 +206,8 @@ pub fn set_enabled(network: &mut dyn Layers, enabled: bool) {
 }
 
 impl AttachReport {
-    fn odd(&mut self, left_over: bool) {
-        let note = "some layers have determinant -1 (an odd number of reflections), which no partial strength reaches by \
-                    rotations alone; one direction of each is scaled instead";
-        if left_over && self.notes.is_empty() {
+    fn note(&mut self, note: &str) {
+        if !self.notes.iter().any(|n| n == note) {
             self.notes.push(note.to_string());
         }
     }
@@ -216,15 +225,33 @@ fn new_report(file: &AdapterFile, path: &Path, strength: f64) -> AttachReport {
     }
 }
 
-fn check_width(layer: &Layer, hra_u: &tch::Tensor) -> Result<()> {
-    let (expected, found) = (layer.matrix().size()[1], hra_u.size()[0]);
-    if expected == found {
-        return Ok(());
+/// What does not fit between an adapter's tensors and the layer, if anything.
+fn check_fit(layer: &Layer, tensors: &LayerTensors) -> std::result::Result<(), String> {
+    let (expected, found) = (layer.matrix().size()[1], tensors.hra_u.size()[0]);
+    if expected != found {
+        return Err(format!(
+            "`{}.hra_u`: expected {expected} rows for this model, found {found}",
+            layer.name
+        ));
     }
-    Err(Error::config(format!(
-        "`{}.hra_u`: expected {expected} rows for this model, found {found}",
-        layer.name
-    )))
+    match (&tensors.bias, layer.bias()) {
+        (Some(own), Some(frozen)) if own.size() != frozen.size() => Err(format!(
+            "`{}.base_layer.bias`: expected shape {:?} for this model, found {:?}",
+            layer.name,
+            frozen.size(),
+            own.size()
+        )),
+        (Some(_), None) => {
+            Err(format!("`{}.base_layer.bias`: this layer of the model has no bias", layer.name))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether two columns of `v` point the same way to three digits, where one-pass Gram-Schmidt loses its footing.
+fn nearly_equal_columns(v: &tch::Tensor) -> bool {
+    let u = v / v.norm_scalaropt_dim(2, [0], true);
+    u.tr().matmul(&u).triu(1).abs().max().double_value(&[]) > 0.999
 }
 
 /// Gives every trained tensor of a network, by its name in an adapter file, to `replace`, and puts in its place what

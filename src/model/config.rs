@@ -146,6 +146,18 @@ impl UNetConfig {
             ));
             return Err(problems);
         }
+        for (name, value, least, most) in [
+            ("in_channels", self.in_channels, 1, MAX_WIDTH),
+            ("out_channels", self.out_channels, 1, MAX_WIDTH),
+            ("cross_attention_dim", self.cross_attention_dim, 1, MAX_WIDTH),
+            ("conv_in_kernel", self.conv_in_kernel, 1, 7),
+            ("conv_out_kernel", self.conv_out_kernel, 1, 7),
+            ("downsample_padding", self.downsample_padding, 0, 1),
+        ] {
+            if !(least..=most).contains(&value) {
+                problems.push(format!("{name}: expected {least} to {most}, found {value}"));
+            }
+        }
         let heads = self.num_attention_heads.as_ref().unwrap_or(&self.attention_head_dim);
         let mut expand = |value: &PerLevel, what: &str| {
             value.expand(n, what).unwrap_or_else(|problem| {

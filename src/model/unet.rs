@@ -181,6 +181,11 @@ impl UNet {
         self.config.in_channels
     }
 
+    /// Channels of its answer.
+    pub fn out_channels(&self) -> i64 {
+        self.config.out_channels
+    }
+
     /// Latent height or width that the model was trained at, where its file says.
     pub fn sample_size(&self) -> Option<i64> {
         self.config.sample_size.as_ref().and_then(serde_json::Value::as_i64)

@@ -7,7 +7,7 @@
 
 use super::config::VaeConfig;
 use super::weights::Weights;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use diffusers::models::vae::{AutoEncoderKL, AutoEncoderKLConfig};
 use std::path::Path;
 use tch::{Device, Kind, Tensor, nn};
@@ -27,6 +27,18 @@ impl Vae {
     pub fn load(dir: &Path, device: Device) -> Result<(Self, Vec<String>)> {
         let config = VaeConfig::read(&dir.join("config.json"))?;
         let weights = Weights::open(dir, "diffusion_pytorch_model", current_name, Kind::Float, device)?;
+        // The crate allocates before we can look, so a config that the file does not bear out is refused first.
+        for (level, &channels) in config.block_out_channels.iter().enumerate() {
+            let name = format!("encoder.down_blocks.{level}.resnets.0.conv2.weight");
+            let expected = [channels, channels, 3, 3];
+            if weights.shape(&name).is_none_or(|found| found != expected) {
+                let _ = weights.root().tensor(&name, &expected);
+                return Err(weights
+                    .finish()
+                    .err()
+                    .unwrap_or_else(|| Error::format(dir, "the weights do not fit")));
+            }
+        }
         let mut store = nn::VarStore::new(device);
         let z = config.latent_channels;
         let inner = AutoEncoderKL::new(

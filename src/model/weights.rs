@@ -58,6 +58,11 @@ impl Weights {
         Scope { weights: self, prefix: String::new() }
     }
 
+    /// Shape of the tensor `name`, if the file has it.
+    pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
+        self.index.get(name).and_then(|(i, key)| self.files[*i].shape(key))
+    }
+
     /// Fails with every problem found; otherwise names the tensors of the file that nothing asked for.
     pub fn finish(self) -> Result<Vec<String>> {
         let problems = self.problems.into_inner();

@@ -4,6 +4,7 @@
 //! manifest beside them says from what they were made; a folder whose manifest says otherwise is refused, not mixed.
 
 use crate::config::TrainConfig;
+use crate::data::ImageFolder;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::image::png;
@@ -18,7 +19,7 @@ use std::path::{Path, PathBuf};
 const MANIFEST_FILE: &str = "class_images.json";
 
 /// What made class pictures depend on.
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Manifest {
     model_fingerprint: String,
     prompt: String,
@@ -26,7 +27,16 @@ struct Manifest {
     steps: usize,
     guidance: f64,
     resolution: u32,
+    /// Of the run that began the set; a run with another seed goes on with this one.
     seed: u64,
+}
+
+/// The class pictures of a run, checked but not made yet.
+pub struct ClassImages {
+    dir: PathBuf,
+    /// `None` if the pictures are the user's own.
+    manifest: Option<Manifest>,
+    settings: Settings,
 }
 
 /// Where the class pictures of this run are or will be.
@@ -34,103 +44,122 @@ pub fn folder(config: &TrainConfig) -> PathBuf {
     config.class_data_dir.clone().unwrap_or_else(|| config.output_dir.join("class_images"))
 }
 
-/// Makes sure that the class pictures are there, and says what was done.
-pub fn ensure(model: &StableDiffusion, config: &TrainConfig, resolution: u32) -> Result<String> {
-    let dir = folder(config);
-    let scheduler = match config.class_scheduler {
-        Some(kind) => kind,
-        None => SamplerKind::from_config(&model.scheduler)?.0,
-    };
-    let manifest = Manifest {
-        model_fingerprint: model.fingerprint()?,
-        prompt: config.class_prompt.clone(),
-        scheduler: scheduler.to_string(),
-        steps: config.class_steps,
-        guidance: config.class_guidance,
-        resolution,
-        seed: config.seed,
-    };
-    let path = dir.join(MANIFEST_FILE);
-    if path.is_file() {
-        check(&path, &manifest)?;
-    } else if dir.is_dir() && !files::list_dir(&dir)?.is_empty() {
-        return Ok(format!("class pictures: your own, in {}", dir.display()));
-    } else {
-        files::create_dir_all(&dir)?;
-        let json = serde_json::to_string_pretty(&manifest).map_err(|e| Error::Data(e.to_string()))?;
-        files::write_atomic(&path, json.as_bytes())?;
-    }
-    let missing: Vec<usize> = (0..config.num_class_images).filter(|i| !file(&dir, *i).is_file()).collect();
-    if missing.is_empty() {
-        return Ok(format!("class pictures: {} made before, in {}", config.num_class_images, dir.display()));
-    }
-    let made = missing.len();
-    generate(model, config, &manifest, scheduler, &dir, &missing)?;
-    Ok(format!(
-        "class pictures: {made} made, {} there before, in {}",
-        config.num_class_images - made,
-        dir.display()
-    ))
-}
-
-fn file(dir: &Path, index: usize) -> PathBuf {
-    dir.join(format!("class-{index:05}.png"))
-}
-
-fn generate(
-    model: &StableDiffusion,
-    config: &TrainConfig,
-    manifest: &Manifest,
-    sampler: SamplerKind,
-    dir: &Path,
-    missing: &[usize],
-) -> Result<()> {
-    let settings = Settings {
-        prompt: manifest.prompt.clone(),
-        negative_prompt: String::new(),
-        sampler,
-        spacing: None,
-        karras: None,
-        steps: manifest.steps,
-        guidance: manifest.guidance,
-        width: i64::from(manifest.resolution),
-        height: i64::from(manifest.resolution),
-    };
-    settings.validate(model)?;
-    let name = model.dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    let mut progress = Progress::new("class pictures", 0, missing.len() as u64);
-    let mut done = 0;
-    for indices in missing.chunks(config.sample_batch_size) {
-        let seeds: Vec<u64> =
-            indices.iter().map(|i| seed::derive(config.seed, "class image", *i as u64)).collect();
-        let noise = Noise::draw(&seeds, &settings, model)?;
-        let pictures = sample::sample(model, &settings, &noise, seeds.len(), &mut || {}).map_err(|e| match e {
-            Error::Interrupted(_) => Error::Interrupted(format!(
-                "stopped after {done} of {} class pictures\nhint: go on with `hra train --resume latest --output_dir {}`",
-                missing.len(),
-                config.output_dir.display()
-            )),
-            other => other,
-        })?;
-        for ((index, seed), picture) in indices.iter().zip(&seeds).zip(&pictures) {
-            png::save_png(&file(dir, *index), &picture.image, &settings.to_text(Some(*seed), &name, ""))?;
+impl ClassImages {
+    /// Refuses settings that the model cannot draw, pictures made from others, and own folders without a picture.
+    pub fn check(
+        model: &StableDiffusion,
+        config: &TrainConfig,
+        resolution: u32,
+        fingerprint: &str,
+    ) -> Result<Self> {
+        let dir = folder(config);
+        let sampler = match config.class_scheduler {
+            Some(kind) => kind,
+            None => SamplerKind::from_config(&model.scheduler)?.0,
+        };
+        let settings = Settings {
+            prompt: config.class_prompt.clone(),
+            negative_prompt: String::new(),
+            sampler,
+            spacing: None,
+            karras: None,
+            steps: config.class_steps,
+            guidance: config.class_guidance,
+            width: i64::from(resolution),
+            height: i64::from(resolution),
+        };
+        settings.validate(model)?;
+        let mut manifest = Manifest {
+            model_fingerprint: fingerprint.to_string(),
+            prompt: config.class_prompt.clone(),
+            scheduler: sampler.to_string(),
+            steps: config.class_steps,
+            guidance: config.class_guidance,
+            resolution,
+            seed: config.seed,
+        };
+        let path = dir.join(MANIFEST_FILE);
+        if path.is_file() {
+            manifest.seed = same_settings(&path, &manifest)?;
+        } else if has_files(&dir)? {
+            ImageFolder::scan(&dir)?;
+            return Ok(Self { dir, manifest: None, settings });
         }
-        done += indices.len();
-        progress.set(done as u64, "");
+        Ok(Self { dir, manifest: Some(manifest), settings })
     }
-    progress.finish();
-    Ok(())
+
+    /// Makes the pictures that are missing, and says what was done.
+    pub fn make(&self, model: &StableDiffusion, config: &TrainConfig) -> Result<String> {
+        let dir = self.dir.display();
+        let Some(manifest) = &self.manifest else { return Ok(format!("class pictures: your own, in {dir}")) };
+        files::create_dir_all(&self.dir)?;
+        let json = serde_json::to_string_pretty(manifest).map_err(|e| Error::Data(e.to_string()))?;
+        files::write_atomic(&self.dir.join(MANIFEST_FILE), json.as_bytes())?;
+        let total = config.num_class_images;
+        let missing: Vec<usize> = (0..total).filter(|i| !self.file(*i).is_file()).collect();
+        if missing.is_empty() {
+            return Ok(format!("class pictures: {total} made before, in {dir}"));
+        }
+        self.generate(model, config, manifest.seed, &missing)?;
+        Ok(format!(
+            "class pictures: {} made, {} there before, in {dir}",
+            missing.len(),
+            total - missing.len()
+        ))
+    }
+
+    fn file(&self, index: usize) -> PathBuf {
+        self.dir.join(format!("class-{index:05}.png"))
+    }
+
+    fn generate(
+        &self,
+        model: &StableDiffusion,
+        config: &TrainConfig,
+        seed: u64,
+        missing: &[usize],
+    ) -> Result<()> {
+        let name = model.dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        let mut progress = Progress::new("class pictures", 0, missing.len() as u64);
+        let mut done = 0;
+        for indices in missing.chunks(config.sample_batch_size) {
+            let seeds: Vec<u64> =
+                indices.iter().map(|i| seed::derive(seed, "class image", *i as u64)).collect();
+            let noise = Noise::draw(&seeds, &self.settings, model)?;
+            let drawn = sample::sample(model, &self.settings, &noise, seeds.len(), &mut || {});
+            let pictures = drawn.map_err(|e| match e {
+                Error::Interrupted(_) => Error::Interrupted(format!(
+                    "stopped after {done} of {} class pictures\nhint: go on with `hra train --resume latest --output_dir {}`",
+                    missing.len(),
+                    config.output_dir.display()
+                )),
+                other => other,
+            })?;
+            for ((index, seed), picture) in indices.iter().zip(&seeds).zip(&pictures) {
+                let text = self.settings.to_text(Some(*seed), &name, "");
+                png::save_png(&self.file(*index), &picture.image, &text)?;
+            }
+            done += indices.len();
+            progress.set(done as u64, "");
+        }
+        progress.finish();
+        Ok(())
+    }
 }
 
-/// Fails with every setting in which the pictures that are there differ from what this run would make.
-fn check(path: &Path, wanted: &Manifest) -> Result<()> {
+/// Whether a folder holds anything but hidden files.
+fn has_files(dir: &Path) -> Result<bool> {
+    Ok(dir.is_dir()
+        && files::list_dir(dir)?.iter().any(|entry| !entry.name.to_string_lossy().starts_with('.')))
+}
+
+/// The seed of the pictures that are there, or an error with every setting in which they differ from `wanted`.
+fn same_settings(path: &Path, wanted: &Manifest) -> Result<u64> {
     let text = files::read_to_string(path)?;
     let found: Manifest = serde_json::from_str(&text).map_err(|e| Error::format(path, e.to_string()))?;
-    if found == *wanted {
-        return Ok(());
-    }
+    let seed = found.seed;
     let json = |m: &Manifest| serde_json::to_value(m).map_err(|e| Error::format(path, e.to_string()));
-    let (found, wanted) = (json(&found)?, json(wanted)?);
+    let (found, wanted) = (json(&found)?, json(&Manifest { seed, ..wanted.clone() })?);
     let differences: Vec<String> = wanted
         .as_object()
         .into_iter()
@@ -138,6 +167,9 @@ fn check(path: &Path, wanted: &Manifest) -> Result<()> {
         .filter(|(key, value)| found[key.as_str()] != **value)
         .map(|(key, value)| format!("{key}: made with {}, wanted is {value}", found[key.as_str()]))
         .collect();
+    if differences.is_empty() {
+        return Ok(seed);
+    }
     Err(Error::format(
         path,
         format!(

@@ -21,13 +21,18 @@ use crate::progress::Progress;
 use crate::run::{Metrics, Record, RunFolder, Sums};
 use crate::stable_diffusion::StableDiffusion;
 use batches::Batches;
+use class_images::ClassImages;
 use loss::training_loss;
 use preview::HeldOut;
 use std::path::PathBuf;
 use std::time::Instant;
+use tch::Kind;
 
 /// How far the weights moved is measured at every so many records, and at the end: it looks at every adapted weight.
 const RECORDS_A_MOVEMENT: i64 = 10;
+
+/// In f16 the gradients of a mean over many pixels would vanish; in f32 and bf16 nothing is scaled.
+const HALF_LOSS_SCALE: f64 = 4096.0;
 
 /// Where to go on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,8 +67,8 @@ pub struct Outcome {
     pub folder: PathBuf,
     /// Optimiser steps taken, over all sessions.
     pub steps: i64,
-    /// Loss of the last record.
-    pub loss: f64,
+    /// Loss of the last record; `None` if there was nothing left to do.
+    pub loss: Option<f64>,
     /// How far the weights moved.
     pub movement: Movement,
     /// Seconds of training, over all sessions.
@@ -124,20 +129,40 @@ impl Trainer {
         }
         eprint!("{report}");
 
+        if !config.with_prior_preservation
+            && (config.class_data_dir.is_some() || !config.class_prompt.is_empty())
+        {
+            eprintln!(
+                "note: class_data_dir and class_prompt have no effect without --with_prior_preservation"
+            );
+        }
         let targets = TargetRule::from_words(&config.target_modules)?;
         let schedule = NoiseSchedule::new(&model.scheduler, compute.device)?;
         let fingerprint = model.fingerprint()?;
         attach::attach_new(&mut model.unet, &targets, config.hra(), config.bias, config.seed)?;
+
+        preview::check(&model, &config, resolution)?;
+        let class_images = config
+            .with_prior_preservation
+            .then(|| ClassImages::check(&model, &config, resolution, &fingerprint))
+            .transpose()?;
+        if let Some(loaded) = checkpoint.as_ref().filter(|c| c.state.base_fingerprint != fingerprint) {
+            return Err(Error::Run(format!(
+                "{}: the base model's weights are not those that this run began with (step {})",
+                config.pretrained_model_name_or_path.display(),
+                loaded.state.step
+            )));
+        }
 
         let folder = match resume {
             None => RunFolder::create(&config.output_dir, &config.to_toml()?)?,
             Some(_) => RunFolder::open(&config.output_dir)?,
         };
         folder.write_config(&config.to_toml()?)?;
-        let class = if config.with_prior_preservation {
+        let class = if let Some(class_images) = class_images {
             // Drawn by the base model, which an adapter that starts at the identity is only up to rounding.
             attach::set_enabled(&mut model.unet, false);
-            eprintln!("{}", class_images::ensure(&model, &config, resolution)?);
+            eprintln!("{}", class_images.make(&model, &config)?);
             attach::set_enabled(&mut model.unet, true);
             let folder = ImageFolder::scan(&class_images::folder(&config))?;
             report += &format!("class pictures: {}\n", folder.report(resolution));
@@ -154,24 +179,24 @@ impl Trainer {
         let mut ema = config.use_ema.then(|| Ema::new(config.ema_decay, &parameters));
         let (mut step, mut earlier, mut sums) = (0, 0.0, Sums::default());
         if let Some(loaded) = checkpoint {
-            if loaded.state.base_fingerprint != fingerprint {
-                return Err(Error::Run(format!(
-                    "{}: the base model's weights are not those that this run began with",
-                    config.pretrained_model_name_or_path.display()
-                )));
-            }
             loaded.restore(&mut parameters, &mut optimizer, ema.as_mut())?;
             (step, earlier, sums) = (loaded.state.step, loaded.state.seconds, loaded.state.sums);
             eprintln!("resuming after step {step}");
+            match checkpoint::remove_after(folder.path(), step)? {
+                0 => {}
+                n => eprintln!(
+                    "note: {n} checkpoints after step {step} are removed, as the steps after it are made anew"
+                ),
+            }
         }
         let adapter = AdapterConfig {
             rank: config.rank,
             gram_schmidt: config.gram_schmidt,
             bias: config.bias,
-            targets,
+            targets: targets.to_json(),
             base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
         };
-        let metrics = Metrics::open(folder.path(), step)?;
+        let metrics = Metrics::open(folder.path(), step, resume.is_some())?;
         let learning_rate = config.learning_rate();
         let trainer = Self {
             config,
@@ -206,15 +231,15 @@ impl Trainer {
             self.model.unet.kind()
         );
         let mut progress = Progress::new("training", first as u64, total.max(first) as u64);
-        let mut last = Record::default();
+        let mut last = None;
         for step in first + 1..=total {
             if interrupt::requested() {
                 return Err(self.stop(step - 1));
             }
             let gradient_norm = self.step(step)?;
             let due = |every: i64| step % every == 0 || step == total;
-            let log = due(self.config.log_every);
             let look = due(self.config.validation_steps);
+            let log = look || due(self.config.log_every);
             let message = format!(
                 "loss {:.4} lr {:.2e} {:.2} step/s",
                 self.sums.loss / self.sums.count,
@@ -222,7 +247,10 @@ impl Trainer {
                 (step - first) as f64 / self.started.elapsed().as_secs_f64()
             );
             if log {
-                last = self.record(step, gradient_norm, look)?;
+                last = Some(self.record(step, gradient_norm, look)?);
+            }
+            if due(self.config.checkpointing_steps) {
+                self.save(step)?;
             }
             if look && !self.config.validation_prompt.is_empty() {
                 let drawn = self.with_average(|t| {
@@ -234,21 +262,20 @@ impl Trainer {
                     Err(e) => return Err(e),
                 }
             }
-            if due(self.config.checkpointing_steps) {
-                self.save(step)?;
-            }
             progress.set(step as u64, &message);
         }
         progress.finish();
-        let movement = attach::movement(&mut self.model.unet);
         let state = self.state(total.max(first));
-        self.with_average(|t| {
-            checkpoint::write_adapter(t.folder.path(), &t.adapter, t.parameters.views(), &state)
-        })?;
+        if let Some(ema) = &self.ema {
+            // The last checkpoint, if there is one, keeps the values that training would go on with.
+            self.parameters.set(&ema.average);
+        }
+        checkpoint::write_adapter(self.folder.path(), &self.adapter, self.parameters.views(), &state)?;
+        let movement = attach::movement(&mut self.model.unet);
         Ok(Outcome {
             folder: self.folder.path().to_path_buf(),
             steps: state.step,
-            loss: last.loss,
+            loss: last.map(|record| record.loss),
             movement,
             seconds: state.seconds,
             parameters: self.parameters.count(),
@@ -259,6 +286,7 @@ impl Trainer {
     fn step(&mut self, step: i64) -> Result<f64> {
         let config = &self.config;
         let accumulation = config.gradient_accumulation_steps as u64;
+        let scale = if self.model.unet.kind() == Kind::Half { HALF_LOSS_SCALE } else { 1.0 };
         self.parameters.zero_gradient();
         for micro in 0..accumulation {
             let batch = self.batches.batch(&self.model, (step - 1) as u64 * accumulation + micro)?;
@@ -279,7 +307,7 @@ impl Trainer {
             if !value.is_finite() {
                 return Err(self.not_finite(step, "the loss"));
             }
-            (total / accumulation as f64).backward();
+            (total * (scale / accumulation as f64)).backward();
             let share = 1.0 / accumulation as f64;
             self.sums.loss += value * share;
             self.sums.instance += loss.instance.double_value(&[]) * share;
@@ -287,7 +315,7 @@ impl Trainer {
             self.sums.regulariser += regulariser.map_or(0.0, |r| r.double_value(&[])) * share;
         }
         self.sums.count += 1.0;
-        let (gradient, norm) = clip(&self.parameters.gradient(), config.max_grad_norm);
+        let (gradient, norm) = clip(&(self.parameters.gradient() / scale), config.max_grad_norm);
         let norm = norm.double_value(&[]);
         if !norm.is_finite() {
             return Err(self.not_finite(step, "the gradient"));

@@ -20,6 +20,37 @@ use tch::{Kind, Tensor};
 /// Each held-out picture is measured at this many timesteps, evenly spread.
 const HELD_OUT_TIMESTEPS: i64 = 8;
 
+/// Refuses preview settings that the model cannot draw, before any step is taken.
+pub fn check(model: &StableDiffusion, config: &TrainConfig, resolution: u32) -> Result<()> {
+    config
+        .validation_prompt
+        .iter()
+        .try_for_each(|prompt| settings(model, config, resolution, prompt)?.validate(model))
+}
+
+fn settings(
+    model: &StableDiffusion,
+    config: &TrainConfig,
+    resolution: u32,
+    prompt: &str,
+) -> Result<Settings> {
+    let sampler = match config.validation_scheduler {
+        Some(kind) => kind,
+        None => SamplerKind::from_config(&model.scheduler)?.0,
+    };
+    Ok(Settings {
+        prompt: prompt.to_string(),
+        negative_prompt: String::new(),
+        sampler,
+        spacing: None,
+        karras: None,
+        steps: config.validation_inference_steps,
+        guidance: config.validation_guidance,
+        width: i64::from(resolution),
+        height: i64::from(resolution),
+    })
+}
+
 /// Draws the validation prompts into `samples/step-NNNNNN/` of the run: one PNG a picture, and a grid.
 pub fn draw(
     model: &StableDiffusion,
@@ -30,26 +61,11 @@ pub fn draw(
 ) -> Result<PathBuf> {
     let dir = run.join("samples").join(format!("step-{step:06}"));
     files::create_dir_all(&dir)?;
-    let sampler = match config.validation_scheduler {
-        Some(kind) => kind,
-        None => SamplerKind::from_config(&model.scheduler)?.0,
-    };
     let seeds: Vec<u64> = (0..config.num_validation_images as u64).map(|i| config.seed + i).collect();
     let mut grid = Grid { columns: seeds.iter().map(|s| format!("seed {s}")).collect(), rows: Vec::new() };
     let name = model.dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
     for (p, prompt) in config.validation_prompt.iter().enumerate() {
-        let settings = Settings {
-            prompt: prompt.clone(),
-            negative_prompt: String::new(),
-            sampler,
-            spacing: None,
-            karras: None,
-            steps: config.validation_inference_steps,
-            guidance: config.validation_guidance,
-            width: i64::from(resolution),
-            height: i64::from(resolution),
-        };
-        settings.validate(model)?;
+        let settings = settings(model, config, resolution, prompt)?;
         let noise = Noise::draw(&seeds, &settings, model)?;
         let pictures = sample::sample(model, &settings, &noise, config.sample_batch_size, &mut || {})?;
         for (i, picture) in pictures.iter().enumerate() {
