@@ -36,7 +36,7 @@ test-python: build ## compare with the Python peers (installs them into .venv/)
 	.venv/bin/python -m pytest tests/python
 
 test-cuda: setup ## run the tests that need an NVIDIA GPU; skipped where there is none
-	@if $(PYTHON) tools/setup.py has-driver; then $(CARGO) test --locked --test cuda -- --ignored; \
+	@if $(PYTHON) tools/setup.py has-driver; then $(CARGO) test --locked --test cuda -- --ignored --nocapture; \
 	  else echo "test-cuda: skipped, no NVIDIA driver on this machine"; fi
 
 lint: setup ## check format and lints, warnings are errors

@@ -38,6 +38,7 @@ enum Method {
     Hra { gram_schmidt: bool },
 }
 
+/// divan sorts by these names.
 impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {

@@ -2,7 +2,7 @@
 //! sampling steps at 512 px on the CPU. Sizes are those of the published configs; the numbers of weights are the published
 //! ones, so a network that lacks a layer or has one too many fails before it computes.
 //!
-//! Takes minutes, 2.2 GB of disk and 16 GB of memory, so it is run by hand:
+//! Takes minutes, 2.2 GB of disk and 7 GB of memory, so it is run by hand:
 //!
 //! ```text
 //! cargo test --release --test large -- --ignored --nocapture

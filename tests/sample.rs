@@ -152,6 +152,51 @@ fn a_file_that_is_not_ours_is_never_replaced() {
 }
 
 #[test]
+fn adapters_that_do_not_fit_the_model_are_refused_with_every_problem() {
+    let scratch = Scratch::new();
+    scratch.train("run", &["--max_train_steps", "1", "--bias", "hra_only"]);
+    let model = tiny_sd();
+    let path = scratch.path("run/adapter_model.safetensors");
+    let file = TensorFile::open(&path).unwrap();
+    let tensors: Vec<(String, Tensor)> =
+        file.names().iter().map(|n| (n.clone(), file.read(n).unwrap())).collect();
+    let refuse = |change: &dyn Fn(&str, &Tensor) -> Tensor, parts: &[&str]| {
+        let changed: Vec<_> = tensors.iter().map(|(n, t)| (n.clone(), change(n, t))).collect();
+        hra::tensor_file::write(&path, &changed, &[]).unwrap();
+        let args = [
+            "sample",
+            "--model",
+            model.to_str().unwrap(),
+            "--prompt",
+            "x",
+            "--output",
+            "out",
+            "--adapter",
+            "run",
+        ];
+        let done = scratch.run(&args);
+        assert_eq!(done.code, 2, "{}", done.err);
+        parts.iter().for_each(|part| assert!(done.err.contains(part), "{part}: {}", done.err));
+        assert!(!scratch.path("out").exists());
+    };
+    let is_bias = |name: &str| name.ends_with(".bias");
+    refuse(
+        &|n, t| if is_bias(n) { t.narrow(0, 0, 3) } else { t.shallow_clone() },
+        &["14 problems", "expected shape [128]"],
+    );
+    refuse(&|n, t| if is_bias(n) { t * f64::NAN } else { t.shallow_clone() }, &["not finite"]);
+    refuse(
+        &|n, t| if is_bias(n) { t.shallow_clone() } else { t.narrow(0, 0, 5) },
+        &["56 problems", "found 5"],
+    );
+    refuse(
+        &|n, t| if is_bias(n) { t.shallow_clone() } else { t.narrow(1, 0, 3) },
+        &["expected shape (d_in, 8)"],
+    );
+    refuse(&|n, t| if is_bias(n) { t.shallow_clone() } else { t.zeros_like() }, &["length zero"]);
+}
+
+#[test]
 fn half_precision_draws_nearly_the_same_picture() {
     let scratch = Scratch::new();
     for dtype in ["f32", "bf16", "f16"] {

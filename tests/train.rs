@@ -223,6 +223,7 @@ fn class_pictures_are_made_once_finished_later_and_never_mixed() {
     let third = with("c", "4", "a cat face");
     assert_eq!(third.code, 2);
     assert!(third.err.contains("made from other settings") && third.err.contains("prompt"), "{}", third.err);
+    assert!(!scratch.path("c").exists(), "refused before the run folder is made");
     assert_eq!(with("d", "4", "a robot").code, 0);
 }
 
@@ -260,6 +261,37 @@ fn a_run_is_never_overwritten_nor_resumed_with_other_settings() {
     let full = scratch.run(&flags(&scratch.train_flags("mine", &[])));
     assert_eq!(full.code, 2);
     assert!(full.err.contains("is not empty"), "{}", full.err);
+}
+
+#[test]
+fn going_on_from_an_older_step_leaves_the_newer_ones_behind() {
+    let scratch = Scratch::new();
+    scratch.train("whole", &["--max_train_steps", "5"]);
+    scratch.train("run", &["--max_train_steps", "4", "--checkpointing_steps", "1"]);
+    let run = scratch.path("run");
+    let go_on = ["train", "--resume", "2", "--output_dir", run.to_str().unwrap(), "--max_train_steps", "5"];
+    let told = scratch.ok(&[&go_on[..], &["--checkpoints_total_limit", "2"]].concat()).err;
+    assert!(
+        told.contains("resuming after step 2") && told.contains("2 checkpoints after step 2 are removed"),
+        "{told}"
+    );
+    assert_eq!(adapter(&run), adapter(&scratch.path("whole")));
+    assert_eq!(checkpoints(&run), ["step-000004", "step-000005"]);
+    assert_eq!(records(&run).len(), 5);
+}
+
+#[test]
+fn settings_of_pictures_to_come_are_checked_before_the_first_step() {
+    let scratch = Scratch::new();
+    for more in [
+        &["--validation_prompt", "x", "--validation_inference_steps", "0"][..],
+        &["--validation_prompt", "x", "--validation_inference_steps", "2000"],
+        &["--class_steps", "2000", "--class_data_dir", "new"],
+    ] {
+        let done = scratch.run(&flags(&scratch.train_flags("run", more)));
+        assert_eq!(done.code, 2, "{}", done.err);
+        assert!(done.err.contains("steps") && !scratch.path("run").exists(), "{}", done.err);
+    }
 }
 
 #[test]

@@ -22,6 +22,8 @@ use std::path::PathBuf;
 pub struct TrainArgs {
     /// Config file (TOML)
     config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: TrainConfig,
     /// Go on with the run in --output_dir: latest, or the step of a checkpoint
     #[arg(
         long,
@@ -33,8 +35,6 @@ pub struct TrainArgs {
     /// Print every effective setting as a config file, and do nothing
     #[arg(long, help_heading = "Model and output")]
     print_config: bool,
-    #[command(flatten)]
-    settings: TrainConfig,
 }
 
 /// Runs `hra train`; `typed` says which flags were given.
