@@ -7,7 +7,6 @@ use crate::error::{Error, Result};
 use crate::files;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::json;
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -65,11 +64,6 @@ impl TensorFile {
         let mut names: Vec<String> = self.metadata.tensors().into_keys().collect();
         names.sort();
         names
-    }
-
-    /// The free-text metadata of the header.
-    pub fn text(&self) -> HashMap<String, String> {
-        self.metadata.metadata().clone().unwrap_or_default()
     }
 
     /// Shape of a tensor, if it is there.

@@ -4,9 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use hra::image::decode::{self, decode};
-use hra::image::grid::GridRow;
+
 use hra::image::{
-    Filter, Grid, RgbImage, center_crop, crop, load_rgb, plain_grid, read_png_text, resize, save_png,
+    Filter, Grid, GridRow, RgbImage, center_crop, crop, load_rgb, read_png_text, resize, save_png,
 };
 use safetensors::SafeTensors;
 
@@ -212,9 +212,10 @@ fn ink(sheet: &RgbImage) -> (u32, u32, u32, u32) {
 }
 
 #[test]
-fn a_plain_sheet_holds_its_images_enlarged_in_rows() {
+fn a_sheet_without_labels_holds_its_images_enlarged_in_rows() {
     let images: Vec<_> = (0..5).map(|n| RgbImage::from_pixel(64, 64, [n * 50, 0, 0].into())).collect();
-    let sheet = plain_grid(&images, 3);
+    let rows = images.chunks(3).map(|row| GridRow { label: String::new(), images: row.to_vec() }).collect();
+    let sheet = Grid { columns: Vec::new(), rows }.render();
     // Cells of 192, gaps of 8, margins of 20.
     assert_eq!(sheet.dimensions(), (20 + 3 * 192 + 2 * 8 + 20, 20 + 2 * 192 + 8 + 20));
     for (n, image) in images.iter().enumerate() {
@@ -224,7 +225,7 @@ fn a_plain_sheet_holds_its_images_enlarged_in_rows() {
         }
     }
     assert_eq!(sheet.get_pixel(20 + 2 * 200 + 5, 20 + 200 + 5).0, [255; 3], "the sixth cell is empty");
-    assert_eq!(plain_grid(&[], 0).dimensions(), (40, 40));
+    assert_eq!(Grid { columns: Vec::new(), rows: Vec::new() }.render().dimensions(), (40, 40));
 }
 
 #[test]

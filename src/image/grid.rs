@@ -130,13 +130,6 @@ impl Grid {
     }
 }
 
-/// A sheet of `images` without labels, `columns` to a row (at least 1).
-pub fn plain_grid(images: &[RgbImage], columns: usize) -> RgbImage {
-    let rows = images.chunks(columns.max(1));
-    let rows = rows.map(|row| GridRow { label: String::new(), images: row.to_vec() }).collect();
-    Grid { columns: Vec::new(), rows }.render()
-}
-
 /// Total length of cells with gaps between them.
 fn spread(cells: &[u32]) -> u32 {
     cells.iter().sum::<u32>() + GAP * cells.len().saturating_sub(1) as u32

@@ -10,6 +10,6 @@ pub mod resize;
 
 pub use ::image::RgbImage;
 pub use decode::load_rgb;
-pub use grid::{Grid, plain_grid};
+pub use grid::{Grid, GridRow};
 pub use png::{read_png_text, save_png};
 pub use resize::{Filter, center_crop, crop, resize, resize_short_side};
