@@ -270,7 +270,9 @@ impl TrainConfig {
     /// The same settings with every path made absolute, so that a run can be resumed from any folder.
     pub fn with_absolute_paths(mut self) -> Result<Self> {
         let absolute = |path: &mut PathBuf| {
-            *path = std::path::absolute(&*path).map_err(|e| Error::io("find", path, e))?;
+            if !path.as_os_str().is_empty() {
+                *path = std::path::absolute(&*path).map_err(|e| Error::io("find", path, e))?;
+            }
             Ok::<(), Error>(())
         };
         absolute(&mut self.pretrained_model_name_or_path)?;

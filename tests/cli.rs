@@ -90,6 +90,11 @@ fn bad_settings_are_listed_together() {
         &["--rank", "7", "--train_batch_size", "0", "--instance_prompt", " "],
         &["expected an even number", "--allow-odd-rank", "train_batch_size", "instance_prompt"],
     );
+    let nothing = Scratch::new().run(&["train"]);
+    refused(
+        &nothing,
+        &["pretrained_model_name_or_path: a model folder is needed", "instance_data_dir", "instance_prompt"],
+    );
     training_is_refused(&["--train_text_encoder"], &["only the UNet is trained"]);
     training_is_refused(&["--target_modules", "to_x"], &["matches none", "layers are"]);
     training_is_refused(&["--resolution", "66"], &["expected a multiple of 4", "found 66"]);
