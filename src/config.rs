@@ -200,7 +200,7 @@ pub struct TrainConfig {
     #[arg(long, value_enum, help_heading = "Previews and checkpoints")]
     pub validation_scheduler: Option<SamplerKind>,
     /// Steps between checkpoints
-    #[arg(long, default_value_t = 500, help_heading = "Previews and checkpoints")]
+    #[arg(long, default_value_t = 100, help_heading = "Previews and checkpoints")]
     pub checkpointing_steps: i64,
     /// Checkpoints to keep [default: all]
     #[arg(long, help_heading = "Previews and checkpoints")]

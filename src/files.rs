@@ -98,6 +98,16 @@ pub fn open_append(path: &Path) -> Result<File> {
     OpenOptions::new().append(true).create(true).open(path).map_err(|e| Error::io("open", path, e))
 }
 
+/// `text` as one word of a POSIX shell, for commands that a user may paste.
+pub fn shell_word(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_./=-+:,".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_string()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
 /// Removes what interrupted writes have left in the folder at `path`; only for a folder in which no other process writes.
 pub fn remove_leftovers(path: &Path) -> Result<()> {
     for entry in list_dir(path)? {
@@ -277,6 +287,13 @@ fn told_with(error: Error, hidden: &Path, shown: &Path) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shell_words_are_quoted_where_they_must_be() {
+        assert_eq!(shell_word("runs/dog=0.8"), "runs/dog=0.8");
+        assert_eq!(shell_word("a \"b\" $c's"), r#"'a "b" $c'\''s'"#);
+        assert_eq!(shell_word(""), "''");
+    }
 
     /// The one thing that cannot be tested from outside: the way taken where the kernel or file system cannot swap.
     #[test]

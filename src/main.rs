@@ -24,11 +24,12 @@ fn main() -> ExitCode {
             ExitCode::from(if error.use_stderr() { ERROR } else { 0 })
         }
         Err(Early::Error(error)) => {
-            eprintln!("error: {error}");
-            match error {
-                Error::Interrupted(_) => ExitCode::from(interrupt::EXIT_CODE as u8),
-                _ => ExitCode::from(ERROR),
+            if let Error::Interrupted(_) = error {
+                eprintln!("{error}");
+                return ExitCode::from(interrupt::EXIT_CODE as u8);
             }
+            eprintln!("error: {error}");
+            ExitCode::from(ERROR)
         }
     }
 }

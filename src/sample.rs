@@ -225,7 +225,7 @@ fn sample_batch(
     let mut progress = |_| {
         tick();
         interrupt::check(|| {
-            "stopped while sampling; pictures that were finished before are saved".to_string()
+            "stopped while sampling; pictures of the prompts before this one are saved".to_string()
         })
     };
     plan.run(x, &mut denoise, &mut step_noise, &mut progress)

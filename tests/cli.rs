@@ -81,7 +81,7 @@ fn words_of_other_trainers_are_accepted_and_settings_have_an_order() {
     assert_eq!(table["learning_rate"].as_float(), Some(1e-3), "flags win over the file");
     assert_eq!(table["train_batch_size"].as_integer(), Some(2), "the file wins over defaults");
     assert_eq!(table["adam_beta1"].as_float(), Some(0.9));
-    assert!(printed.err.contains("--report-to is not needed"));
+    assert!(printed.err.contains("--report-to has no effect here"));
 }
 
 #[test]

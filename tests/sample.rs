@@ -103,6 +103,24 @@ fn strength_goes_from_the_base_model_to_the_adapter_and_what_was_loaded_is_told(
     // Half and half again is the whole; an adapter and its inverse are nothing.
     assert!(relative_error(&run("twice", &["run=0.5", "run=0.5"], &[]).0, &full) < 1e-4);
     assert!(relative_error(&run("undone", &["run", "run=-1"], &[]).0, &base) < 1e-4);
+    let model = tiny_sd();
+    let typo = [
+        "sample",
+        "--model",
+        model.to_str().unwrap(),
+        "--prompt",
+        "x",
+        "--output",
+        "typo",
+        "--adapter",
+        "run=1,5",
+    ];
+    let refused = scratch.run(&typo);
+    assert!(
+        refused.code == 2 && refused.err.contains("expected a number for the strength, found `1,5`"),
+        "{}",
+        refused.err
+    );
     // --with-base draws the base model's pictures from the same noise.
     let pair = [scratch.path("full/base/0000-0000.png"), scratch.path("base-only/0000-0000.png")];
     assert_eq!(largest_difference(&pair[0], &pair[1]), 0);

@@ -68,13 +68,17 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
 }
 
 /// Splits `DIR=STRENGTH`; a strength of 1 where there is none. A folder of the whole name wins.
-fn adapter_with_strength(text: &str) -> (std::path::PathBuf, f64) {
-    if std::path::Path::new(text).is_dir() {
-        return (text.into(), 1.0);
-    }
-    match text.rsplit_once('=').and_then(|(dir, s)| s.parse::<f64>().ok().map(|s| (dir, s))) {
-        Some((dir, strength)) if strength.is_finite() => (dir.into(), strength),
-        _ => (text.into(), 1.0),
+fn adapter_with_strength(text: &str) -> Result<(std::path::PathBuf, f64)> {
+    let is_folder = |path: &str| std::path::Path::new(path).is_dir();
+    match text.rsplit_once('=') {
+        Some((dir, strength)) if !is_folder(text) => match strength.parse::<f64>() {
+            Ok(number) if number.is_finite() => Ok((dir.into(), number)),
+            _ if is_folder(dir) => Err(Error::config(format!(
+                "--adapter: expected a number for the strength, found `{strength}`\nhint: --adapter DIR=0.8"
+            ))),
+            _ => Ok((text.into(), 1.0)),
+        },
+        _ => Ok((text.into(), 1.0)),
     }
 }
 

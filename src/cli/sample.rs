@@ -120,13 +120,13 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     }
     let compute = device::resolve(args.device, Some(args.dtype))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    let adapters: Vec<(PathBuf, f64)> =
+        args.adapter.iter().map(|a| super::adapter_with_strength(a)).collect::<Result<_>>()?;
     super::listen()?;
 
     let mut model = StableDiffusion::load(&args.model, compute.kind, compute.device)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
-    let adapters: Vec<(PathBuf, f64)> =
-        args.adapter.iter().map(|a| super::adapter_with_strength(a)).collect();
     if !adapters.is_empty() {
         for report in attach::attach_fixed(&mut model, &adapters)? {
             eprintln!("{report}");
@@ -195,7 +195,10 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let all = Settings { prompt: prompts.join("\n"), ..settings };
     let text = all.to_text(Some(args.seed), &model_name(&args.model), &args.adapter.join(", "));
     png::save_png(&args.output.join("grid.png"), &grid.render(), &text)?;
-    println!("{} pictures in {}", prompts.len() * count * passes, args.output.display());
+    let total = prompts.len() * count;
+    let base =
+        if args.with_base { format!(", and {total} of the base model in base/") } else { String::new() };
+    println!("{total} picture{} in {}{base}", if total == 1 { "" } else { "s" }, args.output.display());
     Ok(())
 }
 

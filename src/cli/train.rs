@@ -4,6 +4,7 @@ use crate::checkpoint;
 use crate::config::TrainConfig;
 use crate::device::peak_process_memory;
 use crate::error::Result;
+use crate::files::shell_word;
 use crate::run::{CONFIG_FILE, RunFolder};
 use crate::train::{self, Outcome, Resume};
 use clap::{ArgMatches, Args};
@@ -24,7 +25,7 @@ pub struct TrainArgs {
     config: Option<PathBuf>,
     #[command(flatten)]
     settings: TrainConfig,
-    /// Go on with the run in --output_dir: latest, or the step of a checkpoint
+    /// Go on with the run in --output_dir: latest, or the step of a checkpoint; later checkpoints and records are removed
     #[arg(
         long,
         alias = "resume-from-checkpoint",
@@ -88,8 +89,11 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
         println!("checkpoints: {} in {folder}/checkpoints", steps.len());
     }
     println!(
-        "draw with it:\n  hra sample --model {} --adapter {folder} --prompt \"{}\" --output {folder}/pictures",
-        config.pretrained_model_name_or_path.display(),
-        config.instance_prompt
+        "draw with it:\n  hra sample --model {} --adapter {} --prompt {} --guidance {} --output {}",
+        shell_word(&config.pretrained_model_name_or_path.to_string_lossy()),
+        shell_word(&outcome.folder.to_string_lossy()),
+        shell_word(&config.instance_prompt),
+        config.validation_guidance,
+        shell_word(&outcome.folder.join("pictures").to_string_lossy())
     );
 }

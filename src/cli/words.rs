@@ -67,7 +67,7 @@ pub fn normalise(args: Vec<OsString>) -> Result<Vec<OsString>> {
         let not_needed = NOT_NEEDED.iter().find(|(flag, _)| *flag == name).copied();
         let epochs = (has_steps && name == "--num-train-epochs").then_some(("", true));
         if let Some((_, takes_value)) = not_needed.or(epochs) {
-            eprintln!("note: {name} is not needed and has no effect");
+            eprintln!("note: {name} has no effect here");
             if takes_value && value.is_none() {
                 args.next();
             }

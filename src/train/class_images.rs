@@ -131,7 +131,7 @@ impl ClassImages {
                 Error::Interrupted(_) => Error::Interrupted(format!(
                     "stopped after {done} of {} class pictures\nhint: go on with `hra train --resume latest --output_dir {}`",
                     missing.len(),
-                    config.output_dir.display()
+                    files::shell_word(&config.output_dir.to_string_lossy())
                 )),
                 other => other,
             })?;

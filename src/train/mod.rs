@@ -24,7 +24,7 @@ use batches::Batches;
 use class_images::ClassImages;
 use loss::training_loss;
 use preview::HeldOut;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tch::Kind;
 
@@ -115,8 +115,9 @@ impl Trainer {
         let compute = device::resolve(config.device, Some(config.dtype))?;
         compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
 
-        let instance = ImageFolder::scan(&config.instance_data_dir)?;
-        let held_out = config.held_out_data_dir.as_deref().map(ImageFolder::scan).transpose()?;
+        let instance = scan("instance_data_dir", &config.instance_data_dir)?;
+        let held_out =
+            config.held_out_data_dir.as_deref().map(|dir| scan("held_out_data_dir", dir)).transpose()?;
         let mut model =
             StableDiffusion::load(&config.pretrained_model_name_or_path, compute.kind, compute.device)?;
         model.notes.iter().for_each(|note| eprintln!("note: {note}"));
@@ -223,13 +224,17 @@ impl Trainer {
     fn run(&mut self, first: i64) -> Result<Outcome> {
         let total = self.config.max_train_steps;
         let layers = self.parameters.views().iter().filter(|(name, _)| name.ends_with(".hra_u")).count();
-        eprintln!(
-            "training {} values on {layers} layers, steps {} to {total}, {:?}, {:?}",
-            self.parameters.count(),
-            first + 1,
-            self.model.unet.device(),
-            self.model.unet.kind()
-        );
+        if first >= total {
+            eprintln!("this run is complete ({first} of {total} steps); raise --max_train_steps to train on");
+        } else {
+            let (device, kind) = (self.model.unet.device(), self.model.unet.kind());
+            let (device, kind) = (format!("{device:?}").to_lowercase(), format!("{kind:?}").to_lowercase());
+            let count = self.parameters.count();
+            eprintln!(
+                "training {count} values on {layers} layers, steps {} to {total}, on {device} in {kind}",
+                first + 1
+            );
+        }
         let mut progress = Progress::new("training", first as u64, total.max(first) as u64);
         let mut last = None;
         for step in first + 1..=total {
@@ -392,7 +397,7 @@ impl Trainer {
 
     /// Saves after a request to stop; what to tell the user.
     fn stop(&self, step: i64) -> Error {
-        let folder = self.folder.path().display();
+        let folder = files::shell_word(&self.folder.path().to_string_lossy());
         match self.save(step) {
             Ok(path) => Error::Interrupted(format!(
                 "stopped after step {step}, saved {}\nhint: go on with `hra train --resume latest --output_dir {folder}`",
@@ -417,6 +422,18 @@ impl Trainer {
             "step {step}: {what} is not a finite number; {good}\nhint: try a lower --learning_rate, or --dtype f32"
         ))
     }
+}
+
+/// Pictures of the folder that `setting` names.
+fn scan(setting: &str, dir: &Path) -> Result<ImageFolder> {
+    if !dir.is_dir() {
+        return Err(Error::Data(format!(
+            "{setting}: expected a folder of pictures, found {} at {}\nhint: paths are relative to the folder in which hra is started",
+            if dir.exists() { "a file" } else { "nothing" },
+            dir.display()
+        )));
+    }
+    ImageFolder::scan(dir)
 }
 
 /// The run's own resolution, or the model's; it must fit the VAE.
@@ -453,5 +470,12 @@ fn find_checkpoint(config: &TrainConfig, resume: &Resume) -> Result<Option<Loade
             )));
         }
     };
+    if config.max_train_steps < step {
+        return Err(Error::Run(format!(
+            "max_train_steps: {} has taken {step} steps already, asked for are {}",
+            run.display(),
+            config.max_train_steps
+        )));
+    }
     Loaded::read(&checkpoint::folder(run, step)).map(Some)
 }

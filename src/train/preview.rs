@@ -59,8 +59,19 @@ pub fn draw(
     run: &Path,
     step: i64,
 ) -> Result<PathBuf> {
-    let dir = run.join("samples").join(format!("step-{step:06}"));
-    files::create_dir_all(&dir)?;
+    let place = run.join("samples").join(format!("step-{step:06}"));
+    files::create_dir_all(&run.join("samples"))?;
+    files::stage_dir(&place, |dir| draw_into(dir, model, config, resolution, step))?;
+    Ok(place)
+}
+
+fn draw_into(
+    dir: &Path,
+    model: &StableDiffusion,
+    config: &TrainConfig,
+    resolution: u32,
+    step: i64,
+) -> Result<()> {
     let seeds: Vec<u64> = (0..config.num_validation_images as u64).map(|i| config.seed + i).collect();
     let mut grid = Grid { columns: seeds.iter().map(|s| format!("seed {s}")).collect(), rows: Vec::new() };
     let name = model.dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
@@ -69,14 +80,17 @@ pub fn draw(
         let noise = Noise::draw(&seeds, &settings, model)?;
         let pictures = sample::sample(model, &settings, &noise, config.sample_batch_size, &mut || {})?;
         for (i, picture) in pictures.iter().enumerate() {
-            let text = settings.to_text(Some(seeds[i]), &name, &format!("{} at step {step}", run.display()));
+            let text = settings.to_text(
+                Some(seeds[i]),
+                &name,
+                &format!("{} at step {step}", config.output_dir.display()),
+            );
             png::save_png(&dir.join(format!("{p:04}-{i:04}.png")), &picture.image, &text)?;
         }
         let images = pictures.into_iter().map(|p| p.image).collect();
         grid.rows.push(GridRow { label: prompt.clone(), images });
     }
-    png::save_png(&dir.join("grid.png"), &grid.render(), &[])?;
-    Ok(dir)
+    png::save_png(&dir.join("grid.png"), &grid.render(), &[])
 }
 
 /// Held-out pictures, encoded once, with the noise that they are always measured with.
