@@ -100,7 +100,7 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 50, help_heading = "Prior preservation")]
     pub class_steps: usize,
     /// Guidance for a class picture; nearer to 1 is nearer to what the model knows of the class
-    #[arg(long, default_value_t = 5.0, help_heading = "Prior preservation")]
+    #[arg(long, default_value_t = 4.0, help_heading = "Prior preservation")]
     pub class_guidance: f64,
     /// Scheduler for class pictures [default: the model's]
     #[arg(long, value_enum, help_heading = "Prior preservation")]
