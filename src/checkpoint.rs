@@ -114,9 +114,7 @@ pub fn write_adapter(
         ("step", state.step.to_string()),
         ("software", format!("hra {}", env!("CARGO_PKG_VERSION"))),
     ];
-    let tensors: Vec<(String, Tensor)> =
-        tensors.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-    peft::write(dir, config, UNET_CLASS, &tensors, &text)
+    peft::write(dir, config, UNET_CLASS, tensors, &text)
 }
 
 /// A checkpoint, read back.

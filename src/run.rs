@@ -55,8 +55,8 @@ impl RunFolder {
         Ok(run)
     }
 
-    /// Opens the folder of a run that is to go on.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// Opens the folder of a run that is to go on, with the settings that count from now.
+    pub fn open(path: &Path, config: &str) -> Result<Self> {
         Self::check_run(path)?;
         let run = Self::lock(path)?;
         for dir in
@@ -64,6 +64,7 @@ impl RunFolder {
         {
             files::remove_leftovers(dir)?;
         }
+        run.write_config(config)?;
         Ok(run)
     }
 
@@ -78,8 +79,7 @@ impl RunFolder {
         )))
     }
 
-    /// Replaces the settings.
-    pub fn write_config(&self, config: &str) -> Result<()> {
+    fn write_config(&self, config: &str) -> Result<()> {
         files::write_atomic(&self.path.join(CONFIG_FILE), config.as_bytes())
     }
 

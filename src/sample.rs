@@ -49,6 +49,33 @@ pub struct Picture {
 }
 
 impl Settings {
+    /// For square pictures that training draws on its own: no negative prompt, the model's sampler unless one is given.
+    pub fn square(
+        model: &StableDiffusion,
+        prompt: &str,
+        sampler: Option<SamplerKind>,
+        steps: usize,
+        guidance: f64,
+        size: u32,
+    ) -> Result<Self> {
+        let sampler = match sampler {
+            Some(kind) => kind,
+            None => SamplerKind::from_config(&model.scheduler)?.0,
+        };
+        let size = i64::from(size);
+        Ok(Self {
+            prompt: prompt.to_string(),
+            negative_prompt: String::new(),
+            sampler,
+            spacing: None,
+            karras: None,
+            steps,
+            guidance,
+            width: size,
+            height: size,
+        })
+    }
+
     /// Refuses sizes and numbers that the model cannot draw.
     pub fn validate(&self, model: &StableDiffusion) -> Result<()> {
         let factor = model.vae.factor();

@@ -91,6 +91,16 @@ impl StableDiffusion {
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
+    /// The folder's own name, for the settings that a picture carries.
+    pub fn name(&self) -> String {
+        self.dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+    }
+
+    /// Width and height in pixels that the model was trained at; 512 where its files do not say.
+    pub fn native_size(&self) -> i64 {
+        self.unet.sample_size().map_or(512, |size| size * self.vae.factor())
+    }
+
     fn check_fit(&self) -> Result<()> {
         let mut problems = Vec::new();
         let mut expect = |what: &str, expected: i64, found: i64| {

@@ -81,8 +81,3 @@ fn adapter_with_strength(text: &str) -> Result<(std::path::PathBuf, f64)> {
         _ => Ok((text.into(), 1.0)),
     }
 }
-
-/// Listens for Ctrl-C; every command that takes long begins with it.
-fn listen() -> Result<()> {
-    crate::interrupt::install()
-}

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::image::grid::{Grid, GridRow};
 use crate::image::png;
+use crate::interrupt;
 use crate::model::attach;
 use crate::progress::Progress;
 use crate::sample::{self, Noise, Picture, Settings};
@@ -122,7 +123,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
     let adapters: Vec<(PathBuf, f64)> =
         args.adapter.iter().map(|a| super::adapter_with_strength(a)).collect::<Result<_>>()?;
-    super::listen()?;
+    interrupt::install()?;
 
     let mut model = StableDiffusion::load(&args.model, compute.kind, compute.device)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
@@ -175,7 +176,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             let mut pictures = sample::sample(&model, &settings, &noise, args.batch_size, &mut tick)?;
             source.name(&mut pictures);
             let names = if *base { String::new() } else { args.adapter.join(", ") };
-            output.save(p, &pictures, *base, &settings, &args.model, &names)?;
+            output.save(p, &pictures, *base, &settings, &model.name(), &names)?;
             if !base {
                 latents.extend(pictures.iter().map(|p| p.latents.shallow_clone()));
             }
@@ -193,7 +194,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     }
     let grid = Grid { columns: columns.collect(), rows };
     let all = Settings { prompt: prompts.join("\n"), ..settings };
-    let text = all.to_text(Some(args.seed), &model_name(&args.model), &args.adapter.join(", "));
+    let text = all.to_text(Some(args.seed), &model.name(), &args.adapter.join(", "));
     png::save_png(&args.output.join("grid.png"), &grid.render(), &text)?;
     let total = prompts.len() * count;
     let base =
@@ -254,9 +255,10 @@ fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
 
 fn settings(args: &SampleArgs, model: &StableDiffusion, given: Option<&Noise>) -> Result<Settings> {
     let factor = model.vae.factor();
-    let native = model.unet.sample_size().map_or(512, |s| s * factor);
     let size = |flag: Option<i64>, dim: usize| {
-        flag.unwrap_or_else(|| given.map_or(native, |noise| noise.latents.size()[dim] * factor))
+        flag.unwrap_or_else(|| {
+            given.map_or_else(|| model.native_size(), |noise| noise.latents.size()[dim] * factor)
+        })
     };
     let (sampler, note) = match args.scheduler {
         Some(kind) => (kind, None),
@@ -342,10 +344,6 @@ impl Source {
     }
 }
 
-fn model_name(dir: &Path) -> String {
-    dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
-}
-
 /// The folder that pictures go into.
 struct Output<'a> {
     dir: &'a Path,
@@ -387,12 +385,11 @@ impl<'a> Output<'a> {
         pictures: &[Picture],
         base: bool,
         settings: &Settings,
-        model: &Path,
+        model: &str,
         adapters: &str,
     ) -> Result<()> {
-        let model = model_name(model);
         for (i, picture) in pictures.iter().enumerate() {
-            let text = settings.to_text(picture.seed, &model, adapters);
+            let text = settings.to_text(picture.seed, model, adapters);
             png::save_png(&self.file(prompt, i, base), &picture.image, &text)?;
         }
         Ok(())

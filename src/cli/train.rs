@@ -5,6 +5,7 @@ use crate::config::TrainConfig;
 use crate::device::peak_process_memory;
 use crate::error::Result;
 use crate::files::shell_word;
+use crate::interrupt;
 use crate::run::{CONFIG_FILE, RunFolder};
 use crate::train::{self, Outcome, Resume};
 use clap::{ArgMatches, Args};
@@ -62,7 +63,7 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
         print!("{}", config.to_toml()?);
         return Ok(());
     }
-    super::listen()?;
+    interrupt::install()?;
     let outcome = train::train(config.clone(), resume.as_ref())?;
     report(&outcome, &config);
     Ok(())

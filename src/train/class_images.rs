@@ -10,7 +10,6 @@ use crate::files;
 use crate::image::png;
 use crate::progress::Progress;
 use crate::sample::{self, Noise, Settings};
-use crate::sampler::SamplerKind;
 use crate::seed;
 use crate::stable_diffusion::StableDiffusion;
 use serde::{Deserialize, Serialize};
@@ -53,26 +52,19 @@ impl ClassImages {
         fingerprint: &str,
     ) -> Result<Self> {
         let dir = folder(config);
-        let sampler = match config.class_scheduler {
-            Some(kind) => kind,
-            None => SamplerKind::from_config(&model.scheduler)?.0,
-        };
-        let settings = Settings {
-            prompt: config.class_prompt.clone(),
-            negative_prompt: String::new(),
-            sampler,
-            spacing: None,
-            karras: None,
-            steps: config.class_steps,
-            guidance: config.class_guidance,
-            width: i64::from(resolution),
-            height: i64::from(resolution),
-        };
+        let settings = Settings::square(
+            model,
+            &config.class_prompt,
+            config.class_scheduler,
+            config.class_steps,
+            config.class_guidance,
+            resolution,
+        )?;
         settings.validate(model)?;
         let mut manifest = Manifest {
             model_fingerprint: fingerprint.to_string(),
             prompt: config.class_prompt.clone(),
-            scheduler: sampler.to_string(),
+            scheduler: settings.sampler.to_string(),
             steps: config.class_steps,
             guidance: config.class_guidance,
             resolution,
@@ -119,7 +111,7 @@ impl ClassImages {
         seed: u64,
         missing: &[usize],
     ) -> Result<()> {
-        let name = model.dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        let name = model.name();
         let mut progress = Progress::new("class pictures", 0, missing.len() as u64);
         let mut done = 0;
         for indices in missing.chunks(config.sample_batch_size) {

@@ -157,9 +157,8 @@ impl Trainer {
 
         let folder = match resume {
             None => RunFolder::create(&config.output_dir, &config.to_toml()?)?,
-            Some(_) => RunFolder::open(&config.output_dir)?,
+            Some(_) => RunFolder::open(&config.output_dir, &config.to_toml()?)?,
         };
-        folder.write_config(&config.to_toml()?)?;
         let class = if let Some(class_images) = class_images {
             // Drawn by the base model, which an adapter that starts at the identity is only up to rounding.
             attach::set_enabled(&mut model.unet, false);
@@ -439,8 +438,7 @@ fn scan(setting: &str, dir: &Path) -> Result<ImageFolder> {
 /// The run's own resolution, or the model's; it must fit the VAE.
 fn resolution(config: &TrainConfig, model: &StableDiffusion) -> Result<u32> {
     let factor = model.vae.factor();
-    let native = model.unet.sample_size().map_or(512, |s| s * factor);
-    let resolution = config.resolution.map_or(native, i64::from);
+    let resolution = config.resolution.map_or_else(|| model.native_size(), i64::from);
     if resolution < factor || resolution % factor != 0 {
         return Err(Error::config(format!(
             "resolution: expected a multiple of {factor} (pixels for one latent of this model), found {resolution}"

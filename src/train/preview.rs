@@ -11,7 +11,6 @@ use crate::image::grid::{Grid, GridRow};
 use crate::image::png;
 use crate::noise::NoiseSchedule;
 use crate::sample::{self, Noise, Settings};
-use crate::sampler::SamplerKind;
 use crate::seed;
 use crate::stable_diffusion::StableDiffusion;
 use std::path::{Path, PathBuf};
@@ -34,21 +33,14 @@ fn settings(
     resolution: u32,
     prompt: &str,
 ) -> Result<Settings> {
-    let sampler = match config.validation_scheduler {
-        Some(kind) => kind,
-        None => SamplerKind::from_config(&model.scheduler)?.0,
-    };
-    Ok(Settings {
-        prompt: prompt.to_string(),
-        negative_prompt: String::new(),
-        sampler,
-        spacing: None,
-        karras: None,
-        steps: config.validation_inference_steps,
-        guidance: config.validation_guidance,
-        width: i64::from(resolution),
-        height: i64::from(resolution),
-    })
+    Settings::square(
+        model,
+        prompt,
+        config.validation_scheduler,
+        config.validation_inference_steps,
+        config.validation_guidance,
+        resolution,
+    )
 }
 
 /// Draws the validation prompts into `samples/step-NNNNNN/` of the run: one PNG a picture, and a grid.
@@ -74,7 +66,7 @@ fn draw_into(
 ) -> Result<()> {
     let seeds: Vec<u64> = (0..config.num_validation_images as u64).map(|i| config.seed + i).collect();
     let mut grid = Grid { columns: seeds.iter().map(|s| format!("seed {s}")).collect(), rows: Vec::new() };
-    let name = model.dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    let name = model.name();
     for (p, prompt) in config.validation_prompt.iter().enumerate() {
         let settings = settings(model, config, resolution, prompt)?;
         let noise = Noise::draw(&seeds, &settings, model)?;
