@@ -1,6 +1,7 @@
 //! The settings of a training run: one struct that is the config file, the command line, and the resolved copy in the run
 //! folder. Names are those of diffusers' DreamBooth scripts where they have one. No tensors and no paths opened here.
 
+use crate::adapter::Method;
 use crate::adapter::hra::{HraConfig, HraInit};
 use crate::adapter::peft::Bias;
 use crate::adapter::target::{ATTENTION, TargetRule};
@@ -16,9 +17,11 @@ use std::path::{Path, PathBuf};
 /// How the base model is adapted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum Method {
+pub enum MethodName {
     /// Householder Reflection Adaptation
     Hra,
+    /// All weights of the UNet
+    Full,
 }
 
 /// Everything that a training run depends on.
@@ -107,8 +110,8 @@ pub struct TrainConfig {
     pub class_scheduler: Option<SamplerKind>,
 
     /// Adaptation method
-    #[arg(long, value_enum, default_value_t = Method::Hra, help_heading = "Adapter")]
-    pub method: Method,
+    #[arg(long, value_enum, default_value_t = MethodName::Hra, help_heading = "Adapter")]
+    pub method: MethodName,
     /// Number of reflections; even
     #[arg(long, alias = "hra-r", default_value_t = 8, help_heading = "Adapter")]
     pub rank: i64,
@@ -365,7 +368,7 @@ impl TrainConfig {
         require(self.checkpoints_total_limit != Some(0), "checkpoints_total_limit: expected 1 or more");
         require(self.log_every >= 1, "log_every: expected 1 or more");
         require(!self.target_modules.is_empty(), "target_modules: expected at least one name");
-        problems.extend(self.hra().validate().err().map(|e| e.to_string()));
+        problems.extend(self.method().validate().err().map(|e| e.to_string()));
         problems.extend(TargetRule::from_words(&self.target_modules).err().map(|e| e.to_string()));
         if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n"))) }
     }
@@ -403,13 +406,16 @@ impl TrainConfig {
         )))
     }
 
-    /// The adapter's settings.
-    pub fn hra(&self) -> HraConfig {
-        HraConfig {
-            rank: self.rank,
-            gram_schmidt: self.gram_schmidt,
-            init: self.hra_init,
-            allow_odd_rank: self.allow_odd_rank,
+    /// The method with its settings.
+    pub fn method(&self) -> Method {
+        match self.method {
+            MethodName::Hra => Method::Hra(HraConfig {
+                rank: self.rank,
+                gram_schmidt: self.gram_schmidt,
+                init: self.hra_init,
+                allow_odd_rank: self.allow_odd_rank,
+            }),
+            MethodName::Full => Method::Full,
         }
     }
 

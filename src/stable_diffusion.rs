@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::layers::{Layer, Layers};
+use crate::model::layers::{Layers, Part};
 use crate::model::{UNet, Vae};
 use crate::noise::SchedulerConfig;
 use crate::tensor_file;
@@ -136,10 +136,10 @@ impl StableDiffusion {
 
 impl Layers for StableDiffusion {
     /// Of the UNet, then of the text encoder; their names do not meet.
-    fn layers_mut(&mut self) -> Vec<&mut Layer> {
-        let mut layers = self.unet.layers_mut();
-        layers.extend(self.text_encoder.layers_mut());
-        layers
+    fn parts_mut(&mut self) -> Vec<Part<'_>> {
+        let mut parts = self.unet.parts_mut();
+        parts.extend(self.text_encoder.parts_mut());
+        parts
     }
 }
 

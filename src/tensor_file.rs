@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -57,6 +58,11 @@ impl TensorFile {
     /// The file's path.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The file's free text, by key.
+    pub fn text(&self) -> BTreeMap<String, String> {
+        self.metadata.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect()
     }
 
     /// Names of all tensors, sorted.

@@ -11,7 +11,7 @@
 //! Raw vectors, norms and `T` are f32; products with activations are in the activations' dtype.
 
 use super::reflections::{Reflections, wy_factor};
-use super::{Adapter, Frozen, Geometry};
+use super::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -85,11 +85,16 @@ impl Hra {
     /// a free choice (H depends on directions only) that sets the angle of the first Adam steps, about
     /// `lr * sqrt(3) / bound`: a constant 0.5 keeps that angle, and so the best learning rate, the same for every rank,
     /// where PEFT's `1 / sqrt(r / 2)` makes it grow with the rank.
-    pub fn new(weight: &Tensor, config: HraConfig, seed: u64) -> Self {
+    ///
+    /// Errors: more reflections than the layer has inputs.
+    pub fn new(weight: &Tensor, config: HraConfig, seed: u64) -> std::result::Result<Self, String> {
         let _guard = tch::no_grad_guard();
         let d_in = weight.size()[1];
         let r = config.rank;
-        let v = if config.gram_schmidt && config.init == HraInit::Auto && r <= d_in {
+        if r > d_in {
+            return Err(format!("rank: expected at most {d_in}, the layer's inputs, found {r}"));
+        }
+        let v = if config.gram_schmidt && config.init == HraInit::Auto {
             least_energy_directions(weight, r)
         } else {
             tch::manual_seed(seed as i64);
@@ -103,7 +108,12 @@ impl Hra {
             let half = Tensor::empty([d_in, columns], (Kind::Float, Device::Cpu)).uniform_(-bound, bound);
             if paired { half.repeat_interleave_self_int(2, 1, None) } else { half }
         };
-        Self::from_vectors(v.to_device(weight.device()), config.gram_schmidt)
+        Ok(Self::from_vectors(v.to_device(weight.device()), config.gram_schmidt))
+    }
+
+    /// The product of reflections as it is now.
+    pub fn reflections(&self) -> Reflections {
+        Reflections::from_vectors(&self.v, self.gram_schmidt)
     }
 
     /// `(U, T)` of `H = I - U T U^T` in f32, with gradients.
@@ -159,9 +169,48 @@ impl Adapter for Hra {
         Some((eye - gram).square().sum(Kind::Float))
     }
 
-    fn reflections(&self) -> Option<Reflections> {
-        Some(Reflections::from_vectors(&self.v, self.gram_schmidt))
+    fn check(&self, weight: &[i64]) -> std::result::Result<(), String> {
+        let (expected, found) = (matrix_shape(weight).1, self.v.size()[0]);
+        if expected == found {
+            return Ok(());
+        }
+        Err(format!("hra_u: expected {expected} rows for this model, found {found}"))
     }
+
+    /// `W H^s`.
+    fn change(&self, weight: &Tensor, strength: f64) -> Change {
+        let mut notes = Vec::new();
+        if self.gram_schmidt && nearly_equal_columns(&self.v) {
+            notes.push(
+                "some vectors of this Gram-Schmidt adapter are nearly equal; other programs, which orthonormalise in one \
+                 pass, give something else",
+            );
+        }
+        let mut h = self.reflections();
+        if strength != 1.0 {
+            let (power, left_over) = h.power(strength);
+            h = power;
+            if left_over {
+                notes.push(
+                    "some layers have determinant -1 (an odd number of reflections), which no partial strength reaches by \
+                     rotations alone; one direction of each is scaled instead",
+                );
+            }
+        }
+        let (down, up) = h.low_rank(weight);
+        Change { form: Form::LowRank { down, up }, notes }
+    }
+
+    fn rotation(&self) -> Option<Rotation> {
+        let h = self.reflections();
+        Some(Rotation { angles: h.angles(), orthogonality_error: h.orthogonality_error() })
+    }
+}
+
+/// Whether two columns of `v` point the same way to three digits, where one-pass Gram-Schmidt loses its footing.
+fn nearly_equal_columns(v: &Tensor) -> bool {
+    let u = unit_columns(&v.detach());
+    u.tr().matmul(&u).triu(1).abs().max().double_value(&[]) > 0.999
 }
 
 /// The columns of `v` divided by their norms, without an epsilon, as PEFT divides them.

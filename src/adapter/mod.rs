@@ -4,18 +4,24 @@
 //! knows no UNet and no diffusion. One file a method:
 //!
 //! - [`hra`]: Householder Reflection Adaptation, trained in the compact WY form;
-//! - [`reflections`]: the algebra of fixed products of reflections: strength, chains, merging, how far a weight moves;
+//! - [`full`]: the whole weight, for full fine-tuning;
+//! - [`method`]: the methods and their settings, and a new adapter by them;
+//! - [`reflections`]: the algebra of fixed products of reflections: strength, chains, how far they turn;
 //! - [`target`]: which layers are adapted, by PEFT's rules;
 //! - [`peft`]: PEFT's `adapter_config.json` and `adapter_model.safetensors`.
 
+pub mod full;
 pub mod hra;
+pub mod method;
 pub mod peft;
 pub mod reflections;
 pub mod target;
 
+pub use full::Full;
 pub use hra::Hra;
+pub use method::Method;
 pub use reflections::Reflections;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// What a layer does with its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,20 +82,93 @@ impl Frozen<'_> {
 
 /// A trained change of one layer.
 pub trait Adapter: Send {
-    /// The adapted layer's output for input `x`, in the dtype of `x`.
+    /// The adapted layer's output for input `x`, in the dtype of `x`, with gradients for [`Self::parameters`].
     fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor;
 
     /// The trained tensors with the last part of their names in a PEFT file, such as `hra_u`.
     fn parameters(&self) -> Vec<(&'static str, Tensor)>;
 
-    /// Lets the adapter hold its numbers elsewhere: `replace` gives the new tensor for each of [`Self::parameters`].
+    /// Lets the adapter hold its numbers elsewhere: `replace` gives the new tensor for each of [`Self::parameters`],
+    /// in their order.
     fn replace_parameters(&mut self, replace: &mut dyn FnMut(&Tensor) -> Tensor);
 
-    /// The method's regulariser for this layer, a scalar with gradient; `None` where it has none.
-    fn regulariser(&self) -> Option<Tensor>;
+    /// The name of a trained bias beside it in a file.
+    fn bias_name(&self) -> &'static str {
+        "base_layer.bias"
+    }
 
-    /// The adapter as a fixed orthogonal factor, where it is one.
-    fn reflections(&self) -> Option<Reflections>;
+    /// Why the adapter cannot be on a weight of this shape, `(d_out, d_in)` or `(d_out, c, kh, kw)`, if so.
+    fn check(&self, weight: &[i64]) -> std::result::Result<(), String>;
+
+    /// What it does to `weight` `(d_out, d_in)` (f64, CPU) at a strength: 0 leaves the weight, 1 is as trained.
+    fn change(&self, weight: &Tensor, strength: f64) -> Change;
+
+    /// The method's regulariser for this layer, a scalar with gradient; `None` where it has none.
+    fn regulariser(&self) -> Option<Tensor> {
+        None
+    }
+
+    /// Puts the parameters back into the method's constraint after an optimiser step, in place (COFT).
+    fn project(&self) {}
+
+    /// How the orthogonal factor of the method turns the layer's inputs; `None` where it has none.
+    fn rotation(&self) -> Option<Rotation> {
+        None
+    }
+}
+
+/// What an adapter does to one weight W, f64 on the CPU.
+#[derive(Debug)]
+pub struct Change {
+    /// The new weight.
+    pub form: Form,
+    /// What a user should know, one sentence each.
+    pub notes: Vec<&'static str>,
+}
+
+/// A new weight beside the old one.
+#[derive(Debug)]
+pub enum Form {
+    /// `W' = W + up down`: `down` is `(r, d_in)`, `up` is `(d_out, r)`.
+    LowRank { down: Tensor, up: Tensor },
+    /// `W'` itself, `(d_out, d_in)`.
+    Dense(Tensor),
+}
+
+impl Form {
+    /// `W'`, given the W that the change was made for.
+    pub fn merged(&self, weight: &Tensor) -> Tensor {
+        match self {
+            Self::LowRank { down, up } => weight + up.matmul(down),
+            Self::Dense(merged) => merged.shallow_clone(),
+        }
+    }
+
+    /// `||W' - W||_F / ||W||_F`; for a low-rank change without forming `W'`.
+    pub fn relative_change(&self, weight: &Tensor) -> f64 {
+        let squared = match self {
+            // ||up down||_F^2 = sum((up^T up) * (down down^T))
+            Self::LowRank { down, up } => (up.tr().matmul(up) * down.matmul(&down.tr())).sum(Kind::Double),
+            Self::Dense(merged) => (merged - weight).square().sum(Kind::Double),
+        };
+        let norm = weight.norm().double_value(&[]);
+        squared.double_value(&[]).max(0.0).sqrt() / norm.max(f64::MIN_POSITIVE)
+    }
+}
+
+impl From<Form> for Change {
+    fn from(form: Form) -> Self {
+        Self { form, notes: Vec::new() }
+    }
+}
+
+/// How an orthogonal factor turns a layer's inputs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotation {
+    /// Angles of its planes of rotation in radians, the largest first; a reflection counts as pi.
+    pub angles: Vec<f64>,
+    /// `max |H H^T - I|` of the factor as training and sampling apply it, in f32.
+    pub orthogonality_error: f64,
 }
 
 /// A fixed low-rank change, as sampling uses it: `y = x W^T + b + (x down^T) up^T`.
@@ -111,11 +190,17 @@ impl Adapter for LowRank {
 
     fn replace_parameters(&mut self, _: &mut dyn FnMut(&Tensor) -> Tensor) {}
 
-    fn regulariser(&self) -> Option<Tensor> {
-        None
+    fn check(&self, _: &[i64]) -> std::result::Result<(), String> {
+        Ok(())
     }
 
-    fn reflections(&self) -> Option<Reflections> {
-        None
+    fn change(&self, _: &Tensor, strength: f64) -> Change {
+        let wide = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
+        Form::LowRank { down: wide(&self.down), up: wide(&self.up) * strength }.into()
     }
+}
+
+/// The matrix `(d_out, d_in)` that a weight of this shape is seen as.
+pub(crate) fn matrix_shape(weight: &[i64]) -> (i64, i64) {
+    (weight[0], weight[1..].iter().product())
 }

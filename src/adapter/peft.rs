@@ -4,6 +4,8 @@
 //! biases were trained (PEFT 0.21 `save_pretrained`). What PEFT's config has no field for goes into the metadata of
 //! the tensor file, which PEFT ignores silently; unknown config fields make it warn.
 
+use super::hra::{HraConfig, HraInit};
+use super::{Adapter, Hra, Method};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::tensor_file::{self, TensorFile};
@@ -20,24 +22,25 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// PEFT release whose files these are.
 const PEFT_VERSION: &str = "0.21.2";
 
-/// Which biases are trained beside the adapter.
+/// Which biases are trained beside the adapter, as PEFT defines it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Bias {
     /// None.
     None,
+    /// Every bias of the network, norms included.
+    All,
     /// Those of the adapted layers.
-    #[value(name = "hra_only", alias = "hra-only")]
-    HraOnly,
+    #[serde(alias = "hra_only", alias = "lora_only", alias = "oft_only", alias = "boft_only")]
+    #[value(aliases = ["hra_only", "hra-only", "lora_only", "oft_only", "boft_only"])]
+    Only,
 }
 
 /// What an `adapter_config.json` says.
 #[derive(Debug, Clone)]
 pub struct AdapterConfig {
-    /// Number of reflections.
-    pub rank: i64,
-    /// `apply_GS`.
-    pub gram_schmidt: bool,
+    /// The method and its settings.
+    pub method: Method,
     /// `bias`.
     pub bias: Bias,
     /// `target_modules` as it stands in the file. Which layers are adapted is known from the tensors' names; a pattern in
@@ -47,34 +50,34 @@ pub struct AdapterConfig {
     pub base_model: Option<String>,
 }
 
-/// The adapter tensors of one layer.
-#[derive(Debug)]
-pub struct LayerTensors {
-    /// Raw vectors `(d_in, r)`, f32.
-    pub hra_u: Tensor,
-    /// Trained bias `(d_out)`, f32.
-    pub bias: Option<Tensor>,
-}
-
 /// A whole adapter, read from a folder.
-#[derive(Debug)]
 pub struct AdapterFile {
     /// Its settings.
     pub config: AdapterConfig,
-    /// By layer name, without PEFT's prefix.
-    pub layers: BTreeMap<String, LayerTensors>,
-    /// Keys that belong to no known part of an HRA adapter.
+    /// By layer name, without PEFT's prefix; tensors are f32 on the CPU.
+    pub layers: BTreeMap<String, Box<dyn Adapter>>,
+    /// Trained biases `(n)`, f32, by the name of their layer or norm.
+    pub biases: BTreeMap<String, Tensor>,
+    /// Keys that belong to no known part of an adapter of this method.
     pub unused: Vec<String>,
+    /// What the tensor file says of itself in text.
+    pub metadata: BTreeMap<String, String>,
 }
 
 impl AdapterConfig {
     /// The whole field set that PEFT writes. `class` is the adapted model's class and its module in Python.
     pub fn to_json(&self, class: (&str, &str)) -> Value {
+        let Method::Hra(hra) = &self.method else { return Value::Null };
+        let bias = match self.bias {
+            Bias::None => "none",
+            Bias::All => "all",
+            Bias::Only => "hra_only",
+        };
         json!({
-            "apply_GS": self.gram_schmidt,
+            "apply_GS": hra.gram_schmidt,
             "auto_mapping": {"base_model_class": class.0, "parent_library": class.1},
             "base_model_name_or_path": self.base_model,
-            "bias": self.bias,
+            "bias": bias,
             "exclude_modules": null,
             "inference_mode": true,
             "init_weights": true,
@@ -83,7 +86,7 @@ impl AdapterConfig {
             "modules_to_save": null,
             "peft_type": "HRA",
             "peft_version": PEFT_VERSION,
-            "r": self.rank,
+            "r": hra.rank,
             "revision": null,
             "target_modules": self.targets,
             "task_type": null,
@@ -104,9 +107,10 @@ impl AdapterConfig {
             rank.ok_or_else(|| problem(format!("r: expected a positive number, found {}", value["r"])))?;
         let bias = match value["bias"].as_str() {
             None | Some("none") => Bias::None,
-            Some("hra_only") => Bias::HraOnly,
+            Some("all") => Bias::All,
+            Some("hra_only") => Bias::Only,
             Some(other) => {
-                return Err(problem(format!("bias: expected none or hra_only, found {other}")));
+                return Err(problem(format!("bias: expected none, all or hra_only, found {other}")));
             }
         };
         if value["modules_to_save"].as_array().is_some_and(|list| !list.is_empty()) {
@@ -116,8 +120,12 @@ impl AdapterConfig {
             )));
         }
         Ok(Self {
-            rank,
-            gram_schmidt: value["apply_GS"].as_bool().unwrap_or(false),
+            method: Method::Hra(HraConfig {
+                rank,
+                gram_schmidt: value["apply_GS"].as_bool().unwrap_or(false),
+                init: HraInit::Peft,
+                allow_odd_rank: true,
+            }),
             bias,
             targets: value["target_modules"].clone(),
             base_model: value["base_model_name_or_path"].as_str().map(str::to_string),
@@ -143,7 +151,8 @@ impl AdapterFile {
         let config = AdapterConfig::from_json(&config_path, &value)?;
 
         let file = TensorFile::open(&dir.join(WEIGHTS_FILE))?;
-        let mut layers = BTreeMap::new();
+        let Method::Hra(hra) = &config.method else { return Err(Error::config("not an HRA adapter")) };
+        let mut layers: BTreeMap<String, Box<dyn Adapter>> = BTreeMap::new();
         let mut biases = BTreeMap::new();
         let mut unused = Vec::new();
         let mut problems = Vec::new();
@@ -153,30 +162,23 @@ impl AdapterFile {
             let name = name.strip_prefix("text_model.").unwrap_or(name);
             if let Some(layer) = name.strip_suffix(".hra_u") {
                 let shape = file.shape(&key).unwrap_or_default();
-                if shape.len() != 2 || shape[0] < 1 || shape[1] != config.rank {
-                    problems
-                        .push(format!("`{key}`: expected shape (d_in, {}), found {shape:?}", config.rank));
+                if shape.len() != 2 || shape[0] < 1 || shape[1] != hra.rank {
+                    problems.push(format!("`{key}`: expected shape (d_in, {}), found {shape:?}", hra.rank));
                     continue;
                 }
                 let hra_u = file.read_as(&key, Kind::Float, Device::Cpu)?;
                 if let Some(what) = bad_vectors(&hra_u) {
                     problems.push(format!("`{key}`: {what}"));
                 }
-                layers.insert(layer.to_string(), LayerTensors { hra_u, bias: None });
-            } else if let Some(layer) = name.strip_suffix(".base_layer.bias") {
+                layers.insert(layer.to_string(), Box::new(Hra::from_vectors(hra_u, hra.gram_schmidt)));
+            } else if let Some(layer) = name.strip_suffix(".bias") {
                 let bias = file.read_as(&key, Kind::Float, Device::Cpu)?;
                 if bias.isfinite().all().int64_value(&[]) == 0 {
                     problems.push(format!("`{key}`: holds numbers that are not finite"));
                 }
-                biases.insert(layer.to_string(), (key.clone(), bias));
+                biases.insert(layer.strip_suffix(".base_layer").unwrap_or(layer).to_string(), bias);
             } else {
                 unused.push(key);
-            }
-        }
-        for (layer, (key, bias)) in biases {
-            match layers.get_mut(&layer) {
-                Some(entry) => entry.bias = Some(bias),
-                None => unused.push(key),
             }
         }
         if layers.is_empty() && problems.is_empty() {
@@ -188,7 +190,7 @@ impl AdapterFile {
         if !problems.is_empty() {
             return Err(Error::Weights { path: file.path().to_path_buf(), problems });
         }
-        Ok(Self { config, layers, unused })
+        Ok(Self { config, layers, biases, unused, metadata: file.text() })
     }
 }
 

@@ -64,6 +64,14 @@ impl Reflections {
     /// value says so.
     pub fn power(&self, s: f64) -> (Self, bool) {
         let _guard = tch::no_grad_guard();
+        let (q, m) = self.core();
+        let (power, left_over) = orthogonal_power(&to_matrix(&m), s);
+        let t = Tensor::eye(q.size()[1], (Kind::Double, Device::Cpu)) - to_tensor(&power);
+        (Self { u: q, t }, left_over)
+    }
+
+    /// `(Q, M)` with orthonormal `Q (d_in, k)` of span(U) and the orthogonal `M = Q^T H Q`: `H = I + Q (M - I) Q^T`.
+    fn core(&self) -> (Tensor, Tensor) {
         // Rank by singular values: columns may coincide (they do at the start of training).
         let (left, singular, _) = self.u.svd(true, true);
         let largest = singular.max().double_value(&[]);
@@ -71,20 +79,14 @@ impl Reflections {
         let q = left.narrow(1, 0, rank); // [d_in, k]
         let qu = q.tr().matmul(&self.u); // [k, r]
         let m = Tensor::eye(rank, (Kind::Double, Device::Cpu)) - qu.matmul(&self.t).matmul(&qu.tr());
-        let (power, left_over) = orthogonal_power(&to_matrix(&m), s);
-        let t = Tensor::eye(rank, (Kind::Double, Device::Cpu)) - to_tensor(&power);
-        (Self { u: q, t }, left_over)
+        (q, m)
     }
 
     /// As a LoRA of the frozen `weight` `(d_out, d_in)`, exact, but only for this weight:
-    /// `down = U^T (r, d_in)`, `up = -(W U) T (d_out, r)`, both f32 on the weight's device.
+    /// `down = U^T (r, d_in)`, `up = -(W U) T (d_out, r)`, both f64 on the CPU.
     pub fn low_rank(&self, weight: &Tensor) -> (Tensor, Tensor) {
         let _guard = tch::no_grad_guard();
-        let up = -self.product(weight).matmul(&self.t);
-        (
-            self.u.tr().to_kind(Kind::Float).to_device(weight.device()).contiguous(),
-            up.to_kind(Kind::Float).to_device(weight.device()).contiguous(),
-        )
+        (self.u.tr().contiguous(), -self.product(weight).matmul(&self.t))
     }
 
     /// `W H` in f32.
@@ -95,14 +97,21 @@ impl Reflections {
         merged.to_kind(Kind::Float).to_device(weight.device())
     }
 
-    /// `||W H - W||_F / ||W||_F`, without forming `W H`.
-    pub fn relative_change(&self, weight: &Tensor) -> f64 {
+    /// The angles by which H turns its planes, in radians, the largest first; an eigenvalue -1 without partner counts as pi.
+    pub fn angles(&self) -> Vec<f64> {
         let _guard = tch::no_grad_guard();
-        let up = self.product(weight).matmul(&self.t); // [d_out, r]
-        // ||A U^T||_F^2 = sum((A^T A) * (U^T U))
-        let squared = (up.tr().matmul(&up) * self.u.tr().matmul(&self.u)).sum(Kind::Double);
-        let norm = weight.to_kind(Kind::Float).norm().double_value(&[]);
-        squared.double_value(&[]).max(0.0).sqrt() / norm.max(f64::MIN_POSITIVE)
+        let (_, m) = self.core();
+        let (_, schur) = nalgebra::linalg::Schur::new(to_matrix(&m)).unpack();
+        let mut angles: Vec<f64> = blocks(&schur)
+            .into_iter()
+            .filter_map(|block| match block {
+                Block::Rotation { angle, .. } => Some(angle.abs()),
+                Block::MinusOne { .. } => Some(std::f64::consts::PI),
+                Block::One => None,
+            })
+            .collect();
+        angles.sort_by(|a, b| b.total_cmp(a));
+        angles
     }
 
     /// `max |H H^T - I|` over all entries of the factor as it is in f32, the precision that training applies.
@@ -126,25 +135,47 @@ impl Reflections {
     }
 }
 
-/// `m^s` for an orthogonal `m`, and whether one eigenvalue -1 had no partner.
-fn orthogonal_power(m: &DMatrix<f64>, s: f64) -> (DMatrix<f64>, bool) {
-    let n = m.nrows();
-    let (z, schur) = nalgebra::linalg::Schur::new(m.clone()).unpack();
-    let mut power = DMatrix::identity(n, n);
-    let mut minus_ones: Vec<usize> = Vec::new();
+/// A block on the diagonal of an orthogonal matrix's real Schur form.
+enum Block {
+    One,
+    MinusOne {
+        at: usize,
+    },
+    /// `[[cos, -sin], [sin, cos]]` at `at` and the next index.
+    Rotation {
+        at: usize,
+        angle: f64,
+    },
+}
+
+/// The blocks of a real Schur form of an orthogonal matrix.
+fn blocks(schur: &DMatrix<f64>) -> Vec<Block> {
+    let n = schur.nrows();
+    let mut found = Vec::new();
     let mut i = 0;
     while i < n {
-        let coupled = i + 1 < n && schur[(i + 1, i)].abs() > 1e-10;
-        if coupled {
-            // A rotation block [[c, -sin], [sin, c]].
+        if i + 1 < n && schur[(i + 1, i)].abs() > 1e-10 {
             let angle = (schur[(i + 1, i)] - schur[(i, i + 1)]).atan2(schur[(i, i)] + schur[(i + 1, i + 1)]);
-            rotate(&mut power, i, i + 1, s * angle);
+            found.push(Block::Rotation { at: i, angle });
             i += 2;
         } else {
-            if schur[(i, i)] < 0.0 {
-                minus_ones.push(i);
-            }
+            found.push(if schur[(i, i)] < 0.0 { Block::MinusOne { at: i } } else { Block::One });
             i += 1;
+        }
+    }
+    found
+}
+
+/// `m^s` for an orthogonal `m`, and whether one eigenvalue -1 had no partner.
+fn orthogonal_power(m: &DMatrix<f64>, s: f64) -> (DMatrix<f64>, bool) {
+    let (z, schur) = nalgebra::linalg::Schur::new(m.clone()).unpack();
+    let mut power = DMatrix::identity(m.nrows(), m.nrows());
+    let mut minus_ones: Vec<usize> = Vec::new();
+    for block in blocks(&schur) {
+        match block {
+            Block::One => {}
+            Block::MinusOne { at } => minus_ones.push(at),
+            Block::Rotation { at, angle } => rotate(&mut power, at, at + 1, s * angle),
         }
     }
     for pair in minus_ones.chunks_exact(2) {

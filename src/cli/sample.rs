@@ -6,7 +6,8 @@ use crate::files;
 use crate::image::grid::{Grid, GridRow};
 use crate::image::png;
 use crate::interrupt;
-use crate::model::attach;
+use crate::model::loaded::LoadedAdapter;
+use crate::model::{attach, fixed};
 use crate::progress::Progress;
 use crate::sample::{self, Noise, Picture, Settings};
 use crate::sampler::{SamplerKind, Spacing};
@@ -129,7 +130,11 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
     if !adapters.is_empty() {
-        for report in attach::attach_fixed(&mut model, &adapters)? {
+        let adapters: Vec<(LoadedAdapter, f64)> = adapters
+            .iter()
+            .map(|(path, strength)| Ok((LoadedAdapter::read(path)?, *strength)))
+            .collect::<Result<_>>()?;
+        for report in fixed::attach_fixed(&mut model, adapters, args.with_base)? {
             eprintln!("{report}");
         }
     }

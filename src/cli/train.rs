@@ -73,13 +73,11 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
     let folder = outcome.folder.display();
     println!("adapter: {folder} ({} values, loadable by PEFT)", outcome.parameters);
     let loss = outcome.loss.map_or_else(String::new, |loss| format!("; loss {loss:.4}"));
+    let orthogonality = outcome.movement.orthogonality_error;
+    let orthogonality = orthogonality.map_or_else(String::new, |e| format!("; max |HH^T - I| {e:.1e}"));
     println!(
-        "{} steps in {:.0} s{loss}; weights moved by {:.4} on average, {:.4} at most (relative); max |HH^T - I| {:.1e}",
-        outcome.steps,
-        outcome.seconds,
-        outcome.movement.mean,
-        outcome.movement.largest,
-        outcome.movement.orthogonality_error
+        "{} steps in {:.0} s{loss}; weights moved by {:.4} on average, {:.4} at most (relative){orthogonality}",
+        outcome.steps, outcome.seconds, outcome.movement.mean, outcome.movement.largest
     );
     if let Some(bytes) = peak_process_memory() {
         println!("peak memory of the process: {:.2} GB", bytes as f64 / 1e9);

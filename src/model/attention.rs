@@ -1,7 +1,7 @@
 //! Attention, transformer blocks, and the spatial transformer around them (diffusers `Transformer2DModel`).
 
 use super::config::UNetConfig;
-use super::layers::{GroupNorm, Layer, LayerNorm};
+use super::layers::{Layer, Norm, Part};
 use super::weights::Scope;
 use tch::{Kind, Tensor};
 
@@ -36,8 +36,8 @@ impl Attention {
         self.to_out.forward(&join_heads(&y))
     }
 
-    fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Layer>) {
-        out.extend([&mut self.to_q, &mut self.to_k, &mut self.to_v, &mut self.to_out]);
+    fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
+        out.extend([&mut self.to_q, &mut self.to_k, &mut self.to_v, &mut self.to_out].map(Part::Layer));
     }
 }
 
@@ -65,11 +65,11 @@ pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, 
 
 /// Self-attention, cross-attention and a gated feed-forward, each with a norm before and a skip around.
 struct TransformerBlock {
-    norm1: LayerNorm,
+    norm1: Norm,
     attn1: Attention,
-    norm2: LayerNorm,
+    norm2: Norm,
     attn2: Attention,
-    norm3: LayerNorm,
+    norm3: Norm,
     ff_in: Layer,
     ff_out: Layer,
 }
@@ -80,11 +80,11 @@ impl TransformerBlock {
         let upcast = config.upcast_attention;
         let hidden = 4 * width;
         Self {
-            norm1: LayerNorm::new(&scope.at("norm1"), width, 1e-5),
+            norm1: Norm::layer(&scope.at("norm1"), width, 1e-5),
             attn1: Attention::new(&scope.at("attn1"), width, width, heads, upcast),
-            norm2: LayerNorm::new(&scope.at("norm2"), width, 1e-5),
+            norm2: Norm::layer(&scope.at("norm2"), width, 1e-5),
             attn2: Attention::new(&scope.at("attn2"), width, context, heads, upcast),
-            norm3: LayerNorm::new(&scope.at("norm3"), width, 1e-5),
+            norm3: Norm::layer(&scope.at("norm3"), width, 1e-5),
             ff_in: Layer::linear(&scope.at("ff.net.0.proj"), width, 2 * hidden, true),
             ff_out: Layer::linear(&scope.at("ff.net.2"), hidden, width, true),
         }
@@ -98,16 +98,19 @@ impl TransformerBlock {
         &x + self.ff_out.forward(&(&gated[0] * gated[1].gelu("none")))
     }
 
-    fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Layer>) {
+    fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
+        out.push(Part::Norm(&mut self.norm1));
         self.attn1.collect(out);
+        out.push(Part::Norm(&mut self.norm2));
         self.attn2.collect(out);
-        out.extend([&mut self.ff_in, &mut self.ff_out]);
+        out.push(Part::Norm(&mut self.norm3));
+        out.extend([&mut self.ff_in, &mut self.ff_out].map(Part::Layer));
     }
 }
 
 /// Transformer blocks on the pixels of a feature map.
 pub struct SpatialTransformer {
-    norm: GroupNorm,
+    norm: Norm,
     proj_in: Layer,
     blocks: Vec<TransformerBlock>,
     proj_out: Layer,
@@ -126,7 +129,7 @@ impl SpatialTransformer {
             }
         };
         Self {
-            norm: GroupNorm::new(&scope.at("norm"), config.norm_num_groups, channels, 1e-6),
+            norm: Norm::groups(&scope.at("norm"), config.norm_num_groups, channels, 1e-6),
             proj_in: projection("proj_in"),
             blocks: (0..depth)
                 .map(|i| {
@@ -161,10 +164,10 @@ impl SpatialTransformer {
         y + x
     }
 
-    /// Adds this module's layers to `out`.
-    pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Layer>) {
-        out.push(&mut self.proj_in);
+    /// Adds this module's parts to `out`.
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
+        out.extend([Part::Norm(&mut self.norm), Part::Layer(&mut self.proj_in)]);
         self.blocks.iter_mut().for_each(|block| block.collect(out));
-        out.push(&mut self.proj_out);
+        out.push(Part::Layer(&mut self.proj_out));
     }
 }

@@ -16,8 +16,8 @@ pub struct Layer {
 
 /// What an adapter puts on a layer.
 pub struct Attached {
-    /// The change of the weight.
-    pub adapter: Box<dyn Adapter>,
+    /// The change of the weight; `None` where only the bias trains.
+    pub adapter: Option<Box<dyn Adapter>>,
     /// A trained or loaded bias `(d_out)` in place of the frozen one, f32.
     pub bias: Option<Tensor>,
     /// Switched off, the layer is the base model's.
@@ -49,16 +49,18 @@ impl Layer {
 
     /// The layer's output, in the dtype of `x`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        match self.attached.as_ref().filter(|a| a.enabled) {
-            None => self.frozen(self.bias.as_ref()).forward(x),
-            Some(Attached { adapter, bias: None, .. }) => {
-                adapter.forward(&self.frozen(self.bias.as_ref()), x)
-            }
-            Some(Attached { adapter, bias: Some(bias), .. }) => {
-                let bias = bias.to_kind(x.kind());
-                adapter.forward(&self.frozen(Some(&bias)), x)
-            }
+        let attached = self.attached.as_ref().filter(|a| a.enabled);
+        let trained = attached.and_then(|a| a.bias.as_ref()).map(|bias| bias.to_kind(x.kind()));
+        let frozen = self.frozen(trained.as_ref().or(self.bias.as_ref()));
+        match attached.and_then(|a| a.adapter.as_ref()) {
+            None => frozen.forward(x),
+            Some(adapter) => adapter.forward(&frozen, x),
         }
+    }
+
+    /// The frozen weight, `(d_out, d_in)` or `(d_out, c, kh, kw)`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
     }
 
     /// The frozen weight as a matrix `(d_out, d_in)`, a view in the compute dtype.
@@ -82,8 +84,14 @@ impl Layer {
     }
 
     /// Puts an adapter, and a bias where it has one, on the layer in place of what was there.
-    pub fn attach(&mut self, adapter: Box<dyn Adapter>, bias: Option<Tensor>) {
+    pub fn attach(&mut self, adapter: Option<Box<dyn Adapter>>, bias: Option<Tensor>) {
         self.attached = Some(Attached { adapter, bias, enabled: true });
+    }
+
+    /// Replaces the frozen weight, and the bias where one is given, for good.
+    pub fn set_frozen(&mut self, weight: Tensor, bias: Option<Tensor>) {
+        self.weight = weight;
+        self.bias = bias.or_else(|| self.bias.take());
     }
 
     fn frozen<'a>(&'a self, bias: Option<&'a Tensor>) -> Frozen<'a> {
@@ -91,53 +99,110 @@ impl Layer {
     }
 }
 
-/// A network whose layers can carry adapters.
-pub trait Layers {
-    /// Every linear map and convolution, in the order of the network.
-    fn layers_mut(&mut self) -> Vec<&mut Layer>;
-}
-
-/// Normalisation over groups of channels.
-pub struct GroupNorm {
+/// Scale and shift of a normalisation, with the trained ones that were put in their place.
+pub struct Norm {
+    /// Its name in the checkpoint, such as `down_blocks.0.resnets.0.norm1`.
+    pub name: String,
     weight: Tensor,
     bias: Tensor,
-    groups: i64,
+    over: Over,
     eps: f64,
+    attached: Option<AttachedNorm>,
 }
 
-impl GroupNorm {
-    /// `channels` in `groups`.
-    pub fn new(scope: &Scope, groups: i64, channels: i64, eps: f64) -> Self {
+/// What a normalisation is taken over.
+enum Over {
+    Groups(i64),
+    LastDimension,
+}
+
+/// Trained numbers of a normalisation, f32.
+pub struct AttachedNorm {
+    /// In place of the scale.
+    pub weight: Option<Tensor>,
+    /// In place of the shift.
+    pub bias: Option<Tensor>,
+    /// Switched off, the norm is the base model's.
+    pub enabled: bool,
+}
+
+impl Norm {
+    /// Over groups of `channels`: `(n, c, h, w)` to the same shape.
+    pub fn groups(scope: &Scope, groups: i64, channels: i64, eps: f64) -> Self {
+        Self::new(scope, Over::Groups(groups), channels, eps)
+    }
+
+    /// Over the last dimension: `(.., width)` to the same shape.
+    pub fn layer(scope: &Scope, width: i64, eps: f64) -> Self {
+        Self::new(scope, Over::LastDimension, width, eps)
+    }
+
+    fn new(scope: &Scope, over: Over, width: i64, eps: f64) -> Self {
         Self {
-            weight: scope.tensor("weight", &[channels]),
-            bias: scope.tensor("bias", &[channels]),
-            groups,
+            name: scope.path(),
+            weight: scope.tensor("weight", &[width]),
+            bias: scope.tensor("bias", &[width]),
+            over,
             eps,
+            attached: None,
         }
     }
 
-    /// `(n, c, h, w)` to the same shape.
+    /// The normalised `x`, in its shape and dtype.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true)
+        let attached = self.attached.as_ref().filter(|a| a.enabled);
+        let pick = |trained: Option<&Tensor>, frozen: &Tensor| {
+            trained.map_or_else(|| frozen.shallow_clone(), |t| t.to_kind(x.kind()))
+        };
+        let weight = pick(attached.and_then(|a| a.weight.as_ref()), &self.weight);
+        let bias = pick(attached.and_then(|a| a.bias.as_ref()), &self.bias);
+        match self.over {
+            Over::Groups(groups) => x.group_norm(groups, Some(weight), Some(bias), self.eps, true),
+            Over::LastDimension => x.layer_norm(weight.size(), Some(&weight), Some(&bias), self.eps, true),
+        }
+    }
+
+    /// The frozen scale `(n)`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// The frozen shift `(n)`.
+    pub fn bias(&self) -> &Tensor {
+        &self.bias
+    }
+
+    /// What is in their place.
+    pub fn attached_mut(&mut self) -> Option<&mut AttachedNorm> {
+        self.attached.as_mut()
+    }
+
+    /// Puts trained numbers in place of the frozen ones.
+    pub fn attach(&mut self, weight: Option<Tensor>, bias: Option<Tensor>) {
+        self.attached = Some(AttachedNorm { weight, bias, enabled: true });
     }
 }
 
-/// Normalisation over the last dimension.
-pub struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
+/// A part of a network that holds weights and may carry trained ones.
+pub enum Part<'a> {
+    /// A linear map or convolution.
+    Layer(&'a mut Layer),
+    /// A normalisation.
+    Norm(&'a mut Norm),
 }
 
-impl LayerNorm {
-    /// Over `width` numbers.
-    pub fn new(scope: &Scope, width: i64, eps: f64) -> Self {
-        Self { weight: scope.tensor("weight", &[width]), bias: scope.tensor("bias", &[width]), eps }
-    }
+/// A network whose layers can carry adapters.
+pub trait Layers {
+    /// Every part with weights, in the order of the network.
+    fn parts_mut(&mut self) -> Vec<Part<'_>>;
 
-    /// `(.., width)` to the same shape.
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, true)
+    /// Every linear map and convolution, in the order of the network.
+    fn layers_mut(&mut self) -> Vec<&mut Layer> {
+        let only_layers = |part| match part {
+            Part::Layer(layer) => Some(layer),
+            Part::Norm(_) => None,
+        };
+        self.parts_mut().into_iter().filter_map(only_layers).collect()
     }
 }
 

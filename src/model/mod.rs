@@ -3,7 +3,9 @@
 pub mod attach;
 pub mod attention;
 pub mod config;
+pub mod fixed;
 pub mod layers;
+pub mod loaded;
 pub mod resnet;
 pub mod unet;
 pub mod vae;

@@ -1,16 +1,16 @@
 //! The residual block with a time embedding, and the convolutions between levels (diffusers `ResnetBlock2D`).
 
 use super::config::UNetConfig;
-use super::layers::{GroupNorm, Layer};
+use super::layers::{Layer, Norm, Part};
 use super::weights::Scope;
 use tch::Tensor;
 
 /// Two convolutions with the time embedding between, and a skip around.
 pub struct Resnet {
-    norm1: GroupNorm,
+    norm1: Norm,
     conv1: Layer,
     time_emb_proj: Layer,
-    norm2: GroupNorm,
+    norm2: Norm,
     conv2: Layer,
     conv_shortcut: Option<Layer>,
     scale_shift: bool,
@@ -31,10 +31,10 @@ impl Resnet {
         let scale_shift = config.resnet_time_scale_shift == "scale_shift";
         let time_out = if scale_shift { 2 * c_out } else { c_out };
         Self {
-            norm1: GroupNorm::new(&scope.at("norm1"), groups, c_in, eps),
+            norm1: Norm::groups(&scope.at("norm1"), groups, c_in, eps),
             conv1: Layer::conv(&scope.at("conv1"), c_in, c_out, 3, 1, 1),
             time_emb_proj: Layer::linear(&scope.at("time_emb_proj"), time, time_out, true),
-            norm2: GroupNorm::new(&scope.at("norm2"), groups, c_out, eps),
+            norm2: Norm::groups(&scope.at("norm2"), groups, c_out, eps),
             conv2: Layer::conv(&scope.at("conv2"), c_out, c_out, 3, 1, 1),
             conv_shortcut: (c_in != c_out)
                 .then(|| Layer::conv(&scope.at("conv_shortcut"), c_in, c_out, 1, 1, 0)),
@@ -59,10 +59,12 @@ impl Resnet {
         if self.output_scale == 1.0 { y } else { y / self.output_scale }
     }
 
-    /// Adds this module's layers to `out`.
-    pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Layer>) {
-        out.extend([&mut self.conv1, &mut self.time_emb_proj, &mut self.conv2]);
-        out.extend(self.conv_shortcut.as_mut());
+    /// Adds this module's parts to `out`.
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
+        out.extend([Part::Norm(&mut self.norm1), Part::Layer(&mut self.conv1)]);
+        out.extend([Part::Layer(&mut self.time_emb_proj), Part::Norm(&mut self.norm2)]);
+        out.push(Part::Layer(&mut self.conv2));
+        out.extend(self.conv_shortcut.as_mut().map(Part::Layer));
     }
 }
 
@@ -87,9 +89,9 @@ impl Downsample {
         }
     }
 
-    /// Adds this module's layers to `out`.
-    pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Layer>) {
-        out.push(&mut self.conv);
+    /// Adds this module's parts to `out`.
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
+        out.push(Part::Layer(&mut self.conv));
     }
 }
 
@@ -109,8 +111,8 @@ impl Upsample {
         self.conv.forward(&x.upsample_nearest2d([height, width], None, None))
     }
 
-    /// Adds this module's layers to `out`.
-    pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Layer>) {
-        out.push(&mut self.conv);
+    /// Adds this module's parts to `out`.
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
+        out.push(Part::Layer(&mut self.conv));
     }
 }

@@ -4,7 +4,7 @@
 
 use super::attention::SpatialTransformer;
 use super::config::{Level, UNetConfig};
-use super::layers::{GroupNorm, Layer, Layers, timestep_features};
+use super::layers::{Layer, Layers, Norm, Part, timestep_features};
 use super::resnet::{Downsample, Resnet, Upsample};
 use super::weights::{Scope, Weights};
 use crate::error::Result;
@@ -20,7 +20,7 @@ struct Block {
 }
 
 impl Block {
-    fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Layer>) {
+    fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
         self.resnets.iter_mut().for_each(|r| r.collect(out));
         self.attentions.iter_mut().for_each(|a| a.collect(out));
         self.downsampler.iter_mut().for_each(|d| d.collect(out));
@@ -42,7 +42,7 @@ pub struct UNet {
     down_blocks: Vec<Block>,
     mid_block: Block,
     up_blocks: Vec<Block>,
-    conv_norm_out: GroupNorm,
+    conv_norm_out: Norm,
     conv_out: Layer,
     kind: Kind,
     device: Device,
@@ -121,7 +121,7 @@ impl UNet {
             down_blocks,
             mid_block,
             up_blocks,
-            conv_norm_out: GroupNorm::new(
+            conv_norm_out: Norm::groups(
                 &scope.at("conv_norm_out"),
                 config.norm_num_groups,
                 c0,
@@ -212,12 +212,14 @@ impl UNet {
 }
 
 impl Layers for UNet {
-    fn layers_mut(&mut self) -> Vec<&mut Layer> {
-        let mut out = vec![&mut self.conv_in, &mut self.time_embedding.0, &mut self.time_embedding.1];
+    fn parts_mut(&mut self) -> Vec<Part<'_>> {
+        let mut out: Vec<Part> = [&mut self.conv_in, &mut self.time_embedding.0, &mut self.time_embedding.1]
+            .map(Part::Layer)
+            .into();
         self.down_blocks.iter_mut().for_each(|b| b.collect(&mut out));
         self.mid_block.collect(&mut out);
         self.up_blocks.iter_mut().for_each(|b| b.collect(&mut out));
-        out.push(&mut self.conv_out);
+        out.extend([Part::Norm(&mut self.conv_norm_out), Part::Layer(&mut self.conv_out)]);
         out
     }
 }

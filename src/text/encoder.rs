@@ -5,7 +5,7 @@
 use crate::error::Result;
 use crate::model::attention::{attend, join_heads, split_heads};
 use crate::model::config::TextConfig;
-use crate::model::layers::{Layer, LayerNorm, Layers};
+use crate::model::layers::{Layer, Layers, Norm, Part};
 use crate::model::weights::{Scope, Weights};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
@@ -15,19 +15,19 @@ pub struct TextEncoder {
     token_embedding: Tensor,
     position_embedding: Tensor,
     layers: Vec<EncoderLayer>,
-    final_layer_norm: LayerNorm,
+    final_layer_norm: Norm,
     length: i64,
     vocabulary: i64,
     device: Device,
 }
 
 struct EncoderLayer {
-    layer_norm1: LayerNorm,
+    layer_norm1: Norm,
     q_proj: Layer,
     k_proj: Layer,
     v_proj: Layer,
     out_proj: Layer,
-    layer_norm2: LayerNorm,
+    layer_norm2: Norm,
     fc1: Layer,
     fc2: Layer,
     heads: i64,
@@ -39,12 +39,12 @@ impl EncoderLayer {
         let width = config.hidden_size;
         let attention = |name: &str| Layer::linear(&scope.at("self_attn").at(name), width, width, true);
         Self {
-            layer_norm1: LayerNorm::new(&scope.at("layer_norm1"), width, config.layer_norm_eps),
+            layer_norm1: Norm::layer(&scope.at("layer_norm1"), width, config.layer_norm_eps),
             q_proj: attention("q_proj"),
             k_proj: attention("k_proj"),
             v_proj: attention("v_proj"),
             out_proj: attention("out_proj"),
-            layer_norm2: LayerNorm::new(&scope.at("layer_norm2"), width, config.layer_norm_eps),
+            layer_norm2: Norm::layer(&scope.at("layer_norm2"), width, config.layer_norm_eps),
             fc1: Layer::linear(&scope.at("mlp.fc1"), width, config.intermediate_size, true),
             fc2: Layer::linear(&scope.at("mlp.fc2"), config.intermediate_size, width, true),
             heads: config.num_attention_heads,
@@ -84,7 +84,7 @@ impl TextEncoder {
             layers: (0..config.num_hidden_layers)
                 .map(|i| EncoderLayer::new(&scope.at("encoder.layers").at(i), config))
                 .collect(),
-            final_layer_norm: LayerNorm::new(&scope.at("final_layer_norm"), width, config.layer_norm_eps),
+            final_layer_norm: Norm::layer(&scope.at("final_layer_norm"), width, config.layer_norm_eps),
             length: config.max_position_embeddings,
             vocabulary: config.vocab_size,
             device,
@@ -121,13 +121,16 @@ impl TextEncoder {
 }
 
 impl Layers for TextEncoder {
-    fn layers_mut(&mut self) -> Vec<&mut Layer> {
-        self.layers
-            .iter_mut()
-            .flat_map(|l| {
-                [&mut l.q_proj, &mut l.k_proj, &mut l.v_proj, &mut l.out_proj, &mut l.fc1, &mut l.fc2]
-            })
-            .collect()
+    fn parts_mut(&mut self) -> Vec<Part<'_>> {
+        let mut out = Vec::new();
+        for l in &mut self.layers {
+            out.push(Part::Norm(&mut l.layer_norm1));
+            out.extend([&mut l.q_proj, &mut l.k_proj, &mut l.v_proj, &mut l.out_proj].map(Part::Layer));
+            out.push(Part::Norm(&mut l.layer_norm2));
+            out.extend([&mut l.fc1, &mut l.fc2].map(Part::Layer));
+        }
+        out.push(Part::Norm(&mut self.final_layer_norm));
+        out
     }
 }
 

@@ -140,7 +140,7 @@ impl Trainer {
         let targets = TargetRule::from_words(&config.target_modules)?;
         let schedule = NoiseSchedule::new(&model.scheduler, compute.device)?;
         let fingerprint = model.fingerprint()?;
-        attach::attach_new(&mut model.unet, &targets, config.hra(), config.bias, config.seed)?;
+        attach::attach_new(&mut model.unet, &targets, &config.method(), config.bias, config.seed)?;
 
         preview::check(&model, &config, resolution)?;
         let class_images = config
@@ -190,8 +190,7 @@ impl Trainer {
             }
         }
         let adapter = AdapterConfig {
-            rank: config.rank,
-            gram_schmidt: config.gram_schmidt,
+            method: config.method(),
             bias: config.bias,
             targets: targets.to_json(),
             base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
@@ -350,7 +349,7 @@ impl Trainer {
             let movement = attach::movement(&mut self.model.unet);
             record.weight_change = Some(movement.mean);
             record.weight_change_max = Some(movement.largest);
-            record.orthogonality_error = Some(movement.orthogonality_error);
+            record.orthogonality_error = movement.orthogonality_error;
         }
         if look && self.held_out.is_some() {
             let loss =

@@ -1,0 +1,51 @@
+//! Full fine-tuning as an adapter: the trained weight itself, in the place of the frozen one.
+
+use super::{Adapter, Change, Form, Frozen};
+use tch::{Device, Kind, Tensor};
+
+/// A whole weight.
+pub struct Full {
+    /// In the shape of the frozen weight: f32 in training; in the compute dtype where it is only used.
+    weight: Tensor,
+}
+
+impl Full {
+    /// The given weight.
+    pub fn new(weight: Tensor) -> Self {
+        Self { weight }
+    }
+}
+
+impl Adapter for Full {
+    fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor {
+        frozen.apply(x, &self.weight.to_kind(x.kind()), frozen.bias)
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![("weight", self.weight.shallow_clone())]
+    }
+
+    fn replace_parameters(&mut self, replace: &mut dyn FnMut(&Tensor) -> Tensor) {
+        self.weight = replace(&self.weight);
+    }
+
+    fn bias_name(&self) -> &'static str {
+        "bias"
+    }
+
+    fn check(&self, weight: &[i64]) -> Result<(), String> {
+        let found = self.weight.size();
+        if found == weight {
+            Ok(())
+        } else {
+            Err(format!("expected shape {weight:?} for this model, found {found:?}"))
+        }
+    }
+
+    /// On the straight line from the frozen weight to the trained one.
+    fn change(&self, weight: &Tensor, strength: f64) -> Change {
+        let own =
+            self.weight.detach().to_device(Device::Cpu).to_kind(Kind::Double).reshape(&weight.size()[..]);
+        Form::Dense(weight + (own - weight) * strength).into()
+    }
+}
