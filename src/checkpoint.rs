@@ -1,11 +1,12 @@
 //! Checkpoints: everything that training needs to go on exactly where it stopped.
 //!
-//! `checkpoints/step-000100/` holds the adapter as a PEFT folder (usable as it is), the optimiser's moments, and
-//! `state.json`. A checkpoint is written beside its place and renamed, so one that is there is whole.
+//! `checkpoints/step-000100/` holds what a finished run holds, usable as it is (a PEFT folder, with the text encoder's below
+//! it, or a fully fine-tuned UNet), the optimiser's moments, and `state.json`. A checkpoint is written beside its place and renamed, so one that is there is whole.
 
 use crate::adapter::peft::{self, AdapterConfig};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::model::loaded::FULL_UNET;
 use crate::optim::{self, AdamW, Ema, Parameters};
 use crate::run::Sums;
 use crate::tensor_file::{self, TensorFile};
@@ -16,8 +17,50 @@ use tch::{Device, Kind, Tensor};
 const FORMAT: u32 = 1;
 const STATE_FILE: &str = "state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
-/// Name of the Python class that the adapter is on, and its module.
+/// Names of the Python classes that adapters are on, and their modules.
 pub const UNET_CLASS: (&str, &str) = ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition");
+/// See [`UNET_CLASS`].
+pub const TEXT_CLASS: (&str, &str) = ("CLIPTextModel", "transformers.models.clip.modeling_clip");
+
+/// The files of one network's trained tensors.
+pub enum TrainedPart {
+    /// A PEFT folder: at the top (`""`) or in a folder below it.
+    Peft { place: &'static str, config: AdapterConfig, class: (&'static str, &'static str) },
+    /// The whole UNet, as diffusers saves it, with the bytes of its `config.json`.
+    UNet { config: Vec<u8> },
+}
+
+impl TrainedPart {
+    fn weights(&self, dir: &Path) -> PathBuf {
+        match self {
+            Self::Peft { place, .. } => dir.join(place).join(peft::WEIGHTS_FILE),
+            Self::UNet { .. } => dir.join(FULL_UNET),
+        }
+    }
+
+    /// The key of the tensor `name` in its file.
+    fn key(&self, name: &str) -> String {
+        match self {
+            Self::Peft { .. } => format!("base_model.model.{name}"),
+            Self::UNet { .. } => name.to_string(),
+        }
+    }
+
+    fn write(&self, dir: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<()> {
+        if let Some(folder) = self.weights(dir).parent() {
+            files::create_dir_all(folder)?;
+        }
+        match self {
+            Self::Peft { place, config, class } => {
+                peft::write(&dir.join(place), config, *class, tensors, text)
+            }
+            Self::UNet { config } => {
+                tensor_file::write(&self.weights(dir), tensors, text)?;
+                files::write_atomic(&dir.join(FULL_UNET).with_file_name("config.json"), config)
+            }
+        }
+    }
+}
 
 /// What a checkpoint says beside its tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -59,7 +102,7 @@ pub fn list(run: &Path) -> Result<Vec<i64>> {
 pub fn save(
     run: &Path,
     state: &State,
-    adapter: &AdapterConfig,
+    parts: &[TrainedPart],
     parameters: &Parameters,
     optimizer: &AdamW,
     ema: Option<&Ema>,
@@ -68,7 +111,7 @@ pub fn save(
     let dir = folder(run, state.step);
     files::create_dir_all(&run.join("checkpoints"))?;
     files::stage_dir(&dir, |dir| {
-        write_adapter(dir, adapter, parameters.views(), state)?;
+        write_trained(dir, parts, parameters, state)?;
         let mut tensors = vec![
             ("exp_avg".to_string(), optimizer.exp_avg.shallow_clone()),
             ("exp_avg_sq".to_string(), optimizer.exp_avg_sq.shallow_clone()),
@@ -94,15 +137,15 @@ pub fn remove_after(run: &Path, step: i64) -> Result<usize> {
     Ok(later.len())
 }
 
-/// Writes the adapter's two files, with what PEFT has no field for in the tensor file's metadata. Refuses numbers that
-/// are not finite: such a file would load everywhere and draw black pictures.
-pub fn write_adapter(
+/// Writes the trained tensors, with what PEFT has no field for in the tensor files' metadata. Refuses numbers that are
+/// not finite: such a file would load everywhere and draw black pictures.
+pub fn write_trained(
     dir: &Path,
-    config: &AdapterConfig,
-    tensors: &[(String, Tensor)],
+    parts: &[TrainedPart],
+    parameters: &Parameters,
     state: &State,
 ) -> Result<()> {
-    for (name, tensor) in tensors {
+    for (name, tensor) in parameters.views() {
         if tensor.isfinite().all().int64_value(&[]) == 0 {
             return Err(Error::NotFinite(format!(
                 "{name}: the adapter holds numbers that are not finite; it is not saved"
@@ -114,7 +157,10 @@ pub fn write_adapter(
         ("step", state.step.to_string()),
         ("software", format!("hra {}", env!("CARGO_PKG_VERSION"))),
     ];
-    peft::write(dir, config, UNET_CLASS, tensors, &text)
+    for (part, views) in parts.iter().zip(parameters.groups()) {
+        part.write(dir, views, &text)?;
+    }
+    Ok(())
 }
 
 /// A checkpoint, read back.
@@ -142,6 +188,7 @@ impl Loaded {
     /// Puts everything back where training left it.
     pub fn restore(
         &self,
+        parts: &[TrainedPart],
         parameters: &mut Parameters,
         optimizer: &mut AdamW,
         ema: Option<&mut Ema>,
@@ -153,19 +200,20 @@ impl Loaded {
                 "the checkpoint's adapted layers are not those of this configuration",
             ));
         }
-        let path = self.dir.join(peft::WEIGHTS_FILE);
-        let file = TensorFile::open(&path)?;
         let mut rows = Vec::new();
-        for (name, view) in parameters.views() {
-            let tensor = file.read_as(&format!("base_model.model.{name}"), Kind::Float, Device::Cpu)?;
-            if tensor.size() != view.size() {
-                let (expected, found) = (view.size(), tensor.size());
-                return Err(Error::format(
-                    &path,
-                    format!("`{name}`: expected shape {expected:?}, found {found:?}"),
-                ));
+        for (part, views) in parts.iter().zip(parameters.groups()) {
+            let file = TensorFile::open(&part.weights(&self.dir))?;
+            for (name, view) in views {
+                let tensor = file.read_as(&part.key(name), Kind::Float, Device::Cpu)?;
+                if tensor.size() != view.size() {
+                    let (expected, found) = (view.size(), tensor.size());
+                    return Err(Error::format(
+                        file.path(),
+                        format!("`{name}`: expected shape {expected:?}, found {found:?}"),
+                    ));
+                }
+                rows.push(tensor.reshape([-1]));
             }
-            rows.push(tensor.reshape([-1]));
         }
         let device = parameters.flat().device();
         let flat = Tensor::cat(&rows, 0).to_device(device);

@@ -6,33 +6,69 @@
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
+/// Gradients are gathered, and moments and values updated, at most this many values at a time, so that the temporary
+/// memory of a step stays small when a whole network trains. An adapter fits into one piece.
+const PIECE: usize = 1 << 24;
+
 /// Trained tensors, flat, and the same memory as the network sees it.
 pub struct Parameters {
     flat: Tensor,
     views: Vec<(String, Tensor)>,
+    pieces: Vec<Piece>,
+}
+
+/// Neighbouring views that are stepped together.
+struct Piece {
+    views: std::ops::Range<usize>,
+    /// Place in the flat tensor.
+    start: i64,
+    length: i64,
+    /// Which learning rate it has.
+    group: usize,
 }
 
 impl Parameters {
-    /// Packs named tensors, in this order. The network must be given [`Self::views`] in their place.
-    pub fn pack(tensors: &[(String, Tensor)]) -> Self {
+    /// Packs named tensors, in this order. The network must be given [`Self::views`] in their place. The tensors of
+    /// one group share a learning rate.
+    pub fn pack(groups: &[Vec<(String, Tensor)>]) -> Self {
         let _guard = tch::no_grad_guard();
-        let rows: Vec<Tensor> =
-            tensors.iter().map(|(_, t)| t.detach().to_kind(Kind::Float).reshape([-1])).collect();
-        let flat = Tensor::cat(&rows, 0);
+        let total: usize = groups.iter().flatten().map(|(_, t)| t.numel()).sum();
+        let device = groups.iter().flatten().next().map_or(Device::Cpu, |(_, t)| t.device());
+        let flat = Tensor::empty([total as i64], (Kind::Float, device));
         let mut start = 0;
         let mut views = Vec::new();
-        for (name, t) in tensors {
-            let n = t.numel() as i64;
-            let view = flat.narrow(0, start, n).view(&t.size()[..]).detach();
-            views.push((name.clone(), view.set_requires_grad(true)));
-            start += n;
+        let mut pieces: Vec<Piece> = Vec::new();
+        for (group, tensors) in groups.iter().enumerate() {
+            for (name, t) in tensors {
+                let n = t.numel() as i64;
+                let mut view = flat.narrow(0, start, n).view(&t.size()[..]).detach();
+                view.copy_(t);
+                let at = views.len();
+                views.push((name.clone(), view.set_requires_grad(true)));
+                match pieces.last_mut() {
+                    Some(p) if p.group == group && (p.length + n) as usize <= PIECE => {
+                        p.views.end = at + 1;
+                        p.length += n;
+                    }
+                    _ => pieces.push(Piece { views: at..at + 1, start, length: n, group }),
+                }
+                start += n;
+            }
         }
-        Self { flat, views }
+        Self { flat, views, pieces }
     }
 
     /// The tensors that train, by name: leaves that share memory with the flat tensor.
     pub fn views(&self) -> &[(String, Tensor)] {
         &self.views
+    }
+
+    /// The same tensors by group.
+    pub fn groups(&self) -> impl Iterator<Item = &[(String, Tensor)]> {
+        self.pieces.chunk_by(|a, b| a.group == b.group).map(|pieces| {
+            let (first, last) = (&pieces[0], &pieces[pieces.len() - 1]);
+            &self.views[first.views.start..last.views.end]
+        })
     }
 
     /// Number of trained values.
@@ -45,11 +81,19 @@ impl Parameters {
         &self.flat
     }
 
-    /// The gradients, flat and in the same order; zero where a tensor was not used.
-    pub fn gradient(&self) -> Tensor {
+    /// Norm of all gradients together, a scalar; the device is not waited for.
+    pub fn gradient_norm(&self) -> Tensor {
         let _guard = tch::no_grad_guard();
-        let rows: Vec<Tensor> = self
-            .views
+        let norms: Vec<Tensor> = self.pieces.iter().map(|piece| self.gradient(piece).norm()).collect();
+        match &norms[..] {
+            [one] => one.shallow_clone(),
+            _ => Tensor::stack(&norms, 0).norm(),
+        }
+    }
+
+    /// The gradients of a piece, flat and in the order of the values; zero where a tensor was not used.
+    fn gradient(&self, piece: &Piece) -> Tensor {
+        let rows: Vec<Tensor> = self.views[piece.views.clone()]
             .iter()
             .map(|(_, t)| {
                 let grad = t.grad();
@@ -100,30 +144,37 @@ impl AdamW {
         Self { config, exp_avg: zeros(), exp_avg_sq: zeros(), steps: 0 }
     }
 
-    /// One step along `gradient` (flat) with decoupled weight decay.
-    pub fn step(&mut self, parameters: &mut Parameters, gradient: &Tensor, learning_rate: f64) {
+    /// One step along the gradients times `factor` (a scalar tensor, see [`clip_factor`]) with decoupled weight decay; a
+    /// learning rate for each group of [`Parameters::pack`].
+    pub fn step(&mut self, parameters: &mut Parameters, factor: &Tensor, learning_rates: &[f64]) {
         let _guard = tch::no_grad_guard();
         let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         self.steps += 1;
         let t = self.steps as f64;
         let correction1 = 1.0 - beta1.powf(t);
         let correction2 = 1.0 - beta2.powf(t);
-        let _ = self.exp_avg.lerp_(gradient, 1.0 - beta1);
-        let _ = self.exp_avg_sq.g_mul_scalar_(beta2);
-        self.exp_avg_sq += (gradient * gradient) * (1.0 - beta2);
-        let denominator = self.exp_avg_sq.sqrt() / correction2.sqrt() + epsilon;
-        let _ = parameters.flat.g_mul_scalar_(1.0 - learning_rate * weight_decay);
-        parameters.flat -= (&self.exp_avg / denominator) * (learning_rate / correction1);
+        for piece in &parameters.pieces {
+            let learning_rate = learning_rates[piece.group];
+            let of = |flat: &Tensor| flat.narrow(0, piece.start, piece.length);
+            let gradient = parameters.gradient(piece) * factor;
+            let mut first = of(&self.exp_avg);
+            let mut second = of(&self.exp_avg_sq);
+            let mut values = of(&parameters.flat);
+            let _ = first.lerp_(&gradient, 1.0 - beta1);
+            let _ = second.g_mul_scalar_(beta2);
+            second += (&gradient * &gradient) * (1.0 - beta2);
+            let denominator = second.sqrt() / correction2.sqrt() + epsilon;
+            let _ = values.g_mul_scalar_(1.0 - learning_rate * weight_decay);
+            values -= (first / denominator) * (learning_rate / correction1);
+        }
     }
 }
 
-/// Scales `gradient` so that its norm is at most `limit`, as torch's `clip_grad_norm_` does, without waiting for the
-/// device; the second value is the norm before.
-pub fn clip(gradient: &Tensor, limit: f64) -> (Tensor, Tensor) {
+/// What gradients of this norm are multiplied by so that it is at most `limit`, as torch's `clip_grad_norm_` does; a
+/// scalar tensor, and the device is not waited for.
+pub fn clip_factor(norm: &Tensor, limit: f64) -> Tensor {
     let _guard = tch::no_grad_guard();
-    let norm = gradient.norm();
-    let scale = ((&norm + 1e-6).reciprocal() * limit).clamp_max(1.0);
-    (gradient * scale, norm)
+    ((norm + 1e-6).reciprocal() * limit).clamp_max(1.0)
 }
 
 /// Exponential moving average of the trained values.
@@ -249,25 +300,30 @@ mod tests {
     }
 
     #[test]
-    fn clipping_leaves_small_gradients_alone_and_says_the_norm() {
-        let (same, norm) = clip(&Tensor::from_slice(&[0.3f32, 0.4]), 1.0);
-        assert!((norm.double_value(&[]) - 0.5).abs() < 1e-6);
-        assert!((same.double_value(&[1]) - 0.4).abs() < 1e-6);
-        let (clipped, _) = clip(&Tensor::from_slice(&[3f32, 4.0]), 1.0);
-        assert!((clipped.norm().double_value(&[]) - 1.0).abs() < 1e-5);
+    fn clipping_leaves_small_gradients_alone() {
+        let clipped = |values: &[f32]| {
+            let gradient = Tensor::from_slice(values);
+            (&gradient * clip_factor(&gradient.norm(), 1.0)).norm().double_value(&[])
+        };
+        assert!((clipped(&[0.3, 0.4]) - 0.5).abs() < 1e-6);
+        assert!((clipped(&[3.0, 4.0]) - 1.0).abs() < 1e-5);
     }
 
     #[test]
     fn views_share_memory_with_the_flat_tensor_and_collect_gradients() {
-        let tensors = vec![
-            ("a".to_string(), Tensor::from_slice(&[1f32, 2.0])),
-            ("b".to_string(), Tensor::from_slice(&[3f32])),
-        ];
-        let mut parameters = Parameters::pack(&tensors);
+        let named = |name: &str, values: &[f32]| (name.to_string(), Tensor::from_slice(values));
+        let groups = [vec![named("a", &[1.0, 2.0])], vec![named("b", &[3.0])]];
+        let mut parameters = Parameters::pack(&groups);
         let loss = (&parameters.views()[0].1 * 2.0).sum(Kind::Float);
         loss.backward();
-        let gradient: Vec<f32> = Vec::try_from(parameters.gradient()).unwrap();
-        assert_eq!(gradient, [2.0, 2.0, 0.0]);
+        assert!((parameters.gradient_norm().double_value(&[]) - 8f64.sqrt()).abs() < 1e-6);
+        // The first step of Adam is the learning rate of the tensor's group, against the gradient's sign.
+        let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 0.0, weight_decay: 0.0 };
+        let one = Tensor::from(1f32);
+        AdamW::new(config, &parameters).step(&mut parameters, &one, &[0.5, 7.0]);
+        let values: Vec<f32> = Vec::try_from(parameters.flat()).unwrap();
+        assert_eq!(values[..2], [0.5, 1.5]);
+        assert!(values[2].is_nan(), "0 / 0: this one had no gradient");
         parameters.set(&Tensor::from_slice(&[5f32, 6.0, 7.0]));
         assert_eq!(parameters.views()[1].1.double_value(&[0]), 7.0);
     }

@@ -57,7 +57,12 @@ impl StableDiffusion {
 
     /// States of prompts, `(b, n, width)` in the compute dtype, and a warning for each prompt that was cut.
     pub fn encode_prompts(&self, prompts: &[&str]) -> Result<(Tensor, Vec<String>)> {
-        let _guard = tch::no_grad_guard();
+        let (ids, warnings) = self.prompt_ids(prompts)?;
+        Ok((self.text_states(&ids), warnings))
+    }
+
+    /// Ids of prompts `(b, n)`, and a warning for each prompt that was cut.
+    pub fn prompt_ids(&self, prompts: &[&str]) -> Result<(Tensor, Vec<String>)> {
         let mut warnings = Vec::new();
         let mut rows = Vec::new();
         for prompt in prompts {
@@ -70,7 +75,13 @@ impl StableDiffusion {
             }
             rows.push(Tensor::from_slice(&ids));
         }
-        Ok((self.text_encoder.forward(&Tensor::stack(&rows, 0)), warnings))
+        Ok((Tensor::stack(&rows, 0), warnings))
+    }
+
+    /// States `(b, n, width)` of ids `(b, n)`, without gradient.
+    pub fn text_states(&self, ids: &Tensor) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        self.text_encoder.forward(ids)
     }
 
     /// What identifies the base model's weights: SHA-256 over name, size, and the first and last 64 KiB of each weight
@@ -89,6 +100,11 @@ impl StableDiffusion {
             }
         }
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// The bytes of the UNet's `config.json`.
+    pub fn unet_config(&self) -> Result<Vec<u8>> {
+        files::read(&self.dir.join("unet/config.json"), 1 << 24)
     }
 
     /// The folder's own name, for the settings that a picture carries.

@@ -9,6 +9,9 @@ use serde_json::Value;
 /// The projections of every attention block: q, k, v and out, the layers that the HRA paper adapts.
 pub const ATTENTION: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 
+/// The same in a CLIP text encoder.
+pub const TEXT_ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "out_proj"];
+
 /// A rule that says which layer names match.
 #[derive(Debug, Clone)]
 pub enum TargetRule {

@@ -1,5 +1,6 @@
 //! `hra train`.
 
+use crate::adapter::Method;
 use crate::checkpoint;
 use crate::config::TrainConfig;
 use crate::device::peak_process_memory;
@@ -71,14 +72,18 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
 
 fn report(outcome: &Outcome, config: &TrainConfig) {
     let folder = outcome.folder.display();
-    println!("adapter: {folder} ({} values, loadable by PEFT)", outcome.parameters);
+    let (what, reader) = match config.method() {
+        Method::Full => ("UNet", "diffusers"),
+        _ => ("adapter", "PEFT"),
+    };
+    println!("{what}: {folder} ({} values, loadable by {reader})", outcome.parameters);
     let loss = outcome.loss.map_or_else(String::new, |loss| format!("; loss {loss:.4}"));
-    let orthogonality = outcome.movement.orthogonality_error;
-    let orthogonality = orthogonality.map_or_else(String::new, |e| format!("; max |HH^T - I| {e:.1e}"));
-    println!(
-        "{} steps in {:.0} s{loss}; weights moved by {:.4} on average, {:.4} at most (relative){orthogonality}",
-        outcome.steps, outcome.seconds, outcome.movement.mean, outcome.movement.largest
-    );
+    let moved = outcome.movement.map_or_else(String::new, |m| {
+        let orthogonality = m.orthogonality_error.map(|e| format!("; max |HH^T - I| {e:.1e}"));
+        let (mean, most, orthogonality) = (m.mean, m.largest, orthogonality.unwrap_or_default());
+        format!("; weights moved by {mean:.4} on average, {most:.4} at most (relative){orthogonality}")
+    });
+    println!("{} steps in {:.0} s{loss}{moved}", outcome.steps, outcome.seconds);
     if let Some(bytes) = peak_process_memory() {
         println!("peak memory of the process: {:.2} GB", bytes as f64 / 1e9);
     }

@@ -34,8 +34,7 @@ const NOT_NEEDED: [(&str, bool); 24] = [
 ];
 
 /// Flags of diffusers' scripts that would change the result, and what to do instead.
-const NOT_THERE: [(&str, &str); 8] = [
-    ("--train-text-encoder", "only the UNet is trained"),
+const NOT_THERE: [(&str, &str); 7] = [
     ("--scale-lr", "give the learning rate that you want"),
     ("--num-train-epochs", "give --max-train-steps"),
     ("--validation-epochs", "give --validation-steps"),
@@ -108,6 +107,6 @@ mod tests {
         let epochs = ["hra", "--num_train_epochs", "3", "--max_train_steps=5"];
         assert_eq!(words(&epochs).unwrap(), ["hra", "--max-train-steps=5"]);
         assert!(words(&epochs[..3]).is_err());
-        assert!(words(&["hra", "--train_text_encoder"]).unwrap_err().to_string().contains("only the UNet"));
+        assert!(words(&["hra", "--push_to_hub"]).unwrap_err().to_string().contains("nothing is uploaded"));
     }
 }

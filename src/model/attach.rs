@@ -165,20 +165,37 @@ pub fn map_parameters(network: &mut dyn Layers, replace: &mut dyn FnMut(String, 
     }
 }
 
-/// Moves the trained tensors of a network into one flat tensor that an optimiser can step.
-pub fn pack_parameters(network: &mut dyn Layers) -> Parameters {
-    let mut tensors = Vec::new();
-    map_parameters(network, &mut |name, tensor| {
-        tensors.push((name, tensor.shallow_clone()));
-        tensor.shallow_clone()
-    });
-    let parameters = Parameters::pack(&tensors);
+/// Moves the trained tensors of networks into one flat tensor that an optimiser can step, a group for each network.
+pub fn pack_parameters(networks: &mut [&mut dyn Layers]) -> Parameters {
+    let mut groups = Vec::new();
+    for network in networks.iter_mut() {
+        let mut tensors = Vec::new();
+        map_parameters(*network, &mut |name, tensor| {
+            tensors.push((name, tensor.shallow_clone()));
+            tensor.shallow_clone()
+        });
+        groups.push(tensors);
+    }
+    let parameters = Parameters::pack(&groups);
+    drop(groups);
     let mut views = parameters.views().iter();
-    map_parameters(network, &mut |_, _| {
-        let (_, view) = views.next().expect("the network has the tensors that were packed");
-        view.shallow_clone()
-    });
+    for network in networks {
+        map_parameters(*network, &mut |_, _| {
+            let (_, view) = views.next().expect("the networks have the tensors that were packed");
+            view.shallow_clone()
+        });
+    }
     parameters
+}
+
+/// Lets the frozen weights of a fully fine-tuned network go: the trained ones take their place for good.
+pub fn release_base(network: &mut dyn Layers) {
+    for layer in network.layers_mut() {
+        let trained = layer.attached().and_then(|attached| attached.adapter.as_ref()).map(|a| a.parameters());
+        if let Some([(_, weight)]) = trained.as_deref() {
+            layer.set_frozen(weight.detach(), None);
+        }
+    }
 }
 
 /// The sum of all layers' regularisers, with gradient; `None` where the method has none.

@@ -21,8 +21,10 @@ struct Source {
     folder: ImageFolder,
     /// Pictures of the folder that are used.
     count: usize,
-    /// States of the prompt `(1, n, d)`.
-    states: Tensor,
+    /// Ids of the prompt `(1, n)`.
+    ids: Tensor,
+    /// Its states `(1, n, d)`, unless the text encoder trains: then they are made anew for each batch, with gradient.
+    states: Option<Tensor>,
     cache: bool,
     /// Mean and standard deviation of a crop's latents, `(1, c, h, w)`: the VAE is frozen, so this is exact.
     moments: HashMap<(usize, Window), (Tensor, Tensor)>,
@@ -49,7 +51,7 @@ impl Batches {
         class: Option<ImageFolder>,
     ) -> Result<Self> {
         let source = |name, folder: ImageFolder, prompt: &str, most: usize| {
-            let (states, warnings) = model.encode_prompts(&[prompt])?;
+            let (ids, warnings) = model.prompt_ids(&[prompt])?;
             warnings.iter().for_each(|w| eprintln!("warning: {w}"));
             let count = folder.images().len().min(most);
             let crops: u64 = (0..count)
@@ -59,7 +61,8 @@ impl Batches {
                 name,
                 folder,
                 count,
-                states,
+                states: (!config.train_text_encoder).then(|| model.text_states(&ids)),
+                ids,
                 cache: crops <= MAX_CACHED,
                 moments: HashMap::new(),
             })
@@ -80,15 +83,19 @@ impl Batches {
 
     /// The batch of number `index`, counted from 0 over all steps and accumulations.
     pub fn batch(&mut self, model: &StableDiffusion, index: u64) -> Result<Batch> {
-        let _guard = tch::no_grad_guard();
         let mut rows = Vec::new();
         let mut states = Vec::new();
         let draws = index * self.batch_size..(index + 1) * self.batch_size;
         let (seed, resolution, center) = (self.seed, self.resolution, self.center_crop);
         for source in std::iter::once(&mut self.instance).chain(&mut self.class) {
+            let own = match &source.states {
+                Some(fixed) => fixed.shallow_clone(),
+                None => model.text_encoder.forward(&source.ids),
+            };
+            let _guard = tch::no_grad_guard();
             for draw in draws.clone() {
                 rows.push(source.row(model, seed, draw, resolution, center, self.train_timesteps)?);
-                states.push(source.states.shallow_clone());
+                states.push(own.shallow_clone());
             }
         }
         let device = model.unet.device();

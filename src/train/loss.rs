@@ -18,6 +18,19 @@ pub struct Batch {
     pub class_half: bool,
 }
 
+impl Batch {
+    /// The same tensors.
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            latents: self.latents.shallow_clone(),
+            noise: self.noise.shallow_clone(),
+            timesteps: self.timesteps.shallow_clone(),
+            context: self.context.shallow_clone(),
+            class_half: self.class_half,
+        }
+    }
+}
+
 /// The loss and its parts; scalars, `total` with gradient.
 pub struct Loss {
     /// What the network predicted, `(b, c, h, w)`, without gradient.

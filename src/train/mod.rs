@@ -5,9 +5,10 @@ mod class_images;
 pub mod loss;
 mod preview;
 
+use crate::adapter::Method;
 use crate::adapter::peft::AdapterConfig;
 use crate::adapter::target::TargetRule;
-use crate::checkpoint::{self, Loaded, State};
+use crate::checkpoint::{self, Loaded, State, TEXT_CLASS, TrainedPart, UNET_CLASS};
 use crate::config::TrainConfig;
 use crate::data::ImageFolder;
 use crate::device;
@@ -15,10 +16,13 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::interrupt;
 use crate::model::attach::{self, Movement};
+use crate::model::layers::Layers;
+use crate::model::loaded::TEXT_ENCODER;
 use crate::noise::NoiseSchedule;
-use crate::optim::{AdamW, Ema, LearningRate, Parameters, clip};
+use crate::optim::{AdamW, Ema, LearningRate, Parameters, clip_factor};
 use crate::progress::Progress;
 use crate::run::{Metrics, Record, RunFolder, Sums};
+use crate::seed;
 use crate::stable_diffusion::StableDiffusion;
 use batches::Batches;
 use class_images::ClassImages;
@@ -69,8 +73,8 @@ pub struct Outcome {
     pub steps: i64,
     /// Loss of the last record; `None` if there was nothing left to do.
     pub loss: Option<f64>,
-    /// How far the weights moved.
-    pub movement: Movement,
+    /// How far the weights moved; full fine-tuning keeps no base weights to tell it by.
+    pub movement: Option<Movement>,
     /// Seconds of training, over all sessions.
     pub seconds: f64,
     /// Trained values.
@@ -88,8 +92,10 @@ struct Trainer {
     parameters: Parameters,
     optimizer: AdamW,
     ema: Option<Ema>,
-    learning_rate: LearningRate,
-    adapter: AdapterConfig,
+    learning_rates: Vec<LearningRate>,
+    /// Number of adapted layers.
+    layers: usize,
+    parts: Vec<TrainedPart>,
     fingerprint: String,
     metrics: Metrics,
     sums: Sums,
@@ -140,7 +146,13 @@ impl Trainer {
         let targets = TargetRule::from_words(&config.target_modules)?;
         let schedule = NoiseSchedule::new(&model.scheduler, compute.device)?;
         let fingerprint = model.fingerprint()?;
-        attach::attach_new(&mut model.unet, &targets, &config.method(), config.bias, config.seed)?;
+        let method = config.method();
+        let mut layers = attach::attach_new(&mut model.unet, &targets, &method, config.bias, config.seed)?;
+        let text_targets = TargetRule::from_words(&config.text_target_modules)?;
+        if config.train_text_encoder {
+            let seed = seed::derive(config.seed, "text encoder", 0);
+            layers += attach::attach_new(&mut model.text_encoder, &text_targets, &method, config.bias, seed)?;
+        }
 
         preview::check(&model, &config, resolution)?;
         let class_images = config
@@ -161,9 +173,9 @@ impl Trainer {
         };
         let class = if let Some(class_images) = class_images {
             // Drawn by the base model, which an adapter that starts at the identity is only up to rounding.
-            attach::set_enabled(&mut model.unet, false);
+            attach::set_enabled(&mut model, false);
             eprintln!("{}", class_images.make(&model, &config)?);
-            attach::set_enabled(&mut model.unet, true);
+            attach::set_enabled(&mut model, true);
             let folder = ImageFolder::scan(&class_images::folder(&config))?;
             report += &format!("class pictures: {}\n", folder.report(resolution));
             Some(folder)
@@ -174,12 +186,20 @@ impl Trainer {
 
         let batches = Batches::new(&model, &config, resolution, instance, class)?;
         let held_out = held_out.map(|f| HeldOut::new(&model, &config, resolution, &f)).transpose()?;
-        let mut parameters = attach::pack_parameters(&mut model.unet);
+        let mut networks: Vec<&mut dyn Layers> = vec![&mut model.unet];
+        if config.train_text_encoder {
+            networks.push(&mut model.text_encoder);
+        }
+        let mut parameters = attach::pack_parameters(&mut networks);
+        if method == Method::Full {
+            attach::release_base(&mut model.unet);
+        }
+        let parts = trained_parts(&config, &model, &targets, &text_targets)?;
         let mut optimizer = AdamW::new(config.adamw(), &parameters);
         let mut ema = config.use_ema.then(|| Ema::new(config.ema_decay, &parameters));
         let (mut step, mut earlier, mut sums) = (0, 0.0, Sums::default());
         if let Some(loaded) = checkpoint {
-            loaded.restore(&mut parameters, &mut optimizer, ema.as_mut())?;
+            loaded.restore(&parts, &mut parameters, &mut optimizer, ema.as_mut())?;
             (step, earlier, sums) = (loaded.state.step, loaded.state.seconds, loaded.state.sums);
             eprintln!("resuming after step {step}");
             match checkpoint::remove_after(folder.path(), step)? {
@@ -189,14 +209,8 @@ impl Trainer {
                 ),
             }
         }
-        let adapter = AdapterConfig {
-            method: config.method(),
-            bias: config.bias,
-            targets: targets.to_json(),
-            base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
-        };
         let metrics = Metrics::open(folder.path(), step, resume.is_some())?;
-        let learning_rate = config.learning_rate();
+        let learning_rates = config.learning_rates();
         let trainer = Self {
             config,
             resolution,
@@ -208,8 +222,9 @@ impl Trainer {
             parameters,
             optimizer,
             ema,
-            learning_rate,
-            adapter,
+            learning_rates,
+            layers,
+            parts,
             fingerprint,
             metrics,
             sums,
@@ -221,7 +236,6 @@ impl Trainer {
 
     fn run(&mut self, first: i64) -> Result<Outcome> {
         let total = self.config.max_train_steps;
-        let layers = self.parameters.views().iter().filter(|(name, _)| name.ends_with(".hra_u")).count();
         if first >= total {
             eprintln!("this run is complete ({first} of {total} steps); raise --max_train_steps to train on");
         } else {
@@ -229,7 +243,8 @@ impl Trainer {
             let (device, kind) = (format!("{device:?}").to_lowercase(), format!("{kind:?}").to_lowercase());
             let count = self.parameters.count();
             eprintln!(
-                "training {count} values on {layers} layers, steps {} to {total}, on {device} in {kind}",
+                "training {count} values on {} layers, steps {} to {total}, on {device} in {kind}",
+                self.layers,
                 first + 1
             );
         }
@@ -246,7 +261,7 @@ impl Trainer {
             let message = format!(
                 "loss {:.4} lr {:.2e} {:.2} step/s",
                 self.sums.loss / self.sums.count,
-                self.learning_rate.at(step - 1),
+                self.learning_rates[0].at(step - 1),
                 (step - first) as f64 / self.started.elapsed().as_secs_f64()
             );
             if log {
@@ -273,8 +288,8 @@ impl Trainer {
             // The last checkpoint, if there is one, keeps the values that training would go on with.
             self.parameters.set(&ema.average);
         }
-        checkpoint::write_adapter(self.folder.path(), &self.adapter, self.parameters.views(), &state)?;
-        let movement = attach::movement(&mut self.model.unet);
+        checkpoint::write_trained(self.folder.path(), &self.parts, &self.parameters, &state)?;
+        let movement = self.movement();
         Ok(Outcome {
             folder: self.folder.path().to_path_buf(),
             steps: state.step,
@@ -301,7 +316,7 @@ impl Trainer {
                 config.snr_gamma,
             );
             let regulariser =
-                if config.hra_lambda > 0.0 { attach::regulariser(&mut self.model.unet) } else { None };
+                if config.hra_lambda > 0.0 { attach::regulariser(&mut self.model) } else { None };
             let total = match &regulariser {
                 Some(regulariser) => loss.total + regulariser * config.hra_lambda,
                 None => loss.total,
@@ -318,12 +333,15 @@ impl Trainer {
             self.sums.regulariser += regulariser.map_or(0.0, |r| r.double_value(&[])) * share;
         }
         self.sums.count += 1.0;
-        let (gradient, norm) = clip(&(self.parameters.gradient() / scale), config.max_grad_norm);
+        let norm = self.parameters.gradient_norm() / scale;
+        let factor = clip_factor(&norm, config.max_grad_norm) / scale;
         let norm = norm.double_value(&[]);
         if !norm.is_finite() {
             return Err(self.not_finite(step, "the gradient"));
         }
-        self.optimizer.step(&mut self.parameters, &gradient, self.learning_rate.at(step - 1));
+        let rates: Vec<f64> = self.learning_rates.iter().map(|rate| rate.at(step - 1)).collect();
+        self.optimizer.step(&mut self.parameters, &factor, &rates);
+        attach::project(&mut self.model);
         if let Some(ema) = &mut self.ema {
             ema.update(&self.parameters, step);
         }
@@ -340,16 +358,16 @@ impl Trainer {
             loss_instance: mean(self.sums.instance),
             loss_prior: config.with_prior_preservation.then(|| mean(self.sums.prior)),
             regulariser: (config.hra_lambda > 0.0).then(|| mean(self.sums.regulariser)),
-            learning_rate: self.learning_rate.at(step - 1),
+            learning_rate: self.learning_rates[0].at(step - 1),
             gradient_norm,
             seconds: self.seconds(),
             ..Record::default()
         };
         if last || look || step % (config.log_every * RECORDS_A_MOVEMENT) == 0 {
-            let movement = attach::movement(&mut self.model.unet);
-            record.weight_change = Some(movement.mean);
-            record.weight_change_max = Some(movement.largest);
-            record.orthogonality_error = movement.orthogonality_error;
+            let movement = self.movement();
+            record.weight_change = movement.map(|m| m.mean);
+            record.weight_change_max = movement.map(|m| m.largest);
+            record.orthogonality_error = movement.and_then(|m| m.orthogonality_error);
         }
         if look && self.held_out.is_some() {
             let loss =
@@ -373,6 +391,10 @@ impl Trainer {
         result
     }
 
+    fn movement(&mut self) -> Option<Movement> {
+        (self.config.method() != Method::Full).then(|| attach::movement(&mut self.model))
+    }
+
     fn seconds(&self) -> f64 {
         self.earlier + self.started.elapsed().as_secs_f64()
     }
@@ -385,7 +407,7 @@ impl Trainer {
         checkpoint::save(
             self.folder.path(),
             &self.state(step),
-            &self.adapter,
+            &self.parts,
             &self.parameters,
             &self.optimizer,
             self.ema.as_ref(),
@@ -420,6 +442,30 @@ impl Trainer {
             "step {step}: {what} is not a finite number; {good}\nhint: try a lower --learning_rate, or --dtype f32"
         ))
     }
+}
+
+/// The files that the run's trained tensors go into, in the order of the optimiser's groups.
+fn trained_parts(
+    config: &TrainConfig,
+    model: &StableDiffusion,
+    targets: &TargetRule,
+    text_targets: &TargetRule,
+) -> Result<Vec<TrainedPart>> {
+    if config.method() == Method::Full {
+        return Ok(vec![TrainedPart::UNet { config: model.unet_config()? }]);
+    }
+    let adapter = |targets: &TargetRule| AdapterConfig {
+        method: config.method(),
+        bias: config.bias,
+        targets: targets.to_json(),
+        base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
+    };
+    let mut parts = vec![TrainedPart::Peft { place: "", config: adapter(targets), class: UNET_CLASS }];
+    if config.train_text_encoder {
+        let config = adapter(text_targets);
+        parts.push(TrainedPart::Peft { place: TEXT_ENCODER, config, class: TEXT_CLASS });
+    }
+    Ok(parts)
 }
 
 /// Pictures of the folder that `setting` names.

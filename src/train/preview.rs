@@ -88,6 +88,8 @@ fn draw_into(
 /// Held-out pictures, encoded once, with the noise that they are always measured with.
 pub struct HeldOut {
     batches: Vec<Batch>,
+    /// Ids of the subject's prompt `(1, n)`; its states may change in training.
+    ids: Tensor,
 }
 
 impl HeldOut {
@@ -100,7 +102,8 @@ impl HeldOut {
     ) -> Result<Self> {
         let _guard = tch::no_grad_guard();
         let device = model.unet.device();
-        let (states, _) = model.encode_prompts(&[&config.instance_prompt])?;
+        let (ids, _) = model.prompt_ids(&[&config.instance_prompt])?;
+        let states = model.text_states(&ids);
         let spacing = model.scheduler.train_timesteps()? as f64 / HELD_OUT_TIMESTEPS as f64;
         let timesteps: Vec<i64> =
             (0..HELD_OUT_TIMESTEPS).map(|j| ((j as f64 + 0.5) * spacing) as i64).collect();
@@ -121,17 +124,18 @@ impl HeldOut {
                 class_half: false,
             });
         }
-        Ok(Self { batches })
+        Ok(Self { batches, ids })
     }
 
     /// Mean denoising error over all pictures and timesteps.
     pub fn loss(&self, model: &StableDiffusion, schedule: &NoiseSchedule) -> f64 {
         let _guard = tch::no_grad_guard();
-        let sum: f64 = self
-            .batches
-            .iter()
-            .map(|batch| training_loss(&model.unet, schedule, batch, 0.0, None).total.double_value(&[]))
-            .sum();
+        let states = model.text_states(&self.ids).repeat([HELD_OUT_TIMESTEPS, 1, 1]);
+        let loss = |batch: &Batch| {
+            let batch = Batch { context: states.shallow_clone(), ..batch.shallow_clone() };
+            training_loss(&model.unet, schedule, &batch, 0.0, None).total.double_value(&[])
+        };
+        let sum: f64 = self.batches.iter().map(loss).sum();
         sum / self.batches.len() as f64
     }
 }
