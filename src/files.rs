@@ -93,6 +93,14 @@ pub fn create_dir_all(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(|e| Error::io("make the folder", path, e))
 }
 
+/// Fails if anything is at `path`, which a command is asked to make.
+pub fn refuse_existing(path: &Path) -> Result<()> {
+    match kind(path) {
+        None => Ok(()),
+        Some(_) => Err(Error::Run(format!("{} is there already\nhint: give another --output", path.display()))),
+    }
+}
+
 /// Opens a file for appending and makes it if need be, for logs that grow line by line.
 pub fn open_append(path: &Path) -> Result<File> {
     OpenOptions::new().append(true).create(true).open(path).map_err(|e| Error::io("open", path, e))

@@ -24,6 +24,7 @@ pub mod doctor;
 pub mod error;
 pub mod files;
 pub mod image;
+pub mod inspect;
 pub mod interrupt;
 pub mod model;
 pub mod noise;

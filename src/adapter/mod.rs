@@ -7,9 +7,11 @@
 //! - [`full`]: the whole weight, for full fine-tuning;
 //! - [`method`]: the methods and their settings, and a new adapter by them;
 //! - [`reflections`]: the algebra of fixed products of reflections: strength, chains, how far they turn;
+//! - [`combine`]: several adapters as one;
 //! - [`target`]: which layers are adapted, by PEFT's rules;
 //! - [`peft`]: PEFT's `adapter_config.json` and `adapter_model.safetensors`.
 
+pub mod combine;
 pub mod full;
 pub mod hra;
 pub mod method;

@@ -38,6 +38,11 @@ impl Reflections {
         }
     }
 
+    /// d_in.
+    pub fn inputs(&self) -> i64 {
+        self.u.size()[0]
+    }
+
     /// `H^T`, which undoes H.
     pub fn inverse(&self) -> Self {
         Self { u: self.u.shallow_clone(), t: self.t.tr() }
@@ -70,15 +75,38 @@ impl Reflections {
         (Self { u: q, t }, left_over)
     }
 
+    /// `exp(sum_i s_i log H_i)`: the one-parameter path of each factor, added up where the paths start. Orthogonal for any
+    /// strengths, independent of the order, and `H^s` for one factor. `None` if a factor has determinant -1, for which
+    /// there is no such path.
+    pub fn geodesic_sum(factors: &[(Self, f64)]) -> Option<Self> {
+        let _guard = tch::no_grad_guard();
+        let all: Vec<Tensor> = factors.iter().map(|(h, _)| h.u.shallow_clone()).collect();
+        let q = span(&Tensor::cat(&all, 1)); // [d_in, k]
+        let k = q.size()[1] as usize;
+        let mut sum = DMatrix::zeros(k, k);
+        for (h, s) in factors {
+            let qu = q.tr().matmul(&h.u);
+            let m = Tensor::eye(k as i64, (Kind::Double, Device::Cpu)) - qu.matmul(&h.t).matmul(&qu.tr());
+            sum += orthogonal_log(&to_matrix(&m))? * *s;
+        }
+        let t = Tensor::eye(k as i64, (Kind::Double, Device::Cpu)) - to_tensor(&sum.exp());
+        Some(Self { u: q, t })
+    }
+
+    /// H as reflections again: vectors `(d_in, n)`, f32, n as small as can be and at most the rank of span(U); none where
+    /// H is the identity.
+    pub fn vectors(&self) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        let (q, m) = self.core();
+        let u = householder_vectors(to_matrix(&m));
+        q.matmul(&to_tensor(&u)).to_kind(Kind::Float)
+    }
+
     /// `(Q, M)` with orthonormal `Q (d_in, k)` of span(U) and the orthogonal `M = Q^T H Q`: `H = I + Q (M - I) Q^T`.
     fn core(&self) -> (Tensor, Tensor) {
-        // Rank by singular values: columns may coincide (they do at the start of training).
-        let (left, singular, _) = self.u.svd(true, true);
-        let largest = singular.max().double_value(&[]);
-        let rank = singular.gt(1e-9 * largest).sum(Kind::Int64).int64_value(&[]);
-        let q = left.narrow(1, 0, rank); // [d_in, k]
+        let q = span(&self.u); // [d_in, k]
         let qu = q.tr().matmul(&self.u); // [k, r]
-        let m = Tensor::eye(rank, (Kind::Double, Device::Cpu)) - qu.matmul(&self.t).matmul(&qu.tr());
+        let m = Tensor::eye(q.size()[1], (Kind::Double, Device::Cpu)) - qu.matmul(&self.t).matmul(&qu.tr());
         (q, m)
     }
 
@@ -135,6 +163,14 @@ impl Reflections {
     }
 }
 
+/// An orthonormal basis `(d, k)` of the columns of `u`, which may coincide (they do at the start of training).
+fn span(u: &Tensor) -> Tensor {
+    let (left, singular, _) = u.svd(true, true);
+    let largest = singular.max().double_value(&[]);
+    let rank = singular.gt(1e-9 * largest).sum(Kind::Int64).int64_value(&[]);
+    left.narrow(1, 0, rank)
+}
+
 /// A block on the diagonal of an orthogonal matrix's real Schur form.
 enum Block {
     One,
@@ -164,6 +200,47 @@ fn blocks(schur: &DMatrix<f64>) -> Vec<Block> {
         }
     }
     found
+}
+
+/// The skew-symmetric logarithm of an orthogonal `m`; `None` if its determinant is -1.
+fn orthogonal_log(m: &DMatrix<f64>) -> Option<DMatrix<f64>> {
+    let (z, schur) = nalgebra::linalg::Schur::new(m.clone()).unpack();
+    let mut log = DMatrix::zeros(m.nrows(), m.nrows());
+    let mut turn = |i: usize, j: usize, angle: f64| {
+        log[(i, j)] = -angle;
+        log[(j, i)] = angle;
+    };
+    let mut single = None;
+    for block in blocks(&schur) {
+        match block {
+            Block::One => {}
+            Block::Rotation { at, angle } => turn(at, at + 1, angle),
+            Block::MinusOne { at } => match single.take() {
+                None => single = Some(at),
+                Some(first) => turn(first, at, std::f64::consts::PI),
+            },
+        }
+    }
+    single.is_none().then(|| &z * log * z.transpose())
+}
+
+/// Unit columns with `m = H_1 H_2 .. H_n`: each reflection turns one more column of what is left of the orthogonal `m`
+/// into that of the identity.
+fn householder_vectors(mut m: DMatrix<f64>) -> DMatrix<f64> {
+    let k = m.nrows();
+    let mut vectors = Vec::new();
+    for i in 0..k {
+        let mut v = m.column(i).into_owned();
+        v[i] -= 1.0;
+        let length = v.norm();
+        if length > 1e-8 {
+            let u = v / length;
+            let row = u.transpose() * &m;
+            m -= &u * row * 2.0;
+            vectors.push(u);
+        }
+    }
+    if vectors.is_empty() { DMatrix::zeros(k, 0) } else { DMatrix::from_columns(&vectors) }
 }
 
 /// `m^s` for an orthogonal `m`, and whether one eigenvalue -1 had no partner.

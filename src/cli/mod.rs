@@ -1,5 +1,7 @@
 //! The command line: what the user typed, turned into calls of the library.
 
+mod inspect;
+mod merge;
 mod sample;
 mod train;
 mod words;
@@ -22,6 +24,10 @@ enum Verb {
     Train(Box<train::TrainArgs>),
     /// Draw pictures from prompts
     Sample(Box<sample::SampleArgs>),
+    /// Make one adapter of several
+    Merge(merge::MergeArgs),
+    /// Say what an adapter, run or model is
+    Inspect(inspect::InspectArgs),
     /// Say what this machine has and whether it computes correctly
     Doctor(DoctorArgs),
 }
@@ -63,6 +69,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
     Ok(match cli.command {
         Verb::Train(args) => train::run(&args, &typed),
         Verb::Sample(args) => sample::run(&args),
+        Verb::Merge(args) => merge::run(&args),
+        Verb::Inspect(args) => inspect::run(&args),
         Verb::Doctor(args) => crate::doctor::run(args.json),
     }?)
 }

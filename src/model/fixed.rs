@@ -76,16 +76,37 @@ impl AttachReport {
     }
 }
 
-/// Puts adapters with a strength each on a network. They act one after another in the order given: each changes the
-/// weight that those before it have made, so that HRA adapters multiply and LoRA adapters add up. A layer ends with one
-/// low-rank product where all of its adapters have one, and with one new weight otherwise.
+/// What adapters together make of one part of a network; f64 on the CPU.
+pub enum Effect<'a> {
+    /// A layer: its new weight, and its new bias `(d_out)`.
+    Layer { layer: &'a mut Layer, form: Option<Form>, bias: Option<Tensor> },
+    /// A norm: its new scale and shift `(n)`.
+    Norm { norm: &'a mut Norm, scale: Option<Tensor>, shift: Option<Tensor> },
+}
+
+/// Puts adapters with a strength each on a network. A layer ends with one low-rank product where all of its adapters have
+/// one, and with one new weight otherwise.
 ///
 /// With `keep_base` the base model can be had again by [`super::attach::set_enabled`]; without it, new weights take the
 /// place of the frozen ones and cost no memory beside them.
 pub fn attach_fixed(
     network: &mut dyn Layers,
-    mut adapters: Vec<(LoadedAdapter, f64)>,
+    adapters: Vec<(LoadedAdapter, f64)>,
     keep_base: bool,
+) -> Result<Vec<AttachReport>> {
+    effects(network, adapters, &mut |effect| {
+        effect.attach(keep_base);
+        Ok(())
+    })
+}
+
+/// Gives what adapters with a strength each make of a network to `take`, for each part that they change. They act one after
+/// another in the order given: each changes the weight that those before it have made, so that HRA adapters multiply and
+/// LoRA adapters add up.
+pub fn effects(
+    network: &mut dyn Layers,
+    mut adapters: Vec<(LoadedAdapter, f64)>,
+    take: &mut dyn FnMut(Effect) -> Result<()>,
 ) -> Result<Vec<AttachReport>> {
     let _guard = tch::no_grad_guard();
     let mut reports: Vec<AttachReport> = adapters.iter().map(|(a, s)| AttachReport::new(a, *s)).collect();
@@ -93,10 +114,17 @@ pub fn attach_fixed(
     for part in network.parts_mut() {
         match part {
             Part::Layer(layer) => {
-                let effect = layer_effect(layer, &mut adapters, &mut reports, &mut problems)?;
-                effect.attach(layer, keep_base);
+                let (form, bias) = layer_effect(layer, &mut adapters, &mut reports, &mut problems)?;
+                if form.is_some() || bias.is_some() {
+                    take(Effect::Layer { layer, form, bias })?;
+                }
             }
-            Part::Norm(norm) => fix_norm(norm, &mut adapters, &mut problems)?,
+            Part::Norm(norm) => {
+                let (scale, shift) = norm_effect(norm, &mut adapters, &mut problems)?;
+                if scale.is_some() || shift.is_some() {
+                    take(Effect::Norm { norm, scale, shift })?;
+                }
+            }
         }
     }
     for ((report, (adapter, _)), mut problems) in reports.iter_mut().zip(&adapters).zip(problems) {
@@ -117,19 +145,12 @@ pub fn attach_fixed(
     Ok(reports)
 }
 
-/// What all adapters together make of one layer.
-struct Effect {
-    form: Option<Form>,
-    bias: Option<Tensor>,
-}
-
 fn layer_effect(
     layer: &Layer,
     adapters: &mut [(LoadedAdapter, f64)],
     reports: &mut [AttachReport],
     problems: &mut [Vec<String>],
-) -> Result<Effect> {
-    let wide = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
+) -> Result<(Option<Form>, Option<Tensor>)> {
     let mut base: Option<Tensor> = None; // f64, made only where it is needed
     let mut form: Option<Form> = None;
     let mut bias = None;
@@ -167,40 +188,14 @@ fn layer_effect(
             }
         }
     }
-    Ok(Effect { form, bias })
+    Ok((form, bias))
 }
 
-impl Effect {
-    fn attach(self, layer: &mut Layer, keep_base: bool) {
-        if self.form.is_none() && self.bias.is_none() {
-            return;
-        }
-        let (kind, device) = (layer.weight().kind(), layer.weight().device());
-        let shape = layer.weight().size();
-        let narrow = |t: &Tensor| t.to_kind(Kind::Float).to_kind(kind).to_device(device).contiguous();
-        let bias = self.bias.map(|b| b.to_kind(Kind::Float).to_device(device));
-        match self.form {
-            None => layer.attach(None, bias),
-            Some(Form::LowRank { down, up }) => {
-                layer.attach(Some(Box::new(LowRank { down: narrow(&down), up: narrow(&up) })), bias);
-            }
-            Some(Form::Dense(merged)) => {
-                let weight = narrow(&merged.reshape(&shape[..]));
-                if keep_base {
-                    layer.attach(Some(Box::new(Full::new(weight))), bias);
-                } else {
-                    layer.set_frozen(weight, bias.map(|b| b.to_kind(kind)));
-                }
-            }
-        }
-    }
-}
-
-fn fix_norm(
-    norm: &mut Norm,
+fn norm_effect(
+    norm: &Norm,
     adapters: &mut [(LoadedAdapter, f64)],
     problems: &mut [Vec<String>],
-) -> Result<()> {
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
     let (mut scale, mut shift) = (None, None);
     for (i, (source, strength)) in adapters.iter_mut().enumerate() {
         let pairs = [
@@ -210,28 +205,56 @@ fn fix_norm(
         for (trained, frozen, sum) in pairs {
             let Some(trained) = trained else { continue };
             if trained.size() == frozen.size() {
-                moved(sum, &frozen.to_kind(Kind::Double), &trained.to_kind(Kind::Double), *strength);
+                moved(sum, &wide(frozen), &wide(&trained), *strength);
             } else {
-                problems[i].push(format!(
-                    "`{}`: expected shape {:?}, found {:?}",
-                    norm.name,
-                    frozen.size(),
-                    trained.size()
-                ));
+                let (expected, found) = (frozen.size(), trained.size());
+                problems[i].push(format!("`{}`: expected shape {expected:?}, found {found:?}", norm.name));
             }
         }
     }
-    if scale.is_some() || shift.is_some() {
-        let narrow = |t: Tensor| t.to_kind(Kind::Float).to_device(norm.bias().device());
-        let (scale, shift) = (scale.map(narrow), shift.map(narrow));
-        norm.attach(scale, shift);
+    Ok((scale, shift))
+}
+
+impl Effect<'_> {
+    fn attach(self, keep_base: bool) {
+        match self {
+            Self::Layer { layer, form, bias } => attach_layer(layer, form, bias, keep_base),
+            Self::Norm { norm, scale, shift } => {
+                let device = norm.bias().device();
+                let narrow = |t: Tensor| t.to_kind(Kind::Float).to_device(device);
+                norm.attach(scale.map(narrow), shift.map(narrow));
+            }
+        }
     }
-    Ok(())
+}
+
+fn attach_layer(layer: &mut Layer, form: Option<Form>, bias: Option<Tensor>, keep_base: bool) {
+    let (kind, device) = (layer.weight().kind(), layer.weight().device());
+    let shape = layer.weight().size();
+    let narrow = |t: &Tensor| t.to_kind(Kind::Float).to_kind(kind).to_device(device).contiguous();
+    let bias = bias.map(|b| b.to_kind(Kind::Float).to_device(device));
+    match form {
+        None => layer.attach(None, bias),
+        Some(Form::LowRank { down, up }) => {
+            layer.attach(Some(Box::new(LowRank { down: narrow(&down), up: narrow(&up) })), bias);
+        }
+        Some(Form::Dense(merged)) => {
+            let weight = narrow(&merged.reshape(&shape[..]));
+            if keep_base {
+                layer.attach(Some(Box::new(Full::new(weight))), bias);
+            } else {
+                layer.set_frozen(weight, bias.map(|b| b.to_kind(kind)));
+            }
+        }
+    }
+}
+
+fn wide(t: &Tensor) -> Tensor {
+    t.to_device(Device::Cpu).to_kind(Kind::Double)
 }
 
 /// A bias moves on a straight line; with several adapters the moves add up.
 fn moved(sum: &mut Option<Tensor>, frozen: &Tensor, trained: &Tensor, strength: f64) {
-    let trained = trained.to_device(frozen.device());
     let start = sum.take().unwrap_or_else(|| frozen.shallow_clone());
     *sum = Some(start + (trained - frozen) * strength);
 }

@@ -1,0 +1,88 @@
+//! `hra inspect`.
+
+use crate::device;
+use crate::error::{Error, Result};
+use crate::inspect::{self, LayerReport, Report};
+use crate::stable_diffusion::StableDiffusion;
+use clap::Args;
+use std::path::PathBuf;
+use tch::{Device, Kind};
+
+/// Flags of `hra inspect`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Say what an adapter, run or model is",
+    after_help = "For each layer of an orthogonal adapter: the largest angle by which it turns the layer's inputs, and the distance \
+                  from the base model, the root of the sum of the squares of all angles. With --model, also how far each weight \
+                  moves relative to its size.\n\nExamples:\n  hra inspect runs/dog\n  hra inspect lora.safetensors --model DIR --json"
+)]
+pub struct InspectArgs {
+    /// Adapter folder, run folder, LoRA file, model folder or checkpoint
+    path: PathBuf,
+    /// The base model, to tell changes relative to its weights
+    #[arg(long, alias = "pretrained-model-name-or-path", value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `hra inspect`.
+pub fn run(args: &InspectArgs) -> Result<()> {
+    let mut model = args
+        .model
+        .as_deref()
+        .map(|dir| StableDiffusion::load(dir, Kind::Float, Device::Cpu))
+        .transpose()?;
+    device::set_threads(None, usize::MAX)?;
+    let reports = inspect::inspect(&args.path, model.as_mut())?;
+    if args.json {
+        let text = serde_json::to_string_pretty(&reports).map_err(|e| Error::config(e.to_string()))?;
+        println!("{text}");
+    } else {
+        reports.iter().for_each(print);
+    }
+    Ok(())
+}
+
+fn print(report: &Report) {
+    println!("{}: {}", report.path, report.what);
+    for (name, value) in &report.facts {
+        println!("  {name}: {value}");
+    }
+    let bytes: Vec<String> =
+        report.bytes.iter().map(|(kind, n)| format!("{:.2} MB in {kind}", *n as f64 / 1e6)).collect();
+    println!("  values: {} ({})", report.parameters, bytes.join(", "));
+    print_layers(&report.layers);
+    match &report.odd[..] {
+        [] => println!("  nothing odd"),
+        odd => odd.iter().for_each(|line| println!("  odd: {line}")),
+    }
+}
+
+/// A table with the columns that any layer has.
+fn print_layers(layers: &[LayerReport]) {
+    type Column = (&'static str, fn(&LayerReport) -> Option<String>);
+    const COLUMNS: [Column; 7] = [
+        ("values", |l| Some(l.parameters.to_string())),
+        ("norm", |l| Some(format!("{:.3}", l.norm))),
+        ("||W'-W||", |l| l.change_norm.map(|x| format!("{x:.4}"))),
+        ("relative", |l| l.relative_change.map(|x| format!("{x:.5}"))),
+        ("angle", |l| l.largest_angle.map(|x| format!("{x:.2}°"))),
+        ("distance", |l| l.distance.map(|x| format!("{x:.2}°"))),
+        ("|HH^T-I|", |l| l.orthogonality_error.map(|x| format!("{x:.1e}"))),
+    ];
+    let columns: Vec<&Column> =
+        COLUMNS.iter().filter(|(_, value)| layers.iter().any(|l| value(l).is_some())).collect();
+    if layers.is_empty() {
+        return;
+    }
+    let width = layers.iter().map(|l| l.name.len()).max().unwrap_or(0);
+    let cells = |value: &dyn Fn(&Column) -> String| {
+        columns.iter().map(|column| format!("{:>10}", value(column))).collect::<String>()
+    };
+    println!("  {:width$}{}", "layer", cells(&|(name, _)| (*name).to_string()));
+    for layer in layers {
+        println!("  {:width$}{}", layer.name, cells(&|(_, value)| value(layer).unwrap_or_default()));
+    }
+}

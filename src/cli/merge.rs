@@ -1,0 +1,87 @@
+//! `hra merge`.
+
+use super::adapter_with_strength;
+use crate::adapter::combine::{How, combine};
+use crate::adapter::peft::{self, AdapterFile};
+use crate::checkpoint::{TEXT_CLASS, UNET_CLASS};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::model::loaded::TEXT_ENCODER;
+use clap::Args;
+use std::path::{Path, PathBuf};
+
+/// Flags of `hra merge`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Make one adapter of several",
+    after_help = "HRA, OFT and BOFT adapters multiply (chain) or add up as rotations (geodesic), and stay orthogonal; LoRA adapters \
+                  add up. For other kinds, or kinds mixed, `hra export --adapter A=0.8 --adapter B=0.6 --to merged` takes the base \
+                  model to it.\n\nExamples:\n  hra merge runs/dog=0.8 runs/style=0.6 --output runs/both\n  hra merge \
+                  runs/a=0.5 runs/b=0.5 --how geodesic --output runs/mean"
+)]
+pub struct MergeArgs {
+    /// Adapter folders of one method, with a strength each
+    #[arg(required = true, value_name = "DIR[=STRENGTH]")]
+    adapters: Vec<String>,
+    /// For orthogonal methods
+    #[arg(long, value_enum, default_value_t = How::Chain)]
+    how: How,
+    /// Folder for the new adapter; must not be there yet
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+}
+
+/// Runs `hra merge`.
+pub fn run(args: &MergeArgs) -> Result<()> {
+    files::refuse_existing(&args.output)?;
+    let adapters: Vec<(PathBuf, f64)> =
+        args.adapters.iter().map(|a| adapter_with_strength(a)).collect::<Result<_>>()?;
+    let mut written = Vec::new();
+    files::stage_dir(&args.output, |dir| {
+        for (place, class) in [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS)] {
+            written.extend(merge_place(&adapters, args.how, place, class, dir)?);
+        }
+        Ok(())
+    })?;
+    written.iter().for_each(|line| println!("{line}"));
+    println!("adapter: {}", args.output.display());
+    Ok(())
+}
+
+/// The adapters of one network, as one in the same place below `dir`.
+fn merge_place(
+    adapters: &[(PathBuf, f64)],
+    how: How,
+    place: &str,
+    class: (&str, &str),
+    dir: &Path,
+) -> Result<Option<String>> {
+    let mut read = Vec::new();
+    for (path, strength) in adapters {
+        let folder = path.join(place);
+        // A folder without any adapter is told as such; one without a text encoder's is none of ours.
+        if place.is_empty() || folder.join(peft::CONFIG_FILE).is_file() {
+            let file = AdapterFile::read(&folder)?;
+            if !file.unused.is_empty() {
+                eprintln!("warning: {}: unused keys: {}", folder.display(), file.unused.join(", "));
+            }
+            read.push((file, *strength));
+        }
+    }
+    if read.is_empty() {
+        return Ok(None);
+    }
+    let bases: Vec<&String> = read.iter().filter_map(|(f, _)| f.metadata.get("base_fingerprint")).collect();
+    if bases.windows(2).any(|pair| pair[0] != pair[1]) {
+        eprintln!("warning: these adapters were trained on different base models");
+    }
+    let (config, tensors) = combine(&read.iter().map(|(f, s)| (f, *s)).collect::<Vec<_>>(), how)?;
+    let folder = dir.join(place);
+    files::create_dir_all(&folder)?;
+    let mut text = vec![("software", format!("hra {}", env!("CARGO_PKG_VERSION")))];
+    text.extend(bases.first().map(|base| ("base_fingerprint", (*base).clone())));
+    peft::write(&folder, &config, class, &tensors, &text)?;
+    let values: usize = tensors.iter().map(|(_, t)| t.numel()).sum();
+    let network = if place.is_empty() { "UNet" } else { "text encoder" };
+    Ok(Some(format!("{network}: {}, {values} values", config.method.describe())))
+}
