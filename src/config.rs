@@ -6,6 +6,7 @@ use crate::adapter::peft::Bias;
 use crate::adapter::target::{ATTENTION, TargetRule};
 use crate::device::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
+use crate::hub;
 use crate::optim::{AdamWConfig, LearningRate, LrSchedule};
 use crate::sampler::SamplerKind;
 use clap::parser::ValueSource;
@@ -25,8 +26,8 @@ pub enum Method {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Args)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Stable Diffusion folder to start from
-    #[arg(long, alias = "model", value_name = "DIR", default_value = "", value_parser = any_path, hide_default_value = true, help_heading = "Model and output")]
+    /// Stable Diffusion to start from: a folder, or a hub id owner/name[@revision]
+    #[arg(long, alias = "model", value_name = "MODEL", default_value = "", value_parser = any_path, hide_default_value = true, help_heading = "Model and output")]
     pub pretrained_model_name_or_path: PathBuf,
     /// Run folder: adapter, metrics, previews and checkpoints go there and nowhere else
     #[arg(
@@ -267,7 +268,7 @@ impl TrainConfig {
         toml::from_str(&text).map_err(|e| Error::format(path, e.to_string().trim_end().to_string()))
     }
 
-    /// The same settings with every path made absolute, so that a run can be resumed from any folder.
+    /// The same settings with every path made absolute, so that a run can be resumed from any folder. A hub id stays as it is.
     pub fn with_absolute_paths(mut self) -> Result<Self> {
         let absolute = |path: &mut PathBuf| {
             if !path.as_os_str().is_empty() {
@@ -275,7 +276,9 @@ impl TrainConfig {
             }
             Ok::<(), Error>(())
         };
-        absolute(&mut self.pretrained_model_name_or_path)?;
+        if !hub::is_id(&self.pretrained_model_name_or_path) {
+            absolute(&mut self.pretrained_model_name_or_path)?;
+        }
         absolute(&mut self.output_dir)?;
         absolute(&mut self.instance_data_dir)?;
         self.class_data_dir.as_mut().map_or(Ok(()), absolute)?;
