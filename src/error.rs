@@ -32,6 +32,9 @@ pub enum Error {
     /// A loss or weight that is not a finite number.
     #[error("{0}")]
     NotFinite(String),
+    /// A repository of the Hugging Face hub that could not be had.
+    #[error("{0}")]
+    Hub(String),
     /// The user asked to stop; the work so far is saved.
     #[error("{0}")]
     Interrupted(String),

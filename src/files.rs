@@ -108,7 +108,7 @@ pub fn open_append(path: &Path) -> Result<File> {
 
 /// `text` as one word of a POSIX shell, for commands that a user may paste.
 pub fn shell_word(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_./=-+:,".contains(c);
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_./=-+:,@".contains(c);
     if !text.is_empty() && text.chars().all(plain) {
         text.to_string()
     } else {

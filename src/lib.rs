@@ -10,6 +10,7 @@
 //! model      unet, vae and the layers that carry an adapter;  text: tokenizer, CLIP;  stable_diffusion: a whole folder
 //! adapter    hra, its algebra (reflections), PEFT's files: knows a weight and an input, no network
 //! noise      beta table, targets, SNR weights;  sampler: schedulers;  optim: AdamW;  image, data: pictures
+//! hub        owner/name on the Hugging Face hub -> files in its cache
 //! device     cuda, tensor_file, files, seed, interrupt, progress, tensorboard, error: what everything stands on
 //! ```
 
@@ -23,6 +24,7 @@ pub mod device;
 pub mod doctor;
 pub mod error;
 pub mod files;
+pub mod hub;
 pub mod image;
 pub mod inspect;
 pub mod interrupt;

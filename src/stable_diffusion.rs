@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hub;
 use crate::model::layers::{Layers, Part};
 use crate::model::{UNet, Vae};
 use crate::noise::SchedulerConfig;
@@ -107,9 +108,11 @@ impl StableDiffusion {
         files::read(&self.dir.join("unet/config.json"), 1 << 24)
     }
 
-    /// The folder's own name, for the settings that a picture carries.
+    /// The folder's own name, or its repository's on the hub, for the settings that a picture carries.
     pub fn name(&self) -> String {
-        self.dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+        let own =
+            || self.dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        hub::repository_of(&self.dir).unwrap_or_else(own)
     }
 
     /// Width and height in pixels that the model was trained at; 512 where its files do not say.

@@ -5,12 +5,13 @@ mod support;
 use std::path::{Path, PathBuf};
 
 /// A module may use those before it, and itself. `error`, `files`, `seed`, `interrupt` and `progress` are everybody's.
-const ORDER: [&str; 25] = [
+const ORDER: [&str; 26] = [
     "error",
     "files",
     "seed",
     "interrupt",
     "progress",
+    "hub",
     "cuda",
     "tensorboard",
     "device",

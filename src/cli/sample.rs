@@ -3,6 +3,7 @@
 use crate::device::{self, DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hub::{self, Wanted};
 use crate::image::grid::{Grid, GridRow};
 use crate::image::png;
 use crate::interrupt;
@@ -27,10 +28,10 @@ use tch::{Device, Kind, Tensor};
                   --output out"
 )]
 pub struct SampleArgs {
-    /// Stable Diffusion folder
-    #[arg(long, alias = "pretrained-model-name-or-path", value_name = "DIR")]
+    /// Stable Diffusion folder, or hub id owner/name[@revision]
+    #[arg(long, alias = "pretrained-model-name-or-path", value_name = "MODEL")]
     model: PathBuf,
-    /// Adapter folder, with a strength: 1 is as trained, 0 the base model. Several multiply
+    /// Adapter folder or hub id, with a strength: 1 is as trained, 0 the base model. Several multiply
     #[arg(long, value_name = "DIR[=STRENGTH]")]
     adapter: Vec<String>,
     /// What to draw; may be given several times
@@ -125,8 +126,13 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let adapters: Vec<(PathBuf, f64)> =
         args.adapter.iter().map(|a| super::adapter_with_strength(a)).collect::<Result<_>>()?;
     interrupt::install()?;
+    let dir = hub::resolve(&args.model, Wanted::Model)?;
+    let adapters: Vec<(PathBuf, f64)> = adapters
+        .into_iter()
+        .map(|(word, strength)| Ok((hub::resolve(&word, Wanted::Adapter)?, strength)))
+        .collect::<Result<_>>()?;
 
-    let mut model = StableDiffusion::load(&args.model, compute.kind, compute.device)?;
+    let mut model = StableDiffusion::load(&dir, compute.kind, compute.device)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
     if !adapters.is_empty() {

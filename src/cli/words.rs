@@ -6,13 +6,12 @@ use std::ffi::OsString;
 
 /// Flags of diffusers' and PEFT's scripts without an effect on the result here, and whether a value follows. They are
 /// passed over with a note.
-const NOT_NEEDED: [(&str, bool); 24] = [
+const NOT_NEEDED: [(&str, bool); 23] = [
     ("--report-to", true),
     ("--logging-dir", true),
     ("--dataloader-num-workers", true),
     ("--num-dataloader-workers", true),
     ("--local-rank", true),
-    ("--revision", true),
     ("--variant", true),
     ("--tokenizer-name", true),
     ("--tokenizer-max-length", true),
@@ -34,7 +33,8 @@ const NOT_NEEDED: [(&str, bool); 24] = [
 ];
 
 /// Flags of diffusers' scripts that would change the result, and what to do instead.
-const NOT_THERE: [(&str, &str); 7] = [
+const NOT_THERE: [(&str, &str); 8] = [
+    ("--revision", "write it behind the hub id: owner/name@revision"),
     ("--scale-lr", "give the learning rate that you want"),
     ("--num-train-epochs", "give --max-train-steps"),
     ("--validation-epochs", "give --validation-steps"),

@@ -3,6 +3,7 @@
 
 use super::TrainConfig;
 use crate::error::{Error, Result};
+use crate::hub;
 use crate::optim::LrSchedule;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, FromArgMatches};
@@ -69,7 +70,7 @@ impl TrainConfig {
         over(defaults, &table).try_into().map_err(problem)
     }
 
-    /// The same settings with every path made absolute, so that a run can be resumed from any folder.
+    /// The same settings with every path made absolute, so that a run can be resumed from any folder. A hub id stays as it is.
     pub fn with_absolute_paths(mut self) -> Result<Self> {
         let absolute = |path: &mut PathBuf| {
             if !path.as_os_str().is_empty() {
@@ -77,7 +78,9 @@ impl TrainConfig {
             }
             Ok::<(), Error>(())
         };
-        absolute(&mut self.pretrained_model_name_or_path)?;
+        if !hub::is_id(&self.pretrained_model_name_or_path) {
+            absolute(&mut self.pretrained_model_name_or_path)?;
+        }
         absolute(&mut self.output_dir)?;
         absolute(&mut self.instance_data_dir)?;
         self.class_data_dir.as_mut().map_or(Ok(()), absolute)?;

@@ -45,8 +45,8 @@ pub enum MethodName {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Args)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Stable Diffusion folder to start from
-    #[arg(long, alias = "model", value_name = "DIR", default_value = "", value_parser = any_path, hide_default_value = true, help_heading = "Model and output")]
+    /// Stable Diffusion to start from: a folder, or a hub id owner/name[@revision]
+    #[arg(long, alias = "model", value_name = "MODEL", default_value = "", value_parser = any_path, hide_default_value = true, help_heading = "Model and output")]
     pub pretrained_model_name_or_path: PathBuf,
     /// Run folder: adapter, metrics, previews and checkpoints go there and nowhere else
     #[arg(

@@ -14,6 +14,7 @@ use crate::data::ImageFolder;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hub::{self, Wanted};
 use crate::interrupt;
 use crate::model::attach::{self, Movement};
 use crate::model::layers::Layers;
@@ -124,8 +125,8 @@ impl Trainer {
         let instance = scan("instance_data_dir", &config.instance_data_dir)?;
         let held_out =
             config.held_out_data_dir.as_deref().map(|dir| scan("held_out_data_dir", dir)).transpose()?;
-        let mut model =
-            StableDiffusion::load(&config.pretrained_model_name_or_path, compute.kind, compute.device)?;
+        let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
+        let mut model = StableDiffusion::load(&dir, compute.kind, compute.device)?;
         model.notes.iter().for_each(|note| eprintln!("note: {note}"));
         device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
         let resolution = resolution(&config, &model)?;
