@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::files;
 use crate::hub;
-use crate::model::layers::{Layers, Part};
+use crate::model::layers::{Layers, Module};
 use crate::model::{UNet, Vae};
 use crate::noise::SchedulerConfig;
 use crate::tensor_file;
@@ -155,9 +155,9 @@ impl StableDiffusion {
 
 impl Layers for StableDiffusion {
     /// Of the UNet, then of the text encoder; their names do not meet.
-    fn parts_mut(&mut self) -> Vec<Part<'_>> {
-        let mut parts = self.unet.parts_mut();
-        parts.extend(self.text_encoder.parts_mut());
+    fn modules_mut(&mut self) -> Vec<Module<'_>> {
+        let mut parts = self.unet.modules_mut();
+        parts.extend(self.text_encoder.modules_mut());
         parts
     }
 }

@@ -1,6 +1,6 @@
 //! Adapters in training: new ones on a network's layers, their parameters as one tensor, and how far they moved.
 
-use super::layers::{Layers, Part};
+use super::layers::{Layers, Module};
 use crate::adapter::Method;
 use crate::adapter::peft::{AdapterFile, Bias};
 use crate::adapter::target::TargetRule;
@@ -24,12 +24,12 @@ pub fn attach_new(
     let mut others = Vec::new();
     let mut problems = Vec::new();
     let own = |t: &Tensor| t.to_kind(Kind::Float).copy();
-    for part in network.parts_mut() {
-        match part {
-            Part::Norm(norm) if full => norm.attach(Some(own(norm.weight())), Some(own(norm.bias()))),
-            Part::Norm(norm) if bias == Bias::All => norm.attach(None, Some(own(norm.bias()))),
-            Part::Norm(_) => {}
-            Part::Layer(layer) if full || targets.matches(&layer.name) => {
+    for module in network.modules_mut() {
+        match module {
+            Module::Norm(norm) if full => norm.attach(Some(own(norm.weight())), Some(own(norm.bias()))),
+            Module::Norm(norm) if bias == Bias::All => norm.attach(None, Some(own(norm.bias()))),
+            Module::Norm(_) => {}
+            Module::Layer(layer) if full || targets.matches(&layer.name) => {
                 let seed = seed::derive(run_seed, "adapter start", count as u64);
                 match method.start(layer.weight(), seed) {
                     Ok(adapter) => {
@@ -40,7 +40,7 @@ pub fn attach_new(
                 }
                 count += 1;
             }
-            Part::Layer(layer) => {
+            Module::Layer(layer) => {
                 if bias == Bias::All
                     && let Some(trained) = layer.bias().map(own)
                 {
@@ -80,9 +80,9 @@ fn grouped(problems: &[(String, String)]) -> String {
 /// Puts a loaded adapter on a network as trainable tensors, as it was when it was saved; the number of layers.
 pub fn attach_trained(network: &mut dyn Layers, mut file: AdapterFile) -> Result<usize> {
     let mut count = 0;
-    for part in network.parts_mut() {
-        match part {
-            Part::Layer(layer) => {
+    for module in network.modules_mut() {
+        match module {
+            Module::Layer(layer) => {
                 let device = layer.weight().device();
                 let bias = file.biases.remove(&layer.name).map(|b| b.to_device(device));
                 let mut adapter = file.layers.remove(&layer.name);
@@ -96,7 +96,7 @@ pub fn attach_trained(network: &mut dyn Layers, mut file: AdapterFile) -> Result
                     layer.attach(adapter, bias);
                 }
             }
-            Part::Norm(norm) => {
+            Module::Norm(norm) => {
                 if let Some(bias) = file.biases.remove(&norm.name) {
                     norm.attach(None, Some(bias.to_device(norm.bias().device())));
                 }
@@ -113,14 +113,14 @@ pub fn weight_count(network: &mut dyn Layers) -> usize {
 
 /// Switches everything that is attached to a network on or off.
 pub fn set_enabled(network: &mut dyn Layers, enabled: bool) {
-    for part in network.parts_mut() {
-        match part {
-            Part::Layer(layer) => {
+    for module in network.modules_mut() {
+        match module {
+            Module::Layer(layer) => {
                 if let Some(attached) = layer.attached_mut() {
                     attached.enabled = enabled;
                 }
             }
-            Part::Norm(norm) => {
+            Module::Norm(norm) => {
                 if let Some(attached) = norm.attached_mut() {
                     attached.enabled = enabled;
                 }
@@ -132,9 +132,9 @@ pub fn set_enabled(network: &mut dyn Layers, enabled: bool) {
 /// Gives every trained tensor of a network, by its name in an adapter file, to `replace`, and puts in its place what
 /// comes back.
 pub fn map_parameters(network: &mut dyn Layers, replace: &mut dyn FnMut(String, &Tensor) -> Tensor) {
-    for part in network.parts_mut() {
-        match part {
-            Part::Layer(layer) => {
+    for module in network.modules_mut() {
+        match module {
+            Module::Layer(layer) => {
                 let name = layer.name.clone();
                 let Some(attached) = layer.attached_mut() else { continue };
                 let mut bias_name = "bias";
@@ -151,7 +151,7 @@ pub fn map_parameters(network: &mut dyn Layers, replace: &mut dyn FnMut(String, 
                     attached.bias = Some(replace(format!("{name}.{bias_name}"), bias));
                 }
             }
-            Part::Norm(norm) => {
+            Module::Norm(norm) => {
                 let name = norm.name.clone();
                 let Some(attached) = norm.attached_mut() else { continue };
                 if let Some(weight) = &attached.weight {

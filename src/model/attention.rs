@@ -1,7 +1,7 @@
 //! Attention, transformer blocks, and the spatial transformer around them (diffusers `Transformer2DModel`).
 
 use super::config::UNetConfig;
-use super::layers::{Layer, Norm, Part};
+use super::layers::{Layer, Norm, Module};
 use super::weights::Scope;
 use tch::{Kind, Tensor};
 
@@ -36,8 +36,8 @@ impl Attention {
         self.to_out.forward(&join_heads(&y))
     }
 
-    fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
-        out.extend([&mut self.to_q, &mut self.to_k, &mut self.to_v, &mut self.to_out].map(Part::Layer));
+    fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
+        out.extend([&mut self.to_q, &mut self.to_k, &mut self.to_v, &mut self.to_out].map(Module::Layer));
     }
 }
 
@@ -98,13 +98,13 @@ impl TransformerBlock {
         &x + self.ff_out.forward(&(&gated[0] * gated[1].gelu("none")))
     }
 
-    fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
-        out.push(Part::Norm(&mut self.norm1));
+    fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
+        out.push(Module::Norm(&mut self.norm1));
         self.attn1.collect(out);
-        out.push(Part::Norm(&mut self.norm2));
+        out.push(Module::Norm(&mut self.norm2));
         self.attn2.collect(out);
-        out.push(Part::Norm(&mut self.norm3));
-        out.extend([&mut self.ff_in, &mut self.ff_out].map(Part::Layer));
+        out.push(Module::Norm(&mut self.norm3));
+        out.extend([&mut self.ff_in, &mut self.ff_out].map(Module::Layer));
     }
 }
 
@@ -165,9 +165,9 @@ impl SpatialTransformer {
     }
 
     /// Adds this module's parts to `out`.
-    pub fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
-        out.extend([Part::Norm(&mut self.norm), Part::Layer(&mut self.proj_in)]);
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
+        out.extend([Module::Norm(&mut self.norm), Module::Layer(&mut self.proj_in)]);
         self.blocks.iter_mut().for_each(|block| block.collect(out));
-        out.push(Part::Layer(&mut self.proj_out));
+        out.push(Module::Layer(&mut self.proj_out));
     }
 }

@@ -1,6 +1,6 @@
 //! Loaded adapters on a model for sampling and merging: several at once, each with a strength.
 
-use super::layers::{Layer, Layers, Norm, Part};
+use super::layers::{Layer, Layers, Norm, Module};
 use super::loaded::LoadedAdapter;
 use crate::adapter::{Change, Form, Full, LowRank};
 use crate::error::{Error, Result};
@@ -111,15 +111,15 @@ pub fn effects(
     let _guard = tch::no_grad_guard();
     let mut reports: Vec<AttachReport> = adapters.iter().map(|(a, s)| AttachReport::new(a, *s)).collect();
     let mut problems = vec![Vec::new(); adapters.len()];
-    for part in network.parts_mut() {
-        match part {
-            Part::Layer(layer) => {
+    for module in network.modules_mut() {
+        match module {
+            Module::Layer(layer) => {
                 let (form, bias) = layer_effect(layer, &mut adapters, &mut reports, &mut problems)?;
                 if form.is_some() || bias.is_some() {
                     take(Effect::Layer { layer, form, bias })?;
                 }
             }
-            Part::Norm(norm) => {
+            Module::Norm(norm) => {
                 let (scale, shift) = norm_effect(norm, &mut adapters, &mut problems)?;
                 if scale.is_some() || shift.is_some() {
                     take(Effect::Norm { norm, scale, shift })?;

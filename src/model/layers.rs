@@ -184,7 +184,7 @@ impl Norm {
 }
 
 /// A part of a network that holds weights and may carry trained ones.
-pub enum Part<'a> {
+pub enum Module<'a> {
     /// A linear map or convolution.
     Layer(&'a mut Layer),
     /// A normalisation.
@@ -194,15 +194,15 @@ pub enum Part<'a> {
 /// A network whose layers can carry adapters.
 pub trait Layers {
     /// Every part with weights, in the order of the network.
-    fn parts_mut(&mut self) -> Vec<Part<'_>>;
+    fn modules_mut(&mut self) -> Vec<Module<'_>>;
 
     /// Every linear map and convolution, in the order of the network.
     fn layers_mut(&mut self) -> Vec<&mut Layer> {
-        let only_layers = |part| match part {
-            Part::Layer(layer) => Some(layer),
-            Part::Norm(_) => None,
+        let only_layers = |module| match module {
+            Module::Layer(layer) => Some(layer),
+            Module::Norm(_) => None,
         };
-        self.parts_mut().into_iter().filter_map(only_layers).collect()
+        self.modules_mut().into_iter().filter_map(only_layers).collect()
     }
 }
 

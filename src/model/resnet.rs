@@ -1,7 +1,7 @@
 //! The residual block with a time embedding, and the convolutions between levels (diffusers `ResnetBlock2D`).
 
 use super::config::UNetConfig;
-use super::layers::{Layer, Norm, Part};
+use super::layers::{Layer, Norm, Module};
 use super::weights::Scope;
 use tch::Tensor;
 
@@ -60,11 +60,11 @@ impl Resnet {
     }
 
     /// Adds this module's parts to `out`.
-    pub fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
-        out.extend([Part::Norm(&mut self.norm1), Part::Layer(&mut self.conv1)]);
-        out.extend([Part::Layer(&mut self.time_emb_proj), Part::Norm(&mut self.norm2)]);
-        out.push(Part::Layer(&mut self.conv2));
-        out.extend(self.conv_shortcut.as_mut().map(Part::Layer));
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
+        out.extend([Module::Norm(&mut self.norm1), Module::Layer(&mut self.conv1)]);
+        out.extend([Module::Layer(&mut self.time_emb_proj), Module::Norm(&mut self.norm2)]);
+        out.push(Module::Layer(&mut self.conv2));
+        out.extend(self.conv_shortcut.as_mut().map(Module::Layer));
     }
 }
 
@@ -90,8 +90,8 @@ impl Downsample {
     }
 
     /// Adds this module's parts to `out`.
-    pub fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
-        out.push(Part::Layer(&mut self.conv));
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
+        out.push(Module::Layer(&mut self.conv));
     }
 }
 
@@ -112,7 +112,7 @@ impl Upsample {
     }
 
     /// Adds this module's parts to `out`.
-    pub fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
-        out.push(Part::Layer(&mut self.conv));
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
+        out.push(Module::Layer(&mut self.conv));
     }
 }

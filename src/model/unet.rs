@@ -4,7 +4,7 @@
 
 use super::attention::SpatialTransformer;
 use super::config::{Level, UNetConfig};
-use super::layers::{Layer, Layers, Norm, Part, timestep_features};
+use super::layers::{Layer, Layers, Norm, Module, timestep_features};
 use super::resnet::{Downsample, Resnet, Upsample};
 use super::weights::{Scope, Weights};
 use crate::error::Result;
@@ -20,7 +20,7 @@ struct Block {
 }
 
 impl Block {
-    fn collect<'a>(&'a mut self, out: &mut Vec<Part<'a>>) {
+    fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
         self.resnets.iter_mut().for_each(|r| r.collect(out));
         self.attentions.iter_mut().for_each(|a| a.collect(out));
         self.downsampler.iter_mut().for_each(|d| d.collect(out));
@@ -212,14 +212,14 @@ impl UNet {
 }
 
 impl Layers for UNet {
-    fn parts_mut(&mut self) -> Vec<Part<'_>> {
-        let mut out: Vec<Part> = [&mut self.conv_in, &mut self.time_embedding.0, &mut self.time_embedding.1]
-            .map(Part::Layer)
+    fn modules_mut(&mut self) -> Vec<Module<'_>> {
+        let mut out: Vec<Module> = [&mut self.conv_in, &mut self.time_embedding.0, &mut self.time_embedding.1]
+            .map(Module::Layer)
             .into();
         self.down_blocks.iter_mut().for_each(|b| b.collect(&mut out));
         self.mid_block.collect(&mut out);
         self.up_blocks.iter_mut().for_each(|b| b.collect(&mut out));
-        out.extend([Part::Norm(&mut self.conv_norm_out), Part::Layer(&mut self.conv_out)]);
+        out.extend([Module::Norm(&mut self.conv_norm_out), Module::Layer(&mut self.conv_out)]);
         out
     }
 }

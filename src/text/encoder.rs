@@ -5,7 +5,7 @@
 use crate::error::Result;
 use crate::model::attention::{attend, join_heads, split_heads};
 use crate::model::config::TextConfig;
-use crate::model::layers::{Layer, Layers, Norm, Part};
+use crate::model::layers::{Layer, Layers, Norm, Module};
 use crate::model::weights::{Scope, Weights};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
@@ -121,15 +121,15 @@ impl TextEncoder {
 }
 
 impl Layers for TextEncoder {
-    fn parts_mut(&mut self) -> Vec<Part<'_>> {
+    fn modules_mut(&mut self) -> Vec<Module<'_>> {
         let mut out = Vec::new();
         for l in &mut self.layers {
-            out.push(Part::Norm(&mut l.layer_norm1));
-            out.extend([&mut l.q_proj, &mut l.k_proj, &mut l.v_proj, &mut l.out_proj].map(Part::Layer));
-            out.push(Part::Norm(&mut l.layer_norm2));
-            out.extend([&mut l.fc1, &mut l.fc2].map(Part::Layer));
+            out.push(Module::Norm(&mut l.layer_norm1));
+            out.extend([&mut l.q_proj, &mut l.k_proj, &mut l.v_proj, &mut l.out_proj].map(Module::Layer));
+            out.push(Module::Norm(&mut l.layer_norm2));
+            out.extend([&mut l.fc1, &mut l.fc2].map(Module::Layer));
         }
-        out.push(Part::Norm(&mut self.final_layer_norm));
+        out.push(Module::Norm(&mut self.final_layer_norm));
         out
     }
 }
