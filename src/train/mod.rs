@@ -5,7 +5,7 @@ mod class_images;
 pub mod loss;
 mod preview;
 
-use crate::adapter::peft::AdapterConfig;
+use crate::adapter::peft::{AdapterConfig, Exceptions};
 use crate::adapter::target::TargetRule;
 use crate::checkpoint::{self, Loaded, State};
 use crate::config::TrainConfig;
@@ -194,6 +194,7 @@ impl Trainer {
             bias: config.bias,
             targets: targets.to_json(),
             base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
+            exceptions: Exceptions::default(),
         };
         let metrics = Metrics::open(folder.path(), step, resume.is_some())?;
         let learning_rate = config.learning_rate();
