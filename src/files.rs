@@ -97,7 +97,9 @@ pub fn create_dir_all(path: &Path) -> Result<()> {
 pub fn refuse_existing(path: &Path) -> Result<()> {
     match kind(path) {
         None => Ok(()),
-        Some(_) => Err(Error::Run(format!("{} is there already\nhint: give another --output", path.display()))),
+        Some(_) => {
+            Err(Error::Run(format!("{} is there already\nhint: give another --output", path.display())))
+        }
     }
 }
 

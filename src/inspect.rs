@@ -130,7 +130,11 @@ fn tensors(what: &str, path: &Path) -> Result<Report> {
 
 impl Report {
     /// Adds the layers of an adapter, with what is odd about them.
-    fn add_layers(&mut self, layers: &BTreeMap<String, Box<dyn Adapter>>, model: Option<&mut StableDiffusion>) {
+    fn add_layers(
+        &mut self,
+        layers: &BTreeMap<String, Box<dyn Adapter>>,
+        model: Option<&mut StableDiffusion>,
+    ) {
         let mut weights = BTreeMap::new();
         if let Some(model) = model {
             for layer in model.layers_mut() {
@@ -159,7 +163,11 @@ impl Report {
         }
         if !idle.is_empty() {
             let all = if idle.len() == layers.len() { "every layer" } else { "some layers" };
-            self.odd.push(format!("{all} leave{} the base model as it is: {}", if all == "every layer" { "s" } else { "" }, idle.join(", ")));
+            self.odd.push(format!(
+                "{all} leave{} the base model as it is: {}",
+                if all == "every layer" { "s" } else { "" },
+                idle.join(", ")
+            ));
         }
     }
 }
@@ -167,7 +175,8 @@ impl Report {
 impl LayerReport {
     fn new(name: &str, adapter: &dyn Adapter, weight: Option<&Tensor>) -> Self {
         let parameters = adapter.parameters();
-        let squares: f64 = parameters.iter().map(|(_, t)| t.square().sum(Kind::Double).double_value(&[])).sum();
+        let squares: f64 =
+            parameters.iter().map(|(_, t)| t.square().sum(Kind::Double).double_value(&[])).sum();
         let rotation = adapter.rotation();
         let relative_change = weight.map(|w| {
             let w = w.flatten(1, -1).to_device(Device::Cpu).to_kind(Kind::Double);
@@ -189,7 +198,9 @@ impl LayerReport {
     /// Whether the layer changes nothing.
     fn is_idle(&self) -> bool {
         let nothing = |x: Option<f64>, limit: f64| x.is_some_and(|x| x < limit);
-        nothing(self.relative_change, 1e-9) || nothing(self.change_norm, 1e-12) || nothing(self.largest_angle, 1e-4)
+        nothing(self.relative_change, 1e-9)
+            || nothing(self.change_norm, 1e-12)
+            || nothing(self.largest_angle, 1e-4)
     }
 }
 

@@ -83,9 +83,10 @@ fn a_chain_of_files_is_the_product_of_the_files() {
         assert_eq!(config.method.describe(), "HRA r 8");
         for (name, vectors) in tensors {
             let layer = name.strip_suffix(".hra_u").unwrap();
-            let product = [(&a, 1.0), (&b, -0.5)].iter().fold(Tensor::eye(vectors.size()[0], F64), |m, (file, s)| {
-                file.layers[layer].change(&m, *s).form.merged(&m)
-            });
+            let product =
+                [(&a, 1.0), (&b, -0.5)].iter().fold(Tensor::eye(vectors.size()[0], F64), |m, (file, s)| {
+                    file.layers[layer].change(&m, *s).form.merged(&m)
+                });
             let found = matrix(&Reflections::from_vectors(&vectors, false));
             assert!(distance(&found, &product) < 1e-5, "{} {layer}", case.name);
         }
@@ -129,7 +130,10 @@ fn the_program_writes_what_sampling_with_all_of_them_draws() {
     assert!(done.out.contains("HRA r 8"), "{}", done.out);
     let latents = |name: &str, adapters: &[&str]| {
         let file = scratch.path(&format!("{name}.safetensors")).to_str().unwrap().to_string();
-        let mut args = vec!["sample", "--model", &model, "--prompt", "a cat", "--steps", "2", "--width", "32", "--height", "32"];
+        let mut args = vec![
+            "sample", "--model", &model, "--prompt", "a cat", "--steps", "2", "--width", "32", "--height",
+            "32",
+        ];
         args.extend(adapters.iter().flat_map(|a| ["--adapter", a]));
         args.extend(["--save-latents", &file, "--output", name]);
         scratch.ok(&args);

@@ -1,7 +1,10 @@
 //! The methods and their settings, and a new adapter by them.
 
+use super::boft::BoftConfig;
 use super::hra::HraConfig;
-use super::{Adapter, Full, Hra};
+use super::lora::LoraConfig;
+use super::oft::{Coft, OftConfig};
+use super::{Adapter, Boft, Dora, Full, Hra, Lora, Oft, matrix_shape};
 use crate::error::Result;
 use tch::{Kind, Tensor};
 
@@ -10,6 +13,12 @@ use tch::{Kind, Tensor};
 pub enum Method {
     /// Householder Reflection Adaptation.
     Hra(HraConfig),
+    /// LoRA, and DoRA.
+    Lora(LoraConfig),
+    /// OFT, and COFT.
+    Oft(OftConfig),
+    /// BOFT.
+    Boft(BoftConfig),
     /// The weights themselves.
     Full,
 }
@@ -19,6 +28,11 @@ impl Method {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Hra(_) => "hra",
+            Self::Lora(LoraConfig { dora: false, .. }) => "lora",
+            Self::Lora(_) => "dora",
+            Self::Oft(OftConfig { coft: Coft::None, .. }) => "oft",
+            Self::Oft(_) => "coft",
+            Self::Boft(_) => "boft",
             Self::Full => "full",
         }
     }
@@ -28,6 +42,24 @@ impl Method {
         match self {
             Self::Hra(HraConfig { rank, gram_schmidt: false, .. }) => format!("HRA r {rank}"),
             Self::Hra(HraConfig { rank, .. }) => format!("HRA r {rank}, Gram-Schmidt"),
+            Self::Lora(LoraConfig { rank, alpha, rslora, dora, .. }) => format!(
+                "{}{} r {rank}, alpha {alpha}",
+                if *rslora { "rs" } else { "" },
+                if *dora { "DoRA" } else { "LoRA" }
+            ),
+            Self::Oft(OftConfig { partition, coft, block_share, .. }) => {
+                let shared = if *block_share { ", shared" } else { "" };
+                let partition = partition.describe();
+                match coft {
+                    Coft::None => format!("OFT {partition}{shared}"),
+                    Coft::Paper { eps } => format!("COFT {partition}{shared}, eps {eps}"),
+                    Coft::Peft { eps } => format!("PEFT's COFT {partition}{shared}, eps {eps}"),
+                }
+            }
+            Self::Boft(BoftConfig { partition, factors: 1 }) => format!("BOFT {}", partition.describe()),
+            Self::Boft(BoftConfig { partition, factors }) => {
+                format!("BOFT {}, {factors} factors", partition.describe())
+            }
             Self::Full => "full fine-tuning".into(),
         }
     }
@@ -36,6 +68,9 @@ impl Method {
     pub fn validate(&self) -> Result<()> {
         match self {
             Self::Hra(config) => config.validate(),
+            Self::Lora(config) => config.validate(),
+            Self::Oft(config) => config.validate(),
+            Self::Boft(config) => config.validate(),
             Self::Full => Ok(()),
         }
     }
@@ -44,9 +79,52 @@ impl Method {
     ///
     /// Errors: why this weight cannot be adapted so, and with which settings it could be.
     pub fn start(&self, weight: &Tensor, seed: u64) -> std::result::Result<Box<dyn Adapter>, String> {
+        let (shape, device) = (weight.size(), weight.device());
         Ok(match self {
             Self::Hra(config) => Box::new(Hra::new(&weight.flatten(1, -1), *config, seed)?),
+            Self::Lora(config) if config.dora => Box::new(Dora::new(weight, *config, seed)?),
+            Self::Lora(config) => Box::new(Lora::new(&shape, device, *config, seed)?),
+            Self::Oft(config) => Box::new(Oft::new(&shape, device, *config)?),
+            Self::Boft(config) => Box::new(Boft::new(&shape, device, *config)?),
             Self::Full => Box::new(Full::new(weight.to_kind(Kind::Float).copy())),
         })
+    }
+
+    /// Number of values that train on a weight of this shape, `(d_out, d_in)` or `(d_out, c, kh, kw)`.
+    ///
+    /// Errors: those of [`Self::start`].
+    pub fn parameters_for(&self, weight: &[i64]) -> std::result::Result<usize, String> {
+        let (d_out, d_in) = matrix_shape(weight);
+        let count = match self {
+            Self::Hra(config) if config.rank > d_in => {
+                return Err(format!(
+                    "rank: expected at most {d_in}, the layer's inputs, found {}",
+                    config.rank
+                ));
+            }
+            Self::Hra(config) => config.rank * d_in,
+            Self::Lora(config) => {
+                config.check_rank(weight)?;
+                config.rank * (d_in + d_out) + if config.dora { d_out } else { 0 }
+            }
+            Self::Oft(config) => {
+                let (n, b) = config.shape(d_in)?;
+                n * (b * (b - 1) / 2)
+            }
+            Self::Boft(config) => {
+                let (n, b) = config.partition.of(d_in)?;
+                config.factors * n * b * b + d_out
+            }
+            Self::Full => d_out * d_in,
+        };
+        Ok(count as usize)
+    }
+
+    /// What PEFT's config has no field for, as text for the tensor file.
+    pub fn metadata(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Self::Oft(OftConfig { coft: Coft::Paper { eps }, .. }) => vec![("coft_eps", eps.to_string())],
+            _ => Vec::new(),
+        }
     }
 }

@@ -4,24 +4,36 @@
 //! knows no UNet and no diffusion. One file a method:
 //!
 //! - [`hra`]: Householder Reflection Adaptation, trained in the compact WY form;
+//! - [`lora`], [`dora`]: low-rank changes, and these with a length for each output;
+//! - [`oft`], [`boft`]: rotations of blocks of inputs, one and several factors; [`blocks`] is their algebra;
 //! - [`full`]: the whole weight, for full fine-tuning;
 //! - [`method`]: the methods and their settings, and a new adapter by them;
 //! - [`reflections`]: the algebra of fixed products of reflections: strength, chains, how far they turn;
 //! - [`combine`]: several adapters as one;
 //! - [`target`]: which layers are adapted, by PEFT's rules;
-//! - [`peft`]: PEFT's `adapter_config.json` and `adapter_model.safetensors`.
+//! - [`peft`], [`peft_config`]: PEFT's `adapter_model.safetensors` and `adapter_config.json`.
 
+pub mod blocks;
+pub mod boft;
 pub mod combine;
+pub mod dora;
 pub mod full;
 pub mod hra;
+pub mod lora;
 pub mod method;
+pub mod oft;
 pub mod peft;
+pub mod peft_config;
 pub mod reflections;
 pub mod target;
 
+pub use boft::Boft;
+pub use dora::Dora;
 pub use full::Full;
 pub use hra::Hra;
+pub use lora::Lora;
 pub use method::Method;
+pub use oft::Oft;
 pub use reflections::Reflections;
 use tch::{Device, Kind, Tensor};
 
@@ -64,6 +76,16 @@ impl Frozen<'_> {
     /// The weight as a matrix `(d_out, d_in)`; a view.
     pub fn matrix(&self) -> Tensor {
         self.weight.flatten(1, -1)
+    }
+
+    /// `y scale + b`: an output of the layer without its bias `y`, each of its `d_out` values times `scale` `(d_out)` f32.
+    pub fn scaled(&self, y: &Tensor, scale: &Tensor) -> Tensor {
+        let along = |t: &Tensor| match self.geometry {
+            Geometry::Linear => t.to_kind(y.kind()),
+            Geometry::Conv { .. } => t.to_kind(y.kind()).view([-1, 1, 1]),
+        };
+        let y = y * along(scale);
+        self.bias.map_or_else(|| y.shallow_clone(), |bias| &y + along(bias))
     }
 
     /// `x -> (x U) up^T` without ever unfolding patches: `down` is `(r, d_in)`, `up` is `(d_out, r)`.
@@ -116,6 +138,16 @@ pub trait Adapter: Send {
     /// How the orthogonal factor of the method turns the layer's inputs; `None` where it has none.
     fn rotation(&self) -> Option<Rotation> {
         None
+    }
+
+    /// `max |H H^T - I|` alone, which costs less than all angles; `None` where the method has no orthogonal factor.
+    fn orthogonality_error(&self) -> Option<f64> {
+        self.rotation().map(|rotation| rotation.orthogonality_error)
+    }
+
+    /// What a user should know of this adapter on a weight of this shape, one sentence each.
+    fn notes(&self, _weight: &[i64]) -> Vec<&'static str> {
+        Vec::new()
     }
 }
 

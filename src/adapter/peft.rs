@@ -1,54 +1,28 @@
-//! HRA adapters as PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`.
+//! Adapters as PEFT's folders: `adapter_model.safetensors`, beside the config of [`super::peft_config`].
 //!
-//! Keys are `base_model.model.LAYER.hra_u`, shape `(d_in, r)`, and `base_model.model.LAYER.base_layer.bias` where
-//! biases were trained (PEFT 0.21 `save_pretrained`). What PEFT's config has no field for goes into the metadata of
-//! the tensor file, which PEFT ignores silently; unknown config fields make it warn.
+//! Keys are `base_model.model.LAYER.` and the method's names, such as `hra_u` or `lora_A.weight`, and
+//! `base_model.model.LAYER.base_layer.bias` or `base_model.model.LAYER.bias` where biases were trained (PEFT 0.21
+//! `save_pretrained`). What PEFT's config has no field for goes into the metadata of the tensor file, which PEFT ignores
+//! silently; unknown config fields make it warn.
 
-use super::hra::{HraConfig, HraInit};
-use super::{Adapter, Hra, Method};
+use super::boft::BoftConfig;
+use super::lora::LoraConfig;
+use super::oft::{Coft, OftConfig};
+use super::peft_config::{Patterns, ReadConfig};
+use super::{Adapter, Boft, Dora, Hra, Lora, Method, Oft};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::tensor_file::{self, TensorFile};
-use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
+
+pub use super::peft_config::{AdapterConfig, Bias, Exceptions};
 
 /// File names in an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// See [`CONFIG_FILE`].
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-
-/// PEFT release whose files these are.
-const PEFT_VERSION: &str = "0.21.2";
-
-/// Which biases are trained beside the adapter, as PEFT defines it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum Bias {
-    /// None.
-    None,
-    /// Every bias of the network, norms included.
-    All,
-    /// Those of the adapted layers.
-    #[serde(alias = "hra_only", alias = "lora_only", alias = "oft_only", alias = "boft_only")]
-    #[value(aliases = ["hra_only", "hra-only", "lora_only", "oft_only", "boft_only"])]
-    Only,
-}
-
-/// What an `adapter_config.json` says.
-#[derive(Debug, Clone)]
-pub struct AdapterConfig {
-    /// The method and its settings.
-    pub method: Method,
-    /// `bias`.
-    pub bias: Bias,
-    /// `target_modules` as it stands in the file. Which layers are adapted is known from the tensors' names; a pattern in
-    /// Python's syntax is kept, not run.
-    pub targets: Value,
-    /// `base_model_name_or_path`.
-    pub base_model: Option<String>,
-}
 
 /// A whole adapter, read from a folder.
 pub struct AdapterFile {
@@ -58,79 +32,20 @@ pub struct AdapterFile {
     pub layers: BTreeMap<String, Box<dyn Adapter>>,
     /// Trained biases `(n)`, f32, by the name of their layer or norm.
     pub biases: BTreeMap<String, Tensor>,
-    /// Keys that belong to no known part of an adapter of this method.
+    /// Keys that belong to no known part of an adapter.
     pub unused: Vec<String>,
     /// What the tensor file says of itself in text.
     pub metadata: BTreeMap<String, String>,
+    /// What a user should know, one sentence each.
+    pub notes: Vec<String>,
 }
 
-impl AdapterConfig {
-    /// The whole field set that PEFT writes. `class` is the adapted model's class and its module in Python.
-    pub fn to_json(&self, class: (&str, &str)) -> Value {
-        let Method::Hra(hra) = &self.method else { return Value::Null };
-        let bias = match self.bias {
-            Bias::None => "none",
-            Bias::All => "all",
-            Bias::Only => "hra_only",
-        };
-        json!({
-            "apply_GS": hra.gram_schmidt,
-            "auto_mapping": {"base_model_class": class.0, "parent_library": class.1},
-            "base_model_name_or_path": self.base_model,
-            "bias": bias,
-            "exclude_modules": null,
-            "inference_mode": true,
-            "init_weights": true,
-            "layers_pattern": null,
-            "layers_to_transform": null,
-            "modules_to_save": null,
-            "peft_type": "HRA",
-            "peft_version": PEFT_VERSION,
-            "r": hra.rank,
-            "revision": null,
-            "target_modules": self.targets,
-            "task_type": null,
-        })
-    }
-
-    fn from_json(path: &Path, value: &Value) -> Result<Self> {
-        let problem = |text: String| Error::format(path, text);
-        match value["peft_type"].as_str() {
-            Some("HRA") => {}
-            Some(other) => {
-                return Err(problem(format!("expected an adapter of peft_type HRA, found {other}")));
-            }
-            None => return Err(problem("expected PEFT's adapter config, found no `peft_type`".into())),
-        }
-        let rank = value["r"].as_i64().filter(|r| *r > 0);
-        let rank =
-            rank.ok_or_else(|| problem(format!("r: expected a positive number, found {}", value["r"])))?;
-        let bias = match value["bias"].as_str() {
-            None | Some("none") => Bias::None,
-            Some("all") => Bias::All,
-            Some("hra_only") => Bias::Only,
-            Some(other) => {
-                return Err(problem(format!("bias: expected none, all or hra_only, found {other}")));
-            }
-        };
-        if value["modules_to_save"].as_array().is_some_and(|list| !list.is_empty()) {
-            return Err(problem(format!(
-                "modules_to_save: expected none, found {}",
-                value["modules_to_save"]
-            )));
-        }
-        Ok(Self {
-            method: Method::Hra(HraConfig {
-                rank,
-                gram_schmidt: value["apply_GS"].as_bool().unwrap_or(false),
-                init: HraInit::Peft,
-                allow_odd_rank: true,
-            }),
-            bias,
-            targets: value["target_modules"].clone(),
-            base_model: value["base_model_name_or_path"].as_str().map(str::to_string),
-        })
-    }
+/// The tensors of one layer, by the method's names.
+#[derive(Default)]
+struct Parts {
+    /// The layer's name as the file has it, which patterns are matched with.
+    name: String,
+    tensors: BTreeMap<&'static str, Tensor>,
 }
 
 impl AdapterFile {
@@ -146,64 +61,211 @@ impl AdapterFile {
             ));
         }
         let text = files::read_to_string(&config_path)?;
-        let value: Value =
-            serde_json::from_str(&text).map_err(|e| Error::format(&config_path, e.to_string()))?;
-        let config = AdapterConfig::from_json(&config_path, &value)?;
-
+        let ReadConfig { mut config, patterns, mut notes } = ReadConfig::parse(&config_path, &text)?;
         let file = TensorFile::open(&dir.join(WEIGHTS_FILE))?;
-        let Method::Hra(hra) = &config.method else { return Err(Error::config("not an HRA adapter")) };
-        let mut layers: BTreeMap<String, Box<dyn Adapter>> = BTreeMap::new();
-        let mut biases = BTreeMap::new();
-        let mut unused = Vec::new();
-        let mut problems = Vec::new();
-        for key in file.names() {
-            let name = key.strip_prefix("base_model.model.").unwrap_or(&key);
-            // transformers 4 puts this before the names of a text tower, 5 does not
-            let name = name.strip_prefix("text_model.").unwrap_or(name);
-            if let Some(layer) = name.strip_suffix(".hra_u") {
-                let shape = file.shape(&key).unwrap_or_default();
-                if shape.len() != 2 || shape[0] < 1 || shape[1] != hra.rank {
-                    problems.push(format!("`{key}`: expected shape (d_in, {}), found {shape:?}", hra.rank));
-                    continue;
-                }
-                let hra_u = file.read_as(&key, Kind::Float, Device::Cpu)?;
-                if let Some(what) = bad_vectors(&hra_u) {
-                    problems.push(format!("`{key}`: {what}"));
-                }
-                layers.insert(layer.to_string(), Box::new(Hra::from_vectors(hra_u, hra.gram_schmidt)));
-            } else if let Some(layer) = name.strip_suffix(".bias") {
-                let bias = file.read_as(&key, Kind::Float, Device::Cpu)?;
-                if bias.isfinite().all().int64_value(&[]) == 0 {
-                    problems.push(format!("`{key}`: holds numbers that are not finite"));
-                }
-                biases.insert(layer.strip_suffix(".base_layer").unwrap_or(layer).to_string(), bias);
-            } else {
-                unused.push(key);
-            }
-        }
-        if layers.is_empty() && problems.is_empty() {
-            problems.push(format!(
-                "expected tensors named `..LAYER.hra_u`, found {}",
+        let metadata = file.text();
+        restore_coft(&mut config.method, &metadata);
+        let mut found = Found::in_file(&file, &config.method)?;
+        let layers = found.adapters(&mut config, &patterns, &mut notes);
+        if layers.is_empty() && found.problems.is_empty() {
+            let names = part_names(&config.method)[0];
+            found.problems.push(format!(
+                "expected tensors named `..LAYER.{names}`, found {}",
                 tensor_file::list(&file.names())
             ));
         }
-        if !problems.is_empty() {
-            return Err(Error::Weights { path: file.path().to_path_buf(), problems });
+        if !found.problems.is_empty() {
+            return Err(Error::Weights { path: file.path().to_path_buf(), problems: found.problems });
         }
-        Ok(Self { config, layers, biases, unused, metadata: file.text() })
+        Ok(Self { config, layers, biases: found.biases, unused: found.unused, metadata, notes })
     }
 }
 
-/// Why raw vectors cannot be used, if so: HRA divides by their norms.
-fn bad_vectors(v: &Tensor) -> Option<&'static str> {
-    if v.isfinite().all().int64_value(&[]) == 0 {
-        return Some("holds numbers that are not finite");
-    }
-    let shortest = v.norm_scalaropt_dim(2, [0], false).min().double_value(&[]);
-    (shortest == 0.0).then_some("holds a vector of length zero, which has no direction")
+/// What a tensor file holds.
+#[derive(Default)]
+struct Found {
+    parts: BTreeMap<String, Parts>,
+    biases: BTreeMap<String, Tensor>,
+    unused: Vec<String>,
+    problems: Vec<String>,
 }
 
-/// Writes a PEFT folder's two files into `dir`, each whole or not at all. `tensors` are named `LAYER.hra_u` and the like.
+impl Found {
+    fn in_file(file: &TensorFile, method: &Method) -> Result<Self> {
+        let mut found = Self::default();
+        for key in file.names() {
+            let name = key.strip_prefix("base_model.model.").unwrap_or(&key);
+            // transformers 4 puts this before the names of a text tower, 5 does not
+            let short = name.strip_prefix("text_model.").unwrap_or(name);
+            let part = part_names(method).iter().find_map(|part| {
+                let layer = |name: &str| Some(name.strip_suffix(part)?.strip_suffix('.')?.to_string());
+                Some((*part, layer(name)?, layer(short)?))
+            });
+            let bias =
+                short.strip_suffix(".bias").map(|layer| layer.strip_suffix(".base_layer").unwrap_or(layer));
+            let of_adapter = [".hra_", ".lora_", ".oft_", ".boft_"].iter().any(|p| name.contains(p));
+            if part.is_none() && of_adapter {
+                found.problems.push(format!(
+                    "`{key}`: expected only tensors of {}, which are named {}",
+                    method.describe(),
+                    part_names(method).join(", ")
+                ));
+                continue;
+            } else if part.is_none() && bias.is_none() {
+                found.unused.push(key);
+                continue;
+            }
+            if !file.is_float(&key) {
+                let dtype = file.dtype(&key);
+                found.problems.push(format!("`{key}`: expected floating point, found {dtype}"));
+                continue;
+            }
+            let tensor = file.read_as(&key, Kind::Float, Device::Cpu)?;
+            if tensor.isfinite().all().int64_value(&[]) == 0 {
+                found.problems.push(format!("`{key}`: holds numbers that are not finite"));
+                continue;
+            }
+            let earlier = match (part, bias) {
+                (Some((part, name, layer)), _) => {
+                    let parts = found.parts.entry(layer).or_default();
+                    parts.name = name;
+                    parts.tensors.insert(part, tensor)
+                }
+                (None, bias) => found.biases.insert(bias.unwrap_or_default().to_string(), tensor),
+            };
+            if earlier.is_some() {
+                found.problems.push(format!("`{key}`: names the same tensor as another key"));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The adapters that the tensors are; problems are added to the others.
+    fn adapters(
+        &mut self,
+        config: &mut AdapterConfig,
+        patterns: &Patterns,
+        notes: &mut Vec<String>,
+    ) -> BTreeMap<String, Box<dyn Adapter>> {
+        let names: Vec<String> = self.parts.values().map(|parts| parts.name.clone()).collect();
+        let exceptions = patterns.resolve(&names).unwrap_or_else(|problems| {
+            self.problems.extend(problems);
+            Exceptions::default()
+        });
+        let mut factors = BTreeSet::new();
+        let mut layers = BTreeMap::new();
+        for (layer, parts) in std::mem::take(&mut self.parts) {
+            let rank = exceptions.rank.get(&parts.name).copied();
+            let alpha = exceptions.alpha.get(&parts.name).copied();
+            if let Method::Lora(lora) = &config.method {
+                config.exceptions.rank.extend(rank.filter(|r| *r != lora.rank).map(|r| (layer.clone(), r)));
+                config
+                    .exceptions
+                    .alpha
+                    .extend(alpha.filter(|a| *a != lora.alpha).map(|a| (layer.clone(), a)));
+            }
+            factors.extend(parts.tensors.get("boft_R").and_then(|r| r.size().first().copied()));
+            match adapter(&config.method, parts, rank, alpha) {
+                Ok(adapter) => {
+                    layers.insert(layer, adapter);
+                }
+                Err(problem) => self.problems.push(format!("`{layer}`: {problem}")),
+            }
+        }
+        if let Method::Boft(boft) = &mut config.method
+            && !factors.is_empty()
+            && factors != BTreeSet::from([boft.factors])
+        {
+            if factors == BTreeSet::from([1]) {
+                // PEFT without its CUDA extension makes one factor whatever the config says, and writes the config.
+                notes.push(format!(
+                    "its config speaks of {} butterfly factors, its tensors are of one",
+                    boft.factors
+                ));
+                *boft = BoftConfig { factors: 1, ..*boft };
+            } else {
+                self.problems.push(format!(
+                    "boft_n_butterfly_factor: expected {} factors in every boft_R, found {factors:?}",
+                    boft.factors
+                ));
+            }
+        }
+        layers
+    }
+}
+
+/// The last parts of a method's tensor names.
+fn part_names(method: &Method) -> &'static [&'static str] {
+    match method {
+        Method::Hra(_) => &["hra_u"],
+        Method::Lora(LoraConfig { dora: false, .. }) => &["lora_A.weight", "lora_B.weight"],
+        Method::Lora(_) => &["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"],
+        Method::Oft(_) => &["oft_R.weight"],
+        Method::Boft(_) => &["boft_R", "boft_s"],
+        Method::Full => &["weight"],
+    }
+}
+
+/// The adapter of one layer; `rank` and `alpha` where the layer is an exception.
+fn adapter(
+    method: &Method,
+    mut parts: Parts,
+    rank: Option<i64>,
+    alpha: Option<f64>,
+) -> std::result::Result<Box<dyn Adapter>, String> {
+    let mut take = |name: &str| {
+        parts
+            .tensors
+            .remove(name)
+            .ok_or_else(|| format!("expected a tensor {name} beside the others, found none"))
+    };
+    Ok(match method {
+        Method::Hra(hra) => {
+            let hra_u = take("hra_u")?;
+            let shape = hra_u.size();
+            if shape.len() != 2 || shape[0] < 1 || shape[1] != hra.rank {
+                return Err(format!("hra_u: expected shape (d_in, {}), found {shape:?}", hra.rank));
+            }
+            // HRA divides by the vectors' norms.
+            if hra_u.norm_scalaropt_dim(2, [0], false).min().double_value(&[]) == 0.0 {
+                return Err("hra_u: holds a vector of length zero, which has no direction".into());
+            }
+            Box::new(Hra::from_vectors(hra_u, hra.gram_schmidt))
+        }
+        Method::Lora(config) => {
+            let (a, b) = (take("lora_A.weight")?, take("lora_B.weight")?);
+            let expected = rank.unwrap_or(config.rank);
+            let found = a.size().first().copied().unwrap_or_default();
+            if found != expected {
+                return Err(format!("lora_A: expected rank {expected}, found {found}"));
+            }
+            let scale = LoraConfig::scale(expected, alpha.unwrap_or(config.alpha), config.rslora);
+            let lora = Lora::from_tensors(a, b, scale)?;
+            if config.dora {
+                Box::new(Dora::from_tensors(lora, take("lora_magnitude_vector")?)?)
+            } else {
+                Box::new(lora)
+            }
+        }
+        Method::Oft(config) => Box::new(Oft::from_tensor(take("oft_R.weight")?, *config)?),
+        Method::Boft(_) => Box::new(Boft::from_tensors(take("boft_R")?, take("boft_s")?)?),
+        Method::Full => return Err("expected an adapter, found a whole weight".into()),
+    })
+}
+
+/// The paper's COFT, which a file keeps as text: a constraint of training that its use does not need.
+fn restore_coft(method: &mut Method, metadata: &BTreeMap<String, String>) {
+    if let Method::Oft(OftConfig { coft: coft @ Coft::None, .. }) = method
+        && let Some(eps) = metadata.get("coft_eps").and_then(|text| text.parse::<f64>().ok())
+        && eps.is_finite()
+        && eps > 0.0
+    {
+        *coft = Coft::Paper { eps };
+    }
+}
+
+/// Writes a PEFT folder's two files into `dir`, each whole or not at all. `tensors` are named `LAYER.hra_u` and the like;
+/// the method's own text is added to `text`.
 pub fn write(
     dir: &Path,
     config: &AdapterConfig,
@@ -211,12 +273,16 @@ pub fn write(
     tensors: &[(String, Tensor)],
     text: &[(&str, String)],
 ) -> Result<()> {
+    let json = config.to_json(class).ok_or_else(|| {
+        Error::config(format!("{}: expected an adapter to write, found none", config.method.describe()))
+    })?;
     let tensors: Vec<(String, Tensor)> = tensors
         .iter()
         .map(|(name, t)| (format!("base_model.model.{name}"), t.to_kind(Kind::Float)))
         .collect();
-    tensor_file::write(&dir.join(WEIGHTS_FILE), &tensors, text)?;
-    let json =
-        serde_json::to_string_pretty(&config.to_json(class)).map_err(|e| Error::config(e.to_string()))?;
+    let text: Vec<(&str, String)> =
+        text.iter().map(|(k, v)| (*k, v.clone())).chain(config.method.metadata()).collect();
+    tensor_file::write(&dir.join(WEIGHTS_FILE), &tensors, &text)?;
+    let json = serde_json::to_string_pretty(&json).map_err(|e| Error::config(e.to_string()))?;
     files::write_atomic(&dir.join(CONFIG_FILE), format!("{json}\n").as_bytes())
 }

@@ -29,11 +29,8 @@ pub struct InspectArgs {
 
 /// Runs `hra inspect`.
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let mut model = args
-        .model
-        .as_deref()
-        .map(|dir| StableDiffusion::load(dir, Kind::Float, Device::Cpu))
-        .transpose()?;
+    let mut model =
+        args.model.as_deref().map(|dir| StableDiffusion::load(dir, Kind::Float, Device::Cpu)).transpose()?;
     device::set_threads(None, usize::MAX)?;
     let reports = inspect::inspect(&args.path, model.as_mut())?;
     if args.json {

@@ -4,7 +4,7 @@ use super::adapter_with_strength;
 use crate::adapter::combine::{How, combine};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::checkpoint::{TEXT_CLASS, UNET_CLASS};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::files;
 use crate::model::loaded::TEXT_ENCODER;
 use clap::Args;

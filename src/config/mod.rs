@@ -5,7 +5,11 @@ mod merge;
 mod validate;
 
 use crate::adapter::Method;
+use crate::adapter::blocks::{Cayley, Partition};
+use crate::adapter::boft::BoftConfig;
 use crate::adapter::hra::{HraConfig, HraInit};
+use crate::adapter::lora::{LoraConfig, LoraInit};
+use crate::adapter::oft::{Coft, OftConfig};
 use crate::adapter::peft::Bias;
 use crate::adapter::target::{ATTENTION, TEXT_ATTENTION};
 use crate::device::{DeviceChoice, Precision};
@@ -15,12 +19,6 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum LoraInit {
-    Gaussian,
-    Kaiming,
-}
 /// How the base model is adapted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -264,8 +262,29 @@ impl TrainConfig {
                 init: self.hra_init,
                 allow_odd_rank: self.allow_odd_rank,
             }),
-            _ => Method::Full, // STUB until the methods are merged
+            MethodName::Lora | MethodName::Dora => Method::Lora(LoraConfig {
+                rank: self.rank,
+                alpha: self.lora_alpha.unwrap_or(self.rank as f64),
+                rslora: self.use_rslora,
+                init: self.init_lora_weights,
+                dora: self.method == MethodName::Dora,
+            }),
+            MethodName::Oft | MethodName::Coft => Method::Oft(OftConfig {
+                partition: self.partition(),
+                cayley: Cayley::Exact,
+                coft: match self.method {
+                    MethodName::Coft => Coft::Paper { eps: self.coft_eps },
+                    _ => Coft::None,
+                },
+                block_share: false,
+            }),
+            MethodName::Boft => Method::Boft(BoftConfig { partition: self.partition(), factors: 1 }),
+            MethodName::Full => Method::Full,
         }
+    }
+
+    fn partition(&self) -> Partition {
+        self.block_size.map_or(Partition::Blocks(self.rank), Partition::BlockSize)
     }
 
     /// The optimiser's settings.

@@ -230,8 +230,7 @@ pub fn movement(network: &mut dyn Layers) -> Movement {
         let change = adapter.change(&weight, 1.0).form.relative_change(&weight);
         result.mean += change;
         result.largest = result.largest.max(change);
-        if let Some(rotation) = adapter.rotation() {
-            let error = rotation.orthogonality_error;
+        if let Some(error) = adapter.orthogonality_error() {
             result.orthogonality_error = Some(result.orthogonality_error.map_or(error, |e| e.max(error)));
         }
         count += 1;

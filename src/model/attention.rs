@@ -1,7 +1,7 @@
 //! Attention, transformer blocks, and the spatial transformer around them (diffusers `Transformer2DModel`).
 
 use super::config::UNetConfig;
-use super::layers::{Layer, Norm, Module};
+use super::layers::{Layer, Module, Norm};
 use super::weights::Scope;
 use tch::{Kind, Tensor};
 

@@ -1,6 +1,6 @@
 //! Loaded adapters on a model for sampling and merging: several at once, each with a strength.
 
-use super::layers::{Layer, Layers, Norm, Module};
+use super::layers::{Layer, Layers, Module, Norm};
 use super::loaded::LoadedAdapter;
 use crate::adapter::{Change, Form, Full, LowRank};
 use crate::error::{Error, Result};

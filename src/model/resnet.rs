@@ -1,7 +1,7 @@
 //! The residual block with a time embedding, and the convolutions between levels (diffusers `ResnetBlock2D`).
 
 use super::config::UNetConfig;
-use super::layers::{Layer, Norm, Module};
+use super::layers::{Layer, Module, Norm};
 use super::weights::Scope;
 use tch::Tensor;
 

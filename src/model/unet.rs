@@ -4,7 +4,7 @@
 
 use super::attention::SpatialTransformer;
 use super::config::{Level, UNetConfig};
-use super::layers::{Layer, Layers, Norm, Module, timestep_features};
+use super::layers::{Layer, Layers, Module, Norm, timestep_features};
 use super::resnet::{Downsample, Resnet, Upsample};
 use super::weights::{Scope, Weights};
 use crate::error::Result;
@@ -213,9 +213,10 @@ impl UNet {
 
 impl Layers for UNet {
     fn modules_mut(&mut self) -> Vec<Module<'_>> {
-        let mut out: Vec<Module> = [&mut self.conv_in, &mut self.time_embedding.0, &mut self.time_embedding.1]
-            .map(Module::Layer)
-            .into();
+        let mut out: Vec<Module> =
+            [&mut self.conv_in, &mut self.time_embedding.0, &mut self.time_embedding.1]
+                .map(Module::Layer)
+                .into();
         self.down_blocks.iter_mut().for_each(|b| b.collect(&mut out));
         self.mid_block.collect(&mut out);
         self.up_blocks.iter_mut().for_each(|b| b.collect(&mut out));

@@ -5,7 +5,7 @@
 use crate::error::Result;
 use crate::model::attention::{attend, join_heads, split_heads};
 use crate::model::config::TextConfig;
-use crate::model::layers::{Layer, Layers, Norm, Module};
+use crate::model::layers::{Layer, Layers, Module, Norm};
 use crate::model::weights::{Scope, Weights};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};

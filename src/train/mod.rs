@@ -6,7 +6,7 @@ pub mod loss;
 mod preview;
 
 use crate::adapter::Method;
-use crate::adapter::peft::AdapterConfig;
+use crate::adapter::peft::{AdapterConfig, Exceptions};
 use crate::adapter::target::TargetRule;
 use crate::checkpoint::{self, Loaded, State, TEXT_CLASS, TrainedPart, UNET_CLASS};
 use crate::config::TrainConfig;
@@ -460,6 +460,7 @@ fn trained_parts(
         bias: config.bias,
         targets: targets.to_json(),
         base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
+        exceptions: Exceptions::default(),
     };
     let mut parts = vec![TrainedPart::Peft { place: "", config: adapter(targets), class: UNET_CLASS }];
     if config.train_text_encoder {

@@ -1,0 +1,201 @@
+//! BOFT (arXiv 2311.06243): `W' = diag(s) W B^T`, `B = B_(m-1) .. B_1 B_0`, each factor a permuted block-diagonal rotation.
+//!
+//! As PEFT 0.21 stores it (`boft/layer.py`): raw blocks P `(m, d_in / b, b, b)`, made skew as `(P - P^T) / 2` and then
+//! rotations by the exact Cayley transform, and a scale for each output, which leaves the bias alone. One factor is OFT
+//! with dense raw blocks and that scale; PEFT makes more only with its CUDA extension.
+
+use super::blocks::{self, Cayley, Partition};
+use super::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
+use crate::error::{Error, Result};
+use tch::{Device, Kind, Tensor};
+
+/// The settings of a BOFT adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BoftConfig {
+    /// Number or size of the blocks of a factor.
+    pub partition: Partition,
+    /// m.
+    pub factors: i64,
+}
+
+impl BoftConfig {
+    /// Refuses settings that cannot be trained on any layer.
+    pub fn validate(&self) -> Result<()> {
+        match self.partition {
+            Partition::Blocks(n) if n < 1 => {
+                Err(Error::config(format!("rank: expected at least 1 block, found {n}")))
+            }
+            Partition::BlockSize(b) if b < 2 => Err(Error::config(format!(
+                "block_size: expected at least 2, as a block of one input cannot turn, found {b}"
+            ))),
+            _ if self.factors != 1 => Err(Error::config(format!(
+                "boft_n_butterfly_factor: expected 1 for training, found {}",
+                self.factors
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The BOFT adapter of one layer.
+pub struct Boft {
+    /// P, `(m, d_in / b, b, b)`, f32.
+    raw: Tensor,
+    /// `(d_out, 1)`, or `(1, d_out)` for a convolution, f32.
+    scale: Tensor,
+}
+
+impl Boft {
+    /// An adapter with the given raw blocks `(m, blocks, b, b)` and scales `(d_out, 1)` or `(1, d_out)`.
+    ///
+    /// Errors: what is wrong with their shapes.
+    pub fn from_tensors(raw: Tensor, scale: Tensor) -> std::result::Result<Self, String> {
+        let (size, scales) = (raw.size(), scale.size());
+        let blocks = matches!(size[..], [m, n, b, c] if m >= 1 && n >= 1 && b >= 1 && b == c);
+        if !blocks {
+            return Err(format!("boft_R: expected shape (factors, blocks, b, b), found {size:?}"));
+        }
+        let (m, n, b) = (size[0], size[1], size[2]);
+        if m > 1 && (m > 40 || n % (1 << (m - 1)) != 0 || b % 2 != 0) {
+            return Err(format!(
+                "boft_R: expected an even block size and blocks in pairs for each of {m} factors, found shape {size:?}"
+            ));
+        }
+        if scales.len() != 2 || scales.iter().all(|d| *d != 1) || scales.contains(&0) {
+            return Err(format!("boft_s: expected shape (d_out, 1) or (1, d_out), found {scales:?}"));
+        }
+        Ok(Self { raw, scale })
+    }
+
+    /// A new adapter for a weight of this shape on this device: no rotation, scale 1.
+    pub fn new(weight: &[i64], device: Device, config: BoftConfig) -> std::result::Result<Self, String> {
+        let (d_out, d_in) = matrix_shape(weight);
+        let (n, b) = config.partition.of(d_in)?;
+        let scale = if weight.len() == 4 { [1, d_out] } else { [d_out, 1] };
+        let options = (Kind::Float, device);
+        Self::from_tensors(Tensor::zeros([config.factors, n, b, b], options), Tensor::ones(scale, options))
+    }
+
+    /// The factors `B_0, B_1, ..` of skew matrices made by `block`, with the order that each one's inputs are taken in.
+    fn factors(&self, raw: &Tensor, block: impl Fn(&Tensor) -> Tensor) -> Vec<Factor> {
+        let (m, n, b) = (raw.size()[0], raw.size()[1], raw.size()[2]);
+        (0..m)
+            .map(|i| {
+                let raw = raw.get(i);
+                let order = (m > 1).then(|| {
+                    let order = butterfly(n * b, n >> i, b / 2);
+                    let mut back = vec![0; order.len()];
+                    order.iter().enumerate().for_each(|(at, from)| back[*from as usize] = at as i64);
+                    let on_device = |v: &[i64]| Tensor::from_slice(v).to_device(raw.device());
+                    (on_device(&order), on_device(&back))
+                });
+                Factor { blocks: block(&((&raw - raw.transpose(1, 2)) * 0.5)), order }
+            })
+            .collect()
+    }
+
+    fn wide(&self) -> Tensor {
+        self.raw.detach().to_device(Device::Cpu).to_kind(Kind::Double)
+    }
+}
+
+/// One factor `P B P^T`.
+struct Factor {
+    blocks: Tensor,
+    /// The permutation and its inverse; `None` for the identity.
+    order: Option<(Tensor, Tensor)>,
+}
+
+impl Factor {
+    /// Every row of `rows` times the factor, or times its transpose.
+    fn rotate(&self, rows: &Tensor, transpose: bool) -> Tensor {
+        let blocks = if transpose { self.blocks.transpose(1, 2) } else { self.blocks.shallow_clone() };
+        let blocks = blocks.to_kind(rows.kind());
+        match &self.order {
+            None => blocks::rotate(rows, &blocks),
+            // P_ij = 1 where j = order_i: (x P)_j = x_(back_j), (y P^T)_i = y_(order_i)
+            Some((order, back)) => {
+                blocks::rotate(&rows.index_select(-1, back), &blocks).index_select(-1, order)
+            }
+        }
+    }
+}
+
+/// PEFT's permutation: in each of `groups` equal parts of `d` indices, runs of `run` indices, first the even ones, then the
+/// odd ones.
+fn butterfly(d: i64, groups: i64, run: i64) -> Vec<i64> {
+    let part = d / groups;
+    let runs = part / run;
+    let order = (0..runs).step_by(2).chain((1..runs).step_by(2));
+    let inside: Vec<i64> = order.flat_map(|k| k * run..(k + 1) * run).collect();
+    (0..groups).flat_map(|g| inside.iter().map(move |i| g * part + i)).collect()
+}
+
+/// `rows B^T`.
+fn times_transpose(rows: &Tensor, factors: &[Factor]) -> Tensor {
+    factors.iter().fold(rows.shallow_clone(), |rows, factor| factor.rotate(&rows, true))
+}
+
+impl Adapter for Boft {
+    fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor {
+        let factors = self.factors(&self.raw, |s| Cayley::Exact.blocks(s));
+        let y = match frozen.geometry {
+            Geometry::Linear => {
+                let turned =
+                    factors.iter().rev().fold(x.shallow_clone(), |x, factor| factor.rotate(&x, false));
+                frozen.apply(&turned, frozen.weight, None)
+            }
+            Geometry::Conv { .. } => {
+                let rotated = times_transpose(&frozen.matrix(), &factors);
+                frozen.apply(x, &rotated.view_as(frozen.weight), None)
+            }
+        };
+        frozen.scaled(&y, &self.scale.reshape([-1]))
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![("boft_R", self.raw.shallow_clone()), ("boft_s", self.scale.shallow_clone())]
+    }
+
+    fn replace_parameters(&mut self, replace: &mut dyn FnMut(&Tensor) -> Tensor) {
+        self.raw = replace(&self.raw);
+        self.scale = replace(&self.scale);
+    }
+
+    fn check(&self, weight: &[i64]) -> std::result::Result<(), String> {
+        let (d_out, d_in) = matrix_shape(weight);
+        let (raw, scales) = (self.raw.size(), self.scale.numel() as i64);
+        if raw[1] * raw[2] == d_in && scales == d_out {
+            return Ok(());
+        }
+        Err(format!(
+            "expected blocks for {d_in} inputs and {d_out} scales for this model, found boft_R {raw:?} and {scales} scales"
+        ))
+    }
+
+    /// `diag(1 + strength (s - 1)) W B^T` with each factor's blocks on the geodesic of the rotation group.
+    fn change(&self, weight: &Tensor, strength: f64) -> Change {
+        let _guard = tch::no_grad_guard();
+        let factors = self.factors(&self.wide(), |s| Cayley::Exact.power(s, strength));
+        let scale = self.scale.detach().to_device(Device::Cpu).to_kind(Kind::Double).reshape([-1, 1]);
+        let scale = (scale - 1.0) * strength + 1.0;
+        Form::Dense(times_transpose(weight, &factors) * scale).into()
+    }
+
+    /// The planes of all factors, each as if it were alone.
+    fn rotation(&self) -> Option<Rotation> {
+        let _guard = tch::no_grad_guard();
+        let raw = self.wide().flatten(0, 1);
+        Some(Rotation {
+            angles: Cayley::Exact.angles(&((&raw - raw.transpose(1, 2)) * 0.5)),
+            orthogonality_error: self.orthogonality_error()?,
+        })
+    }
+
+    /// The largest of the factors' errors.
+    fn orthogonality_error(&self) -> Option<f64> {
+        let _guard = tch::no_grad_guard();
+        let factors = self.factors(&self.raw, |s| Cayley::Exact.blocks(s));
+        factors.iter().map(|factor| blocks::orthogonality_error(&factor.blocks)).reduce(f64::max)
+    }
+}

@@ -1,0 +1,91 @@
+//! DoRA (arXiv 2402.09353): `W' = m (W + s B A) / |W + s B A|`, row by row: a length for each output beside LoRA's change.
+//!
+//! As in PEFT 0.21 (`lora/dora.py`) the norm is a constant in the backward pass (paper section 4.3) and the bias is not
+//! scaled. The norm needs no dense `B A`:
+//!
+//! ```text
+//! |W_i + s (B A)_i|^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 <B_i (A A^T), B_i>
+//! ```
+
+use super::lora::{Lora, LoraConfig};
+use super::{Adapter, Change, Form, Frozen};
+use tch::{Device, Kind, Tensor};
+
+/// The DoRA adapter of one layer.
+pub struct Dora {
+    lora: Lora,
+    /// m: `(d_out)`, or `(1, d_out, 1, 1)` for a convolution, f32.
+    magnitude: Tensor,
+}
+
+impl Dora {
+    /// An adapter with the given numbers; `magnitude` is `(d_out)` or `(1, d_out, 1, 1)`.
+    ///
+    /// Errors: what is wrong with its shape.
+    pub fn from_tensors(lora: Lora, magnitude: Tensor) -> Result<Self, String> {
+        let b = lora.parameters()[1].1.size();
+        let expected = if b.len() == 2 { vec![b[0]] } else { vec![1, b[0], 1, 1] };
+        if magnitude.size() != expected {
+            let found = magnitude.size();
+            return Err(format!("lora_magnitude_vector: expected shape {expected:?}, found {found:?}"));
+        }
+        Ok(Self { lora, magnitude })
+    }
+
+    /// A new adapter for the frozen `weight`, whose row norms the magnitudes start at.
+    pub fn new(weight: &Tensor, config: LoraConfig, seed: u64) -> Result<Self, String> {
+        let _guard = tch::no_grad_guard();
+        let lora = Lora::new(&weight.size(), weight.device(), config, seed)?;
+        let norms = weight.flatten(1, -1).norm_scalaropt_dim_dtype(2, [1], false, Kind::Float);
+        let magnitude = if weight.dim() == 4 { norms.view([1, -1, 1, 1]) } else { norms };
+        Self::from_tensors(lora, magnitude)
+    }
+
+    /// `|W + s B A|` of each row, `(d_out)` f32, without gradient.
+    fn norms(&self, frozen: &Frozen) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        let (a, b) = self.lora.factors(); // [r, d_in], [d_out, r] with s in it
+        let weight = frozen.matrix();
+        let own = weight.norm_scalaropt_dim_dtype(2, [1], false, Kind::Float).to_kind(Kind::Double).square();
+        let wa = weight.matmul(&a.to_kind(weight.kind()).tr()); // [d_out, r]
+        let b = b.to_kind(Kind::Double);
+        let gram = a.matmul(&a.tr()).to_kind(Kind::Double);
+        // The three terms may cancel, so they are added in f64; the products with d_in terms are f32.
+        let sums = (wa.to_kind(Kind::Double) * 2.0 + b.matmul(&gram)) * &b;
+        let squares = own + sums.sum_dim_intlist(1, false, Kind::Double);
+        squares.clamp_min(1e-30).sqrt().to_kind(Kind::Float)
+    }
+}
+
+impl Adapter for Dora {
+    fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor {
+        let scale = self.magnitude.view(-1) / self.norms(frozen); // [d_out]
+        let y = self.lora.product(frozen, x);
+        frozen.scaled(&y, &scale)
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        let mut parameters = self.lora.parameters();
+        parameters.push(("lora_magnitude_vector", self.magnitude.shallow_clone()));
+        parameters
+    }
+
+    fn replace_parameters(&mut self, replace: &mut dyn FnMut(&Tensor) -> Tensor) {
+        self.lora.replace_parameters(replace);
+        self.magnitude = replace(&self.magnitude);
+    }
+
+    fn check(&self, weight: &[i64]) -> Result<(), String> {
+        self.lora.check(weight)
+    }
+
+    /// On the straight line from W to W'.
+    fn change(&self, weight: &Tensor, strength: f64) -> Change {
+        let (down, up) = self.lora.wide();
+        let moved = weight + up.matmul(&down);
+        let norms = moved.norm_scalaropt_dim(2, [1], true).clamp_min(1e-30);
+        let magnitude = self.magnitude.detach().to_device(Device::Cpu).to_kind(Kind::Double).view([-1, 1]);
+        let own = moved * (magnitude / norms);
+        Form::Dense(weight + (own - weight) * strength).into()
+    }
+}
