@@ -3,7 +3,7 @@
 //! H is orthogonal and differs from the identity only on span(U), so everything here is an `r x r` problem beside
 //! products with `(d_in, r)` matrices. The largest matrix is the weight itself.
 
-use nalgebra::DMatrix;
+use nalgebra::{DMatrix, DVector};
 use tch::{Device, Kind, Tensor};
 
 /// An orthogonal factor `H = I - U T U^T` on the input side of a weight.
@@ -62,11 +62,10 @@ impl Reflections {
 
     /// `H^s` along the geodesic of the orthogonal group: orthogonal at every `s`, `H^0 = I`, `H^1 = H`.
     ///
-    /// On an orthonormal basis Q of span(U), `M = Q^T H Q` is orthogonal and its real Schur form is block diagonal:
-    /// rotations, whose angle is multiplied by `s`, ones, and minus ones. Minus ones come in pairs, each pair a half
-    /// turn in the plane of its two Schur vectors, unless det H = -1. Then one is left over: no path of orthogonal
-    /// matrices leads from the identity to H, and that direction alone is scaled by `cos(pi s)` instead; the second
-    /// value says so.
+    /// On an orthonormal basis Q of span(U), `M = Q^T H Q` is orthogonal and turns planes, whose angles are multiplied by
+    /// `s`. Eigenvalues -1 come in pairs, each pair a half turn in the plane of its two eigenvectors, unless det H = -1.
+    /// Then one is left over: no path of orthogonal matrices leads from the identity to H, and that direction alone is
+    /// scaled by `cos(pi s)` instead; the second value says so.
     pub fn power(&self, s: f64) -> (Self, bool) {
         let _guard = tch::no_grad_guard();
         let (q, m) = self.core();
@@ -129,15 +128,9 @@ impl Reflections {
     pub fn angles(&self) -> Vec<f64> {
         let _guard = tch::no_grad_guard();
         let (_, m) = self.core();
-        let (_, schur) = nalgebra::linalg::Schur::new(to_matrix(&m)).unpack();
-        let mut angles: Vec<f64> = blocks(&schur)
-            .into_iter()
-            .filter_map(|block| match block {
-                Block::Rotation { angle, .. } => Some(angle.abs()),
-                Block::MinusOne { .. } => Some(std::f64::consts::PI),
-                Block::One => None,
-            })
-            .collect();
+        let turns = Turns::of(&to_matrix(&m));
+        let mut angles: Vec<f64> = turns.planes.iter().map(|plane| plane.angle).collect();
+        angles.extend(turns.minus_ones.iter().map(|_| std::f64::consts::PI));
         angles.sort_by(|a, b| b.total_cmp(a));
         angles
     }
@@ -171,57 +164,114 @@ fn span(u: &Tensor) -> Tensor {
     left.narrow(1, 0, rank)
 }
 
-/// A block on the diagonal of an orthogonal matrix's real Schur form.
-enum Block {
-    One,
-    MinusOne {
-        at: usize,
-    },
-    /// `[[cos, -sin], [sin, cos]]` at `at` and the next index.
-    Rotation {
-        at: usize,
-        angle: f64,
-    },
+/// An orthogonal matrix as turns of planes: `m v = cos(angle) v + sin(angle) w` and `m w = cos(angle) w - sin(angle) v`.
+struct Turns {
+    planes: Vec<Plane>,
+    /// Unit vectors with eigenvalue -1; with 1 is all the rest.
+    minus_ones: Vec<DVector<f64>>,
 }
 
-/// The blocks of a real Schur form of an orthogonal matrix.
-fn blocks(schur: &DMatrix<f64>) -> Vec<Block> {
-    let n = schur.nrows();
-    let mut found = Vec::new();
-    let mut i = 0;
-    while i < n {
-        if i + 1 < n && schur[(i + 1, i)].abs() > 1e-10 {
-            let angle = (schur[(i + 1, i)] - schur[(i, i + 1)]).atan2(schur[(i, i)] + schur[(i + 1, i + 1)]);
-            found.push(Block::Rotation { at: i, angle });
-            i += 2;
-        } else {
-            found.push(if schur[(i, i)] < 0.0 { Block::MinusOne { at: i } } else { Block::One });
-            i += 1;
+struct Plane {
+    v: DVector<f64>,
+    w: DVector<f64>,
+    angle: f64,
+}
+
+impl Turns {
+    /// The planes of an orthogonal `m`.
+    ///
+    /// Its symmetric part A and skew part K commute. An eigenspace of A holds the planes of one cosine, where K^T K has
+    /// the eigenvector v of a plane, and `K v = sin(angle) w`. Both problems are symmetric, which always has an answer;
+    /// QR iterations for a general Schur form need not end for an orthogonal matrix (all eigenvalues have one modulus).
+    fn of(m: &DMatrix<f64>) -> Self {
+        let (a, k) = ((m + m.transpose()) * 0.5, (m - m.transpose()) * 0.5);
+        let (cosines, vectors) = symmetric_eigen(&a);
+        let mut turns = Self { planes: Vec::new(), minus_ones: Vec::new() };
+        let mut start = 0;
+        for end in 1..=cosines.len() {
+            // Eigenvectors of neighbours that are nearer than this are mixed by rounding.
+            if end < cosines.len() && cosines[end] - cosines[end - 1] < 1e-7 {
+                continue;
+            }
+            turns.add_eigenspace(&a, &k, &vectors.columns(start, end - start).into_owned());
+            start = end;
+        }
+        turns
+    }
+
+    /// Splits an eigenspace of A, an orthonormal basis in columns, into planes.
+    fn add_eigenspace(&mut self, a: &DMatrix<f64>, k: &DMatrix<f64>, basis: &DMatrix<f64>) {
+        let kb = k * basis;
+        let (_, inner) = symmetric_eigen(&(kb.transpose() * &kb));
+        let mut left: Vec<DVector<f64>> = (basis * inner).column_iter().map(|c| c.into_owned()).collect();
+        while let Some(at) = (0..left.len()).max_by(|i, j| left[*i].norm().total_cmp(&left[*j].norm())) {
+            let v = left.swap_remove(at);
+            if v.norm() < 0.1 {
+                break; // what is left lies in the planes that were found
+            }
+            let v = v.normalize();
+            let kv = k * &v;
+            let (sine, cosine) = (kv.norm(), (a * &v).dot(&v));
+            let mut found = vec![v];
+            if sine > 1e-8 {
+                let w = kv / sine;
+                found.push(w.clone());
+                self.planes.push(Plane { v: found[0].clone(), w, angle: sine.atan2(cosine) });
+            } else if cosine < 0.0 {
+                self.minus_ones.push(found[0].clone());
+            }
+            for rest in &mut left {
+                for own in &found {
+                    let part = own.dot(rest);
+                    rest.axpy(-part, own, 1.0);
+                }
+            }
         }
     }
-    found
+
+    /// The planes, with pairs of eigenvalues -1 as half turns, and the eigenvector of -1 that has no partner.
+    fn paired(mut self) -> (Vec<Plane>, Option<DVector<f64>>) {
+        let mut single = None;
+        for w in std::mem::take(&mut self.minus_ones) {
+            match single.take() {
+                None => single = Some(w),
+                Some(v) => self.planes.push(Plane { v, w, angle: std::f64::consts::PI }),
+            }
+        }
+        (self.planes, single)
+    }
+}
+
+/// Eigenvalues, ascending, and eigenvectors in columns.
+fn symmetric_eigen(m: &DMatrix<f64>) -> (Vec<f64>, DMatrix<f64>) {
+    let (values, vectors) = to_tensor(m).linalg_eigh("L");
+    (Vec::try_from(values).unwrap_or_default(), to_matrix(&vectors))
 }
 
 /// The skew-symmetric logarithm of an orthogonal `m`; `None` if its determinant is -1.
 fn orthogonal_log(m: &DMatrix<f64>) -> Option<DMatrix<f64>> {
-    let (z, schur) = nalgebra::linalg::Schur::new(m.clone()).unpack();
+    let (planes, single) = Turns::of(m).paired();
     let mut log = DMatrix::zeros(m.nrows(), m.nrows());
-    let mut turn = |i: usize, j: usize, angle: f64| {
-        log[(i, j)] = -angle;
-        log[(j, i)] = angle;
-    };
-    let mut single = None;
-    for block in blocks(&schur) {
-        match block {
-            Block::One => {}
-            Block::Rotation { at, angle } => turn(at, at + 1, angle),
-            Block::MinusOne { at } => match single.take() {
-                None => single = Some(at),
-                Some(first) => turn(first, at, std::f64::consts::PI),
-            },
-        }
+    for Plane { v, w, angle } in planes {
+        let turn = w * v.transpose() * angle;
+        log += &turn - turn.transpose();
     }
-    single.is_none().then(|| &z * log * z.transpose())
+    single.is_none().then_some(log)
+}
+
+/// `m^s` for an orthogonal `m`, and whether one eigenvalue -1 had no partner.
+fn orthogonal_power(m: &DMatrix<f64>, s: f64) -> (DMatrix<f64>, bool) {
+    let (planes, single) = Turns::of(m).paired();
+    let mut power = DMatrix::identity(m.nrows(), m.nrows());
+    for Plane { v, w, angle } in planes {
+        let (sin, cos) = (s * angle).sin_cos();
+        let turn = &w * v.transpose() * sin;
+        power += (&v * v.transpose() + &w * w.transpose()) * (cos - 1.0) + &turn - turn.transpose();
+    }
+    if let Some(z) = &single {
+        power += z * z.transpose() * ((s * std::f64::consts::PI).cos() - 1.0);
+    }
+    (power, single.is_some())
 }
 
 /// Unit columns with `m = H_1 H_2 .. H_n`: each reflection turns one more column of what is left of the orthogonal `m`
@@ -241,38 +291,6 @@ fn householder_vectors(mut m: DMatrix<f64>) -> DMatrix<f64> {
         }
     }
     if vectors.is_empty() { DMatrix::zeros(k, 0) } else { DMatrix::from_columns(&vectors) }
-}
-
-/// `m^s` for an orthogonal `m`, and whether one eigenvalue -1 had no partner.
-fn orthogonal_power(m: &DMatrix<f64>, s: f64) -> (DMatrix<f64>, bool) {
-    let (z, schur) = nalgebra::linalg::Schur::new(m.clone()).unpack();
-    let mut power = DMatrix::identity(m.nrows(), m.nrows());
-    let mut minus_ones: Vec<usize> = Vec::new();
-    for block in blocks(&schur) {
-        match block {
-            Block::One => {}
-            Block::MinusOne { at } => minus_ones.push(at),
-            Block::Rotation { at, angle } => rotate(&mut power, at, at + 1, s * angle),
-        }
-    }
-    for pair in minus_ones.chunks_exact(2) {
-        rotate(&mut power, pair[0], pair[1], s * std::f64::consts::PI);
-    }
-    let left_over = minus_ones.len() % 2 == 1;
-    if left_over {
-        let last = minus_ones[minus_ones.len() - 1];
-        power[(last, last)] = (s * std::f64::consts::PI).cos();
-    }
-    (&z * power * z.transpose(), left_over)
-}
-
-/// Writes a rotation by `angle` into the plane of axes `i` and `j`.
-fn rotate(m: &mut DMatrix<f64>, i: usize, j: usize, angle: f64) {
-    let (sin, cos) = angle.sin_cos();
-    m[(i, i)] = cos;
-    m[(j, j)] = cos;
-    m[(i, j)] = -sin;
-    m[(j, i)] = sin;
 }
 
 fn to_matrix(t: &Tensor) -> DMatrix<f64> {
