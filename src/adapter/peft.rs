@@ -8,7 +8,8 @@
 use super::boft::BoftConfig;
 use super::lora::LoraConfig;
 use super::oft::{Coft, OftConfig};
-use super::peft_config::{Patterns, ReadConfig};
+use super::peft_config::ReadConfig;
+use super::peft_patterns::Patterns;
 use super::{Adapter, Boft, Dora, Hra, Lora, Method, Oft};
 use crate::error::{Error, Result};
 use crate::files;
@@ -17,7 +18,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
-pub use super::peft_config::{AdapterConfig, Bias, Exceptions};
+pub use super::peft_config::{AdapterConfig, Bias};
+pub use super::peft_patterns::Exceptions;
 
 /// File names in an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
