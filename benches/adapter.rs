@@ -118,7 +118,7 @@ fn dense_chain(frozen: &Frozen, x: &Tensor, v: &Tensor) -> Tensor {
 
 fn new_hra(weight: &Tensor) -> Hra {
     let config = HraConfig { rank: RANK, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false };
-    Hra::new(weight, config, 0)
+    Hra::new(weight, config, 0).unwrap()
 }
 
 fn vectors(adapter: &Hra) -> Tensor {

@@ -118,7 +118,7 @@ impl Cayley {
     pub fn angles(self, s: &Tensor) -> Vec<f64> {
         let s = s.detach().to_device(Device::Cpu).to_kind(Kind::Double);
         // In pairs, the largest first: every second one is a plane's.
-        let sigma = Tensor::linalg_svdvals(&s, "").slice(1, 0, s.size()[1] / 2 * 2, 2);
+        let sigma = s.svd(true, false).1.slice(1, 0, s.size()[1] / 2 * 2, 2);
         let (_, angle) = self.eigenvalue(&sigma);
         let mut angles: Vec<f64> = Vec::try_from(angle.abs().reshape([-1])).unwrap_or_default();
         angles.retain(|angle| *angle > 1e-12);
