@@ -87,13 +87,13 @@ impl Cayley {
             // Numerator and denominator commute, so the side of the solve does not matter.
             Self::Exact => Tensor::linalg_solve_ex(&(&eye + s), &(&eye - s), true, false).0,
             Self::Neumann(terms) => {
-                let mut sum = eye.unsqueeze(0).expand_as(s);
+                let mut sum = eye.unsqueeze(0).repeat([s.size()[0], 1, 1]);
                 let mut power = s.shallow_clone();
                 for (k, c) in neumann_coefficients(terms).into_iter().enumerate().skip(1) {
                     if k > 1 {
                         power = power.bmm(s);
                     }
-                    sum = sum + &power * c;
+                    sum += &power * c;
                 }
                 sum
             }
