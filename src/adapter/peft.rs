@@ -26,6 +26,9 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 /// See [`CONFIG_FILE`].
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
+/// The longest config that is read; PEFT's own have a few kilobytes.
+const MAX_CONFIG: u64 = 16 << 20;
+
 /// A whole adapter, read from a folder.
 pub struct AdapterFile {
     /// Its settings.
@@ -62,7 +65,7 @@ impl AdapterFile {
                 ),
             ));
         }
-        let text = files::read_to_string(&config_path)?;
+        let text = String::from_utf8_lossy(&files::read(&config_path, MAX_CONFIG)?).into_owned();
         let ReadConfig { mut config, patterns, mut notes } = ReadConfig::parse(&config_path, &text)?;
         let file = TensorFile::open(&dir.join(WEIGHTS_FILE))?;
         let metadata = file.text();
