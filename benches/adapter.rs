@@ -1,5 +1,5 @@
-//! Forward and backward of one square linear layer: without adapter, with LoRA, with our HRA, and with HRA as PEFT
-//! computes it. One thread, f32, on the CPU.
+//! Forward and backward of one square linear layer: without adapter, with each method, and with HRA as PEFT computes it.
+//! One thread, f32, on the CPU.
 //!
 //! ```text
 //! cargo bench --bench adapter
@@ -9,13 +9,19 @@
 //! computes the gradient of the layer's input too, as all layers but the first few of a network must.
 
 use divan::Bencher;
+use hra::adapter::blocks::{Cayley, Partition};
+use hra::adapter::boft::BoftConfig;
 use hra::adapter::hra::{Hra, HraConfig, HraInit};
-use hra::adapter::{Adapter, Frozen, Geometry};
+use hra::adapter::lora::{LoraConfig, LoraInit};
+use hra::adapter::oft::{Coft, OftConfig};
+use hra::adapter::{Adapter, Frozen, Geometry, Method};
 use std::fmt;
 use tch::{Device, Kind, Tensor};
 
 const OPTIONS: (Kind, Device) = (Kind::Float, Device::Cpu);
 const RANK: i64 = 8;
+/// Of OFT and BOFT, as in the papers' image experiments.
+const BLOCKS: i64 = 4;
 
 fn main() {
     tch::set_num_threads(1);
@@ -25,36 +31,72 @@ fn main() {
 
 /// How the layer is adapted.
 #[derive(Clone, Copy)]
-enum Method {
+enum How {
     Frozen,
     Lora(i64),
     Hra,
     DenseHra,
+    Dora,
+    Oft,
+    Boft,
+}
+
+impl How {
+    /// The method, where the layer has one of ours.
+    fn method(self) -> Option<Method> {
+        let lora = |rank, dora| {
+            Method::Lora(LoraConfig {
+                rank,
+                alpha: rank as f64,
+                rslora: false,
+                init: LoraInit::Gaussian,
+                dora,
+            })
+        };
+        let partition = Partition::Blocks(BLOCKS);
+        match self {
+            Self::Frozen | Self::DenseHra => None,
+            Self::Lora(rank) => Some(lora(rank, false)),
+            Self::Dora => Some(lora(RANK, true)),
+            Self::Hra => Some(Method::Hra(hra_config())),
+            Self::Oft => Some(Method::Oft(OftConfig {
+                partition,
+                cayley: Cayley::Exact,
+                coft: Coft::None,
+                block_share: false,
+            })),
+            Self::Boft => Some(Method::Boft(BoftConfig { partition, factors: 1 })),
+        }
+    }
 }
 
 /// The layer's input and adapter.
 #[derive(Clone, Copy)]
 struct Case {
     tokens: i64,
-    method: Method,
+    how: How,
 }
 
 /// divan sorts by these names, so they begin with what the table is to be sorted by.
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "{} tokens, ", self.tokens)?;
-        match self.method {
-            Method::Frozen => write!(f, "1 frozen"),
-            Method::Lora(rank) => write!(f, "2 LoRA r {rank}"),
-            Method::Hra => write!(f, "3 HRA r {RANK}"),
-            Method::DenseHra => write!(f, "4 HRA r {RANK} as in PEFT"),
+        match self.how {
+            How::Frozen => write!(f, "1 frozen"),
+            How::Lora(rank) => write!(f, "2 LoRA r {rank}"),
+            How::Hra => write!(f, "3 HRA r {RANK}"),
+            How::DenseHra => write!(f, "4 HRA r {RANK} as in PEFT"),
+            How::Dora => write!(f, "5 DoRA r {RANK}"),
+            How::Oft => write!(f, "6 OFT {BLOCKS} blocks"),
+            How::Boft => write!(f, "7 BOFT {BLOCKS} blocks"),
         }
     }
 }
 
 fn cases() -> Vec<Case> {
-    let methods = [Method::Frozen, Method::Lora(4), Method::Lora(8), Method::Hra, Method::DenseHra];
-    [77, 512, 2048].into_iter().flat_map(|tokens| methods.map(|method| Case { tokens, method })).collect()
+    let all =
+        [How::Frozen, How::Lora(4), How::Lora(8), How::Hra, How::DenseHra, How::Dora, How::Oft, How::Boft];
+    [77, 512, 2048].into_iter().flat_map(|tokens| all.map(|how| Case { tokens, how })).collect()
 }
 
 /// A text prompt's 77 tokens, and the pixels of feature maps, at the widths of Stable Diffusion 1.5.
@@ -66,25 +108,19 @@ fn layer<const WIDTH: i64>(bencher: Bencher, case: Case) {
     let frozen = Frozen { weight: &weight, bias: Some(&bias), geometry: Geometry::Linear };
     let x = random(&[1, case.tokens, WIDTH]).set_requires_grad(true);
     let grad_y = random(&[1, case.tokens, WIDTH]);
-    let (forward, trained): (Forward, Vec<Tensor>) = match case.method {
-        Method::Frozen => (Box::new(|frozen, x| frozen.forward(x)), Vec::new()),
-        Method::Lora(rank) => {
-            let down = random(&[rank, WIDTH]).set_requires_grad(true);
-            let up = random(&[WIDTH, rank]).set_requires_grad(true);
-            let trained = vec![down.shallow_clone(), up.shallow_clone()];
-            (Box::new(move |frozen, x| lora(frozen, x, &down, &up)), trained)
-        }
-        Method::Hra => {
-            let mut adapter = new_hra(&weight);
-            adapter.replace_parameters(&mut |v| v.detach().set_requires_grad(true));
-            let trained = adapter.parameters().into_iter().map(|(_, v)| v).collect();
+    let (forward, trained): (Forward, Vec<Tensor>) = match case.how.method() {
+        Some(method) => {
+            let mut adapter = method.start(&weight, 0).unwrap();
+            adapter.replace_parameters(&mut |t| t.detach().set_requires_grad(true));
+            let trained = adapter.parameters().into_iter().map(|(_, t)| t).collect();
             (Box::new(move |frozen, x| adapter.forward(frozen, x)), trained)
         }
-        Method::DenseHra => {
+        None if matches!(case.how, How::DenseHra) => {
             let v = vectors(&new_hra(&weight)).set_requires_grad(true);
             let trained = vec![v.shallow_clone()];
             (Box::new(move |frozen, x| dense_chain(frozen, x, &v)), trained)
         }
+        None => (Box::new(|frozen, x| frozen.forward(x)), Vec::new()),
     };
     let mut inputs = vec![x.shallow_clone()];
     inputs.extend(trained);
@@ -97,11 +133,6 @@ fn layer<const WIDTH: i64>(bencher: Bencher, case: Case) {
 }
 
 type Forward = Box<dyn Fn(&Frozen, &Tensor) -> Tensor>;
-
-/// `y = x W^T + b + (x A^T) B^T`, A `(r, d_in)`, B `(d_out, r)` (LoRA, arXiv 2106.09685, eq. 3, with alpha = r).
-fn lora(frozen: &Frozen, x: &Tensor, down: &Tensor, up: &Tensor) -> Tensor {
-    frozen.forward(x) + x.linear(down, None::<Tensor>).linear(up, None::<Tensor>)
-}
 
 /// HRA with the `d_in x d_in` matrix of PEFT 0.21: the reflections one after another on a dense identity, the identity of
 /// the adapters before this one times that, the weight times that, and then the layer.
@@ -116,9 +147,12 @@ fn dense_chain(frozen: &Frozen, x: &Tensor, v: &Tensor) -> Tensor {
     frozen.apply(x, &frozen.weight.matmul(&all), frozen.bias)
 }
 
+fn hra_config() -> HraConfig {
+    HraConfig { rank: RANK, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false }
+}
+
 fn new_hra(weight: &Tensor) -> Hra {
-    let config = HraConfig { rank: RANK, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false };
-    Hra::new(weight, config, 0)
+    Hra::new(weight, hra_config(), 0).unwrap()
 }
 
 fn vectors(adapter: &Hra) -> Tensor {

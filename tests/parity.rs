@@ -1,15 +1,19 @@
-//! The networks and HRA against Python diffusers, transformers and PEFT, on stored reference cases (f32, CPU).
+//! The networks and all adapters against Python diffusers, transformers and PEFT, on stored reference cases (f32, CPU).
 
 mod support;
 
 use hra::StableDiffusion;
-use hra::adapter::Reflections;
+use hra::adapter::Method;
+use hra::adapter::lora::LoraConfig;
 use hra::adapter::peft::AdapterFile;
 use hra::model::attach;
+use hra::model::fixed::attach_fixed;
 use hra::model::layers::Layers;
+use hra::model::loaded::LoadedAdapter;
 use hra::noise::NoiseSchedule;
 use hra::optim::{AdamW, AdamWConfig, clip};
 use hra::train::loss::{Batch, training_loss};
+use std::collections::BTreeSet;
 use support::{Case, cases, relative_error};
 use tch::{Device, Kind, Tensor};
 
@@ -54,17 +58,32 @@ fn unet_and_vae_give_the_same_tensors() {
     }
 }
 
+/// Adapters of a case by the names of their folders, of which expectations named `NAME.{what}` are stored.
+fn adapters(case: &Case, what: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(&case.dir).unwrap().map(|entry| entry.unwrap().path());
+    let folders = entries.filter(|path| path.join("adapter_config.json").is_file());
+    let mut names: Vec<String> =
+        folders.map(|path| path.file_name().unwrap().to_string_lossy().into_owned()).collect();
+    names.retain(|name| case.has(&format!("{name}.{what}")));
+    names.sort();
+    names
+}
+
+fn fixed(case: &Case, adapter: &str) -> Vec<(LoadedAdapter, f64)> {
+    vec![(LoadedAdapter::read(&case.dir.join(adapter)).unwrap(), 1.0)]
+}
+
 #[test]
-fn hra_gives_the_same_output_loss_and_gradients() {
+fn adapters_give_the_same_output_loss_and_gradients() {
+    let mut methods = BTreeSet::new();
     for case in cases() {
-        for adapter in ["hra-r4", "hra-r3", "hra-r4-gs", "hra-r4-bias", "hra-r4-conv"] {
-            if !case.has(&format!("{adapter}.out")) {
-                continue;
-            }
+        for adapter in adapters(&case, "out") {
             let mut model = load(&case);
-            let file = AdapterFile::read(&case.dir.join(adapter)).unwrap();
-            assert!(file.unused.is_empty());
-            assert_eq!(attach::attach_trained(&mut model.unet, &file).unwrap(), file.layers.len());
+            let file = AdapterFile::read(&case.dir.join(&adapter)).unwrap();
+            methods.insert(file.config.method.name());
+            assert!(file.unused.is_empty(), "{adapter}: {:?}", file.unused);
+            let layers = file.layers.len();
+            assert_eq!(attach::attach_trained(&mut model.unet, file).unwrap(), layers);
             let parameters = attach::pack_parameters(&mut model.unet);
             let out = unet_call(&case, &model);
             case.check(&format!("{adapter}.out"), &out, 1e-5);
@@ -73,61 +92,75 @@ fn hra_gives_the_same_output_loss_and_gradients() {
             loss.backward();
             let prefix = format!("{adapter}.grad.base_model.model.");
             let mut compared = 0;
-            for (name, tensor) in parameters.views() {
-                let live = if name.ends_with("hra_u") { format!("{name}.default") } else { name.clone() };
-                let key = format!("{prefix}{live}");
-                if case.has(&key) {
-                    case.check(&key, &tensor.grad(), 2e-5);
-                    compared += 1;
-                }
+            for key in case.expected.names().iter().filter(|key| key.starts_with(&prefix)) {
+                // PEFT's names in a live model have the adapter's name in them, and DoRA's vector is a module there.
+                let name = key[prefix.len()..].replace(".default", "");
+                let name = name.replace("magnitude_vector.weight", "magnitude_vector");
+                let (_, tensor) = parameters
+                    .views()
+                    .iter()
+                    .find(|(ours, _)| *ours == name)
+                    .unwrap_or_else(|| panic!("{} {adapter}: nothing trains {name}", case.name));
+                let grad = tensor.grad();
+                case.check(key, &grad.reshape(&case.get(key).size()[..]), 2e-5);
+                compared += 1;
             }
-            assert!(compared >= 8, "{} {adapter}: only {compared} gradients compared", case.name);
+            assert!(compared >= 4, "{} {adapter}: only {compared} gradients compared", case.name);
         }
+    }
+    for method in ["hra", "lora", "dora", "oft", "coft", "boft"] {
+        assert!(methods.contains(method), "no case has an adapter of {method}");
     }
 }
 
 #[test]
-fn merged_and_folded_weights_give_what_peft_merges() {
+fn merged_and_fixed_weights_give_what_peft_merges() {
     for case in cases() {
-        for adapter in ["hra-r4", "hra-r3", "hra-r4-gs", "hra-r4-bias", "hra-r4-conv"] {
-            if !case.has(&format!("{adapter}.merged.out")) {
-                continue;
-            }
+        for adapter in adapters(&case, "merged.out") {
             let mut model = load(&case);
-            let file = AdapterFile::read(&case.dir.join(adapter)).unwrap();
+            let file = AdapterFile::read(&case.dir.join(&adapter)).unwrap();
+            let mut compared = 0;
             for layer in model.unet.layers_mut() {
                 let key = format!("{adapter}.merged.{}.weight", layer.name);
                 if case.has(&key) {
-                    let h =
-                        Reflections::from_vectors(&file.layers[&layer.name].hra_u, file.config.gram_schmidt);
-                    let merged = h.merge(&layer.matrix());
+                    let weight = layer.matrix().to_kind(Kind::Double);
+                    let change = |w: &Tensor, s: f64| file.layers[&layer.name].change(w, s).form.merged(w);
+                    let merged = change(&weight, 1.0);
                     case.check(&key, &merged.reshape(&case.get(&key).size()[..]), 1e-5);
-                    let back = h.inverse().merge(&merged);
-                    assert!(relative_error(&back, &layer.matrix()) < 1e-5, "the inverse undoes it");
+                    if matches!(
+                        file.config.method,
+                        Method::Hra(_) | Method::Lora(LoraConfig { dora: false, .. })
+                    ) {
+                        let back = change(&merged, -1.0);
+                        assert!(relative_error(&back, &weight) < 1e-9, "{adapter}: strength -1 undoes it");
+                    }
+                    compared += 1;
                 }
             }
-            let reports = attach::attach_fixed(&mut model.unet, &[(case.dir.join(adapter), 1.0)]).unwrap();
-            assert_eq!(reports[0].layers, file.layers.len());
-            assert!(reports[0].unused.is_empty());
-            let _guard = tch::no_grad_guard();
-            case.check(&format!("{adapter}.merged.out"), &unet_call(&case, &model), 1e-5);
+            assert!(compared > 0, "{} {adapter}: no merged weight compared", case.name);
+            for keep_base in [true, false] {
+                let mut model = load(&case);
+                let reports = attach_fixed(&mut model.unet, fixed(&case, &adapter), keep_base).unwrap();
+                assert_eq!(reports[0].layers, file.layers.len());
+                assert!(reports[0].unused.is_empty());
+                let _guard = tch::no_grad_guard();
+                case.check(&format!("{adapter}.merged.out"), &unet_call(&case, &model), 1e-5);
+            }
         }
     }
 }
 
 #[test]
-fn hra_on_the_text_encoder_gives_the_same_states() {
+fn adapters_of_the_text_encoder_give_the_same_states() {
     for case in cases() {
-        if !case.has("text-hra-r4.hidden") {
-            continue;
+        for adapter in adapters(&case, "hidden") {
+            let mut model = load(&case);
+            let reports = attach_fixed(&mut model.text_encoder, fixed(&case, &adapter), false).unwrap();
+            assert!(reports[0].unused.is_empty());
+            let json = case.json();
+            let (states, _) = model.encode_prompts(&[json["prompts"][0].as_str().unwrap()]).unwrap();
+            case.check(&format!("{adapter}.hidden"), &states, 1e-5);
         }
-        let mut model = load(&case);
-        let adapters = [(case.dir.join("text-hra-r4"), 1.0)];
-        let reports = attach::attach_fixed(&mut model.text_encoder, &adapters).unwrap();
-        assert!(reports[0].unused.is_empty());
-        let json = case.json();
-        let (states, _) = model.encode_prompts(&[json["prompts"][0].as_str().unwrap()]).unwrap();
-        case.check("text-hra-r4.hidden", &states, 1e-5);
     }
 }
 
@@ -139,7 +172,7 @@ fn three_training_steps_are_the_same() {
         }
         let mut model = load(&case);
         let file = AdapterFile::read(&case.dir.join("hra-r4")).unwrap();
-        attach::attach_trained(&mut model.unet, &file).unwrap();
+        attach::attach_trained(&mut model.unet, file).unwrap();
         let mut parameters = attach::pack_parameters(&mut model.unet);
         for (name, view) in parameters.views() {
             let _guard = tch::no_grad_guard();

@@ -87,13 +87,13 @@ impl Cayley {
             // Numerator and denominator commute, so the side of the solve does not matter.
             Self::Exact => Tensor::linalg_solve_ex(&(&eye + s), &(&eye - s), true, false).0,
             Self::Neumann(terms) => {
-                let mut sum = eye.unsqueeze(0).expand_as(s);
+                let mut sum = eye.unsqueeze(0).repeat([s.size()[0], 1, 1]);
                 let mut power = s.shallow_clone();
                 for (k, c) in neumann_coefficients(terms).into_iter().enumerate().skip(1) {
                     if k > 1 {
                         power = power.bmm(s);
                     }
-                    sum = sum + &power * c;
+                    sum += &power * c;
                 }
                 sum
             }
@@ -136,7 +136,7 @@ impl Cayley {
     pub fn angles(self, s: &Tensor) -> Vec<f64> {
         let s = s.detach().to_device(Device::Cpu).to_kind(Kind::Double);
         // In pairs, the largest first: every second one is a plane's.
-        let sigma = Tensor::linalg_svdvals(&s, "").slice(1, 0, s.size()[1] / 2 * 2, 2);
+        let sigma = s.svd(true, false).1.slice(1, 0, s.size()[1] / 2 * 2, 2);
         let (_, angle) = self.eigenvalue(&sigma);
         let mut angles: Vec<f64> = Vec::try_from(angle.abs().reshape([-1])).unwrap_or_default();
         angles.retain(|angle| *angle > 1e-12);

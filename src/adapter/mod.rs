@@ -11,7 +11,7 @@
 //! - [`reflections`]: the algebra of fixed products of reflections: strength, chains, how far they turn;
 //! - [`combine`]: several adapters as one;
 //! - [`target`]: which layers are adapted, by PEFT's rules;
-//! - [`peft`], [`peft_config`]: PEFT's `adapter_model.safetensors` and `adapter_config.json`.
+//! - [`peft`], [`peft_config`], `peft_patterns`: PEFT's `adapter_model.safetensors` and `adapter_config.json`.
 
 pub mod blocks;
 pub mod boft;
@@ -24,6 +24,7 @@ pub mod method;
 pub mod oft;
 pub mod peft;
 pub mod peft_config;
+mod peft_patterns;
 pub mod reflections;
 pub mod target;
 

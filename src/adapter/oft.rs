@@ -176,7 +176,9 @@ impl Adapter for Oft {
 
     fn project(&self) {
         if let Coft::Paper { eps } = self.config.coft {
-            self.shrink(paper_radius(eps, self.upper.size()[0], self.b));
+            // one shared block counts as one
+            let blocks = self.upper.size()[0] as f64;
+            self.shrink(eps * (self.b * self.b) as f64 / blocks.sqrt());
         }
     }
 
@@ -202,9 +204,4 @@ impl Adapter for Oft {
             Vec::new()
         }
     }
-}
-
-/// The radius of the paper's code, `eps b^2 / sqrt(blocks)`; one shared block counts as one.
-pub fn paper_radius(eps: f64, blocks: i64, b: i64) -> f64 {
-    eps * (b * b) as f64 / (blocks as f64).sqrt()
 }

@@ -8,7 +8,8 @@
 use super::boft::BoftConfig;
 use super::lora::LoraConfig;
 use super::oft::{Coft, OftConfig};
-use super::peft_config::{Patterns, ReadConfig};
+use super::peft_config::ReadConfig;
+use super::peft_patterns::Patterns;
 use super::{Adapter, Boft, Dora, Hra, Lora, Method, Oft};
 use crate::error::{Error, Result};
 use crate::files;
@@ -17,12 +18,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
-pub use super::peft_config::{AdapterConfig, Bias, Exceptions};
+pub use super::peft_config::{AdapterConfig, Bias};
+pub use super::peft_patterns::Exceptions;
 
 /// File names in an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// See [`CONFIG_FILE`].
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// The longest config that is read; PEFT's own have a few kilobytes.
+const MAX_CONFIG: u64 = 16 << 20;
 
 /// A whole adapter, read from a folder.
 pub struct AdapterFile {
@@ -60,7 +65,7 @@ impl AdapterFile {
                 ),
             ));
         }
-        let text = files::read_to_string(&config_path)?;
+        let text = String::from_utf8_lossy(&files::read(&config_path, MAX_CONFIG)?).into_owned();
         let ReadConfig { mut config, patterns, mut notes } = ReadConfig::parse(&config_path, &text)?;
         let file = TensorFile::open(&dir.join(WEIGHTS_FILE))?;
         let metadata = file.text();

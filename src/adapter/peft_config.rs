@@ -9,9 +9,9 @@ use super::boft::BoftConfig;
 use super::hra::{HraConfig, HraInit};
 use super::lora::{LoraConfig, LoraInit};
 use super::oft::{Coft, OftConfig};
+use super::peft_patterns::{Exceptions, Patterns};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
 use std::path::Path;
 
 /// PEFT release whose files these are.
@@ -47,22 +47,6 @@ pub struct AdapterConfig {
     pub base_model: Option<String>,
     /// LoRA: layers whose rank or alpha is not the method's.
     pub exceptions: Exceptions,
-}
-
-/// Layers of a LoRA, by name, that have another rank or alpha than most: PEFT's `rank_pattern` and `alpha_pattern`.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Exceptions {
-    /// r.
-    pub rank: BTreeMap<String, i64>,
-    /// alpha.
-    pub alpha: BTreeMap<String, f64>,
-}
-
-/// `rank_pattern` and `alpha_pattern` as they stand in a file, in its order, of which the first that matches counts.
-#[derive(Debug, Default)]
-pub(super) struct Patterns {
-    rank: Vec<(String, i64)>,
-    alpha: Vec<(String, f64)>,
 }
 
 /// A config that was read, and what its reader should know beside it.
@@ -442,28 +426,11 @@ impl Fields<'_> {
         Method::Boft(BoftConfig { partition, factors })
     }
 
-    /// Read once more from the text: a JSON object here forgets the order of its keys.
     fn patterns(&mut self, text: &str) -> Patterns {
-        #[derive(serde::Deserialize)]
-        struct Both {
-            rank_pattern: Option<Ordered<i64>>,
-            alpha_pattern: Option<Ordered<f64>>,
-        }
-        let both: Both = match serde_json::from_str(text) {
-            Ok(both) => both,
-            Err(e) => {
-                self.problems.push(format!(
-                    "rank_pattern, alpha_pattern: expected numbers by patterns of layer names, found {e}"
-                ));
-                return Patterns::default();
-            }
-        };
-        let rank = both.rank_pattern.map(|o| o.0).unwrap_or_default();
-        let alpha = both.alpha_pattern.map(|o| o.0).unwrap_or_default();
-        if let Some((key, r)) = rank.iter().find(|(_, r)| *r < 1) {
-            self.problems.push(format!("rank_pattern: expected positive numbers, found {r} for `{key}`"));
-        }
-        Patterns { rank, alpha }
+        Patterns::parse(text).unwrap_or_else(|problem| {
+            self.problems.push(problem);
+            Patterns::default()
+        })
     }
 }
 
@@ -472,67 +439,4 @@ fn since_0_18(version: &str) -> bool {
     let mut numbers = version.split('.').map(|part| part.parse::<u32>().ok());
     let release = (numbers.next().flatten(), numbers.next().flatten());
     matches!(release, (Some(major), Some(minor)) if (major, minor) >= (0, 18))
-}
-
-impl Patterns {
-    /// What the patterns say of these layers, by PEFT's rule: a key must match the name's end, after a dot or at its start
-    /// (`get_pattern_key`). Errors: keys that are no regular expressions.
-    pub(super) fn resolve(&self, layers: &[String]) -> std::result::Result<Exceptions, Vec<String>> {
-        let mut problems = Vec::new();
-        let rank = first_matches("rank_pattern", &self.rank, layers, &mut problems);
-        let alpha = first_matches("alpha_pattern", &self.alpha, layers, &mut problems);
-        if problems.is_empty() { Ok(Exceptions { rank, alpha }) } else { Err(problems) }
-    }
-}
-
-fn first_matches<T: Copy>(
-    field: &str,
-    patterns: &[(String, T)],
-    layers: &[String],
-    problems: &mut Vec<String>,
-) -> BTreeMap<String, T> {
-    let mut found = BTreeMap::new();
-    for (key, value) in patterns {
-        // One at a time and with a limit: a hostile file may hold many large ones.
-        let regex = regex::RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(1 << 20).build();
-        match regex {
-            Ok(regex) => {
-                for layer in layers.iter().filter(|layer| regex.is_match(layer)) {
-                    found.entry(layer.clone()).or_insert(*value);
-                }
-            }
-            Err(_) => {
-                problems.push(format!("{field}: `{key}` is not a regular expression that is understood"))
-            }
-        }
-    }
-    found
-}
-
-/// The entries of a JSON object in their order.
-struct Ordered<T>(Vec<(String, T)>);
-
-impl<'de, T: serde::Deserialize<'de>> serde::Deserialize<'de> for Ordered<T> {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct Entries<T>(std::marker::PhantomData<T>);
-        impl<'de, T: serde::Deserialize<'de>> serde::de::Visitor<'de> for Entries<T> {
-            type Value = Ordered<T>;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<A: serde::de::MapAccess<'de>>(
-                self,
-                mut map: A,
-            ) -> std::result::Result<Self::Value, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
-                }
-                Ok(Ordered(entries))
-            }
-        }
-        deserializer.deserialize_map(Entries(std::marker::PhantomData))
-    }
 }

@@ -1,0 +1,97 @@
+//! `rank_pattern` and `alpha_pattern` of PEFT's LoRA config: layers with another rank or alpha, by patterns of their names.
+
+use std::collections::BTreeMap;
+
+/// Layers of a LoRA, by name, that have another rank or alpha than most: PEFT's `rank_pattern` and `alpha_pattern`.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Exceptions {
+    /// r.
+    pub rank: BTreeMap<String, i64>,
+    /// alpha.
+    pub alpha: BTreeMap<String, f64>,
+}
+
+/// The patterns as they stand in a file, in its order, of which the first that matches counts.
+#[derive(Debug, Default)]
+pub(super) struct Patterns {
+    rank: Vec<(String, i64)>,
+    alpha: Vec<(String, f64)>,
+}
+
+impl Patterns {
+    /// From the text of a config: a JSON object of serde_json forgets the order of its keys. Errors: what was expected.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        #[derive(serde::Deserialize)]
+        struct Both {
+            rank_pattern: Option<Ordered<i64>>,
+            alpha_pattern: Option<Ordered<f64>>,
+        }
+        let both: Both = serde_json::from_str(text).map_err(|e| {
+            format!("rank_pattern, alpha_pattern: expected numbers by patterns of layer names, found {e}")
+        })?;
+        let rank = both.rank_pattern.map(|o| o.0).unwrap_or_default();
+        let alpha = both.alpha_pattern.map(|o| o.0).unwrap_or_default();
+        match rank.iter().find(|(_, r)| *r < 1) {
+            Some((key, r)) => Err(format!("rank_pattern: expected positive numbers, found {r} for `{key}`")),
+            None => Ok(Self { rank, alpha }),
+        }
+    }
+
+    /// What the patterns say of these layers, by PEFT's rule: a key must match the name's end, after a dot or at its start
+    /// (`get_pattern_key`). Errors: keys that are no regular expressions.
+    pub(super) fn resolve(&self, layers: &[String]) -> Result<Exceptions, Vec<String>> {
+        let mut problems = Vec::new();
+        let rank = first_matches("rank_pattern", &self.rank, layers, &mut problems);
+        let alpha = first_matches("alpha_pattern", &self.alpha, layers, &mut problems);
+        if problems.is_empty() { Ok(Exceptions { rank, alpha }) } else { Err(problems) }
+    }
+}
+
+fn first_matches<T: Copy>(
+    field: &str,
+    patterns: &[(String, T)],
+    layers: &[String],
+    problems: &mut Vec<String>,
+) -> BTreeMap<String, T> {
+    let mut found = BTreeMap::new();
+    for (key, value) in patterns {
+        // One at a time and with a limit: a hostile file may hold many large ones.
+        let regex = regex::RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(1 << 20).build();
+        match regex {
+            Ok(regex) => {
+                for layer in layers.iter().filter(|layer| regex.is_match(layer)) {
+                    found.entry(layer.clone()).or_insert(*value);
+                }
+            }
+            Err(_) => {
+                problems.push(format!("{field}: `{key}` is not a regular expression that is understood"))
+            }
+        }
+    }
+    found
+}
+
+/// The entries of a JSON object in their order.
+struct Ordered<T>(Vec<(String, T)>);
+
+impl<'de, T: serde::Deserialize<'de>> serde::Deserialize<'de> for Ordered<T> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries<T>(std::marker::PhantomData<T>);
+        impl<'de, T: serde::Deserialize<'de>> serde::de::Visitor<'de> for Entries<T> {
+            type Value = Ordered<T>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Ordered(entries))
+            }
+        }
+        deserializer.deserialize_map(Entries(std::marker::PhantomData))
+    }
+}
