@@ -1,4 +1,4 @@
-"""Random small Stable Diffusion folders, random PEFT HRA adapters for them, and what Python makes of both.
+"""Random small Stable Diffusion folders, random PEFT adapters of every method for them, and what Python makes of both.
 
 The folders have the two layouts of published models. `sd15`: PNDM, epsilon, one number of heads, convolutional
 projections, a padding token that is the end token, `tokenizer.json`. `sd21`: DDIM, v-prediction, heads per level, linear
@@ -27,7 +27,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
-from peft import HRAConfig, PeftModel, get_peft_model
+from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from peft.tuners.boft import layer as boft
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -35,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 for library in (diffusers_logging, transformers_logging):
     library.set_verbosity_error()
     library.disable_progress_bar()
+boft.get_fbd_cuda = lambda: None  # PEFT tries to compile it for every layer, in vain without CUDA
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
@@ -66,6 +68,39 @@ ADAPTERS = {
     "r4-regex": dict(r=4, targets=r".*attn2\.to_[qkv]"),
     "text-r4": dict(r=4, targets=["q_proj", "k_proj", "v_proj", "out_proj"]),
 }
+
+LAYERS = CONVOLUTIONS + ["proj_out"]
+TEXT_ATTENTION = ADAPTERS["text-r4"]["targets"]
+NEUMANN = dict(method=OFTConfig, r=0, oft_block_size=8)
+EXACT = NEUMANN | dict(use_cayley_neumann=False)
+# Every method as PEFT writes it. Blocks of 8 and 4 blocks divide every width of the cases. PEFT's eps in COFT is a radius that
+# shortens about half the blocks (b = 8, so that |S| is about 0.75 before, and the radius eps over the root of their number).
+METHODS = {
+    "lora": dict(method=LoraConfig, r=4, lora_alpha=8),
+    "lora-rs": dict(method=LoraConfig, r=4, lora_alpha=3, use_rslora=True),
+    "lora-bias": dict(method=LoraConfig, r=2, lora_alpha=2, bias="lora_only"),
+    "lora-layers": dict(
+        method=LoraConfig, r=4, lora_alpha=8, targets=LAYERS,
+        rank_pattern={"conv1": 2, r"attn2\.to_[kv]": 3}, alpha_pattern={"proj_in": 1, "conv1": 6, r"up_blocks.*\.to_q": 12.5}),
+    "dora": dict(method=LoraConfig, r=2, lora_alpha=3, use_dora=True),
+    "dora-layers": dict(method=LoraConfig, r=2, lora_alpha=2, use_dora=True, targets=LAYERS),
+    "oft": NEUMANN,
+    "oft-exact": EXACT,
+    "oft-blocks": EXACT | dict(r=4, oft_block_size=0),
+    "oft-shared": NEUMANN | dict(block_share=True),
+    "oft-layers": EXACT | dict(targets=LAYERS),
+    "coft": NEUMANN | dict(coft=True, eps=2.0),
+    "coft-exact": EXACT | dict(coft=True, eps=2.0),
+    "boft": dict(method=BOFTConfig, boft_block_size=8),
+    "boft-blocks": dict(method=BOFTConfig, boft_block_size=0, boft_block_num=4),
+    "boft-layers": dict(method=BOFTConfig, boft_block_size=4, targets=LAYERS),
+    "boft-all": dict(method=BOFTConfig, boft_block_size=4, bias="all"),
+    "hra-all": dict(r=4, bias="all"),
+    "text-lora": dict(method=LoraConfig, r=4, lora_alpha=6, targets=TEXT_ATTENTION + ["fc1"]),
+    "text-oft": EXACT | dict(targets=TEXT_ATTENTION),
+}
+# PEFT's OFT on a convolution of 3 x 3, before it is merged, is not W R^T: it unfolds the input without its padding and sums overlaps.
+MERGED_ONLY = ["oft-layers"]
 
 SPREAD = {"timestep_spacing": "linspace"}
 KARRAS = {"timestep_spacing": "linspace", "use_karras_sigmas": True}
@@ -248,22 +283,44 @@ def load(folder, variant=""):
     return pipe
 
 
-def make_adapter(part, folder, seed, targets=ATTENTION, bias="none", **settings):
-    """Save a random HRA adapter for `part` with PEFT (which leaves it wrapped: throw it away). Returns the folder."""
+def make_adapter(part, folder, seed, targets=ATTENTION, bias="none", method=HRAConfig, **settings):
+    """Save a random adapter for `part` with PEFT (which leaves it wrapped: throw it away). Returns the folder."""
     torch.manual_seed(seed)
-    config = HRAConfig(target_modules=targets, init_weights=False, bias=bias, **settings)
-    model = get_peft_model(part, config)
-    if bias != "none":
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and name.endswith("bias"):
-                    parameter += 0.2 * torch.randn(parameter.shape)
+    start = {"init_lora_weights" if method is LoraConfig else "init_weights": False}
+    model = get_peft_model(part, method(target_modules=targets, bias=bias, **start, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.endswith("bias"):
+                parameter += 0.2 * torch.randn(parameter.shape)
+            if ".lora_magnitude_vector." in name:  # or else it is the norm, and the factor 1
+                parameter *= 1 + 0.2 * torch.randn(parameter.shape)
     model.save_pretrained(folder)
     return folder
 
 
 def with_adapter(pipe, folder, part="unet"):
     setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), folder).eval())
+    return pipe
+
+
+def adapted(case, model, *adapters):
+    """The pipeline of `model` with adapters; each says itself which part it is for."""
+    pipe = load(model, case.variant)
+    for folder in adapters:
+        with_adapter(pipe, folder, "text_encoder" if is_text(folder) else "unet")
+    return pipe
+
+
+def is_text(folder):
+    mapping = json.loads((pathlib.Path(folder) / "adapter_config.json").read_text())["auto_mapping"]
+    return "CLIPText" in mapping["base_model_class"]
+
+
+def merge(pipe):
+    """Takes the adapters of `with_adapter` into the weights."""
+    for part in ("unet", "text_encoder"):
+        if isinstance(getattr(pipe, part), PeftModel):
+            setattr(pipe, part, getattr(pipe, part).merge_and_unload())
     return pipe
 
 
@@ -297,3 +354,13 @@ def relative(found, reference):
     """Norm of the difference over norm of the reference."""
     found, reference = found.double(), reference.double()
     return float((found - reference).norm() / reference.norm())
+
+
+# What tests of adapters draw: two DDIM steps stand for one call of the UNet, which the binary does not offer.
+PROMPT, NEGATIVE = "a fluent 3d emoji of a sks cat face on a blue background", "a red apple!"
+
+
+def two_steps(pipe, noise):
+    """Latents of diffusers; `hra sample` gives the same with the words of the fixture `draw`."""
+    height, width = (side * pipe.vae_scale_factor for side in noise.shape[2:])
+    return sample(pipe, "ddim", PROMPT, NEGATIVE, height=height, width=width, noise=noise, steps=2, guidance=4.0)

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import cases
 
@@ -28,6 +29,22 @@ def hra():
     return call
 
 
+@pytest.fixture
+def draw(hra, tmp_path):
+    """model, unit noise, values of --adapter -> what `hra sample` makes of two DDIM steps (cases.two_steps)."""
+
+    def call(model, noise, *adapters, factor, words=()):
+        save_file({"latents": noise}, tmp_path / "noise.safetensors")
+        height, width = (side * factor for side in noise.shape[2:])
+        hra("sample", "--model", model, "--prompt", cases.PROMPT, "--negative-prompt", cases.NEGATIVE, "--scheduler", "ddim",
+            "--steps", 2, "--guidance", 4, "--height", height, "--width", width, "--latents", tmp_path / "noise.safetensors",
+            "--save-latents", tmp_path / "latents.safetensors", "--output", tmp_path / "pictures", *words,
+            *(word for adapter in adapters for word in ("--adapter", adapter)))
+        return load_file(tmp_path / "latents.safetensors")["latents"]
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """case -> its folder."""
@@ -43,7 +60,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory, folder):
-    """case, name of cases.ADAPTERS -> a folder that PEFT saved."""
+    """case, name of cases.ADAPTERS or cases.METHODS -> a folder that PEFT saved."""
     made = {}
 
     def get(case, name):
@@ -51,7 +68,8 @@ def adapter(tmp_path_factory, folder):
             pipe = cases.load(folder(case), case.variant)
             part = pipe.text_encoder if name.startswith("text") else pipe.unet
             made[case.name, name] = cases.make_adapter(
-                part, tmp_path_factory.mktemp(f"{case.name}-{name}"), case.seed + 7, **cases.ADAPTERS[name])
+                part, tmp_path_factory.mktemp(f"{case.name}-{name}"), case.seed + 7,
+                **(cases.ADAPTERS | cases.METHODS)[name])
         return made[case.name, name]
 
     return get
