@@ -25,9 +25,12 @@ pub enum Method {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Args)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Stable Diffusion folder to start from
-    #[arg(long, alias = "model", value_name = "DIR", default_value = "", value_parser = any_path, hide_default_value = true, help_heading = "Model and output")]
+    /// Stable Diffusion folder or checkpoint file (.safetensors) to start from
+    #[arg(long, alias = "model", value_name = "DIR|FILE", default_value = "", value_parser = any_path, hide_default_value = true, help_heading = "Model and output")]
     pub pretrained_model_name_or_path: PathBuf,
+    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json
+    #[arg(long, value_name = "DIR", help_heading = "Model and output")]
+    pub model_config: Option<PathBuf>,
     /// Run folder: adapter, metrics, previews and checkpoints go there and nowhere else
     #[arg(
         long,
@@ -276,6 +279,7 @@ impl TrainConfig {
             Ok::<(), Error>(())
         };
         absolute(&mut self.pretrained_model_name_or_path)?;
+        self.model_config.as_mut().map_or(Ok(()), absolute)?;
         absolute(&mut self.output_dir)?;
         absolute(&mut self.instance_data_dir)?;
         self.class_data_dir.as_mut().map_or(Ok(()), absolute)?;

@@ -1,11 +1,13 @@
-//! A whole model folder: `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`.
+//! A whole model: a folder with `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `tokenizer/` and `scheduler/`, or
+//! one checkpoint file.
 
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::layers::{Layer, Layers};
+use crate::model::source::Source;
 use crate::model::{UNet, Vae};
-use crate::noise::SchedulerConfig;
-use crate::tensor_file;
+use crate::noise::{Prediction, SchedulerConfig};
+use crate::tensor_file::{self, TensorFile};
 use crate::text::{TextEncoder, Tokenizer};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
@@ -13,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 /// Stable Diffusion 1.x or 2.x, frozen.
 pub struct StableDiffusion {
-    /// Where it was loaded from.
+    /// Where it was loaded from, a folder or a checkpoint file.
     pub dir: PathBuf,
     /// Prompts to ids.
     pub tokenizer: Tokenizer,
@@ -30,12 +32,22 @@ pub struct StableDiffusion {
 }
 
 impl StableDiffusion {
-    /// Loads a folder; UNet and text encoder in `kind`, the VAE in f32.
-    pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
-        check_layout(dir)?;
+    /// Loads a folder, or a checkpoint that says itself what it is; UNet and text encoder in `kind`, the VAE in f32.
+    pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Self> {
+        Self::load_with(path, None, kind, device)
+    }
+
+    /// As [`Self::load`]; `config` is a folder with what a checkpoint does not say (see [`Source::open`]).
+    pub fn load_with(path: &Path, config: Option<&Path>, kind: Kind, device: Device) -> Result<Self> {
+        Self::from_source(&Source::open(path, config)?, kind, device)
+    }
+
+    /// As [`Self::load`], of what is open already.
+    pub fn from_source(source: &Source, kind: Kind, device: Device) -> Result<Self> {
+        source.check_complete()?;
         let _guard = tch::no_grad_guard();
-        let scheduler =
-            SchedulerConfig::read(&dir.join("scheduler/scheduler_config.json"))?.for_latent_model();
+        let scheduler = source.text("scheduler/scheduler_config.json")?;
+        let scheduler = SchedulerConfig::parse(&scheduler.content, &scheduler.path)?.for_latent_model();
         let mut notes = Vec::new();
         let mut note = |part: &str, unused: Vec<String>| {
             if !unused.is_empty() {
@@ -43,14 +55,17 @@ impl StableDiffusion {
             }
         };
         // The UNet first: it is the largest, and reading the others on top of it keeps the peak low.
-        let (unet, unused) = UNet::load(&dir.join("unet"), kind, device)?;
+        let (unet, unused) = UNet::load(source, kind, device)?;
         note("unet", unused);
-        let (text_encoder, unused) = TextEncoder::load(&dir.join("text_encoder"), kind, device)?;
+        let (text_encoder, unused) = TextEncoder::load(source, kind, device)?;
         note("text_encoder", unused);
-        let (vae, unused) = Vae::load(&dir.join("vae"), device)?;
+        let (vae, unused) = Vae::load(source, device)?;
         note("vae", unused);
-        let tokenizer = Tokenizer::load(&dir.join("tokenizer"), text_encoder.length() as usize)?;
-        let model = Self { dir: dir.to_path_buf(), tokenizer, text_encoder, unet, vae, scheduler, notes };
+        note("checkpoint", source.foreign_keys());
+        let tokenizer = Tokenizer::load(source, text_encoder.length() as usize)?;
+        notes.extend(other_prediction(source, &scheduler)?);
+        let dir = source.path().to_path_buf();
+        let model = Self { dir, tokenizer, text_encoder, unet, vae, scheduler, notes };
         model.check_fit()?;
         Ok(model)
     }
@@ -73,11 +88,13 @@ impl StableDiffusion {
         Ok((self.text_encoder.forward(&Tensor::stack(&rows, 0)), warnings))
     }
 
-    /// What identifies the base model's weights: SHA-256 over name, size, and the first and last 64 KiB of each weight
-    /// file. Changes with any retraining, and costs milliseconds where hashing all of it would cost seconds.
+    /// What identifies the base model's weights. Of a folder: SHA-256 over name, size, and the first and last 64 KiB of each
+    /// weight file. Of a checkpoint, which may hold other things too: over name, shape, dtype and first 256 bytes of every
+    /// tensor. Both cost milliseconds where hashing all of it would cost seconds.
     pub fn fingerprint(&self) -> Result<String> {
         let mut hash = Sha256::new();
-        for part in ["unet", "text_encoder", "vae"] {
+        let parts: &[&str] = if self.dir.is_file() { &[] } else { &["unet", "text_encoder", "vae"] };
+        for part in parts {
             let dir = self.dir.join(part);
             for entry in files::list_dir(&dir)? {
                 let name = entry.name.to_string_lossy();
@@ -88,12 +105,24 @@ impl StableDiffusion {
                 }
             }
         }
+        if parts.is_empty() {
+            let file = TensorFile::open(&self.dir)?;
+            for name in file.names() {
+                hash.update(format!(
+                    "{name}:{}{:?}\n",
+                    file.dtype(&name),
+                    file.shape(&name).unwrap_or_default()
+                ));
+                hash.update(file.first_bytes(&name, 256)?);
+            }
+        }
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// The folder's own name, for the settings that a picture carries.
+    /// The folder's or file's own name, for the settings that a picture carries.
     pub fn name(&self) -> String {
-        self.dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+        let name = self.dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        name.strip_suffix(".safetensors").map_or(name.clone(), str::to_string)
     }
 
     /// Width and height in pixels that the model was trained at; 512 where its files do not say.
@@ -143,26 +172,11 @@ impl Layers for StableDiffusion {
     }
 }
 
-fn check_layout(dir: &Path) -> Result<()> {
-    if !dir.is_dir() {
-        let what = if dir.exists() { "a file" } else { "nothing" };
-        return Err(Error::format(
-            dir,
-            format!(
-                "expected a Stable Diffusion folder, found {what}\nhint: give a folder with model_index.json, unet/, vae/, \
-                 text_encoder/, tokenizer/ and scheduler/"
-            ),
-        ));
-    }
-    let missing: Vec<&str> = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-        .into_iter()
-        .filter(|part| !dir.join(part).is_dir())
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    Err(Error::format(
-        dir,
-        format!("expected a Stable Diffusion folder, found no {}", missing.join("/, no ") + "/"),
-    ))
+/// A note if the checkpoint's own metadata (Stability's "modelspec") contradicts the scheduler's file.
+fn other_prediction(source: &Source, scheduler: &SchedulerConfig) -> Result<Option<String>> {
+    let Some(said) = source.metadata("modelspec.prediction_type") else { return Ok(None) };
+    let velocity = said.to_lowercase().starts_with('v');
+    Ok((velocity != (scheduler.prediction()? == Prediction::Velocity)).then(|| {
+        format!("the checkpoint says that it predicts `{said}`, but its scheduler_config.json says otherwise, and is followed")
+    }))
 }

@@ -5,7 +5,7 @@ mod support;
 use std::path::{Path, PathBuf};
 
 /// A module may use those before it, and itself. `error`, `files`, `seed`, `interrupt` and `progress` are everybody's.
-const ORDER: [&str; 25] = [
+const ORDER: [&str; 26] = [
     "error",
     "files",
     "seed",
@@ -22,6 +22,7 @@ const ORDER: [&str; 25] = [
     "adapter",
     "optim",
     "model",
+    "single_file",
     "text",
     "stable_diffusion",
     "sample",

@@ -26,9 +26,12 @@ use tch::{Device, Kind, Tensor};
                   --output out"
 )]
 pub struct SampleArgs {
-    /// Stable Diffusion folder
-    #[arg(long, alias = "pretrained-model-name-or-path", value_name = "DIR")]
+    /// Stable Diffusion folder, or checkpoint file (.safetensors)
+    #[arg(long, alias = "pretrained-model-name-or-path", value_name = "DIR|FILE")]
     model: PathBuf,
+    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json
+    #[arg(long, alias = "model-config", value_name = "DIR")]
+    config: Option<PathBuf>,
     /// Adapter folder, with a strength: 1 is as trained, 0 the base model. Several multiply
     #[arg(long, value_name = "DIR[=STRENGTH]")]
     adapter: Vec<String>,
@@ -125,7 +128,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         args.adapter.iter().map(|a| super::adapter_with_strength(a)).collect::<Result<_>>()?;
     interrupt::install()?;
 
-    let mut model = StableDiffusion::load(&args.model, compute.kind, compute.device)?;
+    let config = args.config.as_deref();
+    let mut model = StableDiffusion::load_with(&args.model, config, compute.kind, compute.device)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
     if !adapters.is_empty() {

@@ -118,8 +118,8 @@ impl Trainer {
         let instance = scan("instance_data_dir", &config.instance_data_dir)?;
         let held_out =
             config.held_out_data_dir.as_deref().map(|dir| scan("held_out_data_dir", dir)).transpose()?;
-        let mut model =
-            StableDiffusion::load(&config.pretrained_model_name_or_path, compute.kind, compute.device)?;
+        let (path, from) = (&config.pretrained_model_name_or_path, config.model_config.as_deref());
+        let mut model = StableDiffusion::load_with(path, from, compute.kind, compute.device)?;
         model.notes.iter().for_each(|note| eprintln!("note: {note}"));
         device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
         let resolution = resolution(&config, &model)?;

@@ -1,6 +1,7 @@
 //! What the parity tests share: where reference cases are, and how two tensors are compared.
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod models;
 pub mod program;
 
 use hra::tensor_file::TensorFile;
