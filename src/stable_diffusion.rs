@@ -7,7 +7,7 @@ use crate::model::layers::{Layer, Layers};
 use crate::model::source::Source;
 use crate::model::{UNet, Vae};
 use crate::noise::{Prediction, SchedulerConfig};
-use crate::tensor_file::{self, TensorFile};
+use crate::tensor_file;
 use crate::text::{TextEncoder, Tokenizer};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,8 @@ use tch::{Device, Kind, Tensor};
 pub struct StableDiffusion {
     /// Where it was loaded from, a folder or a checkpoint file.
     pub dir: PathBuf,
+    /// Its files, open for reading.
+    pub source: Source,
     /// Prompts to ids.
     pub tokenizer: Tokenizer,
     /// Ids to states.
@@ -39,11 +41,11 @@ impl StableDiffusion {
 
     /// As [`Self::load`]; `config` is a folder with what a checkpoint does not say (see [`Source::open`]).
     pub fn load_with(path: &Path, config: Option<&Path>, kind: Kind, device: Device) -> Result<Self> {
-        Self::from_source(&Source::open(path, config)?, kind, device)
+        Self::from_source(Source::open(path, config)?, kind, device)
     }
 
     /// As [`Self::load`], of what is open already.
-    pub fn from_source(source: &Source, kind: Kind, device: Device) -> Result<Self> {
+    pub fn from_source(source: Source, kind: Kind, device: Device) -> Result<Self> {
         source.check_complete()?;
         let _guard = tch::no_grad_guard();
         let scheduler = source.text("scheduler/scheduler_config.json")?;
@@ -55,17 +57,17 @@ impl StableDiffusion {
             }
         };
         // The UNet first: it is the largest, and reading the others on top of it keeps the peak low.
-        let (unet, unused) = UNet::load(source, kind, device)?;
+        let (unet, unused) = UNet::load(&source, kind, device)?;
         note("unet", unused);
-        let (text_encoder, unused) = TextEncoder::load(source, kind, device)?;
+        let (text_encoder, unused) = TextEncoder::load(&source, kind, device)?;
         note("text_encoder", unused);
-        let (vae, unused) = Vae::load(source, device)?;
+        let (vae, unused) = Vae::load(&source, device)?;
         note("vae", unused);
         note("checkpoint", source.foreign_keys());
-        let tokenizer = Tokenizer::load(source, text_encoder.length() as usize)?;
-        notes.extend(other_prediction(source, &scheduler)?);
+        let tokenizer = Tokenizer::load(&source, text_encoder.length() as usize)?;
+        notes.extend(other_prediction(&source, &scheduler)?);
         let dir = source.path().to_path_buf();
-        let model = Self { dir, tokenizer, text_encoder, unet, vae, scheduler, notes };
+        let model = Self { dir, source, tokenizer, text_encoder, unet, vae, scheduler, notes };
         model.check_fit()?;
         Ok(model)
     }
@@ -89,12 +91,14 @@ impl StableDiffusion {
     }
 
     /// What identifies the base model's weights. Of a folder: SHA-256 over name, size, and the first and last 64 KiB of each
-    /// weight file. Of a checkpoint, which may hold other things too: over name, shape, dtype and first 256 bytes of every
-    /// tensor. Both cost milliseconds where hashing all of it would cost seconds.
+    /// weight file. Of a checkpoint, which may hold other things too: [`Source::fingerprint`]. Both cost milliseconds where
+    /// hashing all of it would cost seconds.
     pub fn fingerprint(&self) -> Result<String> {
+        if self.source.is_checkpoint() {
+            return self.source.fingerprint();
+        }
         let mut hash = Sha256::new();
-        let parts: &[&str] = if self.dir.is_file() { &[] } else { &["unet", "text_encoder", "vae"] };
-        for part in parts {
+        for part in ["unet", "text_encoder", "vae"] {
             let dir = self.dir.join(part);
             for entry in files::list_dir(&dir)? {
                 let name = entry.name.to_string_lossy();
@@ -103,17 +107,6 @@ impl StableDiffusion {
                     hash.update(format!("{part}/{name}:{length}\n"));
                     hash.update(&ends);
                 }
-            }
-        }
-        if parts.is_empty() {
-            let file = TensorFile::open(&self.dir)?;
-            for name in file.names() {
-                hash.update(format!(
-                    "{name}:{}{:?}\n",
-                    file.dtype(&name),
-                    file.shape(&name).unwrap_or_default()
-                ));
-                hash.update(file.first_bytes(&name, 256)?);
             }
         }
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())

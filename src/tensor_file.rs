@@ -127,12 +127,13 @@ impl TensorFile {
         Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
     }
 
-    /// The first `count` bytes of a tensor (all of them, where it has fewer).
-    pub fn first_bytes(&self, name: &str, count: usize) -> Result<Vec<u8>> {
+    /// The first `count` bytes of part `i` of the `n` equal parts of a tensor's data (all of it, where it has fewer).
+    pub fn first_bytes(&self, name: &str, i: usize, n: usize, count: usize) -> Result<Vec<u8>> {
         let (start, end) = self.info(name)?.data_offsets;
-        let mut bytes = vec![0u8; count.min(end - start)];
+        let size = (end - start) / n;
+        let mut bytes = vec![0u8; count.min(size)];
         self.file
-            .read_exact_at(&mut bytes, self.data_start + start as u64)
+            .read_exact_at(&mut bytes, self.data_start + (start + i * size) as u64)
             .map_err(|e| Error::io("read", &self.path, e))?;
         Ok(bytes)
     }

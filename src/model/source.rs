@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::tensor_file::{self, TensorFile};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -205,6 +206,17 @@ impl Source {
             spare = Some(format!("encoder.layers.{}.", config.num_hidden_layers));
         }
         Ok(Tensors::in_checkpoint(&checkpoint.file, &self.names(part)?, spare))
+    }
+
+    /// What identifies the weights, by names and first values of all tensors: a folder and the checkpoint made of it have the
+    /// same, and any retraining changes it.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        for part in Part::ALL {
+            hash.update(part.folder());
+            self.tensors(part)?.identify(&mut hash)?;
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// The names of a part's tensors in this checkpoint, or in the one that would be made of this folder.

@@ -6,6 +6,7 @@ use super::vae;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::tensor_file::{self, TensorFile};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -149,6 +150,22 @@ impl Tensors {
     /// The dtype's name in the file, for messages.
     pub fn dtype(&self, name: &str) -> String {
         self.index.get(name).map(|entry| self.files[entry.file].dtype(&entry.key)).unwrap_or_default()
+    }
+
+    /// What identifies the weights of this part: each one's name, dtype and first 64 values, whatever the layout.
+    pub fn identify(&self, hash: &mut Sha256) -> Result<()> {
+        let constant = |name: &str| name.ends_with("position_ids") || name.starts_with("text_projection");
+        for (name, Entry { file, key, form }) in &self.index {
+            if constant(name) || self.is_spare(name) {
+                continue;
+            }
+            let (i, n) = if let Form::Third(i) = form { (*i, 3) } else { (0, 1) };
+            let file = &self.files[*file];
+            hash.update(format!("{name}:{}\n", file.dtype(key)));
+            let size = file.kind(key).map_or(1, |kind| kind.elt_size_in_bytes());
+            hash.update(file.first_bytes(key, i, n, 64 * size)?);
+        }
+        Ok(())
     }
 
     /// Reads one tensor, on the CPU, in the file's kind.
