@@ -1,4 +1,4 @@
-//! Forward and backward of one training step of the embedded model's UNet: nothing trained, LoRA, HRA. One thread, f32,
+//! Forward and backward of one training step of the embedded model's UNet: nothing trained, and every method. One thread, f32,
 //! on the CPU; 4 pictures of 64 px, as configs/demo.toml trains.
 //!
 //! ```text
@@ -8,13 +8,12 @@
 //! Times of two runs are not comparable, ratios within one run are. The row without adapter computes the gradient of the
 //! text states, which passes through the same layers as an adapter's: what the others cost beyond it is the adapter's.
 
+use clap::Args;
 use divan::Bencher;
-use hra::adapter::LowRank;
-use hra::adapter::hra::{HraConfig, HraInit};
 use hra::adapter::peft::Bias;
 use hra::adapter::target::{ATTENTION, TargetRule};
+use hra::config::TrainConfig;
 use hra::model::attach;
-use hra::model::layers::Layers;
 use hra::noise::NoiseSchedule;
 use hra::stable_diffusion::StableDiffusion;
 use hra::train::loss::{Batch, training_loss};
@@ -30,36 +29,31 @@ fn main() {
     divan::main();
 }
 
-/// What is trained.
-#[derive(Clone, Copy)]
-enum Method {
-    Frozen,
-    Lora(i64),
-    Hra { gram_schmidt: bool },
-}
+/// What is trained: the words of `hra train`, none for nothing. divan sorts by name.
+const METHODS: [(&str, &[&str]); 9] = [
+    ("1 frozen", &[]),
+    ("2 LoRA r 4", &["--method=lora", "--rank=4"]),
+    ("2 LoRA r 8", &["--method=lora", "--rank=8"]),
+    ("3 HRA r 8", &["--method=hra", "--rank=8"]),
+    ("4 HRA r 8, Gram-Schmidt", &["--method=hra", "--rank=8", "--gram-schmidt"]),
+    ("5 DoRA r 4", &["--method=dora", "--rank=4"]),
+    ("6 OFT 4 blocks", &["--method=oft", "--rank=4"]),
+    ("7 BOFT 4 blocks", &["--method=boft", "--rank=4"]),
+    ("8 full", &["--method=full"]),
+];
 
-/// divan sorts by these names.
-impl fmt::Display for Method {
+/// One of [`METHODS`].
+#[derive(Clone, Copy)]
+struct Row(usize);
+
+impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            Self::Frozen => write!(f, "1 frozen"),
-            Self::Lora(rank) => write!(f, "2 LoRA r {rank}"),
-            Self::Hra { gram_schmidt: false } => write!(f, "3 HRA r 8"),
-            Self::Hra { gram_schmidt: true } => write!(f, "4 HRA r 8, Gram-Schmidt"),
-        }
+        f.write_str(METHODS[self.0].0)
     }
 }
 
-const METHODS: [Method; 5] = [
-    Method::Frozen,
-    Method::Lora(4),
-    Method::Lora(8),
-    Method::Hra { gram_schmidt: false },
-    Method::Hra { gram_schmidt: true },
-];
-
-#[divan::bench(args = METHODS, sample_size = 1, sample_count = 100, max_time = 7)]
-fn step(bencher: Bencher, method: Method) {
+#[divan::bench(args = (0..METHODS.len()).map(Row), sample_size = 1, sample_count = 100, max_time = 7)]
+fn step(bencher: Bencher, Row(row): Row) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny-sd");
     let mut model = StableDiffusion::load(&dir, OPTIONS.0, OPTIONS.1).expect("the embedded model");
     let schedule = NoiseSchedule::new(&model.scheduler, OPTIONS.1).expect("the embedded model's schedule");
@@ -74,14 +68,12 @@ fn step(bencher: Bencher, method: Method) {
         context: states.repeat([PICTURES, 1, 1]),
         class_half: true,
     };
-    let (batch, trained) = match method {
-        Method::Frozen => {
-            let context = batch.context.detach().set_requires_grad(true);
-            let trained = vec![context.shallow_clone()];
-            (Batch { context, ..batch }, trained)
-        }
-        Method::Lora(rank) => (batch, attach_lora(&mut model, rank)),
-        Method::Hra { gram_schmidt } => (batch, attach_hra(&mut model, gram_schmidt)),
+    let (batch, trained) = if METHODS[row].1.is_empty() {
+        let context = batch.context.detach().set_requires_grad(true);
+        let trained = vec![context.shallow_clone()];
+        (Batch { context, ..batch }, trained)
+    } else {
+        (batch, attach_new(&mut model, METHODS[row].1))
     };
     let step = || {
         let loss = training_loss(&model.unet, &schedule, &batch, 1.0, None);
@@ -91,31 +83,13 @@ fn step(bencher: Bencher, method: Method) {
     bencher.bench_local(step);
 }
 
-fn targets() -> TargetRule {
-    TargetRule::from_words(&ATTENTION.map(String::from)).expect("plain names")
-}
-
-/// HRA as `hra train` puts it on; the trained tensors.
-fn attach_hra(model: &mut StableDiffusion, gram_schmidt: bool) -> Vec<Tensor> {
-    let config = HraConfig { rank: 8, gram_schmidt, init: HraInit::Auto, allow_odd_rank: false };
-    attach::attach_new(&mut model.unet, &targets(), config, Bias::None, 0)
-        .expect("the model has attention layers");
-    let parameters = attach::pack_parameters(&mut model.unet);
+/// A method as `hra train` puts it on; the trained tensors.
+fn attach_new(model: &mut StableDiffusion, words: &[&str]) -> Vec<Tensor> {
+    let command = TrainConfig::augment_args(clap::Command::new("train"));
+    let matches = command.get_matches_from([&["train"], words].concat());
+    let method = TrainConfig::from_matches(&matches, &[]).expect("the words are right").method();
+    let targets = TargetRule::from_words(&ATTENTION.map(String::from)).expect("plain names");
+    attach::attach_new(&mut model.unet, &targets, &method, Bias::None, 0).expect("the layers can be adapted");
+    let parameters = attach::pack_parameters(&mut [&mut model.unet]);
     parameters.views().iter().map(|(_, view)| view.shallow_clone()).collect()
-}
-
-/// LoRA on the same layers, as a yardstick: the low-rank product that sampling uses, with gradients.
-fn attach_lora(model: &mut StableDiffusion, rank: i64) -> Vec<Tensor> {
-    let targets = targets();
-    let mut trained = Vec::new();
-    for layer in model.unet.layers_mut() {
-        if targets.matches(&layer.name) {
-            let size = layer.matrix().size();
-            let random = |shape: [i64; 2]| (Tensor::randn(shape, OPTIONS) * 0.02).set_requires_grad(true);
-            let (down, up) = (random([rank, size[1]]), random([size[0], rank]));
-            trained.extend([down.shallow_clone(), up.shallow_clone()]);
-            layer.attach(Box::new(LowRank { down, up }), None);
-        }
-    }
-    trained
 }

@@ -26,8 +26,8 @@ pub const TEXT_CLASS: (&str, &str) = ("CLIPTextModel", "transformers.models.clip
 pub enum TrainedPart {
     /// A PEFT folder: at the top (`""`) or in a folder below it.
     Peft { place: &'static str, config: AdapterConfig, class: (&'static str, &'static str) },
-    /// The whole UNet, as diffusers saves it, with the bytes of its `config.json`.
-    UNet { config: Vec<u8> },
+    /// The whole UNet, as diffusers saves it, with its `config.json`.
+    UNet { config: String },
 }
 
 impl TrainedPart {
@@ -56,7 +56,7 @@ impl TrainedPart {
             }
             Self::UNet { config } => {
                 tensor_file::write(&self.weights(dir), tensors, text)?;
-                files::write_atomic(&dir.join(FULL_UNET).with_file_name("config.json"), config)
+                files::write_atomic(&dir.join(FULL_UNET).with_file_name("config.json"), config.as_bytes())
             }
         }
     }

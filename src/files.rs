@@ -144,18 +144,22 @@ pub fn remove_dir_all(path: &Path) -> Result<()> {
 ///
 /// The parent folder must exist. A link at `path` is replaced, not followed.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || -> io::Result<()> {
-        let parent = parent_of(path)?;
-        let (mut scratch, mut file) =
-            Scratch::beside(path, |temp| OpenOptions::new().write(true).create_new(true).open(temp))?;
-        file.write_all(bytes)?;
+    write_atomic_with(path, |file| file.write_all(bytes).map_err(|e| Error::io("write", path, e)))
+}
+
+/// As [`write_atomic`], for content that is made while it is written; where `fill` fails, `path` stays as it was.
+pub fn write_atomic_with(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let fail = |e| Error::io("write", path, e);
+    let open = |temp: &Path| OpenOptions::new().write(true).create_new(true).open(temp);
+    let (mut scratch, mut file) = Scratch::beside(path, open).map_err(fail)?;
+    fill(&mut file)?;
+    let mut place = || -> io::Result<()> {
         file.sync_all()?;
-        drop(file);
         fs::rename(&scratch.path, path)?;
         scratch.keep();
-        sync_folder(parent)
+        sync_folder(parent_of(path)?)
     };
-    write().map_err(|e| Error::io("write", path, e))
+    place().map_err(fail)
 }
 
 /// Fills a folder so that `path` is either what it was or the complete new folder.

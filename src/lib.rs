@@ -7,7 +7,8 @@
 //! cli        train, sample, doctor: what the user typed
 //! train      config -> data -> model + adapter -> loss -> optim -> checkpoint, run (metrics)
 //! sample     prompts and seeds -> text -> sampler -> model -> pictures
-//! model      unet, vae and the layers that carry an adapter;  text: tokenizer, CLIP;  stable_diffusion: a whole folder
+//! model      unet, vae and the layers that carry an adapter;  text: tokenizer, CLIP;  stable_diffusion: a whole model
+//! single_file  whole models written: one checkpoint or a folder
 //! adapter    hra, its algebra (reflections), PEFT's files: knows a weight and an input, no network
 //! noise      beta table, targets, SNR weights;  sampler: schedulers;  optim: AdamW;  image, data: pictures
 //! hub        owner/name on the Hugging Face hub -> files in its cache
@@ -36,6 +37,7 @@ pub mod run;
 pub mod sample;
 pub mod sampler;
 pub mod seed;
+pub mod single_file;
 pub mod stable_diffusion;
 pub mod tensor_file;
 pub mod tensorboard;

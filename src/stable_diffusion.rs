@@ -1,21 +1,23 @@
-//! A whole model folder: `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`.
+//! A whole model: a folder with `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `tokenizer/` and `scheduler/`, or
+//! one checkpoint file.
 
 use crate::error::{Error, Result};
-use crate::files;
 use crate::hub;
 use crate::model::layers::{Layers, Module};
+use crate::model::source::Source;
 use crate::model::{UNet, Vae};
-use crate::noise::SchedulerConfig;
+use crate::noise::{Prediction, SchedulerConfig};
 use crate::tensor_file;
 use crate::text::{TextEncoder, Tokenizer};
-use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 /// Stable Diffusion 1.x or 2.x, frozen.
 pub struct StableDiffusion {
-    /// Where it was loaded from.
+    /// Where it was loaded from, a folder or a checkpoint file.
     pub dir: PathBuf,
+    /// Its files, open for reading.
+    pub source: Source,
     /// Prompts to ids.
     pub tokenizer: Tokenizer,
     /// Ids to states.
@@ -31,12 +33,22 @@ pub struct StableDiffusion {
 }
 
 impl StableDiffusion {
-    /// Loads a folder; UNet and text encoder in `kind`, the VAE in f32.
-    pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
-        check_layout(dir)?;
+    /// Loads a folder, or a checkpoint that says itself what it is; UNet and text encoder in `kind`, the VAE in f32.
+    pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Self> {
+        Self::load_with(path, None, kind, device)
+    }
+
+    /// As [`Self::load`]; `config` is a folder with what a checkpoint does not say (see [`Source::open`]).
+    pub fn load_with(path: &Path, config: Option<&Path>, kind: Kind, device: Device) -> Result<Self> {
+        Self::from_source(Source::open(path, config)?, kind, device)
+    }
+
+    /// As [`Self::load`], of what is open already.
+    pub fn from_source(source: Source, kind: Kind, device: Device) -> Result<Self> {
+        source.check_complete()?;
         let _guard = tch::no_grad_guard();
-        let scheduler =
-            SchedulerConfig::read(&dir.join("scheduler/scheduler_config.json"))?.for_latent_model();
+        let scheduler = source.text("scheduler/scheduler_config.json")?;
+        let scheduler = SchedulerConfig::parse(&scheduler.content, &scheduler.path)?.for_latent_model();
         let mut notes = Vec::new();
         let mut note = |part: &str, unused: Vec<String>| {
             if !unused.is_empty() {
@@ -44,14 +56,17 @@ impl StableDiffusion {
             }
         };
         // The UNet first: it is the largest, and reading the others on top of it keeps the peak low.
-        let (unet, unused) = UNet::load(&dir.join("unet"), kind, device)?;
+        let (unet, unused) = UNet::load(&source, kind, device)?;
         note("unet", unused);
-        let (text_encoder, unused) = TextEncoder::load(&dir.join("text_encoder"), kind, device)?;
+        let (text_encoder, unused) = TextEncoder::load(&source, kind, device)?;
         note("text_encoder", unused);
-        let (vae, unused) = Vae::load(&dir.join("vae"), device)?;
+        let (vae, unused) = Vae::load(&source, device)?;
         note("vae", unused);
-        let tokenizer = Tokenizer::load(&dir.join("tokenizer"), text_encoder.length() as usize)?;
-        let model = Self { dir: dir.to_path_buf(), tokenizer, text_encoder, unet, vae, scheduler, notes };
+        note("checkpoint", source.foreign_keys());
+        let tokenizer = Tokenizer::load(&source, text_encoder.length() as usize)?;
+        notes.extend(other_prediction(&source, &scheduler)?);
+        let dir = source.path().to_path_buf();
+        let model = Self { dir, source, tokenizer, text_encoder, unet, vae, scheduler, notes };
         model.check_fit()?;
         Ok(model)
     }
@@ -85,33 +100,23 @@ impl StableDiffusion {
         self.text_encoder.forward(ids)
     }
 
-    /// What identifies the base model's weights: SHA-256 over name, size, and the first and last 64 KiB of each weight
-    /// file. Changes with any retraining, and costs milliseconds where hashing all of it would cost seconds.
+    /// What identifies the base model's weights: [`Source::fingerprint`].
     pub fn fingerprint(&self) -> Result<String> {
-        let mut hash = Sha256::new();
-        for part in ["unet", "text_encoder", "vae"] {
-            let dir = self.dir.join(part);
-            for entry in files::list_dir(&dir)? {
-                let name = entry.name.to_string_lossy();
-                if name.ends_with(".safetensors") {
-                    let (length, ends) = tensor_file::ends(&entry.path)?;
-                    hash.update(format!("{part}/{name}:{length}\n"));
-                    hash.update(&ends);
-                }
-            }
-        }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        self.source.fingerprint()
     }
 
-    /// The bytes of the UNet's `config.json`.
-    pub fn unet_config(&self) -> Result<Vec<u8>> {
-        files::read(&self.dir.join("unet/config.json"), 1 << 24)
+    /// The UNet's `config.json`, which a checkpoint file may only imply.
+    pub fn unet_config(&self) -> Result<String> {
+        Ok(self.source.text("unet/config.json")?.content)
     }
 
-    /// The folder's own name, or its repository's on the hub, for the settings that a picture carries.
+    /// The folder's or file's own name, or its repository's on the hub, for the settings that a picture carries.
     pub fn name(&self) -> String {
-        let own =
-            || self.dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let own = || {
+            let name =
+                self.dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+            name.strip_suffix(".safetensors").map_or(name.clone(), str::to_string)
+        };
         hub::repository_of(&self.dir).unwrap_or_else(own)
     }
 
@@ -162,26 +167,11 @@ impl Layers for StableDiffusion {
     }
 }
 
-fn check_layout(dir: &Path) -> Result<()> {
-    if !dir.is_dir() {
-        let what = if dir.exists() { "a file" } else { "nothing" };
-        return Err(Error::format(
-            dir,
-            format!(
-                "expected a Stable Diffusion folder, found {what}\nhint: give a folder with model_index.json, unet/, vae/, \
-                 text_encoder/, tokenizer/ and scheduler/"
-            ),
-        ));
-    }
-    let missing: Vec<&str> = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-        .into_iter()
-        .filter(|part| !dir.join(part).is_dir())
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    Err(Error::format(
-        dir,
-        format!("expected a Stable Diffusion folder, found no {}", missing.join("/, no ") + "/"),
-    ))
+/// A note if the checkpoint's own metadata (Stability's "modelspec") contradicts the scheduler's file.
+fn other_prediction(source: &Source, scheduler: &SchedulerConfig) -> Result<Option<String>> {
+    let Some(said) = source.metadata("modelspec.prediction_type") else { return Ok(None) };
+    let velocity = said.to_lowercase().starts_with('v');
+    Ok((velocity != (scheduler.prediction()? == Prediction::Velocity)).then(|| {
+        format!("the checkpoint says that it predicts `{said}`, but its scheduler_config.json says otherwise, and is followed")
+    }))
 }

@@ -1,15 +1,16 @@
 //! One safetensors file: a checked header, tensors read straight into libtorch's memory, and atomic writing.
 //!
 //! Reading goes tensor by tensor, so a model is never held twice: the file is not mapped, and each tensor is converted
-//! and moved to its device before the next one is read.
+//! and moved to its device before the next one is read. Large files are written in the same way ([`write_stream`]).
 
 use crate::error::{Error, Result};
 use crate::files;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
@@ -61,7 +62,7 @@ impl TensorFile {
     }
 
     /// The file's free text, by key.
-    pub fn text(&self) -> BTreeMap<String, String> {
+    pub fn texts(&self) -> BTreeMap<String, String> {
         self.metadata.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect()
     }
 
@@ -70,6 +71,11 @@ impl TensorFile {
         let mut names: Vec<String> = self.metadata.tensors().into_keys().collect();
         names.sort();
         names
+    }
+
+    /// A text of the header's metadata.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.metadata.metadata().as_ref()?.get(key).map(String::as_str)
     }
 
     /// Shape of a tensor, if it is there.
@@ -87,21 +93,30 @@ impl TensorFile {
         self.metadata.info(name).map(|i| format!("{:?}", i.dtype)).unwrap_or_default()
     }
 
+    /// The kind of number that a tensor holds, if libtorch has it.
+    pub fn kind(&self, name: &str) -> Option<Kind> {
+        self.metadata.info(name).and_then(|i| kind_of(i.dtype))
+    }
+
     /// Reads one tensor as it is in the file, on the CPU.
     pub fn read(&self, name: &str) -> Result<Tensor> {
-        let info = self.metadata.info(name).ok_or_else(|| {
-            Error::format(&self.path, format!("expected a tensor `{name}`, found {}", list(&self.names())))
-        })?;
-        let kind = kind_of(info.dtype).ok_or_else(|| {
-            Error::format(
-                &self.path,
-                format!("tensor `{name}` has dtype {:?}, which is not supported", info.dtype),
-            )
-        })?;
-        let shape: Vec<i64> = info.shape.iter().map(|&d| d as i64).collect();
-        let tensor = Tensor::f_empty(&shape[..], (kind, Device::Cpu))?;
-        self.read_into(info, &tensor)?;
-        Ok(tensor)
+        let info = self.info(name)?;
+        self.read_part(name, &info.shape, info.data_offsets.0..info.data_offsets.1)
+    }
+
+    /// Reads part `i` of the `n` equal parts into which the rows of a tensor divide.
+    pub fn read_rows(&self, name: &str, i: usize, n: usize) -> Result<Tensor> {
+        let info = self.info(name)?;
+        let (mut shape, (start, end)) = (info.shape.clone(), info.data_offsets);
+        match shape.first_mut() {
+            Some(rows) if *rows % n == 0 => *rows /= n,
+            _ => {
+                let problem = format!("tensor `{name}`: expected rows in {n} equal parts, found {shape:?}");
+                return Err(Error::format(&self.path, problem));
+            }
+        }
+        let size = (end - start) / n;
+        self.read_part(name, &shape, start + i * size..start + (i + 1) * size)
     }
 
     /// Reads one floating-point tensor, converted and moved.
@@ -117,20 +132,42 @@ impl TensorFile {
         Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
     }
 
-    fn read_into(&self, info: &TensorInfo, tensor: &Tensor) -> Result<()> {
-        let (start, end) = info.data_offsets;
-        let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
-        if bytes != end - start {
+    /// The first `count` bytes of part `i` of the `n` equal parts of a tensor's data (all of it, where it has fewer).
+    pub fn first_bytes(&self, name: &str, i: usize, n: usize, count: usize) -> Result<Vec<u8>> {
+        let (start, end) = self.info(name)?.data_offsets;
+        let size = (end - start) / n;
+        let mut bytes = vec![0u8; count.min(size)];
+        self.file
+            .read_exact_at(&mut bytes, self.data_start + (start + i * size) as u64)
+            .map_err(|e| Error::io("read", &self.path, e))?;
+        Ok(bytes)
+    }
+
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.metadata.info(name).ok_or_else(|| {
+            Error::format(&self.path, format!("expected a tensor `{name}`, found {}", list(&self.names())))
+        })
+    }
+
+    fn read_part(&self, name: &str, shape: &[usize], bytes: Range<usize>) -> Result<Tensor> {
+        let kind = self.kind(name).ok_or_else(|| {
+            let dtype = self.dtype(name);
+            Error::format(&self.path, format!("tensor `{name}` has dtype {dtype}, which is not supported"))
+        })?;
+        let shape: Vec<i64> = shape.iter().map(|&d| d as i64).collect();
+        let tensor = Tensor::f_empty(&shape[..], (kind, Device::Cpu))?;
+        if tensor.numel() * kind.elt_size_in_bytes() != bytes.len() {
             return Err(Error::format(&self.path, "the header's sizes contradict its shapes"));
         }
-        if bytes == 0 {
-            return Ok(());
+        if bytes.is_empty() {
+            return Ok(tensor);
         }
-        // SAFETY: the tensor is contiguous, ours alone, and holds exactly `bytes` bytes.
-        let memory = unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), bytes) };
+        // SAFETY: the tensor is contiguous, ours alone, and holds exactly so many bytes.
+        let memory = unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), bytes.len()) };
         self.file
-            .read_exact_at(memory, self.data_start + start as u64)
-            .map_err(|e| Error::io("read", &self.path, e))
+            .read_exact_at(memory, self.data_start + bytes.start as u64)
+            .map_err(|e| Error::io("read", &self.path, e))?;
+        Ok(tensor)
     }
 }
 
@@ -153,62 +190,103 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)])
     files::write_atomic(path, &to_bytes(tensors, text)?)
 }
 
+/// What a tensor that is yet to be written will be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Planned {
+    /// Its name in the file.
+    pub name: String,
+    /// Its number format.
+    pub kind: Kind,
+    /// Its shape.
+    pub shape: Vec<i64>,
+}
+
+/// Writes a file whose tensors are fetched one at a time, in the order of the file; whole or not at all. With the same
+/// tensors the bytes are those of [`to_bytes`].
+///
+/// `fetch` is given a name and must answer with the kind and shape that were planned, on any device.
+pub fn write_stream(
+    path: &Path,
+    plan: Vec<Planned>,
+    text: &[(&str, String)],
+    mut fetch: impl FnMut(&str) -> Result<Tensor>,
+) -> Result<()> {
+    let (plan, header) = layout(plan, text)?;
+    files::write_atomic_with(path, |file| {
+        let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(|e| Error::io("write", path, e));
+        write(&header)?;
+        for Planned { name, kind, shape } in &plan {
+            let tensor = fetch(name)?;
+            if (tensor.kind(), tensor.size()) != (*kind, shape.clone()) {
+                let found = format!("{:?} {:?}", tensor.kind(), tensor.size());
+                return Err(Error::format(
+                    path,
+                    format!("`{name}`: planned {kind:?} {shape:?}, got {found}"),
+                ));
+            }
+            with_bytes(&tensor, &mut write)??;
+        }
+        Ok(())
+    })
+}
+
 /// The bytes of a safetensors file. The same tensors give the same bytes: the crate's own writer puts the metadata in the
 /// order of a hash map, which differs from run to run.
 pub fn to_bytes(tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<Vec<u8>> {
-    let mut views: Vec<View> = tensors.iter().map(|(name, t)| View::new(name, t)).collect::<Result<_>>()?;
+    let plan = |(name, t): &(String, Tensor)| Planned { name: name.clone(), kind: t.kind(), shape: t.size() };
+    let (plan, mut bytes) = layout(tensors.iter().map(plan).collect(), text)?;
+    let by_name: HashMap<&str, &Tensor> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
+    for planned in &plan {
+        with_bytes(by_name[planned.name.as_str()], |data| bytes.extend_from_slice(data))?;
+    }
+    Ok(bytes)
+}
+
+/// The tensors in the order of the file, and all that comes before their data.
+fn layout(plan: Vec<Planned>, text: &[(&str, String)]) -> Result<(Vec<Planned>, Vec<u8>)> {
+    let mut plan: Vec<(Dtype, Planned)> =
+        plan.into_iter().map(|p| Ok((dtype_of(&p)?, p))).collect::<Result<_>>()?;
     // As upstream: wide numbers first, so that all are aligned; then by name.
-    views.sort_by(|a, b| (b.dtype, &a.name).cmp(&(a.dtype, &b.name)));
+    plan.sort_by(|(a, left), (b, right)| (b, &left.name).cmp(&(a, &right.name)));
     let mut metadata = serde_json::Map::from_iter([("format".to_string(), "pt".into())]);
     metadata.extend(text.iter().map(|(k, v)| (k.to_string(), v.as_str().into())));
     let mut header = serde_json::Map::from_iter([("__metadata__".to_string(), metadata.into())]);
     let mut end = 0;
-    for view in &views {
+    for (dtype, Planned { name, kind, shape }) in &plan {
         let start = end;
-        end += view.bytes.len();
-        let entry = json!({"dtype": view.dtype, "shape": view.shape, "data_offsets": [start, end]});
-        header.insert(view.name.clone(), entry);
+        end += shape.iter().product::<i64>() as usize * kind.elt_size_in_bytes();
+        header.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]}));
     }
     let mut header = serde_json::Value::from(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
-    let mut bytes = Vec::with_capacity(8 + header.len() + end);
-    bytes.extend_from_slice(&(header.len() as u64).to_le_bytes());
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.append(&mut header);
-    views.iter().for_each(|view| bytes.extend_from_slice(&view.bytes));
-    Ok(bytes)
+    Ok((plan.into_iter().map(|(_, planned)| planned).collect(), bytes))
 }
 
-/// A tensor as the file holds it.
-struct View {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<i64>,
-    bytes: Vec<u8>,
-}
-
-impl View {
-    fn new(name: &str, tensor: &Tensor) -> Result<Self> {
-        let t = tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
-        let dtype = match t.kind() {
-            Kind::Float => Dtype::F32,
-            Kind::Double => Dtype::F64,
-            Kind::Half => Dtype::F16,
-            Kind::BFloat16 => Dtype::BF16,
-            Kind::Int64 => Dtype::I64,
-            other => {
-                return Err(Error::Device(format!(
-                    "{name}: tensors of kind {other:?} are not written to files"
-                )));
-            }
-        };
-        let length = t.numel() * t.kind().elt_size_in_bytes();
-        let mut bytes = vec![0u8; length];
-        if length > 0 {
-            // SAFETY: `t` is contiguous on the CPU and holds `length` bytes.
-            bytes.copy_from_slice(unsafe { std::slice::from_raw_parts(t.data_ptr().cast::<u8>(), length) });
+fn dtype_of(planned: &Planned) -> Result<Dtype> {
+    Ok(match planned.kind {
+        Kind::Float => Dtype::F32,
+        Kind::Double => Dtype::F64,
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Int64 => Dtype::I64,
+        other => {
+            let name = &planned.name;
+            return Err(Error::Device(format!("{name}: tensors of kind {other:?} are not written to files")));
         }
-        Ok(Self { name: name.to_string(), dtype, shape: t.size(), bytes })
+    })
+}
+
+/// Hands a tensor's values to `take`, as the file holds them.
+fn with_bytes<T>(tensor: &Tensor, take: impl FnOnce(&[u8]) -> T) -> Result<T> {
+    let t = tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
+    let length = t.numel() * t.kind().elt_size_in_bytes();
+    if length == 0 {
+        return Ok(take(&[]));
     }
+    // SAFETY: `t` is contiguous on the CPU, holds `length` bytes, and lives until `take` is done.
+    Ok(take(unsafe { std::slice::from_raw_parts(t.data_ptr().cast::<u8>(), length) }))
 }
 
 fn kind_of(dtype: Dtype) -> Option<Kind> {

@@ -10,6 +10,7 @@
 
 mod support;
 
+use hra::model::source::{Part, Source};
 use hra::model::{UNet, Vae};
 use hra::tensor_file::{self, TensorFile};
 use hra::text::TextEncoder;
@@ -190,20 +191,22 @@ fn make_model(dir: &Path) {
 
     tch::manual_seed(0);
     let device = Device::Cpu;
-    let unet = fill(&dir.join("unet"), "diffusion_pytorch_model", |d| UNet::load(d, Kind::Float, device));
+    let model = Source::open(dir, None).unwrap();
+    let unet = fill(dir, Part::UNet, || UNet::load(&model, Kind::Float, device));
     assert_eq!(unet, UNET_VALUES, "values of the UNet");
-    let vae = fill(&dir.join("vae"), "diffusion_pytorch_model", |d| Vae::load(d, device));
+    let vae = fill(dir, Part::Vae, || Vae::load(&model, device));
     assert_eq!(vae, VAE_VALUES, "values of the VAE");
-    let text = fill(&dir.join("text_encoder"), "model", |d| TextEncoder::load(d, Kind::Float, device));
+    let text = fill(dir, Part::TextEncoder, || TextEncoder::load(&model, Kind::Float, device));
     assert_eq!(text, TEXT_VALUES, "values of the text tower");
 }
 
-/// Writes random weights, in f16 and in shards, for the network that `dir/config.json` describes; how many values it has.
+/// Writes random weights, in f16 and in shards, for the network that a part's config describes; how many values it has.
 /// What the network needs it says itself: loaded from an empty file, it lists every tensor as missing, with its shape.
-fn fill<T>(dir: &Path, stem: &str, load: impl Fn(&Path) -> Result<T>) -> i64 {
+fn fill<T>(model: &Path, part: Part, load: impl Fn() -> Result<T>) -> i64 {
+    let (dir, stem) = (model.join(part.folder()), part.stem());
     let empty = dir.join(format!("{stem}.safetensors"));
     tensor_file::write(&empty, &[], &[]).unwrap();
-    let problems = match load(dir) {
+    let problems = match load() {
         Err(Error::Weights { problems, .. }) => problems,
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("a network was loaded from an empty file"),

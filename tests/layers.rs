@@ -5,7 +5,7 @@ mod support;
 use std::path::{Path, PathBuf};
 
 /// A module may use those before it, and itself. `error`, `files`, `seed`, `interrupt` and `progress` are everybody's.
-const ORDER: [&str; 26] = [
+const ORDER: [&str; 28] = [
     "error",
     "files",
     "seed",
@@ -23,6 +23,7 @@ const ORDER: [&str; 26] = [
     "adapter",
     "optim",
     "model",
+    "single_file",
     "text",
     "stable_diffusion",
     "sample",
@@ -30,6 +31,7 @@ const ORDER: [&str; 26] = [
     "checkpoint",
     "config",
     "train",
+    "inspect",
     "doctor",
     "cli",
 ];

@@ -68,7 +68,7 @@ impl AdapterFile {
         let text = String::from_utf8_lossy(&files::read(&config_path, MAX_CONFIG)?).into_owned();
         let ReadConfig { mut config, patterns, mut notes } = ReadConfig::parse(&config_path, &text)?;
         let file = TensorFile::open(&dir.join(WEIGHTS_FILE))?;
-        let metadata = file.text();
+        let metadata = file.texts();
         restore_coft(&mut config.method, &metadata);
         let mut found = Found::in_file(&file, &config.method)?;
         let layers = found.adapters(&mut config, &patterns, &mut notes);

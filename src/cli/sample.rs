@@ -28,10 +28,13 @@ use tch::{Device, Kind, Tensor};
                   --output out"
 )]
 pub struct SampleArgs {
-    /// Stable Diffusion folder, or hub id owner/name[@revision]
+    /// Stable Diffusion: folder, checkpoint file (.safetensors), or hub id owner/name[@revision]
     #[arg(long, alias = "pretrained-model-name-or-path", value_name = "MODEL")]
     model: PathBuf,
-    /// Adapter folder or hub id, with a strength: 1 is as trained, 0 the base model. Several multiply
+    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json
+    #[arg(long, alias = "model-config", value_name = "DIR")]
+    config: Option<PathBuf>,
+    /// Adapter folder, LoRA file or hub id, with a strength: 1 is as trained, 0 the base model. Several act in their order
     #[arg(long, value_name = "DIR[=STRENGTH]")]
     adapter: Vec<String>,
     /// What to draw; may be given several times
@@ -132,7 +135,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         .map(|(word, strength)| Ok((hub::resolve(&word, Wanted::Adapter)?, strength)))
         .collect::<Result<_>>()?;
 
-    let mut model = StableDiffusion::load(&dir, compute.kind, compute.device)?;
+    let config = args.config.as_deref();
+    let mut model = StableDiffusion::load_with(&dir, config, compute.kind, compute.device)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
     if !adapters.is_empty() {

@@ -93,8 +93,12 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
         println!("checkpoints: {} in {folder}/checkpoints", steps.len());
     }
     println!(
-        "draw with it:\n  hra sample --model {} --adapter {} --prompt {} --guidance {} --output {}",
+        "draw with it:\n  hra sample --model {}{} --adapter {} --prompt {} --guidance {} --output {}",
         shell_word(&config.pretrained_model_name_or_path.to_string_lossy()),
+        config
+            .model_config
+            .as_ref()
+            .map_or_else(String::new, |dir| { format!(" --config {}", shell_word(&dir.to_string_lossy())) }),
         shell_word(&outcome.folder.to_string_lossy()),
         shell_word(&config.instance_prompt),
         config.validation_guidance,

@@ -81,6 +81,7 @@ impl TrainConfig {
         if !hub::is_id(&self.pretrained_model_name_or_path) {
             absolute(&mut self.pretrained_model_name_or_path)?;
         }
+        self.model_config.as_mut().map_or(Ok(()), absolute)?;
         absolute(&mut self.output_dir)?;
         absolute(&mut self.instance_data_dir)?;
         self.class_data_dir.as_mut().map_or(Ok(()), absolute)?;

@@ -43,9 +43,12 @@ pub enum MethodName {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Args)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Stable Diffusion to start from: a folder, or a hub id owner/name[@revision]
+    /// Stable Diffusion to start from: folder, checkpoint file (.safetensors), or hub id owner/name[@revision]
     #[arg(long, alias = "model", value_name = "MODEL", default_value = "", value_parser = any_path, hide_default_value = true, help_heading = "Model and output")]
     pub pretrained_model_name_or_path: PathBuf,
+    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json
+    #[arg(long, value_name = "DIR", help_heading = "Model and output")]
+    pub model_config: Option<PathBuf>,
     /// Run folder: adapter, metrics, previews and checkpoints go there and nowhere else
     #[arg(
         long,

@@ -1,10 +1,9 @@
 //! What a model folder's JSON files say about its parts. Nothing about a model comes from a flag.
 
+use super::source::Text;
 use crate::error::{Error, Result};
-use crate::files;
 use serde::Deserialize;
 use serde_json::Value;
-use std::path::Path;
 
 /// A number for all levels or one for each.
 #[derive(Debug, Clone, Deserialize)]
@@ -128,14 +127,15 @@ pub struct Level {
 }
 
 impl UNetConfig {
-    /// Reads and checks `unet/config.json`; all problems are listed.
-    pub fn read(path: &Path) -> Result<(Self, Vec<Level>)> {
-        let config: Self = read_json(path)?;
-        let levels = config.levels().map_err(|problems| Error::format(path, problems.join("\n")))?;
+    /// Parses and checks `unet/config.json`; all problems are listed.
+    pub fn parse(text: &Text) -> Result<(Self, Vec<Level>)> {
+        let config: Self = parse_json(text)?;
+        let levels = config.levels().map_err(|problems| Error::format(&text.path, problems.join("\n")))?;
         Ok((config, levels))
     }
 
-    fn levels(&self) -> std::result::Result<Vec<Level>, Vec<String>> {
+    /// The levels, or every problem with them.
+    pub fn levels(&self) -> std::result::Result<Vec<Level>, Vec<String>> {
         let n = self.block_out_channels.len();
         let mut problems = self.unsupported();
         if n == 0 || n > MAX_LEVELS || self.down_block_types.len() != n || self.up_block_types.len() != n {
@@ -282,9 +282,9 @@ fn text_eps() -> f64 {
 }
 
 impl TextConfig {
-    /// Reads and checks `text_encoder/config.json`.
-    pub fn read(path: &Path) -> Result<Self> {
-        let config: Self = read_json(path)?;
+    /// Parses and checks `text_encoder/config.json`.
+    pub fn parse(text: &Text) -> Result<Self> {
+        let config: Self = parse_json(text)?;
         let sizes = [
             ("vocab_size", config.vocab_size, 1 << 24),
             ("hidden_size", config.hidden_size, MAX_WIDTH),
@@ -304,7 +304,7 @@ impl TextConfig {
         if !["quick_gelu", "gelu"].contains(&config.hidden_act.as_str()) {
             problems.push(format!("hidden_act: expected quick_gelu or gelu, found {}", config.hidden_act));
         }
-        if problems.is_empty() { Ok(config) } else { Err(Error::format(path, problems.join("\n"))) }
+        if problems.is_empty() { Ok(config) } else { Err(Error::format(&text.path, problems.join("\n"))) }
     }
 }
 
@@ -350,9 +350,9 @@ impl Default for VaeConfig {
 }
 
 impl VaeConfig {
-    /// Reads and checks `vae/config.json`: the crate's VAE has one architecture, other ones are refused.
-    pub fn read(path: &Path) -> Result<Self> {
-        let config: Self = read_json(path)?;
+    /// Parses and checks `vae/config.json`: the crate's VAE has one architecture, other ones are refused.
+    pub fn parse(text: &Text) -> Result<Self> {
+        let config: Self = parse_json(text)?;
         let levels = config.block_out_channels.len();
         let mut problems = Vec::new();
         if levels == 0 || levels > MAX_LEVELS {
@@ -390,7 +390,7 @@ impl VaeConfig {
                 "not the VAE of Stable Diffusion 1.x or 2.x (activation, quant_conv, shift_factor)".into(),
             );
         }
-        if problems.is_empty() { Ok(config) } else { Err(Error::format(path, problems.join("\n"))) }
+        if problems.is_empty() { Ok(config) } else { Err(Error::format(&text.path, problems.join("\n"))) }
     }
 
     /// Pixels along one edge of a latent.
@@ -399,6 +399,6 @@ impl VaeConfig {
     }
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    serde_json::from_str(&files::read_to_string(path)?).map_err(|e| Error::format(path, e.to_string()))
+fn parse_json<T: serde::de::DeserializeOwned>(text: &Text) -> Result<T> {
+    serde_json::from_str(&text.content).map_err(|e| Error::format(&text.path, e.to_string()))
 }

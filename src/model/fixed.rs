@@ -68,7 +68,11 @@ impl AttachReport {
         self.layers += 1;
         self.mean_change += moved;
         self.largest_change = self.largest_change.max(moved);
-        for note in &change.notes {
+        self.note(&change.notes);
+    }
+
+    fn note(&mut self, notes: &[&'static str]) {
+        for note in notes {
             if !self.notes.iter().any(|n| n == note) {
                 self.notes.push((*note).to_string());
             }
@@ -164,6 +168,7 @@ fn layer_effect(
             let weight = form.as_ref().map_or_else(|| base.shallow_clone(), |form| form.merged(base));
             let change = adapter.change(&weight, *strength);
             reports[i].add(&change, &weight);
+            reports[i].note(&adapter.notes(&layer.weight().size()));
             form = Some(match (form, change.form) {
                 (None, new) => new,
                 (Some(Form::LowRank { down, up }), Form::LowRank { down: d, up: u }) => {

@@ -56,7 +56,7 @@ impl LoadedAdapter {
         if full.is_file() && !path.join(peft::CONFIG_FILE).is_file() {
             let file = TensorFile::open(&full)?;
             loaded.what = "full fine-tuning".into();
-            loaded.base_fingerprint = file.text().remove("base_fingerprint");
+            loaded.base_fingerprint = file.texts().remove("base_fingerprint");
             loaded.full = Some(WholeNetwork { left: file.names().into_iter().collect(), file });
             return Ok(loaded);
         }
@@ -77,6 +77,7 @@ impl LoadedAdapter {
         }
         self.what += suffix;
         self.unused.extend(file.unused);
+        self.notes.extend(file.notes);
         self.layers.extend(file.layers);
         self.biases.extend(file.biases);
         let fingerprint = file.metadata.get("base_fingerprint").cloned();

@@ -5,10 +5,11 @@
 use super::attention::SpatialTransformer;
 use super::config::{Level, UNetConfig};
 use super::layers::{Layer, Layers, Module, Norm, timestep_features};
+use super::ldm;
 use super::resnet::{Downsample, Resnet, Upsample};
+use super::source::{Part, Source};
 use super::weights::{Scope, Weights};
 use crate::error::Result;
-use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 /// Residual blocks of one level, with attention after each where the level attends.
@@ -49,10 +50,10 @@ pub struct UNet {
 }
 
 impl UNet {
-    /// Loads `dir` (`config.json` and weights). The second value names tensors of the file that the network lacks.
-    pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
-        let (config, levels) = UNetConfig::read(&dir.join("config.json"))?;
-        let weights = Weights::open(dir, "diffusion_pytorch_model", |_| None, kind, device)?;
+    /// Loads the UNet of `source`. The second value names tensors of the file that the network lacks.
+    pub fn load(source: &Source, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
+        let (config, levels) = UNetConfig::parse(&source.text("unet/config.json")?)?;
+        let weights = Weights::open(source, Part::UNet, kind, device)?;
         let unet = Self::new(&weights.root(), config, &levels, kind, device);
         Ok((unet, weights.finish()?))
     }
@@ -204,6 +205,11 @@ impl UNet {
     /// The compute dtype.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// The names of its layers in LDM's checkpoints, and in adapter files that follow them.
+    pub fn ldm_names(&self) -> ldm::Names {
+        ldm::Names::unet(&self.config.levels().expect("checked when the config was read"))
     }
 
     fn conv_in_channels(&self) -> i64 {

@@ -6,10 +6,10 @@
 //! instance serves both directions, and decoding pads the latents with zeros.
 
 use super::config::VaeConfig;
+use super::source::{Part, Source};
 use super::weights::Weights;
 use crate::error::{Error, Result};
 use diffusers::models::vae::{AutoEncoderKL, AutoEncoderKLConfig};
-use std::path::Path;
 use tch::{Device, Kind, Tensor, nn};
 
 /// Log-variance of the outer distribution: its standard deviation, exp(-100), vanishes beside any f32 number.
@@ -23,10 +23,10 @@ pub struct Vae {
 }
 
 impl Vae {
-    /// Loads `dir` (`config.json` and weights). The second value names tensors of the file that the network lacks.
-    pub fn load(dir: &Path, device: Device) -> Result<(Self, Vec<String>)> {
-        let config = VaeConfig::read(&dir.join("config.json"))?;
-        let weights = Weights::open(dir, "diffusion_pytorch_model", current_name, Kind::Float, device)?;
+    /// Loads the VAE of `source`. The second value names tensors of the file that the network lacks.
+    pub fn load(source: &Source, device: Device) -> Result<(Self, Vec<String>)> {
+        let config = VaeConfig::parse(&source.text("vae/config.json")?)?;
+        let weights = Weights::open(source, Part::Vae, Kind::Float, device)?;
         // The crate allocates before we can look, so a config that the file does not bear out is refused first.
         for (level, &channels) in config.block_out_channels.iter().enumerate() {
             let name = format!("encoder.down_blocks.{level}.resnets.0.conv2.weight");
@@ -36,7 +36,7 @@ impl Vae {
                 return Err(weights
                     .finish()
                     .err()
-                    .unwrap_or_else(|| Error::format(dir, "the weights do not fit")));
+                    .unwrap_or_else(|| Error::format(source.path(), "the VAE's weights do not fit")));
             }
         }
         let mut store = nn::VarStore::new(device);
@@ -123,7 +123,7 @@ fn fill(variable: &mut Tensor, name: &str, weights: &Weights, z: i64) {
 }
 
 /// Attention of the 2022 layout (`query`, `key`, `value`, `proj_attn`) by today's names.
-fn current_name(key: &str) -> Option<String> {
+pub(super) fn current_name(key: &str) -> Option<String> {
     const RULES: [(&str, &str); 4] =
         [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
     RULES.iter().find(|(old, _)| key.contains(old)).map(|(old, new)| key.replace(old, new))

@@ -6,8 +6,9 @@ use crate::error::Result;
 use crate::model::attention::{attend, join_heads, split_heads};
 use crate::model::config::TextConfig;
 use crate::model::layers::{Layer, Layers, Module, Norm};
+use crate::model::ldm::{Names, Tower};
+use crate::model::source::{Part, Source};
 use crate::model::weights::{Scope, Weights};
-use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 /// Text tower with frozen weights.
@@ -64,10 +65,10 @@ impl EncoderLayer {
 }
 
 impl TextEncoder {
-    /// Loads `dir` (`config.json` and weights). The second value names tensors of the file that the tower lacks.
-    pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
-        let config = TextConfig::read(&dir.join("config.json"))?;
-        let weights = Weights::open(dir, "model", without_prefix, kind, device)?;
+    /// Loads the text encoder of `source`. The second value names tensors of the file that the tower lacks.
+    pub fn load(source: &Source, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
+        let config = TextConfig::parse(&source.text("text_encoder/config.json")?)?;
+        let weights = Weights::open(source, Part::TextEncoder, kind, device)?;
         let encoder = Self::new(&weights.root(), &config, device);
         let mut unused = weights.finish()?;
         // A constant that old files store, and the projection of the image-text loss.
@@ -104,6 +105,13 @@ impl TextEncoder {
         self.final_layer_norm.forward(&x)
     }
 
+    /// The names of its layers in LDM's checkpoints, and in adapter files that follow them.
+    pub fn ldm_names(&self) -> Names {
+        let quick_gelu = self.layers.first().is_none_or(|layer| layer.quick_gelu);
+        let tower = Tower::of_activation(if quick_gelu { "quick_gelu" } else { "gelu" });
+        Names::text(tower, self.layers.len() as i64)
+    }
+
     /// The most tokens it can take.
     pub fn length(&self) -> i64 {
         self.length
@@ -132,8 +140,4 @@ impl Layers for TextEncoder {
         out.push(Module::Norm(&mut self.final_layer_norm));
         out
     }
-}
-
-fn without_prefix(key: &str) -> Option<String> {
-    key.strip_prefix("text_model.").map(str::to_string)
 }

@@ -4,10 +4,10 @@
 //! may be an ordinary character (`!` in Stable Diffusion 2.x), which then splits before the merges, as in transformers.
 
 use crate::error::{Error, Result};
-use crate::files;
+use crate::model::source::Source;
 use serde_json::Value;
-use std::path::{Path, PathBuf};
-use tokenizers::models::bpe::BPE;
+use std::collections::BTreeMap;
+use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{
     NFC, Replace, Sequence as Normalizers, replace::ReplacePattern, utils::Lowercase,
 };
@@ -29,19 +29,19 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Loads `dir`. `length` is the text tower's: a tokenizer without one of its own pads to it.
-    pub fn load(dir: &Path, length: usize) -> Result<Self> {
-        let settings = Settings::read(dir)?;
-        let json = dir.join("tokenizer.json");
-        let mut inner = if json.is_file() {
-            let broken = |e| Error::format(&json, format!("not a tokenizer: {e}"));
-            let mut inner = tokenizers::Tokenizer::from_file(&json).map_err(broken)?;
+    /// Loads the tokenizer of `source`. `length` is the text tower's: a tokenizer without one of its own pads to it.
+    pub fn load(source: &Source, length: usize) -> Result<Self> {
+        let dir = &source.path().join("tokenizer");
+        let settings = Settings::read(source)?;
+        let mut inner = if let Some(json) = source.find("tokenizer/tokenizer.json")? {
+            let broken = |e| Error::format(&json.path, format!("not a tokenizer: {e}"));
+            let mut inner = tokenizers::Tokenizer::from_bytes(&json.content).map_err(broken)?;
             // Padding and truncation are done here, with the end token kept.
             inner.with_padding(None);
             inner.with_truncation(None).map_err(broken)?;
             inner
         } else {
-            from_vocabulary(dir)?
+            from_vocabulary(source)?
         };
         let special = [&settings.start, &settings.end, &settings.unknown, &settings.pad];
         let tokens: Vec<AddedToken> =
@@ -102,9 +102,9 @@ struct Settings {
 }
 
 impl Settings {
-    fn read(dir: &Path) -> Result<Self> {
-        let config = read_optional(&dir.join("tokenizer_config.json"))?;
-        let map = read_optional(&dir.join("special_tokens_map.json"))?;
+    fn read(source: &Source) -> Result<Self> {
+        let config = json(source, "tokenizer/tokenizer_config.json")?;
+        let map = json(source, "tokenizer/special_tokens_map.json")?;
         let token = |name: &str, default: &str| {
             [&config[name], &map[name]]
                 .into_iter()
@@ -116,7 +116,7 @@ impl Settings {
         if let Some(entries) = config["added_tokens_decoder"].as_object() {
             added.extend(entries.values().filter(|v| v["special"] != true).filter_map(added_token));
         }
-        if let Some(entries) = read_optional(&dir.join("added_tokens.json"))?.as_object() {
+        if let Some(entries) = json(source, "tokenizer/added_tokens.json")?.as_object() {
             let mut entries: Vec<_> = entries.iter().collect();
             entries.sort_by_key(|(_, id)| id.as_i64());
             added.extend(entries.into_iter().map(|(text, _)| AddedToken::from(text.clone(), false)));
@@ -150,21 +150,26 @@ fn added_token(value: &Value) -> Option<AddedToken> {
 }
 
 /// The tokenizer that transformers builds when there is no `tokenizer.json`.
-fn from_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
-    let (vocab, merges) = (dir.join("vocab.json"), dir.join("merges.txt"));
-    if !vocab.is_file() || !merges.is_file() {
+fn from_vocabulary(source: &Source) -> Result<tokenizers::Tokenizer> {
+    let dir = source.path().join("tokenizer");
+    let files = (source.find("tokenizer/vocab.json")?, source.find("tokenizer/merges.txt")?);
+    let (Some(vocab), Some(merges)) = files else {
         return Err(Error::format(
-            dir,
+            &dir,
             "expected tokenizer.json, or vocab.json and merges.txt, found neither",
         ));
-    }
-    let text = |path: &PathBuf| path.to_str().map(str::to_string);
-    let (Some(vocab_text), Some(merges_text)) = (text(&vocab), text(&merges)) else {
-        return Err(Error::format(dir, "expected a path in UTF-8"));
     };
+    let ids: BTreeMap<String, u32> = serde_json::from_str(&vocab.content)
+        .map_err(|e| Error::format(&vocab.path, format!("expected the ids of tokens: {e}")))?;
+    // A line is a pair; the first may be a comment.
+    let lines = merges.content.lines().filter(|line| !line.starts_with("#version"));
+    let pair = |line: &str| line.split_once(' ').map(|(a, b)| (a.to_string(), b.to_string()));
+    let pairs: Option<Vec<_>> = lines.map(pair).collect();
+    let pairs = pairs.ok_or_else(|| Error::format(&merges.path, "expected two words on each line"))?;
     let broken =
-        |e: tokenizers::Error| Error::format(dir, format!("vocab.json and merges.txt do not fit: {e}"));
-    let bpe = BPE::from_file(&vocab_text, &merges_text)
+        |e: tokenizers::Error| Error::format(&dir, format!("vocab.json and merges.txt do not fit: {e}"));
+    let bpe = BPE::builder()
+        .vocab_and_merges(ids.into_iter().collect::<Vocab>(), pairs)
         .unk_token("<|endoftext|>".into())
         .end_of_word_suffix("</w>".into())
         .continuing_subword_prefix(String::new())
@@ -186,9 +191,9 @@ fn from_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
     Ok(inner)
 }
 
-fn read_optional(path: &Path) -> Result<Value> {
-    if !path.is_file() {
-        return Ok(Value::Null);
-    }
-    serde_json::from_str(&files::read_to_string(path)?).map_err(|e| Error::format(path, e.to_string()))
+/// A file that may be missing; `null` then.
+fn json(source: &Source, name: &str) -> Result<Value> {
+    source.find(name)?.map_or(Ok(Value::Null), |text| {
+        serde_json::from_str(&text.content).map_err(|e| Error::format(&text.path, e.to_string()))
+    })
 }

@@ -126,7 +126,8 @@ impl Trainer {
         let held_out =
             config.held_out_data_dir.as_deref().map(|dir| scan("held_out_data_dir", dir)).transpose()?;
         let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
-        let mut model = StableDiffusion::load(&dir, compute.kind, compute.device)?;
+        let from = config.model_config.as_deref();
+        let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
         model.notes.iter().for_each(|note| eprintln!("note: {note}"));
         device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
         let resolution = resolution(&config, &model)?;

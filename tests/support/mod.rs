@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 pub mod hub_server;
+pub mod models;
 pub mod program;
 
 use hra::tensor_file::TensorFile;
