@@ -322,7 +322,7 @@ mod tests {
         let one = Tensor::from(1f32);
         AdamW::new(config, &parameters).step(&mut parameters, &one, &[0.5, 7.0]);
         let values: Vec<f32> = Vec::try_from(parameters.flat()).unwrap();
-        assert_eq!(values[..2], [0.5, 1.5]);
+        assert!((values[0] - 0.5).abs() < 1e-6 && (values[1] - 1.5).abs() < 1e-6, "{values:?}");
         assert!(values[2].is_nan(), "0 / 0: this one had no gradient");
         parameters.set(&Tensor::from_slice(&[5f32, 6.0, 7.0]));
         assert_eq!(parameters.views()[1].1.double_value(&[0]), 7.0);

@@ -3,8 +3,10 @@
 
 use crate::error::{Error, Result};
 use crate::hub;
-use crate::model::layers::{Layers, Module};
-use crate::model::source::Source;
+use crate::model::layers::{Layer, Layers, Module};
+use crate::model::ldm::Names;
+use crate::model::loaded::LayerNames;
+use crate::model::source::{Part, Source};
 use crate::model::{UNet, Vae};
 use crate::noise::{Prediction, SchedulerConfig};
 use crate::tensor_file;
@@ -108,6 +110,18 @@ impl StableDiffusion {
     /// The UNet's `config.json`, which a checkpoint file may only imply.
     pub fn unet_config(&self) -> Result<String> {
         Ok(self.source.text("unet/config.json")?.content)
+    }
+
+    /// What the layers of the UNet and the text encoder are called, also in LDM checkpoints.
+    pub fn layer_names(&mut self) -> Result<LayerNames> {
+        let (unet, text) = (self.source.names(Part::UNet)?, self.source.names(Part::TextEncoder)?);
+        let named = |layers: Vec<&mut Layer>, names: Names| {
+            layers.into_iter().map(|layer| (layer.name.clone(), names.layer(&layer.name))).collect()
+        };
+        Ok(LayerNames {
+            unet: named(self.unet.layers_mut(), unet),
+            text_encoder: named(self.text_encoder.layers_mut(), text),
+        })
     }
 
     /// The folder's or file's own name, or its repository's on the hub, for the settings that a picture carries.

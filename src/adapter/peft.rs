@@ -258,6 +258,23 @@ fn adapter(
     })
 }
 
+impl AdapterFile {
+    /// All tensors by their names in a file, as [`write`] takes them.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let mut tensors = Vec::new();
+        for (layer, adapter) in &self.layers {
+            for (suffix, tensor) in adapter.parameters() {
+                tensors.push((format!("{layer}.{suffix}"), tensor));
+            }
+        }
+        for (name, bias) in &self.biases {
+            let base = self.layers.get(name).map_or("bias", |adapter| adapter.bias_name());
+            tensors.push((format!("{name}.{base}"), bias.shallow_clone()));
+        }
+        tensors
+    }
+}
+
 /// The paper's COFT, which a file keeps as text: a constraint of training that its use does not need.
 fn restore_coft(method: &mut Method, metadata: &BTreeMap<String, String>) {
     if let Method::Oft(OftConfig { coft: coft @ Coft::None, .. }) = method

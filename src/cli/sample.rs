@@ -140,10 +140,17 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
     if !adapters.is_empty() {
+        let names = model.layer_names()?;
         let adapters: Vec<(LoadedAdapter, f64)> = adapters
             .iter()
-            .map(|(path, strength)| Ok((LoadedAdapter::read(path)?, *strength)))
+            .map(|(path, strength)| Ok((LoadedAdapter::read(path, &names)?, *strength)))
             .collect::<Result<_>>()?;
+        let base = model.fingerprint()?;
+        for (adapter, _) in &adapters {
+            if let Some(note) = adapter.other_base(&base) {
+                eprintln!("warning: {note}");
+            }
+        }
         for report in fixed::attach_fixed(&mut model, adapters, args.with_base)? {
             eprintln!("{report}");
         }

@@ -1,8 +1,10 @@
-//! Adapters as they lie on disk, whatever their form: PEFT folders, run folders with a text encoder's adapter, and fully
-//! fine-tuned networks. By layer name; a layer's adapter is taken out when it is used, and what is left fitted nothing.
+//! Adapters as they lie on disk, whatever their form: PEFT folders, run folders with a text encoder's adapter, single LoRA
+//! files, and fully fine-tuned networks. By layer name; a layer's adapter is taken out when it is used, and what is left
+//! fitted nothing.
 
+use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
-use crate::adapter::{Adapter, Full};
+use crate::adapter::{Adapter, Dora, Full, Lora};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,6 +15,15 @@ use tch::{Device, Kind, Tensor};
 pub const TEXT_ENCODER: &str = "text_encoder";
 /// A fully fine-tuned UNet in a run folder, as diffusers' `from_pretrained(RUN, subfolder="unet")` reads it.
 pub const FULL_UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+
+/// What a model's layers are called, by which the layers of a LoRA file are found.
+#[derive(Debug, Default)]
+pub struct LayerNames {
+    /// Of the UNet, each with its name in LDM checkpoints where it has one.
+    pub unet: Vec<(String, Option<String>)>,
+    /// Of the text encoder.
+    pub text_encoder: Vec<(String, Option<String>)>,
+}
 
 /// An adapter that was read and is not on a network yet.
 pub struct LoadedAdapter {
@@ -39,8 +50,8 @@ struct WholeNetwork {
 }
 
 impl LoadedAdapter {
-    /// Reads what is at `path`.
-    pub fn read(path: &Path) -> Result<Self> {
+    /// Reads what is at `path`, for a model with these layers.
+    pub fn read(path: &Path, names: &LayerNames) -> Result<Self> {
         let mut loaded = Self {
             path: path.to_path_buf(),
             what: String::new(),
@@ -51,6 +62,10 @@ impl LoadedAdapter {
             biases: BTreeMap::new(),
             full: None,
         };
+        if let Some(file) = lora_file_at(path) {
+            loaded.add_lora(&file, names)?;
+            return Ok(loaded);
+        }
         let full = path.join(FULL_UNET);
         let text = path.join(TEXT_ENCODER);
         if full.is_file() && !path.join(peft::CONFIG_FILE).is_file() {
@@ -84,6 +99,44 @@ impl LoadedAdapter {
         self.base_fingerprint = self.base_fingerprint.take().or(fingerprint);
     }
 
+    fn add_lora(&mut self, path: &Path, names: &LayerNames) -> Result<()> {
+        let file = LoraFile::read(path)?;
+        let parts = [
+            (lora_file::Part::UNet, &names.unet),
+            (lora_file::Part::TextEncoder, &names.text_encoder),
+        ];
+        for (part, names) in parts {
+            let own: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
+            let ldm: Vec<(&str, &str)> =
+                names.iter().filter_map(|(name, ldm)| Some((ldm.as_deref()?, name.as_str()))).collect();
+            let resolved = file.resolve(part, &own, &ldm)?;
+            self.unused.extend(resolved.unmatched.iter().map(|layer| layer.name.clone()));
+            for (name, layer) in resolved.layers {
+                let adapter = lora_layer(layer)
+                    .map_err(|problem| Error::format(path, format!("`{}`: {problem}", layer.name)))?;
+                self.layers.insert(name, adapter);
+            }
+        }
+        let ranks: BTreeSet<i64> = file.layers.iter().map(LoraLayer::rank).collect();
+        let ranks: Vec<String> = ranks.iter().map(i64::to_string).collect();
+        let dora = file.layers.iter().any(|layer| layer.magnitude.is_some());
+        self.what = format!("{} file, r {}", if dora { "DoRA" } else { "LoRA" }, ranks.join(", "));
+        if self.layers.is_empty() {
+            return Err(Error::format(
+                path,
+                format!(
+                    "none of its {} layers is in this model, for example {}\nhint: was it made for another kind of model?",
+                    file.layers.len(),
+                    file.layers[0].name
+                ),
+            ));
+        }
+        self.unused.extend(file.unused);
+        self.notes.extend(file.notes);
+        self.base_fingerprint = TensorFile::open(path)?.texts().remove("base_fingerprint");
+        Ok(())
+    }
+
     /// The adapter of a layer, for good.
     pub fn take_layer(&mut self, name: &str) -> Result<Option<Box<dyn Adapter>>> {
         match &mut self.full {
@@ -92,6 +145,17 @@ impl LoadedAdapter {
                 Ok(full.take(format!("{name}.weight"))?.map(|t| Box::new(Full::new(t)) as Box<dyn Adapter>))
             }
         }
+    }
+
+    /// What to tell the user if this was made for another base model than the one with this fingerprint.
+    pub fn other_base(&self, fingerprint: &str) -> Option<String> {
+        let own = self.base_fingerprint.as_deref().filter(|own| *own != fingerprint)?;
+        Some(format!(
+            "{} was made for another base model ({}.., not {}..): its effect will be another one",
+            self.path.display(),
+            &own.get(..12).unwrap_or(own),
+            &fingerprint[..12]
+        ))
     }
 
     /// The trained bias of a layer or norm `(n)`, for good.
@@ -112,6 +176,23 @@ impl LoadedAdapter {
         let full = self.full.iter().flat_map(|f| f.left.iter().cloned());
         self.layers.keys().chain(self.biases.keys()).cloned().chain(full).collect()
     }
+}
+
+/// The LoRA file that `path` is, or that is in the folder `path` as diffusers puts it there.
+fn lora_file_at(path: &Path) -> Option<PathBuf> {
+    if path.is_file() {
+        return Some(path.to_path_buf());
+    }
+    let inside = path.join(lora_file::DIFFUSERS_FILE);
+    (inside.is_file() && !path.join(peft::CONFIG_FILE).is_file()).then_some(inside)
+}
+
+fn lora_layer(layer: &LoraLayer) -> std::result::Result<Box<dyn Adapter>, String> {
+    let lora = Lora::from_tensors(layer.down.shallow_clone(), layer.up.shallow_clone(), layer.scale)?;
+    Ok(match &layer.magnitude {
+        None => Box::new(lora),
+        Some(magnitude) => Box::new(Dora::from_tensors(lora, magnitude.shallow_clone())?),
+    })
 }
 
 impl WholeNetwork {
