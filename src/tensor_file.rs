@@ -66,6 +66,11 @@ impl TensorFile {
         names
     }
 
+    /// An entry of the file's metadata.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.metadata.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
     /// Shape of a tensor, if it is there.
     pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
         self.metadata.info(name).map(|i| i.shape.iter().map(|&d| d as i64).collect())

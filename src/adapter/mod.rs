@@ -6,9 +6,11 @@
 //! - [`hra`]: Householder Reflection Adaptation, trained in the compact WY form;
 //! - [`reflections`]: the algebra of fixed products of reflections: strength, chains, merging, how far a weight moves;
 //! - [`target`]: which layers are adapted, by PEFT's rules;
-//! - [`peft`]: PEFT's `adapter_config.json` and `adapter_model.safetensors`.
+//! - [`peft`]: PEFT's `adapter_config.json` and `adapter_model.safetensors`;
+//! - [`lora_file`]: LoRA in one file, in the styles of other programs.
 
 pub mod hra;
+pub mod lora_file;
 pub mod peft;
 pub mod reflections;
 pub mod target;
