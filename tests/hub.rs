@@ -211,7 +211,7 @@ fn nothing_is_written_outside_the_cache() {
     let scratch = Scratch::new();
     let server = HubServer::of(NAME, &support::tiny_sd());
     let before = outside(scratch.dir.path(), &cache(&scratch));
-    for etag in ["../../../../escaped", "/tmp/escaped-by-hra", "..", "a/b", ""] {
+    for etag in ["../../../../escaped", "/escaped-by-hra", "..", "a/b", ""] {
         server.set(|s| s.etag = Some(etag.into()));
         refused(sample(&scratch, &server, NAME, &[]), &["ETag"]);
     }

@@ -11,7 +11,8 @@
 //! - [`reflections`]: the algebra of fixed products of reflections: strength, chains, how far they turn;
 //! - [`combine`]: several adapters as one;
 //! - [`target`]: which layers are adapted, by PEFT's rules;
-//! - [`peft`], [`peft_config`], `peft_patterns`: PEFT's `adapter_model.safetensors` and `adapter_config.json`.
+//! - [`peft`], [`peft_config`], `peft_patterns`: PEFT's `adapter_model.safetensors` and `adapter_config.json`;
+//! - [`lora_file`]: LoRA in one file, in the styles of other programs.
 
 pub mod blocks;
 pub mod boft;
@@ -20,6 +21,7 @@ pub mod dora;
 pub mod full;
 pub mod hra;
 pub mod lora;
+pub mod lora_file;
 pub mod method;
 pub mod oft;
 pub mod peft;
