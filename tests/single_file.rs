@@ -3,6 +3,7 @@
 mod support;
 
 use hra::StableDiffusion;
+use hra::model::layers::Layers;
 use hra::model::source::{Part, TEXT_FILES};
 use hra::single_file::{Replaced, write_checkpoint, write_folder};
 use hra::tensor_file::{self, Planned, TensorFile};
@@ -77,6 +78,20 @@ fn keys_and_shapes_are_those_of_published_checkpoints() {
     for case in cases() {
         let dir = tempfile::tempdir().unwrap();
         let file = TensorFile::open(&checkpoint(&case, dir.path())).unwrap();
+        let mut model = load(&case.pipeline());
+        let (unet, text) = (model.unet.ldm_names(), model.text_encoder.ldm_names());
+        for (names, network) in
+            [(unet, &mut model.unet as &mut dyn Layers), (text, &mut model.text_encoder as &mut dyn Layers)]
+        {
+            for layer in network.layers_mut() {
+                match names.layer(&layer.name) {
+                    Some(name) => {
+                        assert!(file.shape(&format!("{}{name}.weight", names.prefix())).is_some(), "{name}")
+                    }
+                    None => assert!(case.name.starts_with("sd21") && layer.name.contains("self_attn")),
+                }
+            }
+        }
         let c = file.shape("first_stage_model.encoder.mid.attn_1.q.bias").unwrap()[0];
         assert_eq!(file.shape("first_stage_model.encoder.mid.attn_1.q.weight").unwrap(), [c, c, 1, 1]);
         let projection = file.shape("model.diffusion_model.middle_block.1.proj_in.weight").unwrap();

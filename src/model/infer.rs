@@ -84,8 +84,8 @@ pub fn unet(file: &TensorFile, velocity: bool) -> Result<Value> {
         "out_channels": size("out.2.weight", 0)?,
         "sample_size": if velocity { 96 } else { 64 },
         "block_out_channels": channels,
-        "layers_per_block": layers,
-        "transformer_layers_per_block": depths.iter().map(|d| (*d).max(1)).collect::<Vec<_>>(),
+        "layers_per_block": one_or_each(layers),
+        "transformer_layers_per_block": one_or_each(depths.iter().map(|d| (*d).max(1)).collect()),
         "down_block_types": named(&attends, "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": named(&up, "CrossAttnUpBlock2D", "UpBlock2D"),
         "cross_attention_dim": context_width(file),
@@ -157,6 +157,11 @@ pub fn text_encoder(file: &TensorFile, tower: Tower) -> Result<Value> {
         "hidden_act": if two { "gelu" } else { "quick_gelu" },
         "layer_norm_eps": 1e-5,
     }))
+}
+
+/// One number where all are the same, as published files have it: not every reader takes a list.
+fn one_or_each(numbers: Vec<usize>) -> Value {
+    if numbers.iter().all(|n| *n == numbers[0]) { numbers[0].into() } else { numbers.into() }
 }
 
 fn family(file: &TensorFile) -> Result<Family> {
