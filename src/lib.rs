@@ -24,6 +24,7 @@ pub mod data;
 pub mod device;
 pub mod doctor;
 pub mod error;
+pub mod export;
 pub mod files;
 pub mod hub;
 pub mod image;

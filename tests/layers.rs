@@ -5,7 +5,7 @@ mod support;
 use std::path::{Path, PathBuf};
 
 /// A module may use those before it, and itself. `error`, `files`, `seed`, `interrupt` and `progress` are everybody's.
-const ORDER: [&str; 28] = [
+const ORDER: [&str; 29] = [
     "error",
     "files",
     "seed",
@@ -31,6 +31,7 @@ const ORDER: [&str; 28] = [
     "checkpoint",
     "config",
     "train",
+    "export",
     "inspect",
     "doctor",
     "cli",

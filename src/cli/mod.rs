@@ -1,5 +1,6 @@
 //! The command line: what the user typed, turned into calls of the library.
 
+mod export;
 mod inspect;
 mod merge;
 mod sample;
@@ -24,6 +25,8 @@ enum Verb {
     Train(Box<train::TrainArgs>),
     /// Draw pictures from prompts
     Sample(Box<sample::SampleArgs>),
+    /// Write adapters for other programs, or merge them into a model
+    Export(export::ExportArgs),
     /// Make one adapter of several
     Merge(merge::MergeArgs),
     /// Say what an adapter, run or model is
@@ -69,6 +72,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
     Ok(match cli.command {
         Verb::Train(args) => train::run(&args, &typed),
         Verb::Sample(args) => sample::run(&args),
+        Verb::Export(args) => export::run(&args),
         Verb::Merge(args) => merge::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
         Verb::Doctor(args) => crate::doctor::run(args.json),

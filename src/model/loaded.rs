@@ -101,10 +101,8 @@ impl LoadedAdapter {
 
     fn add_lora(&mut self, path: &Path, names: &LayerNames) -> Result<()> {
         let file = LoraFile::read(path)?;
-        let parts = [
-            (lora_file::Part::UNet, &names.unet),
-            (lora_file::Part::TextEncoder, &names.text_encoder),
-        ];
+        let parts =
+            [(lora_file::Part::UNet, &names.unet), (lora_file::Part::TextEncoder, &names.text_encoder)];
         for (part, names) in parts {
             let own: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
             let ldm: Vec<(&str, &str)> =

@@ -1,0 +1,86 @@
+//! `hra export`.
+
+use super::adapter_with_strength;
+use crate::device::{self, Precision};
+use crate::error::{Error, Result};
+use crate::export::{self, Request, Target};
+use crate::hub::{self, Wanted};
+use crate::model::attach;
+use crate::stable_diffusion::StableDiffusion;
+use clap::Args;
+use std::path::PathBuf;
+use tch::{Device, Kind};
+
+/// Flags of `hra export`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Write adapters for other programs, or merge them into a model",
+    after_help = "The effect of an HRA adapter on one base model is a LoRA exactly; it belongs to that base model. OFT, BOFT, DoRA and \
+                  fully fine-tuned weights become the best LoRA of --rank. Each output is read back and compared.\n\nExamples:\n  \
+                  hra export --model DIR --adapter runs/dog --to kohya-lora --output dog.safetensors --dtype f16\n  hra export \
+                  --model DIR --adapter runs/dog=0.8 --to checkpoint --output dog-model.safetensors"
+)]
+pub struct ExportArgs {
+    /// The base model: folder, checkpoint file, or hub id owner/name[@revision]
+    #[arg(long, alias = "pretrained-model-name-or-path", value_name = "MODEL")]
+    model: PathBuf,
+    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json
+    #[arg(long, alias = "model-config", value_name = "DIR")]
+    config: Option<PathBuf>,
+    /// Adapter folder or LoRA file, with a strength; several act one after another
+    #[arg(long, required = true, value_name = "DIR[=STRENGTH]")]
+    adapter: Vec<String>,
+    /// What to write
+    #[arg(long, value_enum)]
+    to: Target,
+    /// Folder, or file for a LoRA or checkpoint; must not be there yet
+    #[arg(long, value_name = "PATH")]
+    output: PathBuf,
+    /// Number format [default: f32 for adapters, that of the model's files for models]
+    #[arg(long, value_enum)]
+    dtype: Option<Precision>,
+    /// Strength of a single adapter
+    #[arg(long, value_name = "S")]
+    strength: Option<f64>,
+    /// Rank of a LoRA in place of changes that are not of low rank [default: 64]
+    #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
+    rank: Option<i64>,
+}
+
+/// Runs `hra export`.
+pub fn run(args: &ExportArgs) -> Result<()> {
+    let mut adapters: Vec<(PathBuf, f64)> =
+        args.adapter.iter().map(|a| adapter_with_strength(a)).collect::<Result<_>>()?;
+    for (word, _) in &mut adapters {
+        *word = hub::resolve(word, Wanted::Adapter)?;
+    }
+    if let Some(strength) = args.strength {
+        if !strength.is_finite() {
+            return Err(Error::config(format!("--strength: expected a number, found {strength}")));
+        }
+        let [(_, own)] = &mut adapters[..] else {
+            return Err(Error::config("--strength: for one adapter; give several theirs as --adapter DIR=S"));
+        };
+        *own *= strength;
+    }
+    let file = matches!(args.to, Target::KohyaLora | Target::Checkpoint);
+    if file && args.output.extension().is_none_or(|e| e != "safetensors") {
+        return Err(Error::config(format!(
+            "--output: expected a file name that ends with .safetensors, found {}",
+            args.output.display()
+        )));
+    }
+    let request = Request {
+        adapters,
+        to: args.to,
+        output: args.output.clone(),
+        kind: args.dtype.map(Precision::kind),
+        rank: args.rank,
+    };
+    let model = hub::resolve(&args.model, Wanted::Model)?;
+    let mut model = StableDiffusion::load_with(&model, args.config.as_deref(), Kind::Float, Device::Cpu)?;
+    model.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    device::set_threads(None, attach::weight_count(&mut model.unet))?;
+    export::export(&mut model, &request)?.iter().for_each(|line| println!("{line}"));
+    Ok(())
+}
