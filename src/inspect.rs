@@ -1,14 +1,16 @@
 //! What a file or folder is: `hra inspect`. Reports on adapters and models; knows nothing of the screen.
 
+use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::adapter::{Adapter, Form};
 use crate::error::{Error, Result};
 use crate::model::layers::Layers;
-use crate::model::loaded::{FULL_UNET, TEXT_ENCODER};
+use crate::model::loaded::{self, FULL_UNET, LoadedAdapter, TEXT_ENCODER};
+use crate::model::source::{Part, Source};
 use crate::stable_diffusion::StableDiffusion;
 use crate::tensor_file::TensorFile;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
@@ -61,6 +63,18 @@ pub struct LayerReport {
 /// is told relative to its weight.
 pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<Vec<Report>> {
     let _guard = tch::no_grad_guard();
+    if path.is_file() {
+        let file = TensorFile::open(path)?;
+        let is_model = file.names().iter().any(|key| key.starts_with("model.diffusion_model."));
+        return if is_model { whole_model(path) } else { Ok(vec![lora_file(path, model)?]) };
+    }
+    if path.join("model_index.json").is_file() {
+        return whole_model(path);
+    }
+    let lora = path.join(lora_file::DIFFUSERS_FILE);
+    if lora.is_file() {
+        return Ok(vec![self::lora_file(&lora, model)?]);
+    }
     let mut reports = Vec::new();
     for place in ["", TEXT_ENCODER] {
         let folder = path.join(place);
@@ -112,23 +126,144 @@ fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<Report
     Ok(report)
 }
 
+/// A single LoRA file. Its layers have their own names, or the model's where there is one.
+fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<Report> {
+    let mut report = tensors("LoRA file", path)?;
+    let file = match LoraFile::read(path) {
+        Ok(file) => file,
+        Err(problem @ (Error::Weights { .. } | Error::Format { .. })) => {
+            report.odd.push(format!("cannot be used: {problem}"));
+            return Ok(report);
+        }
+        Err(other) => return Err(other),
+    };
+    for (key, value) in TensorFile::open(path)?.texts() {
+        if key != "format" {
+            report.facts.push((key, value));
+        }
+    }
+    let ranks: BTreeSet<i64> = file.layers.iter().map(LoraLayer::rank).collect();
+    report.facts.push(("rank".into(), format!("{ranks:?}").replace(['{', '}'], "")));
+    let text = file.layers.iter().filter(|layer| layer.part == lora_file::Part::TextEncoder).count();
+    report.facts.push((
+        "layers".into(),
+        format!("{} of the UNet, {text} of the text encoder", file.layers.len() - text),
+    ));
+    report.odd.extend(file.notes.iter().cloned());
+    if !file.unused.is_empty() {
+        report.odd.push(format!("keys that are part of nothing: {}", file.unused.join(", ")));
+    }
+    let layers = match model {
+        Some(model) => {
+            let names = model.layer_names()?;
+            let mut loaded = LoadedAdapter::read(path, &names)?;
+            report.odd.extend(loaded.other_base(&model.fingerprint()?));
+            let names = [names.unet, names.text_encoder].concat();
+            let mut layers = BTreeMap::new();
+            for (name, _) in names {
+                if let Some(adapter) = loaded.take_layer(&name)? {
+                    layers.insert(name, adapter);
+                }
+            }
+            report.add_layers(&layers, Some(model));
+            return Ok(report);
+        }
+        None => file.layers.iter().map(|layer| Ok((layer.name.clone(), loaded::lora_layer(layer)?))),
+    };
+    match layers.collect::<std::result::Result<_, String>>() {
+        Ok(layers) => report.add_layers(&layers, None),
+        Err(problem) => report.odd.push(format!("cannot be used: {problem}")),
+    }
+    Ok(report)
+}
+
+/// A model folder or checkpoint: what it is, then the tensors of each part.
+fn whole_model(path: &Path) -> Result<Vec<Report>> {
+    let source = Source::open(path, None)?;
+    let mut reports = Vec::new();
+    for part in Part::ALL {
+        let tensors = source.tensors(part)?;
+        let mut report =
+            Report { path: path.display().to_string(), what: part.folder().into(), ..Report::default() };
+        let name = format!("{}/config.json", part.folder());
+        if let Some(config) = source.find(&name)? {
+            let config: serde_json::Value = serde_json::from_str(&config.content)
+                .map_err(|e| Error::format(&config.path, e.to_string()))?;
+            for key in TOLD {
+                if let Some(value) = config.get(key).filter(|value| !value.is_null()) {
+                    report.facts.push((key.into(), value.to_string()));
+                }
+            }
+        }
+        for name in tensors.names() {
+            if tensors.is_float(name) {
+                report.add_tensor(name, &tensors.dtype(name), &tensors.read(name)?);
+            }
+        }
+        report.odd.extend(tensors.problems().iter().cloned());
+        if !tensors.unknown().is_empty() {
+            report.odd.push(format!("keys that are part of nothing: {}", tensors.unknown().join(", ")));
+        }
+        reports.push(report);
+    }
+    if let Some(report) = reports.first_mut() {
+        report.facts.insert(0, ("fingerprint".into(), source.fingerprint()?));
+        if let Some(scheduler) = source.find("scheduler/scheduler_config.json")? {
+            let value: serde_json::Value = serde_json::from_str(&scheduler.content)
+                .map_err(|e| Error::format(&scheduler.path, e.to_string()))?;
+            for key in ["_class_name", "prediction_type"] {
+                if let Some(text) = value[key].as_str() {
+                    report.facts.push((format!("scheduler {key}"), text.into()));
+                }
+            }
+        }
+        report.odd.extend(source.foreign_keys().iter().map(|key| format!("`{key}` belongs to no part")));
+    }
+    Ok(reports)
+}
+
+/// What of a part's config says most.
+const TOLD: [&str; 12] = [
+    "block_out_channels",
+    "layers_per_block",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "use_linear_projection",
+    "sample_size",
+    "latent_channels",
+    "scaling_factor",
+    "hidden_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "vocab_size",
+];
+
 /// The tensors of one file: how many values, in what formats, and whether they can be numbers of a network.
 fn tensors(what: &str, path: &Path) -> Result<Report> {
     let file = TensorFile::open(path)?;
     let mut report = Report { path: path.display().to_string(), what: what.into(), ..Report::default() };
     for name in file.names() {
-        let tensor = file.read(&name)?;
-        report.parameters += tensor.numel();
-        let bytes = (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
-        *report.bytes.entry(file.dtype(&name).to_lowercase()).or_default() += bytes;
-        if file.is_float(&name) && tensor.isfinite().all().int64_value(&[]) == 0 {
-            report.odd.push(format!("`{name}` holds numbers that are not finite"));
-        }
+        report.add_tensor(&name, &file.dtype(&name), &file.read(&name)?);
     }
     Ok(report)
 }
 
 impl Report {
+    /// Counts a tensor of a file, and looks at its numbers.
+    fn add_tensor(&mut self, name: &str, dtype: &str, tensor: &Tensor) {
+        self.parameters += tensor.numel();
+        let bytes = (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
+        *self.bytes.entry(dtype.to_lowercase()).or_default() += bytes;
+        if tensor.isfinite().all().int64_value(&[]) == 0 {
+            self.odd.push(format!("`{name}` holds numbers that are not finite"));
+        } else if tensor.numel() > 1
+            && name.ends_with("weight")
+            && tensor.abs().max().double_value(&[]) == 0.0
+        {
+            self.odd.push(format!("`{name}` is all zeros"));
+        }
+    }
+
     /// Adds the layers of an adapter, with what is odd about them.
     fn add_layers(
         &mut self,

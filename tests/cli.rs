@@ -95,7 +95,17 @@ fn bad_settings_are_listed_together() {
         &nothing,
         &["pretrained_model_name_or_path: a model folder is needed", "instance_data_dir", "instance_prompt"],
     );
-    training_is_refused(&["--train_text_encoder"], &["only the UNet is trained"]);
+    training_is_refused(&["--method", "full", "--train_text_encoder"], &["full trains the UNet alone"]);
+    training_is_refused(
+        &["--method", "lora", "--gram_schmidt", "--block_size", "4"],
+        &["gram_schmidt", "block_size"],
+    );
+    let blocks = ["expected a number of blocks that divides", "found 5", "hint: 1, 2, 4, 8", "attn1.to_q"];
+    training_is_refused(&["--method", "oft", "--rank", "5"], &blocks);
+    training_is_refused(
+        &["--method", "boft", "--block_size", "7"],
+        &["expected a size that divides", "found 7"],
+    );
     training_is_refused(&["--target_modules", "to_x"], &["matches none", "layers are"]);
     training_is_refused(&["--resolution", "66"], &["expected a multiple of 4", "found 66"]);
     training_is_refused(&["--device", "gpu"], &["auto, cpu, cuda"]);

@@ -200,7 +200,7 @@ fn adapters_that_do_not_fit_the_model_are_refused_with_every_problem() {
     let is_bias = |name: &str| name.ends_with(".bias");
     refuse(
         &|n, t| if is_bias(n) { t.narrow(0, 0, 3) } else { t.shallow_clone() },
-        &["14 problems", "expected shape [128]"],
+        &["14 problems", "expected a bias of shape [128]"],
     );
     refuse(&|n, t| if is_bias(n) { t * f64::NAN } else { t.shallow_clone() }, &["not finite"]);
     refuse(

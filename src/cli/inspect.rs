@@ -2,6 +2,7 @@
 
 use crate::device;
 use crate::error::{Error, Result};
+use crate::hub::{self, Wanted};
 use crate::inspect::{self, LayerReport, Report};
 use crate::stable_diffusion::StableDiffusion;
 use clap::Args;
@@ -29,10 +30,11 @@ pub struct InspectArgs {
 
 /// Runs `hra inspect`.
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let mut model =
-        args.model.as_deref().map(|dir| StableDiffusion::load(dir, Kind::Float, Device::Cpu)).transpose()?;
+    let path = hub::resolve(&args.path, Wanted::Adapter)?;
+    let model = args.model.as_deref().map(|word| hub::resolve(word, Wanted::Model)).transpose()?;
+    let mut model = model.map(|path| StableDiffusion::load(&path, Kind::Float, Device::Cpu)).transpose()?;
     device::set_threads(None, usize::MAX)?;
-    let reports = inspect::inspect(&args.path, model.as_mut())?;
+    let reports = inspect::inspect(&path, model.as_mut())?;
     if args.json {
         let text = serde_json::to_string_pretty(&reports).map_err(|e| Error::config(e.to_string()))?;
         println!("{text}");

@@ -185,7 +185,8 @@ fn lora_file_at(path: &Path) -> Option<PathBuf> {
     (inside.is_file() && !path.join(peft::CONFIG_FILE).is_file()).then_some(inside)
 }
 
-fn lora_layer(layer: &LoraLayer) -> std::result::Result<Box<dyn Adapter>, String> {
+/// The adapter of one layer of a LoRA file. Errors: shapes that do not go together.
+pub fn lora_layer(layer: &LoraLayer) -> std::result::Result<Box<dyn Adapter>, String> {
     let lora = Lora::from_tensors(layer.down.shallow_clone(), layer.up.shallow_clone(), layer.scale)?;
     Ok(match &layer.magnitude {
         None => Box::new(lora),
