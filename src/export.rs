@@ -170,7 +170,7 @@ fn compare(model: &mut StableDiffusion, goals: &Goals, found: &Goals) -> String 
     let relative = off.sqrt() / moved.sqrt().max(f64::MIN_POSITIVE);
     let missing = if missing == 0 { String::new() } else { format!("; {missing} layers are not in both") };
     format!(
-        "read back: weights differ by at most {largest:.1e}, {relative:.1e} of their change in all{missing}"
+        "read back: the largest difference of a weight is {largest:.1e}; {relative:.1e} of the change in all{missing}"
     )
 }
 
@@ -393,6 +393,6 @@ fn write_model(request: &Request, model: &mut StableDiffusion, goals: &Goals) ->
             compared += 1;
         }
     }
-    lines.push(format!("read back: {compared} changed tensors differ by at most {largest:.1e}"));
+    lines.push(format!("read back: the largest difference in {compared} changed tensors is {largest:.1e}"));
     Ok(lines)
 }
