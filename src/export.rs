@@ -308,12 +308,12 @@ fn write_lora(
 /// The best approximation of a change `(d_out, d_in)` of a rank: `down (r, d_in)`, `up (d_out, r)`, and the share of the
 /// squared norm that it keeps.
 fn truncated(change: &Tensor, rank: Option<i64>) -> (Tensor, Tensor, f64) {
-    let (left, singular, right) = Tensor::linalg_svd(change, false, "gesdd");
+    let (left, singular, right) = change.svd(true, true);
     let rank = rank.unwrap_or(DEFAULT_RANK).min(singular.size()[0]);
     let root = singular.narrow(0, 0, rank).sqrt();
     let energy = |t: &Tensor| t.square().sum(Kind::Double).double_value(&[]);
     let kept = energy(&singular.narrow(0, 0, rank)) / energy(&singular).max(f64::MIN_POSITIVE);
-    (right.narrow(0, 0, rank) * root.unsqueeze(1), left.narrow(1, 0, rank) * root, kept)
+    ((right.narrow(1, 0, rank) * &root).tr(), left.narrow(1, 0, rank) * root, kept)
 }
 
 fn write_peft_lora(
