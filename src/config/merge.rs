@@ -84,6 +84,9 @@ impl TrainConfig {
         self.model_config.as_mut().map_or(Ok(()), absolute)?;
         absolute(&mut self.output_dir)?;
         absolute(&mut self.instance_data_dir)?;
+        if let Some(adapter) = self.init_adapter.as_mut().filter(|path| !hub::is_id(path)) {
+            absolute(adapter)?;
+        }
         self.class_data_dir.as_mut().map_or(Ok(()), absolute)?;
         self.held_out_data_dir.as_mut().map_or(Ok(()), absolute)?;
         Ok(self)

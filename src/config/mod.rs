@@ -163,6 +163,9 @@ pub struct TrainConfig {
     /// Layers of the UNet to adapt: name endings separated by commas, or one regular expression for whole names
     #[arg(long, value_delimiter = ',', value_name = "NAMES", default_values_t = ATTENTION.map(String::from), help_heading = "Adapter")]
     pub target_modules: Vec<String>,
+    /// Start from the values of this adapter folder (of the same method, rank and layers)
+    #[arg(long, value_name = "DIR", help_heading = "Adapter")]
+    pub init_adapter: Option<PathBuf>,
     /// Train the text encoder too, by the same method
     #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Adapter")]
     pub train_text_encoder: bool,

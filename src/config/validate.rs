@@ -89,6 +89,10 @@ impl TrainConfig {
         require(lora || !self.use_rslora, "use_rslora: only methods lora and dora have it");
         let full = self.method == MethodName::Full;
         require(!full || !self.train_text_encoder, "train_text_encoder: method full trains the UNet alone");
+        require(
+            !full || self.init_adapter.is_none(),
+            "init_adapter: method full starts from a model, not an adapter",
+        );
         problems.extend(self.method().validate().err().map(|e| e.to_string()));
         for words in [&self.target_modules, &self.text_target_modules] {
             problems.extend(TargetRule::from_words(words).err().map(|e| e.to_string()));

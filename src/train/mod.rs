@@ -4,11 +4,11 @@ mod batches;
 mod class_images;
 pub mod loss;
 mod preview;
+mod setup;
 
 use crate::adapter::Method;
-use crate::adapter::peft::{AdapterConfig, Exceptions};
 use crate::adapter::target::TargetRule;
-use crate::checkpoint::{self, Loaded, State, TEXT_CLASS, TrainedPart, UNET_CLASS};
+use crate::checkpoint::{self, State, TrainedPart};
 use crate::config::TrainConfig;
 use crate::data::ImageFolder;
 use crate::device;
@@ -18,7 +18,6 @@ use crate::hub::{self, Wanted};
 use crate::interrupt;
 use crate::model::attach::{self, Movement};
 use crate::model::layers::Layers;
-use crate::model::loaded::TEXT_ENCODER;
 use crate::noise::NoiseSchedule;
 use crate::optim::{AdamW, Ema, LearningRate, Parameters, clip_factor};
 use crate::progress::Progress;
@@ -29,7 +28,8 @@ use batches::Batches;
 use class_images::ClassImages;
 use loss::training_loss;
 use preview::HeldOut;
-use std::path::{Path, PathBuf};
+use setup::{find_checkpoint, resolution, scan, trained_parts};
+use std::path::PathBuf;
 use std::time::Instant;
 use tch::Kind;
 
@@ -156,6 +156,15 @@ impl Trainer {
             layers += attach::attach_new(&mut model.text_encoder, &text_targets, &method, config.bias, seed)?;
         }
 
+        let mut networks: Vec<&mut dyn Layers> = vec![&mut model.unet];
+        if config.train_text_encoder {
+            networks.push(&mut model.text_encoder);
+        }
+        let mut parameters = attach::pack_parameters(&mut networks);
+        if checkpoint.is_none() {
+            setup::start_from(&config, &mut parameters)?;
+        }
+        let parts = trained_parts(&config, &model, &targets, &text_targets)?;
         preview::check(&model, &config, resolution)?;
         let class_images = config
             .with_prior_preservation
@@ -188,15 +197,9 @@ impl Trainer {
 
         let batches = Batches::new(&model, &config, resolution, instance, class)?;
         let held_out = held_out.map(|f| HeldOut::new(&model, &config, resolution, &f)).transpose()?;
-        let mut networks: Vec<&mut dyn Layers> = vec![&mut model.unet];
-        if config.train_text_encoder {
-            networks.push(&mut model.text_encoder);
-        }
-        let mut parameters = attach::pack_parameters(&mut networks);
         if method == Method::Full {
             attach::release_base(&mut model.unet);
         }
-        let parts = trained_parts(&config, &model, &targets, &text_targets)?;
         let mut optimizer = AdamW::new(config.adamw(), &parameters);
         let mut ema = config.use_ema.then(|| Ema::new(config.ema_decay, &parameters));
         let (mut step, mut earlier, mut sums) = (0, 0.0, Sums::default());
@@ -444,84 +447,4 @@ impl Trainer {
             "step {step}: {what} is not a finite number; {good}\nhint: try a lower --learning_rate, or --dtype f32"
         ))
     }
-}
-
-/// The files that the run's trained tensors go into, in the order of the optimiser's groups.
-fn trained_parts(
-    config: &TrainConfig,
-    model: &StableDiffusion,
-    targets: &TargetRule,
-    text_targets: &TargetRule,
-) -> Result<Vec<TrainedPart>> {
-    if config.method() == Method::Full {
-        return Ok(vec![TrainedPart::UNet { config: model.unet_config()? }]);
-    }
-    let adapter = |targets: &TargetRule| AdapterConfig {
-        method: config.method(),
-        bias: config.bias,
-        targets: targets.to_json(),
-        base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
-        exceptions: Exceptions::default(),
-    };
-    let mut parts = vec![TrainedPart::Peft { place: "", config: adapter(targets), class: UNET_CLASS }];
-    if config.train_text_encoder {
-        let config = adapter(text_targets);
-        parts.push(TrainedPart::Peft { place: TEXT_ENCODER, config, class: TEXT_CLASS });
-    }
-    Ok(parts)
-}
-
-/// Pictures of the folder that `setting` names.
-fn scan(setting: &str, dir: &Path) -> Result<ImageFolder> {
-    if !dir.is_dir() {
-        return Err(Error::Data(format!(
-            "{setting}: expected a folder of pictures, found {} at {}\nhint: paths are relative to the folder in which hra is started",
-            if dir.exists() { "a file" } else { "nothing" },
-            dir.display()
-        )));
-    }
-    ImageFolder::scan(dir)
-}
-
-/// The run's own resolution, or the model's; it must fit the VAE.
-fn resolution(config: &TrainConfig, model: &StableDiffusion) -> Result<u32> {
-    let factor = model.vae.factor();
-    let resolution = config.resolution.map_or_else(|| model.native_size(), i64::from);
-    if resolution < factor || resolution % factor != 0 {
-        return Err(Error::config(format!(
-            "resolution: expected a multiple of {factor} (pixels for one latent of this model), found {resolution}"
-        )));
-    }
-    u32::try_from(resolution).map_err(|_| Error::config(format!("resolution: {resolution} is out of range")))
-}
-
-/// The checkpoint to go on from; none if the run was stopped before its first one, and then it starts again.
-fn find_checkpoint(config: &TrainConfig, resume: &Resume) -> Result<Option<Loaded>> {
-    let run = &config.output_dir;
-    RunFolder::check_run(run)?;
-    let steps = checkpoint::list(run)?;
-    let step = match resume {
-        Resume::Latest => match steps.last() {
-            Some(step) => *step,
-            None => {
-                eprintln!("note: {} has no checkpoint yet, the run starts at step 1", run.display());
-                return Ok(None);
-            }
-        },
-        Resume::Step(step) if steps.contains(step) => *step,
-        Resume::Step(step) => {
-            return Err(Error::Run(format!(
-                "{}: expected a checkpoint of step {step}, found {steps:?}",
-                run.display()
-            )));
-        }
-    };
-    if config.max_train_steps < step {
-        return Err(Error::Run(format!(
-            "max_train_steps: {} has taken {step} steps already, asked for are {}",
-            run.display(),
-            config.max_train_steps
-        )));
-    }
-    Loaded::read(&checkpoint::folder(run, step)).map(Some)
 }
