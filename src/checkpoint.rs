@@ -52,7 +52,7 @@ impl TrainedPart {
         }
         match self {
             Self::Peft { place, config, class } => {
-                peft::write(&dir.join(place), config, *class, tensors, text)
+                peft::write(&dir.join(place), config, *class, tensors, Kind::Float, text)
             }
             Self::UNet { config } => {
                 tensor_file::write(&self.weights(dir), tensors, text)?;

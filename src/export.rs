@@ -187,7 +187,7 @@ fn write_peft(model: &StableDiffusion, request: &Request, fingerprint: &str) -> 
             path.display()
         )));
     }
-    check_kind(request)?;
+    let kind = request.kind.unwrap_or(Kind::Float);
     files::stage_dir(&request.output, |dir| {
         for (place, class) in [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS)] {
             let folder = path.join(place);
@@ -203,7 +203,7 @@ fn write_peft(model: &StableDiffusion, request: &Request, fingerprint: &str) -> 
             config.base_model = model.dir.to_str().map(str::to_string);
             files::create_dir_all(&dir.join(place))?;
             let text = metadata(fingerprint, request);
-            peft::write(&dir.join(place), &config, class, &tensors, &text)?;
+            peft::write(&dir.join(place), &config, class, &tensors, kind, &text)?;
         }
         if dir.join(peft::CONFIG_FILE).is_file() || dir.join(TEXT_ENCODER).is_dir() {
             return Ok(());
@@ -214,13 +214,6 @@ fn write_peft(model: &StableDiffusion, request: &Request, fingerprint: &str) -> 
         )))
     })?;
     Ok(vec![format!("adapter: {}", request.output.display())])
-}
-
-fn check_kind(request: &Request) -> Result<()> {
-    match request.kind {
-        None | Some(Kind::Float) => Ok(()),
-        Some(_) => Err(Error::config("--dtype: PEFT adapters are written in f32, as PEFT keeps them")),
-    }
 }
 
 /// What a file says of where it comes from. A LoRA made from an orthogonal adapter belongs to one base model.
@@ -280,7 +273,12 @@ fn write_lora(
     let kind = request.kind.unwrap_or(Kind::Float);
     match request.to {
         Target::PeftLora => write_peft_lora(model, request, &changes, &text)?,
-        Target::KohyaLora => lora_file::write(&request.output, Style::Kohya, &changes, kind, &text)?,
+        Target::KohyaLora => {
+            // A1111 shows a LoRA with models of its family only: Stable Diffusion 2 is known by the width of its text.
+            let second = if model.text_encoder.width() == 1024 { "True" } else { "False" };
+            let text = [&text[..], &[("ss_v2", second.to_string())]].concat();
+            lora_file::write(&request.output, Style::Kohya, &changes, kind, &text)?;
+        }
         _ => {
             let is_file = request.output.extension().is_some_and(|e| e == "safetensors");
             let file =
@@ -322,7 +320,7 @@ fn write_peft_lora(
     changes: &[Change],
     text: &[(&str, String)],
 ) -> Result<()> {
-    check_kind(request)?;
+    let kind = request.kind.unwrap_or(Kind::Float);
     files::stage_dir(&request.output, |dir| {
         for (part, place, class) in [
             (lora_file::Part::UNet, "", UNET_CLASS),
@@ -353,7 +351,7 @@ fn write_peft_lora(
                 })
                 .collect();
             files::create_dir_all(&dir.join(place))?;
-            peft::write(&dir.join(place), &config, class, &tensors, text)?;
+            peft::write(&dir.join(place), &config, class, &tensors, kind, text)?;
         }
         Ok(())
     })

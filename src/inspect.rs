@@ -255,7 +255,7 @@ impl Report {
         let bytes = (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
         *self.bytes.entry(dtype.to_lowercase()).or_default() += bytes;
         if tensor.isfinite().all().int64_value(&[]) == 0 {
-            self.odd.push(format!("`{name}` holds numbers that are not finite"));
+            self.odd.push(format!("`{name}` holds numbers that are not finite (NaN or infinite)"));
         } else if tensor.numel() > 1
             && name.ends_with("weight")
             && tensor.abs().max().double_value(&[]) == 0.0

@@ -70,7 +70,7 @@ fn tensors(method: &Method) -> Vec<(String, Tensor)> {
 }
 
 fn write(dir: &Path, config: &AdapterConfig, tensors: &[(String, Tensor)]) {
-    peft::write(dir, config, CLASS, tensors, &[("base_fingerprint", "abc".into())]).unwrap();
+    peft::write(dir, config, CLASS, tensors, Kind::Float, &[("base_fingerprint", "abc".into())]).unwrap();
 }
 
 fn json_of(dir: &Path) -> Value {

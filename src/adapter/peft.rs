@@ -286,22 +286,21 @@ fn restore_coft(method: &mut Method, metadata: &BTreeMap<String, String>) {
     }
 }
 
-/// Writes a PEFT folder's two files into `dir`, each whole or not at all. `tensors` are named `LAYER.hra_u` and the like;
-/// the method's own text is added to `text`.
+/// Writes a PEFT folder's two files into `dir`, each whole or not at all. `tensors` are named `LAYER.hra_u` and the like
+/// and written in `kind` (PEFT itself keeps f32, and reads others); the method's own text is added to `text`.
 pub fn write(
     dir: &Path,
     config: &AdapterConfig,
     class: (&str, &str),
     tensors: &[(String, Tensor)],
+    kind: Kind,
     text: &[(&str, String)],
 ) -> Result<()> {
     let json = config.to_json(class).ok_or_else(|| {
         Error::config(format!("{}: expected an adapter to write, found none", config.method.describe()))
     })?;
-    let tensors: Vec<(String, Tensor)> = tensors
-        .iter()
-        .map(|(name, t)| (format!("base_model.model.{name}"), t.to_kind(Kind::Float)))
-        .collect();
+    let tensors: Vec<(String, Tensor)> =
+        tensors.iter().map(|(name, t)| (format!("base_model.model.{name}"), t.to_kind(kind))).collect();
     let text: Vec<(&str, String)> =
         text.iter().map(|(k, v)| (*k, v.clone())).chain(config.method.metadata()).collect();
     tensor_file::write(&dir.join(WEIGHTS_FILE), &tensors, &text)?;

@@ -40,7 +40,7 @@ pub struct ExportArgs {
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
     /// Strength of a single adapter
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
     strength: Option<f64>,
     /// Rank of a LoRA in place of changes that are not of low rank [default: 64]
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]

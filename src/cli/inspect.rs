@@ -6,6 +6,7 @@ use crate::hub::{self, Wanted};
 use crate::inspect::{self, LayerReport, Report};
 use crate::stable_diffusion::StableDiffusion;
 use clap::Args;
+use serde_json::json;
 use std::path::PathBuf;
 use tch::{Device, Kind};
 
@@ -36,7 +37,8 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     device::set_threads(None, usize::MAX)?;
     let reports = inspect::inspect(&path, model.as_mut())?;
     if args.json {
-        let text = serde_json::to_string_pretty(&reports).map_err(|e| Error::config(e.to_string()))?;
+        let whole = json!({"path": args.path, "parts": reports});
+        let text = serde_json::to_string_pretty(&whole).map_err(|e| Error::config(e.to_string()))?;
         println!("{text}");
     } else {
         reports.iter().for_each(print);

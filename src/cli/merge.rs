@@ -9,6 +9,7 @@ use crate::files;
 use crate::model::loaded::TEXT_ENCODER;
 use clap::Args;
 use std::path::{Path, PathBuf};
+use tch::Kind;
 
 /// Flags of `hra merge`.
 #[derive(Debug, Args)]
@@ -80,7 +81,7 @@ fn merge_place(
     files::create_dir_all(&folder)?;
     let mut text = vec![("software", format!("hra {}", env!("CARGO_PKG_VERSION")))];
     text.extend(bases.first().map(|base| ("base_fingerprint", (*base).clone())));
-    peft::write(&folder, &config, class, &tensors, &text)?;
+    peft::write(&folder, &config, class, &tensors, Kind::Float, &text)?;
     let values: usize = tensors.iter().map(|(_, t)| t.numel()).sum();
     let network = if place.is_empty() { "UNet" } else { "text encoder" };
     Ok(Some(format!("{network}: {}, {values} values", config.method.describe())))

@@ -190,6 +190,10 @@ pub fn lora_layer(layer: &LoraLayer) -> std::result::Result<Box<dyn Adapter>, St
     let lora = Lora::from_tensors(layer.down.shallow_clone(), layer.up.shallow_clone(), layer.scale)?;
     Ok(match &layer.magnitude {
         None => Box::new(lora),
+        // PEFT shapes a convolution's as its output.
+        Some(magnitude) if layer.down.dim() == 4 => {
+            Box::new(Dora::from_tensors(lora, magnitude.reshape([1, -1, 1, 1]))?)
+        }
         Some(magnitude) => Box::new(Dora::from_tensors(lora, magnitude.shallow_clone())?),
     })
 }
