@@ -4,12 +4,13 @@
 //! Data flows one way; a module imports only from those to the right of it and below (`tests/layers.rs` checks it):
 //!
 //! ```text
-//! cli        train, sample, doctor: what the user typed
+//! cli        train, sample, export, merge, inspect, doctor: what the user typed
+//! export     adapters in other programs' forms;  inspect: what a file is
 //! train      config -> data -> model + adapter -> loss -> optim -> checkpoint, run (metrics)
 //! sample     prompts and seeds -> text -> sampler -> model -> pictures
 //! model      unet, vae and the layers that carry an adapter;  text: tokenizer, CLIP;  stable_diffusion: a whole model
 //! single_file  whole models written: one checkpoint or a folder
-//! adapter    hra, its algebra (reflections), PEFT's files: knows a weight and an input, no network
+//! adapter    hra, lora, oft .. and their algebra, PEFT folders, LoRA files: knows a weight and an input, no network
 //! noise      beta table, targets, SNR weights;  sampler: schedulers;  optim: AdamW;  image, data: pictures
 //! hub        owner/name on the Hugging Face hub -> files in its cache
 //! device     cuda, tensor_file, files, seed, interrupt, progress, tensorboard, error: what everything stands on

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
 
-/// Fine-tune Stable Diffusion on a few pictures with Householder Reflection Adaptation (HRA), and draw with the result.
+/// Fine-tune Stable Diffusion on a few pictures with Householder Reflection Adaptation (HRA) or other methods, draw with the result, and take it elsewhere.
 #[derive(Debug, Parser)]
 #[command(name = "hra", version, max_term_width = 110, arg_required_else_help = true)]
 struct Cli {
