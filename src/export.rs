@@ -9,6 +9,7 @@ use crate::adapter::{Form, Method};
 use crate::checkpoint::{TEXT_CLASS, UNET_CLASS};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hub;
 use crate::model::fixed::{AttachReport, Effect, effects};
 use crate::model::layers::{Layers, Module};
 use crate::model::loaded::{LoadedAdapter, TEXT_ENCODER};
@@ -167,8 +168,15 @@ fn compare(model: &mut StableDiffusion, goals: &Goals, found: &Goals) -> String 
         off += difference.square().sum(Kind::Double).double_value(&[]);
         moved += (expected - weight).square().sum(Kind::Double).double_value(&[]);
     }
+    for (name, (_, expected)) in &goals.vectors {
+        match found.vectors.get(name) {
+            Some((_, own)) => largest = largest.max((own - expected).abs().max().double_value(&[])),
+            None => missing += 1,
+        }
+    }
     let relative = off.sqrt() / moved.sqrt().max(f64::MIN_POSITIVE);
-    let missing = if missing == 0 { String::new() } else { format!("; {missing} layers are not in both") };
+    let missing =
+        if missing == 0 { String::new() } else { format!("; {missing} layers or biases are not in both") };
     format!(
         "read back: the largest difference of a weight is {largest:.1e}; {relative:.1e} of the change in all{missing}"
     )
@@ -200,7 +208,7 @@ fn write_peft(model: &StableDiffusion, request: &Request, fingerprint: &str) -> 
             } else {
                 combine(&[(&file, *strength)], How::Chain)?
             };
-            config.base_model = model.dir.to_str().map(str::to_string);
+            config.base_model = base_name(model);
             files::create_dir_all(&dir.join(place))?;
             let text = metadata(fingerprint, request);
             peft::write(&dir.join(place), &config, class, &tensors, kind, &text)?;
@@ -216,9 +224,17 @@ fn write_peft(model: &StableDiffusion, request: &Request, fingerprint: &str) -> 
     Ok(vec![format!("adapter: {}", request.output.display())])
 }
 
+/// What PEFT calls the base model: its name on the hub, or its path.
+fn base_name(model: &StableDiffusion) -> Option<String> {
+    hub::repository_of(&model.dir).or_else(|| model.dir.to_str().map(str::to_string))
+}
+
 /// What a file says of where it comes from. A LoRA made from an orthogonal adapter belongs to one base model.
 fn metadata(fingerprint: &str, request: &Request) -> Vec<(&'static str, String)> {
-    let from = request.adapters.iter().map(|(path, s)| format!("{}={s}", path.display()));
+    // The name alone: files are shared, and where they lay on a disk is nobody's business.
+    let name =
+        |path: &PathBuf| path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    let from = request.adapters.iter().map(|(path, s)| format!("{}={s}", name(path)));
     vec![
         ("base_fingerprint", fingerprint.to_string()),
         ("made_from", from.collect::<Vec<_>>().join(", ")),
@@ -340,7 +356,7 @@ fn write_peft_lora(
                 method: Method::Lora(LoraConfig { rank, alpha, rslora: false, init, dora: false }),
                 bias: Bias::None,
                 targets: own.iter().map(|change| change.layer.clone()).collect::<Vec<_>>().into(),
-                base_model: model.dir.to_str().map(str::to_string),
+                base_model: base_name(model),
                 exceptions,
             };
             let tensors: Vec<(String, Tensor)> = own
