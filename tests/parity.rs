@@ -9,7 +9,7 @@ use hra::adapter::peft::AdapterFile;
 use hra::model::attach;
 use hra::model::fixed::attach_fixed;
 use hra::model::layers::Layers;
-use hra::model::loaded::LoadedAdapter;
+use hra::model::loaded::{LayerNames, LoadedAdapter};
 use hra::noise::NoiseSchedule;
 use hra::optim::{AdamW, AdamWConfig, clip_factor};
 use hra::train::loss::{Batch, training_loss};
@@ -70,7 +70,8 @@ fn adapters(case: &Case, what: &str) -> Vec<String> {
 }
 
 fn fixed(case: &Case, adapter: &str) -> Vec<(LoadedAdapter, f64)> {
-    vec![(LoadedAdapter::read(&case.dir.join(adapter)).unwrap(), 1.0)]
+    // The names are for single LoRA files, which the cases have none of.
+    vec![(LoadedAdapter::read(&case.dir.join(adapter), &LayerNames::default()).unwrap(), 1.0)]
 }
 
 #[test]
