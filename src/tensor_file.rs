@@ -18,6 +18,9 @@ use tch::{Device, Kind, Tensor};
 /// The largest header that is read: the format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
 
+/// Most dimensions of a tensor: many of libtorch's operations take no more.
+const MAX_DIMENSIONS: usize = 64;
+
 /// An open safetensors file whose header has been checked against its length.
 #[derive(Debug)]
 pub struct TensorFile {
@@ -52,6 +55,15 @@ impl TensorFile {
         let expected = (8 + header).saturating_add(metadata.data_len() as u64);
         if expected != length {
             return Err(not_safetensors(format!("{length} bytes where its header promises {expected}")));
+        }
+        for (name, info) in metadata.tensors() {
+            if !is_possible(&info.shape) {
+                let dimensions = info.shape.len();
+                let problem = format!(
+                    "tensor `{name}`: expected up to {MAX_DIMENSIONS} dimensions whose product is a 64-bit number, found {dimensions}"
+                );
+                return Err(Error::format(path, problem));
+            }
         }
         Ok(Self { path: path.to_path_buf(), file, metadata, data_start: 8 + header })
     }
@@ -287,6 +299,14 @@ fn with_bytes<T>(tensor: &Tensor, take: impl FnOnce(&[u8]) -> T) -> Result<T> {
     }
     // SAFETY: `t` is contiguous on the CPU, holds `length` bytes, and lives until `take` is done.
     Ok(take(unsafe { std::slice::from_raw_parts(t.data_ptr().cast::<u8>(), length) }))
+}
+
+/// Whether libtorch can have a tensor of this shape. A dimension of 0 makes any other one pass for a file's size.
+fn is_possible(shape: &[usize]) -> bool {
+    let numbers = |product: i64, d: &usize| product.checked_mul(i64::try_from(*d).ok()?.max(1));
+    // A number has up to 8 bytes.
+    let bytes = shape.iter().try_fold(8, numbers);
+    shape.len() <= MAX_DIMENSIONS && bytes.is_some()
 }
 
 fn kind_of(dtype: Dtype) -> Option<Kind> {

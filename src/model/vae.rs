@@ -28,8 +28,11 @@ impl Vae {
         let config = VaeConfig::parse(&source.text("vae/config.json")?)?;
         let weights = Weights::open(source, Part::Vae, Kind::Float, device)?;
         // The crate allocates before we can look, so a config that the file does not bear out is refused first.
-        for (level, &channels) in config.block_out_channels.iter().enumerate() {
-            let name = format!("encoder.down_blocks.{level}.resnets.0.conv2.weight");
+        let blocks = config.block_out_channels.iter().enumerate();
+        for ((level, &channels), block) in
+            blocks.flat_map(|level| (0..config.layers_per_block).map(move |block| (level, block)))
+        {
+            let name = format!("encoder.down_blocks.{level}.resnets.{block}.conv2.weight");
             let expected = [channels, channels, 3, 3];
             if weights.shape(&name).is_none_or(|found| found != expected) {
                 let _ = weights.root().tensor(&name, &expected);
