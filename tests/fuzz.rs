@@ -261,7 +261,7 @@ fn no_reader_falls_over_hostile_files() {
                 break;
             }
         }
-        let growth = peak_process_memory().expect("Linux has /proc") - before;
+        let growth = peak_process_memory().expect("Linux has /proc").saturating_sub(before);
         println!(
             "{name}: {} inputs in {:.1} s, slowest {:.2} s (seed {}), {} MB more",
             count * rounds,

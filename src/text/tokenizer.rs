@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::model::source::Source;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::path::Path;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{
     NFC, Replace, Sequence as Normalizers, replace::ReplacePattern, utils::Lowercase,
@@ -18,6 +19,9 @@ use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimi
 
 /// Words, numbers one digit at a time, and runs of other characters (CLIP's `simple_tokenizer`).
 const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+
+/// Longest special token or added word, in bytes. The search for them takes minutes to set up for one of 100 000.
+const MAX_TOKEN: usize = 1024;
 
 /// Prompts in, padded token ids out.
 pub struct Tokenizer {
@@ -35,6 +39,9 @@ impl Tokenizer {
         let settings = Settings::read(source)?;
         let mut inner = if let Some(json) = source.find("tokenizer/tokenizer.json")? {
             let broken = |e| Error::format(&json.path, format!("not a tokenizer: {e}"));
+            let value: Value = serde_json::from_str(&json.content).map_err(|e| broken(e.into()))?;
+            let added = value["added_tokens"].as_array().into_iter().flatten();
+            check_lengths(&json.path, added.filter_map(|token| token["content"].as_str()))?;
             let mut inner = tokenizers::Tokenizer::from_bytes(&json.content).map_err(broken)?;
             // Padding and truncation are done here, with the end token kept.
             inner.with_padding(None);
@@ -44,6 +51,8 @@ impl Tokenizer {
             from_vocabulary(source)?
         };
         let special = [&settings.start, &settings.end, &settings.unknown, &settings.pad];
+        let added = settings.added.iter().map(|token| token.content.as_str());
+        check_lengths(dir, special.iter().map(|token| token.as_str()).chain(added))?;
         let tokens: Vec<AddedToken> =
             special.iter().map(|t| AddedToken::from((*t).clone(), true).normalized(false)).collect();
         inner.add_special_tokens(&tokens);
@@ -131,6 +140,17 @@ impl Settings {
             added,
         })
     }
+}
+
+/// Fails if a special token or added word is longer than any model has one.
+fn check_lengths<'a>(path: &Path, mut tokens: impl Iterator<Item = &'a str>) -> Result<()> {
+    tokens.find(|token| token.len() > MAX_TOKEN).map_or(Ok(()), |token| {
+        let (length, start) = (token.len(), token.chars().take(20).collect::<String>());
+        Err(Error::format(
+            path,
+            format!("expected special tokens of up to {MAX_TOKEN} bytes, found `{start}..` of {length}"),
+        ))
+    })
 }
 
 /// A token's text: a string, or an object as older files have it.

@@ -298,7 +298,8 @@ fn tensor_file(rng: &mut Rng, mut header: Map<String, Value>, data: &[u8]) -> Ve
             7 => {
                 let d = rng.below(tensors[at].2.len());
                 if let Some(size) = tensors[at].2.get_mut(d) {
-                    *size = *rng.pick(&[0, 1, 2, 3, *size + 1, *size * 2, *size / 2]);
+                    *size =
+                        *rng.pick(&[0, 1, 2, 3, size.saturating_add(1), size.saturating_mul(2), *size / 2]);
                 }
             }
             8 => {
