@@ -17,7 +17,7 @@ use crate::model::source::{Part, Source};
 use crate::single_file::{self, Replaced};
 use crate::stable_diffusion::StableDiffusion;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 /// What is written.
@@ -217,7 +217,7 @@ fn write_peft(model: &StableDiffusion, request: &Request, fingerprint: &str) -> 
             return Ok(());
         }
         Err(Error::config(format!(
-            "--to peft: {} is no PEFT adapter\nhint: use --to peft-lora, or --to merged",
+            "--to peft: {} is no PEFT adapter\nhint: use --to merged or --to checkpoint",
             path.display()
         )))
     })?;
@@ -297,12 +297,12 @@ fn write_lora(
         }
         _ => {
             let is_file = request.output.extension().is_some_and(|e| e == "safetensors");
-            let file =
-                if is_file { request.output.clone() } else { request.output.join(lora_file::DIFFUSERS_FILE) };
-            if !is_file {
-                files::create_dir_all(&request.output)?;
+            let write = |file: &Path| lora_file::write(file, Style::Diffusers, &changes, kind, &text);
+            if is_file {
+                write(&request.output)?;
+            } else {
+                files::stage_dir(&request.output, |dir| write(&dir.join(lora_file::DIFFUSERS_FILE)))?;
             }
-            lora_file::write(&file, Style::Diffusers, &changes, kind, &text)?;
         }
     }
     let mut lines = vec![format!("LoRA: {}", request.output.display())];

@@ -6,7 +6,7 @@ use crate::adapter::{Adapter, Form};
 use crate::error::{Error, Result};
 use crate::model::layers::Layers;
 use crate::model::loaded::{self, FULL_UNET, LoadedAdapter, TEXT_ENCODER};
-use crate::model::source::{Part, Source};
+use crate::model::source::{Part, Source, refuse_pickle};
 use crate::stable_diffusion::StableDiffusion;
 use crate::tensor_file::TensorFile;
 use serde::Serialize;
@@ -64,6 +64,7 @@ pub struct LayerReport {
 pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<Vec<Report>> {
     let _guard = tch::no_grad_guard();
     if path.is_file() {
+        refuse_pickle(path)?;
         let file = TensorFile::open(path)?;
         let is_model = file.names().iter().any(|key| key.starts_with("model.diffusion_model."));
         return if is_model { whole_model(path) } else { Ok(vec![lora_file(path, model)?]) };
@@ -121,6 +122,11 @@ fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<Report
     }
     if !file.unused.is_empty() {
         report.odd.push(format!("keys that are part of nothing: {}", file.unused.join(", ")));
+    }
+    if let (Some(model), Some(base)) = (&model, file.metadata.get("base_fingerprint"))
+        && *base != model.fingerprint()?
+    {
+        report.odd.push("it was made for another base model than the one given".into());
     }
     report.add_layers(&file.layers, model);
     Ok(report)
@@ -254,6 +260,9 @@ impl Report {
         self.parameters += tensor.numel();
         let bytes = (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
         *self.bytes.entry(dtype.to_lowercase()).or_default() += bytes;
+        if !matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
+            return;
+        }
         if tensor.isfinite().all().int64_value(&[]) == 0 {
             self.odd.push(format!("`{name}` holds numbers that are not finite (NaN or infinite)"));
         } else if tensor.numel() > 1

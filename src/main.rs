@@ -11,10 +11,9 @@ fn main() -> ExitCode {
     device::start();
     // An operation inside libtorch that cannot be done (no memory left, above all) arrives as a panic with a C++ backtrace.
     std::panic::set_hook(Box::new(|_| {}));
-    let Ok(result) =
-        std::panic::catch_unwind(|| cli::run(std::env::args_os())).map_err(|cause| tell(&*cause))
-    else {
-        return ExitCode::from(ERROR);
+    let result = match std::panic::catch_unwind(|| cli::run(std::env::args_os())) {
+        Ok(result) => result,
+        Err(cause) => return ExitCode::from(tell(&*cause)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -34,11 +33,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// Says in a line or two what a panic was about.
-fn tell(cause: &(dyn std::any::Any + Send)) {
+/// Says in a line or two what a panic was about; the exit code.
+fn tell(cause: &(dyn std::any::Any + Send)) -> u8 {
     let text =
         cause.downcast_ref::<String>().map(String::as_str).or_else(|| cause.downcast_ref::<&str>().copied());
     let text = text.unwrap_or("unknown cause");
+    // Whoever read our output has read enough.
+    if text.contains("failed printing to stdout") {
+        return 0;
+    }
     // tch puts libtorch's message between quotes, with the backtrace behind escaped line ends.
     let line = text.split("\\n").next().unwrap_or(text).lines().next().unwrap_or(text);
     eprintln!("error: {line}");
@@ -47,4 +50,5 @@ fn tell(cause: &(dyn std::any::Any + Send)) {
     } else {
         eprintln!("hint: this is a defect of hra; please report it with the command that led here");
     }
+    ERROR
 }

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 /// Gradients are gathered, and moments and values updated, at most this many values at a time, so that the temporary
-/// memory of a step stays small when a whole network trains. An adapter fits into one piece.
+/// memory of a step stays small when a whole network trains. Most adapters fit into one piece.
 const PIECE: usize = 1 << 24;
 
 /// Trained tensors, flat, and the same memory as the network sees it.

@@ -38,14 +38,18 @@ impl TensorFile {
         let not_safetensors = |why: String| {
             Error::format(
                 path,
-                format!("expected a safetensors file, found {why}\nhint: is the download complete?"),
+                format!(
+                    "expected a safetensors file, found {why}\nhint: is it one, and is the download complete?"
+                ),
             )
         };
         let mut size = [0u8; 8];
         file.read_exact(&mut size).map_err(|_| not_safetensors(format!("a file of {length} bytes")))?;
         let header = u64::from_le_bytes(size);
         if header > MAX_HEADER || 8 + header > length {
-            return Err(not_safetensors(format!("a header of {header} bytes in a file of {length} bytes")));
+            return Err(not_safetensors(format!(
+                "a file of {length} bytes whose first bytes promise a header of {header}"
+            )));
         }
         let mut buffer = vec![0u8; header as usize];
         file.read_exact(&mut buffer).map_err(|e| Error::io("read", path, e))?;
@@ -183,23 +187,15 @@ impl TensorFile {
     }
 }
 
-/// Length of the file at `path`, and its first and last 64 KiB (all of it, where it is shorter).
-pub fn ends(path: &Path) -> Result<(u64, Vec<u8>)> {
-    const END: u64 = 1 << 16;
-    let fail = |e| Error::io("read", path, e);
-    let file = File::open(path).map_err(fail)?;
-    let length = file.metadata().map_err(fail)?.len();
-    let first = length.min(END);
-    let last = (length - first).min(END);
-    let mut bytes = vec![0u8; (first + last) as usize];
-    file.read_exact_at(&mut bytes[..first as usize], 0).map_err(fail)?;
-    file.read_exact_at(&mut bytes[first as usize..], length - last).map_err(fail)?;
-    Ok((length, bytes))
-}
-
 /// Writes tensors and free text to `path`, whole or not at all.
 pub fn write(path: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<()> {
-    files::write_atomic(path, &to_bytes(tensors, text)?)
+    let planned = |(name, tensor): &(String, Tensor)| Planned {
+        name: name.clone(),
+        kind: tensor.kind(),
+        shape: tensor.size(),
+    };
+    let by_name: HashMap<&str, &Tensor> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
+    write_stream(path, tensors.iter().map(planned).collect(), text, |name| Ok(by_name[name].shallow_clone()))
 }
 
 /// What a tensor that is yet to be written will be.

@@ -207,7 +207,7 @@ fn broken_models_are_refused_with_every_problem() {
     hostile.extend(b"{}");
     refused(
         &sample(&broken_model(&scratch, "hostile", weights, &hostile)),
-        &["a header of 18446744073709551615 bytes"],
+        &["promise a header of 18446744073709551615"],
     );
     let huge = br#"{"w":{"dtype":"F32","shape":[4611686018427387904,8],"data_offsets":[0,16]}}"#;
     let mut overflow = (huge.len() as u64).to_le_bytes().to_vec();

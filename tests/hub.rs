@@ -128,7 +128,7 @@ fn a_model_is_downloaded_once_and_used_offline() {
     refused(sample(&scratch, &server, "someone/other", &offline), &["someone/other", "does not hold"]);
     refused(
         sample(&scratch, &dead, "someone/other", &[]),
-        &["someone/other", "cannot be reached", "no such local path"],
+        &["someone/other", "cannot be reached", "nothing is at that path"],
     );
 }
 
@@ -245,7 +245,7 @@ fn what_cannot_be_had_is_told_with_a_way_out() {
     let server = HubServer::of(NAME, &support::tiny_sd());
     let refuse = |model: &str, words: &[&str]| refused(sample(&scratch, &server, model, &[]), words);
     refuse(&format!("{NAME}@no-such-branch"), &["no revision `no-such-branch`", "hint:"]);
-    refuse("someone/nothing", &["someone/nothing", "no such repository", "no such local path"]);
+    refuse("someone/nothing", &["someone/nothing", "no such repository", "nothing is at that path"]);
     server.requests();
     for word in ["nothing", "a/b/c", "../a/b", "models/x.safetensors", "someone/tiny-sd@../x"] {
         refuse(word, &[word, "found nothing", "owner/name", "hint:"]);

@@ -28,6 +28,8 @@ fn trains_and_resumes(words: &[&str], files: &[&str]) -> Scratch {
     let run = scratch.path("run");
     let common = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--learning_rate", "1e-3"];
     let done = scratch.train("run", &[&common[..], words].concat());
+    let idle = done.err.contains("`to_z` is the name of no layer");
+    assert_eq!(idle, words.iter().any(|word| word.contains("to_z")), "{}", done.err);
     let whole = trained(&run);
     assert_eq!(whole.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), files, "{}", done.out);
     let losses = records(&run);
@@ -77,14 +79,27 @@ fn rotations_of_blocks() {
 #[test]
 fn the_whole_unet() {
     let files = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"];
-    trains_and_resumes(&["--method", "full"], &files);
+    let scratch = trains_and_resumes(&["--method", "full"], &files);
+    // Two halves of one change are the whole of it, biases and norms included.
+    let model = support::tiny_sd();
+    let sample = |name: &str, adapters: &[&str]| {
+        let file = scratch.path(&format!("{name}.safetensors"));
+        let mut words =
+            vec!["sample", "--model", model.to_str().unwrap(), "--prompt", "a cat face", "--steps", "2"];
+        words.extend(["--save-latents", file.to_str().unwrap(), "--output", name]);
+        words.extend(adapters.iter().flat_map(|adapter| ["--adapter", adapter]));
+        scratch.ok(&words);
+        TensorFile::open(&file).unwrap().read("latents").unwrap()
+    };
+    let (whole, halves) = (sample("whole", &["run"]), sample("halves", &["run=0.5", "run=0.5"]));
+    assert!(support::relative_error(&halves, &whole) < 1e-4);
 }
 
 #[test]
 fn convolutions_feed_forward_biases_and_the_text_encoder() {
     let text = ["text_encoder/adapter_config.json", "text_encoder/adapter_model.safetensors"];
     let words = ["--train_text_encoder", "--text_encoder_lr", "1e-2", "--bias", "all", "--target_modules"];
-    let targets = "to_q,net.0.proj,net.2,proj_in,conv1,conv_shortcut";
+    let targets = "to_q,to_z,net.0.proj,net.2,proj_in,conv1,conv_shortcut";
     let scratch = trains_and_resumes(&[&words[..], &[targets]].concat(), &[ADAPTER, text].concat());
     let keys = |file: &str| TensorFile::open(&scratch.path(file)).unwrap().names();
     let unet = keys("run/adapter_model.safetensors");

@@ -50,7 +50,7 @@ impl Dora {
         let wa = weight.matmul(&a.to_kind(weight.kind()).tr()); // [d_out, r]
         let b = b.to_kind(Kind::Double);
         let gram = a.matmul(&a.tr()).to_kind(Kind::Double);
-        // The three terms may cancel, so they are added in f64; the products with d_in terms are f32.
+        // The three terms may cancel, so they are added in f64; the products with d_in terms are in the weight's dtype.
         let sums = (wa.to_kind(Kind::Double) * 2.0 + b.matmul(&gram)) * &b;
         let squares = own + sums.sum_dim_intlist(1, false, Kind::Double);
         squares.clamp_min(1e-30).sqrt().to_kind(Kind::Float)

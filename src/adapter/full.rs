@@ -42,6 +42,10 @@ impl Adapter for Full {
         }
     }
 
+    fn moves_from_base(&self) -> bool {
+        true
+    }
+
     /// On the straight line from the frozen weight to the trained one.
     fn change(&self, weight: &Tensor, strength: f64) -> Change {
         let own =

@@ -92,6 +92,7 @@ impl Lora {
                  and {up:?}"
             ));
         }
+        super::check_stored_rank(down[0])?;
         Ok(Self { a, b, scale })
     }
 

@@ -1,5 +1,6 @@
 //! The methods and their settings, and a new adapter by them.
 
+use super::blocks::Cayley;
 use super::boft::BoftConfig;
 use super::hra::HraConfig;
 use super::lora::LoraConfig;
@@ -47,13 +48,14 @@ impl Method {
                 if *rslora { "rs" } else { "" },
                 if *dora { "DoRA" } else { "LoRA" }
             ),
-            Self::Oft(OftConfig { partition, coft, block_share, .. }) => {
+            Self::Oft(OftConfig { partition, cayley, coft, block_share }) => {
                 let shared = if *block_share { ", shared" } else { "" };
+                let series = if *cayley == Cayley::Exact { "" } else { ", Cayley-Neumann series" };
                 let partition = partition.describe();
                 match coft {
-                    Coft::None => format!("OFT {partition}{shared}"),
-                    Coft::Paper { eps } => format!("COFT {partition}{shared}, eps {eps}"),
-                    Coft::Peft { eps } => format!("PEFT's COFT {partition}{shared}, eps {eps}"),
+                    Coft::None => format!("OFT {partition}{shared}{series}"),
+                    Coft::Paper { eps } => format!("COFT {partition}{shared}{series}, eps {eps}"),
+                    Coft::Peft { eps } => format!("PEFT's COFT {partition}{shared}{series}, eps {eps}"),
                 }
             }
             Self::Boft(BoftConfig { partition, factors: 1 }) => format!("BOFT {}", partition.describe()),

@@ -130,6 +130,12 @@ pub trait Adapter: Send {
     /// What it does to `weight` `(d_out, d_in)` (f64, CPU) at a strength: 0 leaves the weight, 1 is as trained.
     fn change(&self, weight: &Tensor, strength: f64) -> Change;
 
+    /// Whether [`Self::change`] is a move from the base model's weight, which adds to what other adapters do, and not
+    /// something done to whatever weight there is.
+    fn moves_from_base(&self) -> bool {
+        false
+    }
+
     /// The method's regulariser for this layer, a scalar with gradient; `None` where it has none.
     fn regulariser(&self) -> Option<Tensor> {
         None
@@ -235,6 +241,12 @@ impl Adapter for LowRank {
         let wide = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
         Form::LowRank { down: wide(&self.down), up: wide(&self.up) * strength }.into()
     }
+}
+
+/// Refuses ranks of files that are beyond any use, and whose `r x r` products would fill the memory.
+pub(crate) fn check_stored_rank(rank: i64) -> std::result::Result<(), String> {
+    const MOST: i64 = 4096;
+    if rank <= MOST { Ok(()) } else { Err(format!("expected a rank of at most {MOST}, found {rank}")) }
 }
 
 /// The matrix `(d_out, d_in)` that a weight of this shape is seen as.

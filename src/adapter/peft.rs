@@ -231,6 +231,7 @@ fn adapter(
             if shape.len() != 2 || shape[0] < 1 || shape[1] != hra.rank {
                 return Err(format!("hra_u: expected shape (d_in, {}), found {shape:?}", hra.rank));
             }
+            super::check_stored_rank(hra.rank)?;
             // HRA divides by the vectors' norms.
             if hra_u.norm_scalaropt_dim(2, [0], false).min().double_value(&[]) == 0.0 {
                 return Err("hra_u: holds a vector of length zero, which has no direction".into());

@@ -38,12 +38,21 @@ impl TargetRule {
         }
     }
 
+    /// Words of a list that no layer of these names is meant by; lists of other programs name layers that are not there.
+    pub fn idle_words(&self, names: &[String]) -> Vec<&str> {
+        match self {
+            Self::Suffixes(words) => {
+                let idle = |word: &&String| !names.iter().any(|name| ends_with(name, word));
+                words.iter().filter(idle).map(String::as_str).collect()
+            }
+            Self::Pattern(..) => Vec::new(),
+        }
+    }
+
     /// Whether a layer of this name is meant.
     pub fn matches(&self, name: &str) -> bool {
         match self {
-            Self::Suffixes(words) => words
-                .iter()
-                .any(|w| name == w || name.strip_suffix(w.as_str()).is_some_and(|head| head.ends_with('.'))),
+            Self::Suffixes(words) => words.iter().any(|word| ends_with(name, word)),
             Self::Pattern(_, regex) => regex.is_match(name),
         }
     }
@@ -54,6 +63,11 @@ impl TargetRule {
         })?;
         Ok(Self::Pattern(text.to_string(), regex))
     }
+}
+
+/// Whether a layer's name is `word`, or ends with a dot and `word`.
+fn ends_with(name: &str, word: &str) -> bool {
+    name == word || name.strip_suffix(word).is_some_and(|head| head.ends_with('.'))
 }
 
 #[cfg(test)]
@@ -69,6 +83,7 @@ mod tests {
         assert!(rule.matches("conv_in"));
         assert!(!rule.matches("my_conv_in"));
         assert!(!rule.matches("a.to_out.00"));
+        assert_eq!(rule.idle_words(&[LAYER.to_string()]), ["conv_in"]);
     }
 
     #[test]

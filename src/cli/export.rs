@@ -15,8 +15,8 @@ use tch::{Device, Kind};
 #[derive(Debug, Args)]
 #[command(
     about = "Write adapters for other programs, or merge them into a model",
-    after_help = "The effect of an HRA adapter on one base model is a LoRA exactly; it belongs to that base model. OFT, BOFT, DoRA and \
-                  fully fine-tuned weights become the best LoRA of --rank. Each output is read back and compared.\n\nExamples:\n  \
+    after_help = "The effect of an HRA adapter on one base model is a LoRA exactly; it belongs to that base model. OFT, BOFT and DoRA \
+                  become the best LoRA of --rank; trained biases and full fine-tuning need merged or checkpoint. Each output is read back and compared.\n\nExamples:\n  \
                   hra export --model DIR --adapter runs/dog --to kohya-lora --output dog.safetensors --dtype f16\n  hra export \
                   --model DIR --adapter runs/dog=0.8 --to checkpoint --output dog-model.safetensors"
 )]

@@ -31,7 +31,9 @@ pub struct InspectArgs {
 
 /// Runs `hra inspect`.
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let path = hub::resolve(&args.path, Wanted::Adapter)?;
+    // On the hub it may be either.
+    let adapter = hub::resolve(&args.path, Wanted::Adapter);
+    let path = adapter.or_else(|e| hub::resolve(&args.path, Wanted::Model).map_err(|_| e))?;
     let model = args.model.as_deref().map(|word| hub::resolve(word, Wanted::Model)).transpose()?;
     let mut model = model.map(|path| StableDiffusion::load(&path, Kind::Float, Device::Cpu)).transpose()?;
     device::set_threads(None, usize::MAX)?;

@@ -4,9 +4,10 @@ use super::adapter_with_strength;
 use crate::adapter::combine::{How, combine};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::checkpoint::{TEXT_CLASS, UNET_CLASS};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files;
-use crate::model::loaded::TEXT_ENCODER;
+use crate::hub::{self, Wanted};
+use crate::model::loaded::{FULL_UNET, TEXT_ENCODER};
 use clap::Args;
 use std::path::{Path, PathBuf};
 use tch::Kind;
@@ -35,8 +36,11 @@ pub struct MergeArgs {
 /// Runs `hra merge`.
 pub fn run(args: &MergeArgs) -> Result<()> {
     files::refuse_existing(&args.output)?;
-    let adapters: Vec<(PathBuf, f64)> =
+    let mut adapters: Vec<(PathBuf, f64)> =
         args.adapters.iter().map(|a| adapter_with_strength(a)).collect::<Result<_>>()?;
+    for (word, _) in &mut adapters {
+        *word = hub::resolve(word, Wanted::Adapter)?;
+    }
     let mut written = Vec::new();
     files::stage_dir(&args.output, |dir| {
         for (place, class) in [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS)] {
@@ -61,6 +65,13 @@ fn merge_place(
     for (path, strength) in adapters {
         let folder = path.join(place);
         // A folder without any adapter is told as such; one without a text encoder's is none of ours.
+        if place.is_empty() && path.join(FULL_UNET).is_file() {
+            return Err(Error::config(format!(
+                "{}: a fully fine-tuned UNet is no adapter to merge\nhint: `hra export --model DIR --adapter A=0.8 --adapter \
+                 B=0.6 --to merged`",
+                path.display()
+            )));
+        }
         if place.is_empty() || folder.join(peft::CONFIG_FILE).is_file() {
             let file = AdapterFile::read(&folder)?;
             if !file.unused.is_empty() {

@@ -314,7 +314,10 @@ impl Hub {
 
     fn error(&self, problem: &str) -> Error {
         let at = if self.id.revision == MAIN { String::new() } else { format!(" at {}", self.id.revision) };
-        Error::Hub(format!("{}{at} ({}; no such local path): {problem}", self.id.name, self.endpoint))
+        Error::Hub(format!(
+            "{}{at}: nothing is at that path here, and as a hub id ({}): {problem}",
+            self.id.name, self.endpoint
+        ))
     }
 
     fn not_in_cache(&self, lack: &str, why: &str) -> Error {

@@ -106,7 +106,7 @@ pub fn attach_fixed(
 
 /// Gives what adapters with a strength each make of a network to `take`, for each part that they change. They act one after
 /// another in the order given: each changes the weight that those before it have made, so that HRA adapters multiply and
-/// LoRA adapters add up.
+/// LoRA adapters add up. Fully trained weights, biases and norms add what they moved from the base model.
 pub fn effects(
     network: &mut dyn Layers,
     mut adapters: Vec<(LoadedAdapter, f64)>,
@@ -166,7 +166,12 @@ fn layer_effect(
             }
             let base = base.get_or_insert_with(|| wide(&layer.matrix()));
             let weight = form.as_ref().map_or_else(|| base.shallow_clone(), |form| form.merged(base));
-            let change = adapter.change(&weight, *strength);
+            let change = if adapter.moves_from_base() {
+                let Change { form, notes } = adapter.change(base, *strength);
+                Change { form: Form::Dense(&weight + form.merged(base) - &*base), notes }
+            } else {
+                adapter.change(&weight, *strength)
+            };
             reports[i].add(&change, &weight);
             reports[i].note(&adapter.notes(&layer.weight().size()));
             form = Some(match (form, change.form) {

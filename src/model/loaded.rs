@@ -2,6 +2,7 @@
 //! files, and fully fine-tuned networks. By layer name; a layer's adapter is taken out when it is used, and what is left
 //! fitted nothing.
 
+use super::source::refuse_pickle;
 use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::adapter::{Adapter, Dora, Full, Lora};
@@ -63,6 +64,7 @@ impl LoadedAdapter {
             full: None,
         };
         if let Some(file) = lora_file_at(path) {
+            refuse_pickle(&file)?;
             loaded.add_lora(&file, names)?;
             return Ok(loaded);
         }

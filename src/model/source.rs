@@ -295,7 +295,7 @@ fn read_below(dir: &Path, name: &str) -> Result<Option<Text>> {
 }
 
 /// Refuses PyTorch's own formats, by the file's ending and by its first bytes.
-fn refuse_pickle(path: &Path) -> Result<()> {
+pub fn refuse_pickle(path: &Path) -> Result<()> {
     let ending = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
     let mut first = Vec::new();
     let file = std::fs::File::open(path).map_err(|e| Error::io("open", path, e))?;

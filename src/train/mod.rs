@@ -156,13 +156,18 @@ impl Trainer {
             layers += attach::attach_new(&mut model.text_encoder, &text_targets, &method, config.bias, seed)?;
         }
 
+        setup::warn_of_idle_words("target_modules", &targets, &mut model.unet);
+        if config.train_text_encoder {
+            setup::warn_of_idle_words("text_target_modules", &text_targets, &mut model.text_encoder);
+        }
+
         let mut networks: Vec<&mut dyn Layers> = vec![&mut model.unet];
         if config.train_text_encoder {
             networks.push(&mut model.text_encoder);
         }
         let mut parameters = attach::pack_parameters(&mut networks);
         if checkpoint.is_none() {
-            setup::start_from(&config, &mut parameters)?;
+            setup::start_from(&config, &fingerprint, &mut parameters)?;
         }
         let parts = trained_parts(&config, &model, &targets, &text_targets)?;
         preview::check(&model, &config, resolution)?;

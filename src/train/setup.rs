@@ -9,11 +9,11 @@ use crate::config::TrainConfig;
 use crate::data::ImageFolder;
 use crate::error::{Error, Result};
 use crate::hub::{self, Wanted};
+use crate::model::layers::Layers;
 use crate::model::loaded::TEXT_ENCODER;
 use crate::optim::Parameters;
 use crate::run::RunFolder;
 use crate::stable_diffusion::StableDiffusion;
-use crate::tensor_file;
 use std::collections::BTreeMap;
 use std::path::Path;
 use tch::Tensor;
@@ -98,52 +98,64 @@ pub(super) fn find_checkpoint(config: &TrainConfig, resume: &Resume) -> Result<O
     Loaded::read(&checkpoint::folder(run, step)).map(Some)
 }
 
+/// Tells of words of a setting that mean no layer: a slip of the pen would make the adapter smaller unnoticed.
+pub(super) fn warn_of_idle_words(setting: &str, targets: &TargetRule, network: &mut dyn Layers) {
+    let names: Vec<String> = network.layers_mut().iter().map(|layer| layer.name.clone()).collect();
+    for word in targets.idle_words(&names) {
+        eprintln!("warning: {setting}: `{word}` is the name of no layer");
+    }
+}
+
 /// Puts the values of another adapter, as `init_adapter` names it, into the trained tensors. It must be of this run's
 /// method and settings, and on its layers.
-pub(super) fn start_from(config: &TrainConfig, parameters: &mut Parameters) -> Result<()> {
+pub(super) fn start_from(config: &TrainConfig, fingerprint: &str, parameters: &mut Parameters) -> Result<()> {
     let Some(word) = &config.init_adapter else { return Ok(()) };
     let path = hub::resolve(word, Wanted::Adapter)?;
+    let own = config.method().describe();
     let mut values: BTreeMap<String, Tensor> = BTreeMap::new();
-    let mut what = String::new();
     let mut problems = Vec::new();
     for place in ["", TEXT_ENCODER] {
         let folder = path.join(place);
-        if place.is_empty() || folder.is_dir() {
+        let there = place.is_empty() || folder.is_dir();
+        if !place.is_empty() && there != config.train_text_encoder {
+            let (has, flag) = if there { ("has one", "give") } else { ("has none", "leave out") };
+            problems.push(format!("the adapter {has} for the text encoder: {flag} --train_text_encoder"));
+        } else if there {
             let file = AdapterFile::read(&folder)?;
-            what = file.config.method.describe();
-            if what != config.method().describe() {
-                problems.push("the methods differ".to_string());
+            let what = file.config.method.describe();
+            if what != own {
+                problems.push(format!("{} is {what}, this run trains {own}", folder.display()));
+            }
+            if file.config.exceptions != Exceptions::default() {
+                problems.push(format!("{} has other ranks or alphas for some layers", folder.display()));
+            }
+            if file.metadata.get("base_fingerprint").is_some_and(|base| base != fingerprint) {
+                eprintln!("warning: {} was made for another base model", folder.display());
             }
             values.extend(file.tensors());
         }
     }
     let mut rows = Vec::new();
-    for (name, view) in parameters.views() {
-        match values.remove(name) {
-            Some(value) if value.size() == view.size() => rows.push(value.reshape([-1])),
-            Some(value) => {
-                problems.push(format!(
-                    "`{name}`: expected shape {:?}, found {:?}",
-                    view.size(),
-                    value.size()
-                ));
+    if problems.is_empty() {
+        for (name, view) in parameters.views() {
+            match values.remove(name) {
+                Some(value) if value.size() == view.size() => rows.push(value.reshape([-1])),
+                Some(value) => {
+                    let (expected, found) = (view.size(), value.size());
+                    problems.push(format!("`{name}`: expected shape {expected:?}, found {found:?}"));
+                }
+                None => problems.push(format!("`{name}` is missing")),
             }
-            None => problems.push(format!("`{name}` is missing")),
         }
-    }
-    let left: Vec<String> = values.into_keys().collect();
-    if !left.is_empty() {
-        problems.push(format!("not in this run: {}", tensor_file::list(&left)));
+        problems.extend(values.keys().map(|name| format!("`{name}` is not trained by this run")));
     }
     if problems.is_empty() {
         parameters.set(&Tensor::cat(&rows, 0));
         return Ok(());
     }
     Err(Error::config(format!(
-        "init_adapter: {} is {}, this run trains {}\n{}",
+        "init_adapter: {} cannot be gone on from\n{}",
         path.display(),
-        what,
-        config.method().describe(),
-        tensor_file::list(&problems).replace(", `", "\n`")
+        problems.join("\n")
     )))
 }

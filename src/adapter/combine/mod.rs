@@ -24,7 +24,8 @@ pub enum How {
 }
 
 /// Where to go with what cannot be combined here.
-const ELSEWHERE: &str = "hint: `hra export --model DIR --adapter A=0.8 --adapter B=0.6 --to merged` (or to a LoRA) takes adapters of any kind";
+const ELSEWHERE: &str =
+    "hint: `hra export --model DIR --adapter A=0.8 --adapter B=0.6 --to merged` takes adapters of any kind";
 
 /// A method with its tensors by name.
 type Combined = (Method, Vec<(String, Tensor)>);
