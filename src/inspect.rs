@@ -78,7 +78,7 @@ pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<V
     }
     let mut reports = Vec::new();
     for place in ["", TEXT_ENCODER] {
-        let folder = path.join(place);
+        let folder = if place.is_empty() { path.to_path_buf() } else { path.join(place) };
         if folder.join(peft::CONFIG_FILE).is_file() {
             reports.push(peft_folder(&folder, model.as_deref_mut())?);
         }
