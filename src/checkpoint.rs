@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 const FORMAT: u32 = 1;
+/// The most steps that a run may have.
+const MAX_STEP: i64 = 1_000_000_000;
 const STATE_FILE: &str = "state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// Names of the Python classes that adapters are on, and their modules.
@@ -180,6 +182,12 @@ impl Loaded {
             return Err(Error::format(
                 &path,
                 format!("expected checkpoint format {FORMAT}, found {}", state.format),
+            ));
+        }
+        if !(0..=MAX_STEP).contains(&state.step) {
+            return Err(Error::format(
+                &path,
+                format!("step: expected 0 to {MAX_STEP}, found {}", state.step),
             ));
         }
         Ok(Self { state, optimizer: TensorFile::open(&dir.join(OPTIMIZER_FILE))?, dir: dir.to_path_buf() })

@@ -16,6 +16,9 @@ use crate::{Error, Result};
 /// How the names of unfinished files and folders start; what is left under such a name after a crash may be deleted.
 pub const LEFTOVER_PREFIX: &str = ".tmp-";
 
+/// The longest text that is read whole: the largest vocabularies have some megabytes.
+const MAX_TEXT: u64 = 64 << 20;
+
 /// What an entry of a folder is; links are followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -48,9 +51,9 @@ pub fn kind(path: &Path) -> Option<Kind> {
     }
 }
 
-/// The whole file as text; an [`Error::Format`] if it is not UTF-8.
+/// The whole file as text; an [`Error::Format`] if it is not UTF-8, or larger than any config or vocabulary.
 pub fn read_to_string(path: &Path) -> Result<String> {
-    String::from_utf8(read(path, u64::MAX)?).map_err(|e| {
+    String::from_utf8(read(path, MAX_TEXT)?).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         Error::format(path, format!("expected UTF-8 text, found another byte at offset {at}"))
     })

@@ -67,12 +67,13 @@ impl SchedulerConfig {
         }
     }
 
-    /// A number, infinite ones too.
+    /// A number that f32 holds, infinite ones too: libtorch takes no other factor for f32.
     pub fn number(&self, key: &str, default: f64) -> Result<f64> {
         match self.values.get(key) {
             None => Ok(default),
             Some(value) => value
                 .as_f64()
+                .filter(|x| x.abs() <= f64::from(f32::MAX))
                 .or_else(|| match value.as_str() {
                     Some("inf") => Some(f64::INFINITY),
                     Some("-inf") => Some(f64::NEG_INFINITY),

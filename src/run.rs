@@ -13,6 +13,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub const CONFIG_FILE: &str = "config.toml";
 /// One JSON object a line.
 pub const METRICS_FILE: &str = "metrics.jsonl";
+/// More than a record of each of three million steps.
+const MAX_METRICS: u64 = 1 << 30;
 
 /// A folder that this process alone may write into.
 #[derive(Debug)]
@@ -173,7 +175,7 @@ impl Metrics {
     pub fn open(run: &Path, step: i64, resumed: bool) -> Result<Self> {
         let path = run.join(METRICS_FILE);
         if path.is_file() {
-            let text = String::from_utf8_lossy(&files::read(&path, u64::MAX)?).into_owned();
+            let text = String::from_utf8_lossy(&files::read(&path, MAX_METRICS)?).into_owned();
             let kept: String = text
                 .split_inclusive('\n')
                 .filter(|line| {

@@ -86,8 +86,12 @@ impl Settings {
                 )));
             }
         }
-        if !self.guidance.is_finite() {
-            return Err(Error::config(format!("--guidance: expected a number, found {}", self.guidance)));
+        // libtorch panics at factors that f32 does not hold.
+        if !(-1e6..=1e6).contains(&self.guidance) {
+            return Err(Error::config(format!(
+                "--guidance: expected a number up to 1e6, found {}",
+                self.guidance
+            )));
         }
         self.plan(model).map(|_| ())
     }

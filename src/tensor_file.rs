@@ -33,6 +33,13 @@ pub struct TensorFile {
 impl TensorFile {
     /// Opens `path` and checks its header: sizes, offsets, and that all of the data is there.
     pub fn open(path: &Path) -> Result<Self> {
+        if files::kind(path) == Some(files::Kind::Other) {
+            // To open a pipe is to wait for its writer.
+            return Err(Error::format(
+                path,
+                "expected a safetensors file, found a pipe, device or broken link",
+            ));
+        }
         let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let length = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
         let not_safetensors = |why: String| {

@@ -92,6 +92,23 @@ fn corpus(reader: &str, scratch: &Path) -> (Vec<Files>, usize) {
             let read = |dir: &PathBuf| files.map(|name| fs::read(dir.join(name)).unwrap()).to_vec();
             (dirs.iter().map(read).collect(), 400)
         }
+        "merge" => {
+            let (mut all, _) = corpus("adapter", scratch);
+            // Of one method each, a folder and the one after it.
+            let kind =
+                |files: &Files| serde_json::from_slice::<Value>(&files[0]).unwrap()["peft_type"].to_string();
+            all.sort_by_key(kind);
+            let pairs = all.windows(2).filter(|two| kind(&two[0]) == kind(&two[1]));
+            (pairs.map(|two| [&two[0][..], &two[1][..]].concat()).collect(), 120)
+        }
+        "full_unet" => {
+            let unet = |dir: &String| vec![file(&format!("{dir}/unet/diffusion_pytorch_model.safetensors"))];
+            (sd.iter().map(unet).collect(), 60)
+        }
+        "hub_id" => {
+            let good = ["owner/name", "owner/name@refs/pr/1", "a.b/c-d@v1.0", "../../x", "a/..", "a/b@../c"];
+            (good.iter().map(|id| vec![id.as_bytes().to_vec()]).collect(), 300)
+        }
         "lora_file" => (each("tests/fixtures/lora", &["safetensors"]), 300),
         "unet_config" => (text("unet/config.json"), 250),
         "vae_config" => (text("vae/config.json"), 250),
@@ -131,12 +148,16 @@ fn corpus(reader: &str, scratch: &Path) -> (Vec<Files>, usize) {
                 step: 10,
                 seconds: 1.5,
                 base_fingerprint: "0".repeat(64),
-                parameters: vec!["mid_block.to_q.hra_u".into()],
+                parameters: vec!["weight".into()],
                 sums: Sums::default(),
             };
             let record = json!({"step": 10, "loss": 0.1, "loss_instance": 0.1, "learning_rate": 1e-4, "gradient_norm": 1.0, "seconds": 1.5});
             let metrics = format!("{record}\n{record}\n").into_bytes();
-            (vec![vec![serde_json::to_vec(&state).unwrap(), small("exp_avg", &[8]), metrics]], 100)
+            let flat = |name: &str| (name.to_string(), Tensor::ones([8], (Kind::Float, Device::Cpu)));
+            let mut tensors = Vec::from(["exp_avg", "exp_avg_sq", "ema"].map(flat));
+            tensors.push(("weight".into(), Tensor::ones([4, 2], (Kind::Float, Device::Cpu))));
+            let optimizer = to_bytes(&tensors, &[]).unwrap();
+            (vec![vec![serde_json::to_vec(&state).unwrap(), optimizer, metrics]], 200)
         }
         "shards" => {
             let index = |shard: &str| {

@@ -49,7 +49,7 @@ impl HraConfig {
                 "rank: expected an even number for HRA, found {r}: reflections cancel in pairs, so {r} of them can \
                  never start at the base model (det H = -1)\nhint: use rank {} or {}, or --allow-odd-rank",
                 (self.rank - 1).max(2),
-                self.rank + 1,
+                self.rank.saturating_add(1),
                 r = self.rank,
             )));
         }

@@ -7,6 +7,9 @@ use super::{Adapter, Change, Form, Frozen, matrix_shape};
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
+/// Far above any use; libtorch panics at factors that f32 does not hold.
+const MOST_ALPHA: f64 = 1e12;
+
 /// How A starts; B starts at zero, so training starts at the base model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -43,9 +46,9 @@ impl LoraConfig {
         if self.rank < 1 {
             return Err(Error::config(format!("rank: expected at least 1, found {}", self.rank)));
         }
-        if !self.alpha.is_finite() || self.alpha == 0.0 {
+        if self.alpha == 0.0 || !(-MOST_ALPHA..=MOST_ALPHA).contains(&self.alpha) {
             return Err(Error::config(format!(
-                "lora_alpha: expected a number other than 0, found {}",
+                "lora_alpha: expected a number other than 0, up to {MOST_ALPHA:e}, found {}",
                 self.alpha
             )));
         }
@@ -91,6 +94,9 @@ impl Lora {
                 "expected lora_A (r, d_in) and lora_B (d_out, r), or (r, c, kh, kw) and (d_out, r, 1, 1), found {down:?} \
                  and {up:?}"
             ));
+        }
+        if scale.abs() > f64::from(f32::MAX) || scale.is_nan() {
+            return Err(format!("alpha: expected a scale that f32 holds, found {scale:e}"));
         }
         super::check_stored_rank(down[0])?;
         Ok(Self { a, b, scale })

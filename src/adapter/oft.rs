@@ -26,6 +26,9 @@ pub enum Coft {
     Peft { eps: f64 },
 }
 
+/// A ball of this size holds every rotation.
+pub(crate) const MOST_EPS: f64 = 1e6;
+
 /// The settings of an OFT or COFT adapter.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct OftConfig {
@@ -54,9 +57,9 @@ impl OftConfig {
             _ => {}
         }
         match self.coft {
-            Coft::Paper { eps } if !eps.is_finite() || eps <= 0.0 => {
-                Err(Error::config(format!("coft_eps: expected a positive number, found {eps}")))
-            }
+            Coft::Paper { eps } if !(eps > 0.0 && eps <= MOST_EPS) => Err(Error::config(format!(
+                "coft_eps: expected a positive number up to {MOST_EPS:e}, found {eps}"
+            ))),
             Coft::Peft { .. } => Err(Error::config(
                 "coft: an adapter that PEFT constrains can be used, but not trained on\nhint: start a new one with --method coft",
             )),

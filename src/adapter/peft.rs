@@ -7,7 +7,7 @@
 
 use super::boft::BoftConfig;
 use super::lora::LoraConfig;
-use super::oft::{Coft, OftConfig};
+use super::oft::{Coft, MOST_EPS, OftConfig};
 use super::peft_config::ReadConfig;
 use super::peft_patterns::Patterns;
 use super::{Adapter, Boft, Dora, Hra, Lora, Method, Oft};
@@ -280,8 +280,8 @@ impl AdapterFile {
 fn restore_coft(method: &mut Method, metadata: &BTreeMap<String, String>) {
     if let Method::Oft(OftConfig { coft: coft @ Coft::None, .. }) = method
         && let Some(eps) = metadata.get("coft_eps").and_then(|text| text.parse::<f64>().ok())
-        && eps.is_finite()
         && eps > 0.0
+        && eps <= MOST_EPS
     {
         *coft = Coft::Paper { eps };
     }

@@ -8,7 +8,7 @@ use super::blocks::{Cayley, Partition};
 use super::boft::BoftConfig;
 use super::hra::{HraConfig, HraInit};
 use super::lora::{LoraConfig, LoraInit};
-use super::oft::{Coft, OftConfig};
+use super::oft::{Coft, MOST_EPS, OftConfig};
 use super::peft_patterns::{Exceptions, Patterns};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -405,8 +405,8 @@ impl Fields<'_> {
         };
         let eps = self.number("eps", 6e-5);
         let coft = if self.flag("coft", false) {
-            if eps < 0.0 {
-                self.expected("eps", "0 or a positive number");
+            if !(0.0..=MOST_EPS).contains(&eps) {
+                self.expected("eps", &format!("0 or a positive number up to {MOST_EPS:e}"));
             }
             Coft::Peft { eps }
         } else {

@@ -2,6 +2,22 @@
 
 use std::collections::BTreeMap;
 
+/// Far above the length of a layer's name: a pattern's memory while it is parsed is some hundred times its length.
+const MAX_PATTERN: usize = 4096;
+/// More patterns than any model has layers.
+const MAX_PATTERNS: usize = 10_000;
+
+/// A regular expression for the end of a layer's name, after a dot or whole (PEFT `get_pattern_key`); `None` if it is none, or
+/// none that a file may ask for: a hostile file may hold many large ones.
+pub(super) fn pattern(key: &str) -> Option<regex::Regex> {
+    if key.len() > MAX_PATTERN {
+        return None;
+    }
+    let limit = 1 << 18;
+    let whole = format!(r"^(?:.*\.)?(?:{key})$");
+    regex::RegexBuilder::new(&whole).size_limit(limit).dfa_size_limit(limit).build().ok()
+}
+
 /// Layers of a LoRA, by name, that have another rank or alpha than most: PEFT's `rank_pattern` and `alpha_pattern`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Exceptions {
@@ -31,6 +47,12 @@ impl Patterns {
         })?;
         let rank = both.rank_pattern.map(|o| o.0).unwrap_or_default();
         let alpha = both.alpha_pattern.map(|o| o.0).unwrap_or_default();
+        let most = rank.len().max(alpha.len());
+        if most > MAX_PATTERNS {
+            return Err(format!(
+                "rank_pattern, alpha_pattern: expected at most {MAX_PATTERNS} entries, found {most}"
+            ));
+        }
         match rank.iter().find(|(_, r)| *r < 1) {
             Some((key, r)) => Err(format!("rank_pattern: expected positive numbers, found {r} for `{key}`")),
             None => Ok(Self { rank, alpha }),
@@ -55,16 +77,16 @@ fn first_matches<T: Copy>(
 ) -> BTreeMap<String, T> {
     let mut found = BTreeMap::new();
     for (key, value) in patterns {
-        // One at a time and with a limit: a hostile file may hold many large ones.
-        let regex = regex::RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(1 << 20).build();
-        match regex {
-            Ok(regex) => {
+        // One at a time, so that no more than one is in memory.
+        match pattern(key) {
+            Some(regex) => {
                 for layer in layers.iter().filter(|layer| regex.is_match(layer)) {
                     found.entry(layer.clone()).or_insert(*value);
                 }
             }
-            Err(_) => {
-                problems.push(format!("{field}: `{key}` is not a regular expression that is understood"))
+            None => {
+                let start: String = key.chars().take(100).collect();
+                problems.push(format!("{field}: `{start}` is not a regular expression that is understood"))
             }
         }
     }

@@ -15,6 +15,9 @@ use crate::{Error, Result, files};
 /// The largest PNG file that [`read_png_text`] takes into memory.
 const MAX_FILE_BYTES: u64 = 1 << 30;
 
+/// The longest text of a chunk, unpacked.
+const MAX_TEXT_BYTES: usize = 1 << 20;
+
 /// Writes `image` and the texts (keyword, text) so that the file is there whole or not at all.
 ///
 /// Keywords are 1 to 79 Latin-1 characters; neither they nor texts may hold a NUL character.
@@ -57,7 +60,14 @@ pub fn read_png_text(path: &Path) -> Result<Vec<(String, String)>> {
     reader.finish().map_err(broken)?;
     let info = reader.info();
     let plain = info.uncompressed_latin1_text.iter().map(|c| Ok((c.keyword.clone(), c.text.clone())));
-    let packed = info.compressed_latin1_text.iter().map(|c| Ok((c.keyword.clone(), c.get_text()?)));
-    let utf8 = info.utf8_text.iter().map(|c| Ok((c.keyword.clone(), c.get_text()?)));
+    // Unpacked with a limit first: a megabyte may unpack to a gigabyte.
+    let packed = info.compressed_latin1_text.iter().cloned().map(|mut c| {
+        c.decompress_text_with_limit(MAX_TEXT_BYTES)?;
+        Ok((c.keyword.clone(), c.get_text()?))
+    });
+    let utf8 = info.utf8_text.iter().cloned().map(|mut c| {
+        c.decompress_text_with_limit(MAX_TEXT_BYTES)?;
+        Ok((c.keyword.clone(), c.get_text()?))
+    });
     plain.chain(packed).chain(utf8).collect::<std::result::Result<_, _>>().map_err(broken)
 }

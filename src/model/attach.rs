@@ -85,6 +85,7 @@ pub fn attach_trained(network: &mut dyn Layers, mut file: AdapterFile) -> Result
             Module::Layer(layer) => {
                 let device = layer.weight().device();
                 let bias = file.biases.remove(&layer.name).map(|b| b.to_device(device));
+                check_bias(&layer.name, bias.as_ref(), layer.bias())?;
                 let mut adapter = file.layers.remove(&layer.name);
                 if let Some(adapter) = &mut adapter {
                     let fits = adapter.check(&layer.weight().size());
@@ -98,12 +99,24 @@ pub fn attach_trained(network: &mut dyn Layers, mut file: AdapterFile) -> Result
             }
             Module::Norm(norm) => {
                 if let Some(bias) = file.biases.remove(&norm.name) {
+                    check_bias(&norm.name, Some(&bias), Some(norm.bias()))?;
                     norm.attach(None, Some(bias.to_device(norm.bias().device())));
                 }
             }
         }
     }
     Ok(count)
+}
+
+fn check_bias(name: &str, trained: Option<&Tensor>, frozen: Option<&Tensor>) -> Result<()> {
+    let (expected, found) = (frozen.map(Tensor::size), trained.map(Tensor::size));
+    if found.is_none() || expected == found {
+        return Ok(());
+    }
+    let (expected, found) = (expected.unwrap_or_default(), found.unwrap_or_default());
+    Err(Error::config(format!(
+        "{name}: expected a bias of shape {expected:?} for this model, found {found:?}"
+    )))
 }
 
 /// Number of values in a network's linear maps and convolutions.

@@ -32,6 +32,12 @@ impl PerLevel {
 /// Sizes above this are no model's; they only come from broken or hostile files.
 const MAX_WIDTH: i64 = 1 << 16;
 const MAX_LEVELS: usize = 16;
+/// Blocks of all kinds in one UNet (Stable Diffusion XL's has about 100): each costs memory before its weights are missed.
+const MAX_BLOCKS: i64 = 2048;
+/// Far above any factor of a model; libtorch panics at those that f32 does not hold.
+const MAX_FACTOR: f64 = 1e6;
+/// Tokens of a prompt: attention to the text takes the square of it.
+const MAX_TOKENS: i64 = 4096;
 
 /// `unet/config.json`, with diffusers' defaults for what it lacks.
 #[derive(Debug, Clone, Deserialize)]
@@ -158,6 +164,15 @@ impl UNetConfig {
                 problems.push(format!("{name}: expected {least} to {most}, found {value}"));
             }
         }
+        for (name, value) in [
+            ("freq_shift", self.freq_shift),
+            ("norm_eps", self.norm_eps),
+            ("mid_block_scale_factor", self.mid_block_scale_factor),
+        ] {
+            if !is_factor(value) {
+                problems.push(format!("{name}: expected a number up to {MAX_FACTOR:e}, found {value:e}"));
+            }
+        }
         let heads = self.num_attention_heads.as_ref().unwrap_or(&self.attention_head_dim);
         let mut expand = |value: &PerLevel, what: &str| {
             value.expand(n, what).unwrap_or_else(|problem| {
@@ -207,6 +222,18 @@ impl UNetConfig {
                 down_attends: down,
                 up_attends: up,
             });
+        }
+        // Few enough levels of at most 64 layers with 64 transformers each that this cannot overflow.
+        let blocks: i64 =
+            levels.iter().map(|l| l.layers.clamp(0, 64) * (1 + l.transformers.clamp(0, 64))).sum();
+        if blocks > MAX_BLOCKS {
+            problems
+                .push(format!("expected at most {MAX_BLOCKS} layers and transformer blocks, found {blocks}"));
+        }
+        if let Some(size) = self.sample_size.as_ref().filter(|size| size.is_number())
+            && !size.as_i64().is_some_and(|n| (1..=MAX_WIDTH).contains(&n))
+        {
+            problems.push(format!("sample_size: expected 1 to {MAX_WIDTH}, found {size}"));
         }
         if problems.is_empty() { Ok(levels) } else { Err(problems) }
     }
@@ -291,7 +318,7 @@ impl TextConfig {
             ("intermediate_size", config.intermediate_size, MAX_WIDTH),
             ("num_hidden_layers", config.num_hidden_layers, 256),
             ("num_attention_heads", config.num_attention_heads, config.hidden_size),
-            ("max_position_embeddings", config.max_position_embeddings, MAX_WIDTH),
+            ("max_position_embeddings", config.max_position_embeddings, MAX_TOKENS),
         ];
         let mut problems: Vec<String> = sizes
             .iter()
@@ -300,6 +327,10 @@ impl TextConfig {
             .collect();
         if config.num_attention_heads > 0 && config.hidden_size % config.num_attention_heads != 0 {
             problems.push("hidden_size does not divide into num_attention_heads".into());
+        }
+        if !is_factor(config.layer_norm_eps) {
+            let found = config.layer_norm_eps;
+            problems.push(format!("layer_norm_eps: expected a number up to {MAX_FACTOR:e}, found {found:e}"));
         }
         if !["quick_gelu", "gelu"].contains(&config.hidden_act.as_str()) {
             problems.push(format!("hidden_act: expected quick_gelu or gelu, found {}", config.hidden_act));
@@ -380,6 +411,12 @@ impl VaeConfig {
         if !(1..=64).contains(&config.layers_per_block) || !(1..=256).contains(&config.latent_channels) {
             problems.push("layers_per_block or latent_channels is out of range".into());
         }
+        if !is_factor(config.scaling_factor) || config.scaling_factor <= 0.0 {
+            let found = config.scaling_factor;
+            problems.push(format!(
+                "scaling_factor: expected a positive number up to {MAX_FACTOR:e}, found {found:e}"
+            ));
+        }
         let usual = config.act_fn == "silu"
             && config.use_quant_conv
             && config.use_post_quant_conv
@@ -397,6 +434,10 @@ impl VaeConfig {
     pub fn factor(&self) -> i64 {
         1 << (self.block_out_channels.len() - 1)
     }
+}
+
+fn is_factor(x: f64) -> bool {
+    x.abs() <= MAX_FACTOR
 }
 
 fn parse_json<T: serde::de::DeserializeOwned>(text: &Text) -> Result<T> {

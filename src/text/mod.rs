@@ -2,6 +2,7 @@
 
 pub mod encoder;
 pub mod tokenizer;
+mod tokenizer_json;
 
 pub use encoder::TextEncoder;
 pub use tokenizer::Tokenizer;

@@ -3,6 +3,7 @@
 //! Special tokens come from `special_tokens_map.json`, `tokenizer_config.json` and `added_tokens.json`; the padding token
 //! may be an ordinary character (`!` in Stable Diffusion 2.x), which then splits before the merges, as in transformers.
 
+use super::tokenizer_json::{self, MAX_ID};
 use crate::error::{Error, Result};
 use crate::model::source::Source;
 use serde_json::Value;
@@ -42,7 +43,10 @@ impl Tokenizer {
             let value: Value = serde_json::from_str(&json.content).map_err(|e| broken(e.into()))?;
             let added = value["added_tokens"].as_array().into_iter().flatten();
             check_lengths(&json.path, added.filter_map(|token| token["content"].as_str()))?;
-            let mut inner = tokenizers::Tokenizer::from_bytes(&json.content).map_err(broken)?;
+            let checked = tokenizer_json::checked(value).map_err(|problem| {
+                Error::format(&json.path, format!("not a tokenizer of CLIP's kind: {problem}"))
+            })?;
+            let mut inner = tokenizers::Tokenizer::from_bytes(checked).map_err(broken)?;
             // Padding and truncation are done here, with the end token kept.
             inner.with_padding(None);
             inner.with_truncation(None).map_err(broken)?;
@@ -181,6 +185,12 @@ fn from_vocabulary(source: &Source) -> Result<tokenizers::Tokenizer> {
     };
     let ids: BTreeMap<String, u32> = serde_json::from_str(&vocab.content)
         .map_err(|e| Error::format(&vocab.path, format!("expected the ids of tokens: {e}")))?;
+    if let Some((word, id)) = ids.iter().find(|(_, id)| **id > MAX_ID) {
+        return Err(Error::format(
+            &vocab.path,
+            format!("`{word}`: expected an id of at most {MAX_ID}, found {id}"),
+        ));
+    }
     // A line is a pair; the first may be a comment.
     let lines = merges.content.lines().filter(|line| !line.starts_with("#version"));
     let pair = |line: &str| line.split_once(' ').map(|(a, b)| (a.to_string(), b.to_string()));

@@ -6,19 +6,25 @@
 use hra::StableDiffusion;
 use hra::adapter::combine::{How, combine};
 use hra::adapter::lora_file::{LoraFile, Part as LoraPart};
-use hra::adapter::peft::AdapterFile;
-use hra::checkpoint::Loaded;
+use hra::adapter::peft::{self, AdapterFile};
+use hra::adapter::{Adapter, Full};
+use hra::checkpoint::{Loaded, TrainedPart, UNET_CLASS};
 use hra::config::TrainConfig;
+use hra::model::attach::{attach_trained, set_enabled};
 use hra::model::config::{TextConfig, UNetConfig, VaeConfig};
+use hra::model::fixed::attach_fixed;
+use hra::model::loaded::{FULL_UNET, LayerNames, LoadedAdapter};
 use hra::model::source::{Part, Source, Text};
 use hra::model::{UNet, Vae};
 use hra::noise::{NoiseSchedule, SchedulerConfig};
+use hra::optim::{AdamW, AdamWConfig, Ema, Parameters};
 use hra::run::Metrics;
 use hra::sampler::{Plan, SamplerKind};
 use hra::tensor_file::TensorFile;
 use hra::text::{TextEncoder, Tokenizer};
-use std::path::Path;
-use tch::{Device, Kind};
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use tch::{Device, Kind, Tensor};
 
 /// Between the files of one input.
 pub const SEPARATOR: &[u8] = b"\n=====\n";
@@ -27,10 +33,12 @@ pub const SEPARATOR: &[u8] = b"\n=====\n";
 pub type Reader = fn(scratch: &Path, input: &[u8]);
 
 /// All of them by name.
-pub const READERS: [(&str, Reader); 17] = [
+pub const READERS: [(&str, Reader); 20] = [
     ("tensor_file", tensor_file),
     ("adapter", adapter),
+    ("merge", merge),
     ("lora_file", lora_file),
+    ("full_unet", full_unet),
     ("unet_config", unet_config),
     ("vae_config", vae_config),
     ("text_config", text_config),
@@ -45,6 +53,7 @@ pub const READERS: [(&str, Reader); 17] = [
     ("run", run),
     ("shards", shards),
     ("picture", picture),
+    ("hub_id", hub_id),
 ];
 
 /// Several files as one input.
@@ -102,7 +111,58 @@ pub fn tensor_file(scratch: &Path, input: &[u8]) {
     }
 }
 
-/// A PEFT folder: config and weights. What can be read is combined with itself.
+/// The small model that Python wrote, from the main package or from tests/fuzz.
+fn pipeline() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let found = [here.join("tests/fixtures"), here.join("../fixtures")].into_iter().find(|dir| dir.is_dir());
+    found.expect("fixtures are in tests/fixtures").join("cases/sd15/pipeline")
+}
+
+/// A model, loaded once, that adapters are put on.
+struct Network {
+    model: StableDiffusion,
+    names: LayerNames,
+}
+
+impl Network {
+    fn with(run: impl FnOnce(&mut Self)) {
+        thread_local!(static NETWORK: RefCell<Option<Network>> = const { RefCell::new(None) });
+        NETWORK.with_borrow_mut(|network| {
+            let network = network.get_or_insert_with(|| {
+                let mut model =
+                    StableDiffusion::load(&pipeline(), Kind::Float, Device::Cpu).expect("a model");
+                let names = model.layer_names().expect("names of layers");
+                Network { model, names }
+            });
+            run(network);
+            set_enabled(&mut network.model, false);
+        });
+    }
+
+    /// What `hra sample` does with the adapter at `path`.
+    fn attach(&mut self, path: &Path, use_it: bool) {
+        let Ok(adapter) = LoadedAdapter::read(path, &self.names) else { return };
+        let _ = adapter.other_base(&"0".repeat(64));
+        if attach_fixed(&mut self.model, vec![(adapter, 0.7)], true).is_ok() && use_it {
+            self.forward();
+        }
+    }
+
+    fn forward(&mut self) {
+        let _guard = tch::no_grad_guard();
+        let (states, _) = self.model.encode_prompts(&["a cat"]).expect("a prompt");
+        let latents = Tensor::ones([1, self.model.unet.in_channels(), 8, 8], (Kind::Float, Device::Cpu));
+        let _ = self.model.unet.forward(&latents, &Tensor::from_slice(&[500i64]), &states);
+    }
+}
+
+/// A use of the network takes longer than all the rest, so only some inputs get one.
+fn some(input: &[u8]) -> bool {
+    input.len().is_multiple_of(8)
+}
+
+/// A PEFT folder: config and weights. What can be read is combined with itself, measured, and put on a model, at a strength
+/// and to be trained.
 pub fn adapter(scratch: &Path, input: &[u8]) {
     let [config, weights] = split(input);
     put(scratch, "adapter_config.json", config);
@@ -112,6 +172,47 @@ pub fn adapter(scratch: &Path, input: &[u8]) {
     for how in [How::Chain, How::Geodesic] {
         let _ = combine(&[(&file, 0.5), (&file, 1.0)], how);
     }
+    let _ = (file.config.method.describe(), file.config.to_json(UNET_CLASS));
+    for adapter in file.layers.values() {
+        let _ = (adapter.rotation(), adapter.orthogonality_error(), adapter.regulariser());
+        let _ = (adapter.check(&[8, 8]), adapter.check(&[8, 4, 3, 3]));
+        adapter.project();
+    }
+    Network::with(|network| {
+        network.attach(scratch, some(input));
+        set_enabled(&mut network.model, false);
+        if attach_trained(&mut network.model, file).is_ok() && some(input) {
+            network.forward();
+        }
+    });
+}
+
+/// Two PEFT folders, merged; what comes out is written and read.
+pub fn merge(scratch: &Path, input: &[u8]) {
+    let [first, a, second, b] = split(input);
+    let mut files = Vec::new();
+    for (name, config, weights) in [("a", first, a), ("b", second, b)] {
+        put(scratch, &format!("{name}/{}", peft::CONFIG_FILE), config);
+        put(scratch, &format!("{name}/{}", peft::WEIGHTS_FILE), weights);
+        let Ok(file) = AdapterFile::read(&scratch.join(name)) else { return };
+        files.push(file);
+    }
+    for (how, strengths) in [(How::Chain, [1.0, 1.0]), (How::Chain, [0.5, -2.0]), (How::Geodesic, [0.8, 0.6])]
+    {
+        let chain: Vec<_> = files.iter().zip(strengths).collect();
+        let Ok((config, tensors)) = combine(&chain, how) else { continue };
+        let out = scratch.join("out");
+        std::fs::create_dir_all(&out).expect("scratch can be written");
+        if peft::write(&out, &config, UNET_CLASS, &tensors, Kind::Float, &[]).is_ok() {
+            let _ = AdapterFile::read(&out);
+        }
+    }
+}
+
+/// A fully fine-tuned UNet in a run folder, put on a model in place of its own weights.
+pub fn full_unet(scratch: &Path, input: &[u8]) {
+    put(scratch, FULL_UNET, input);
+    Network::with(|network| network.attach(scratch, some(input)));
 }
 
 /// A LoRA file.
@@ -124,6 +225,7 @@ pub fn lora_file(scratch: &Path, input: &[u8]) {
     for layer in &file.layers {
         let _ = (layer.rank(), layer.product());
     }
+    Network::with(|network| network.attach(&scratch.join("lora.safetensors"), some(input)));
 }
 
 /// `unet/config.json`.
@@ -184,6 +286,10 @@ pub fn scheduler(scratch: &Path, input: &[u8]) {
             let _ = Plan::new(kind, &settings, steps)
                 .map(|plan| (plan.model_calls(), plan.noise_steps(), plan.init_noise_sigma()));
         }
+        let zero = || Tensor::zeros([1, 1, 1, 1], (Kind::Float, Device::Cpu));
+        if let Ok(plan) = Plan::new(kind, &settings, 5) {
+            let _ = plan.run(zero(), &mut |x, _| Ok(x.shallow_clone()), &mut |_| Ok(zero()), &mut |_| Ok(()));
+        }
     }
 }
 
@@ -235,11 +341,24 @@ pub fn checkpoint(scratch: &Path, input: &[u8]) {
 /// A TOML file with the settings of a training run.
 pub fn train_config(scratch: &Path, input: &[u8]) {
     put(scratch, "config.toml", input);
-    let Ok(config) = TrainConfig::read(&scratch.join("config.toml")) else { return };
-    if config.validate().is_ok() {
-        let rates = config.learning_rates();
-        let _ = rates.iter().map(|rate| rate.at(1)).sum::<f64>();
-        let _ = (config.method(), config.adamw(), config.to_toml());
+    let path = scratch.join("config.toml");
+    let command = <TrainConfig as clap::Args>::augment_args(clap::Command::new("train"));
+    let matches = command.try_get_matches_from(["train"]).expect("no flag is needed");
+    let given = TrainConfig::from_matches(&matches, &[&path]);
+    for config in [given, TrainConfig::read(&path)].into_iter().flatten() {
+        let _ = (config.method().describe(), config.to_toml(), config.check_resume(&config));
+        if config.validate().is_err() {
+            continue;
+        }
+        for shape in [[8, 8], [320, 768]] {
+            let _ = config.method().parameters_for(&shape);
+            let weight = Tensor::ones(shape, (Kind::Float, Device::Cpu));
+            let _ = config.method().start(&weight, config.seed).map(|adapter| adapter.project());
+        }
+        for rate in config.learning_rates() {
+            let _ = [0, 1, config.max_train_steps].map(|step| rate.at(step));
+        }
+        let _ = config.adamw();
     }
 }
 
@@ -249,7 +368,21 @@ pub fn run(scratch: &Path, input: &[u8]) {
     put(scratch, "state.json", state);
     put(scratch, "optimizer.safetensors", optimizer);
     put(scratch, "metrics.jsonl", metrics);
-    let step = Loaded::read(scratch).map_or(0, |loaded| loaded.state.step);
+    let loaded = Loaded::read(scratch);
+    let step = loaded.as_ref().map_or(0, |loaded| loaded.state.step);
+    if let Ok(loaded) = loaded {
+        put(scratch, FULL_UNET, optimizer);
+        let (name, weight) =
+            Full::new(Tensor::ones([4, 2], (Kind::Float, Device::Cpu))).parameters().remove(0);
+        let mut parameters = Parameters::pack(&[vec![(name.to_string(), weight)]]);
+        let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
+        let (mut adam, mut ema) = (AdamW::new(config, &parameters), Ema::new(0.9, &parameters));
+        let parts = [TrainedPart::UNet { config: String::new() }];
+        if loaded.restore(&parts, &mut parameters, &mut adam, Some(&mut ema)).is_ok() {
+            adam.step(&mut parameters, &Tensor::from(1f32), &[1e-3]);
+            ema.update(&parameters, adam.steps);
+        }
+    }
     let _ = Metrics::open(scratch, step, true);
 }
 
@@ -270,4 +403,17 @@ pub fn picture(scratch: &Path, input: &[u8]) {
     let _ = hra::image::decode::decode(input);
     put(scratch, "picture.png", input);
     let _ = hra::image::read_png_text(&scratch.join("picture.png"));
+}
+
+/// What a user or a config may give as a hub id: whatever it is, it names one folder of the cache.
+pub fn hub_id(_: &Path, input: &[u8]) {
+    let text = String::from_utf8_lossy(input);
+    let word = Path::new(&*text);
+    let _ = hra::hub::repository_of(word);
+    if hra::hub::is_id(word) {
+        let (name, revision) = text.split_once('@').unwrap_or((&text, "main"));
+        assert_eq!(name.split('/').count(), 2, "{text:?}");
+        let mut parts = name.split('/').chain(revision.split('/'));
+        assert!(parts.all(|part| !part.is_empty() && !part.starts_with('.')), "{text:?}");
+    }
 }

@@ -57,7 +57,8 @@ pub(super) fn boft(config: BoftConfig, layers: &[(&String, Chain)], how: How) ->
             let raw = raw.squeeze_dim(0);
             factors.push(((&raw - raw.transpose(1, 2)) * 0.5, *strength));
             let own = (parameter(*adapter, "boft_s") - 1.0) * *strength + 1.0;
-            scale = Some(scale.map_or_else(|| own.shallow_clone(), |before| before * &own));
+            // One file may hold them as a row and the other as a column, which would make a matrix of them.
+            scale = Some(scale.map_or_else(|| own.shallow_clone(), |before| &before * own.view_as(&before)));
         }
         let s = sum(name, &factors, how)?;
         tensors.push((format!("{name}.boft_R"), s.unsqueeze(0).to_kind(Kind::Float)));

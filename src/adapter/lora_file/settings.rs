@@ -2,11 +2,12 @@
 //! of several with the model's name before each field.
 
 use super::Part;
-use regex::{Regex, RegexBuilder};
+use crate::adapter::peft_patterns::pattern;
+use regex::Regex;
 use serde_json::{Map, Value};
 
-/// More entries than any model has layers.
-const MAX_PATTERNS: usize = 2000;
+/// More entries than any model has layers; all are in memory at once.
+const MAX_PATTERNS: usize = 2_000;
 
 /// Fields that change what a LoRA does in a way that is not done here, where they are set.
 const NOT_DONE: [&str; 13] = [
@@ -108,10 +109,8 @@ impl Settings {
             }
             let mut found = Vec::new();
             for (key, value) in map {
-                // PEFT `get_pattern_key`: the end of a layer's name, whole parts.
-                let regex = RegexBuilder::new(&format!("^(?:.*\\.)?(?:{key})$")).size_limit(1 << 16).build();
-                match (regex, value.as_f64().filter(|n| n.is_finite())) {
-                    (Ok(regex), Some(value)) => found.push((regex, value)),
+                match (pattern(key), value.as_f64().filter(|n| n.is_finite())) {
+                    (Some(regex), Some(value)) => found.push((regex, value)),
                     _ => problems.push(format!("setting `{name}`: cannot use the entry `{key}`: {value}")),
                 }
             }
