@@ -316,7 +316,7 @@ fn a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_last_checkpoint
     let scratch = Scratch::new();
     let all = scratch.train_flags(
         "run",
-        &["--checkpointing_steps", "1", "--hra_lambda", "1e308", "--max_train_steps", "5"],
+        &["--checkpointing_steps", "1", "--hra_lambda", "1e38", "--max_train_steps", "5"],
     );
     let done = scratch.run(&flags(&all));
     assert_eq!(done.code, 2, "{}", done.err);

@@ -47,8 +47,8 @@ impl TrainConfig {
         require(self.train_batch_size >= 1, "train_batch_size: expected 1 or more");
         require(self.sample_batch_size >= 1, "sample_batch_size: expected 1 or more");
         require(self.gradient_accumulation_steps >= 1, "gradient_accumulation_steps: expected 1 or more");
-        // Far above any use; factors that f32 does not hold are none for libtorch.
-        let natural = |x: f64| (0.0..=1e12).contains(&x);
+        // Factors that f32 does not hold are none for libtorch.
+        let natural = |x: f64| (0.0..=f64::from(f32::MAX)).contains(&x);
         let positive = |x: f64| natural(x) && x > 0.0;
         require(self.text_encoder_lr.is_none_or(positive), "text_encoder_lr: expected a number above 0");
         require(positive(self.learning_rate), "learning_rate: expected a number above 0");
