@@ -79,7 +79,7 @@ fn keys_and_shapes_are_those_of_published_checkpoints() {
         let dir = tempfile::tempdir().unwrap();
         let file = TensorFile::open(&checkpoint(&case, dir.path())).unwrap();
         let mut model = load(&case.pipeline());
-        let (unet, text) = (model.unet.ldm_names(), model.text_encoder.ldm_names());
+        let [unet, text] = [Part::UNet, Part::TextEncoder].map(|part| model.source.names(part).unwrap());
         for (names, network) in
             [(unet, &mut model.unet as &mut dyn Layers), (text, &mut model.text_encoder as &mut dyn Layers)]
         {

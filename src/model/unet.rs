@@ -5,7 +5,6 @@
 use super::attention::SpatialTransformer;
 use super::config::{Level, UNetConfig};
 use super::layers::{Layer, Layers, Module, Norm, timestep_features};
-use super::ldm;
 use super::resnet::{Downsample, Resnet, Upsample};
 use super::source::{Part, Source};
 use super::weights::{Scope, Weights};
@@ -205,11 +204,6 @@ impl UNet {
     /// The compute dtype.
     pub fn kind(&self) -> Kind {
         self.kind
-    }
-
-    /// The names of its layers in LDM's checkpoints, and in adapter files that follow them.
-    pub fn ldm_names(&self) -> ldm::Names {
-        ldm::Names::unet(&self.config.levels().expect("checked when the config was read"))
     }
 
     fn conv_in_channels(&self) -> i64 {

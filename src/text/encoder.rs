@@ -6,7 +6,6 @@ use crate::error::Result;
 use crate::model::attention::{attend, join_heads, split_heads};
 use crate::model::config::TextConfig;
 use crate::model::layers::{Layer, Layers, Module, Norm};
-use crate::model::ldm::{Names, Tower};
 use crate::model::source::{Part, Source};
 use crate::model::weights::{Scope, Weights};
 use tch::{Device, Kind, Tensor};
@@ -103,13 +102,6 @@ impl TextEncoder {
             x = layer.forward(&x, &mask);
         }
         self.final_layer_norm.forward(&x)
-    }
-
-    /// The names of its layers in LDM's checkpoints, and in adapter files that follow them.
-    pub fn ldm_names(&self) -> Names {
-        let quick_gelu = self.layers.first().is_none_or(|layer| layer.quick_gelu);
-        let tower = Tower::of_activation(if quick_gelu { "quick_gelu" } else { "gelu" });
-        Names::text(tower, self.layers.len() as i64)
     }
 
     /// The most tokens it can take.
