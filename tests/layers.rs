@@ -5,13 +5,14 @@ mod support;
 use std::path::{Path, PathBuf};
 
 /// A module may use those before it, and itself. `error`, `files`, `seed`, `interrupt` and `progress` are everybody's.
-const ORDER: [&str; 29] = [
+const ORDER: [&str; 33] = [
     "error",
     "files",
     "seed",
     "interrupt",
     "progress",
     "hub",
+    "results",
     "cuda",
     "tensorboard",
     "device",
@@ -31,6 +32,9 @@ const ORDER: [&str; 29] = [
     "checkpoint",
     "config",
     "train",
+    "evaluate",
+    "report",
+    "compare",
     "export",
     "inspect",
     "doctor",
