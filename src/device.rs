@@ -211,18 +211,19 @@ pub fn start() {
     });
 }
 
-/// Blocks below this are taken from the heap, which is kept, instead of being mapped one by one: the largest that glibc's
-/// `int` can say.
+/// Larger blocks are taken from the heap, and a heap of this size is not given back.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn keep_freed_memory() {
-    const LIMIT: libc::c_int = 1 << 30;
-    for (parameter, variable) in [
-        (libc::M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_"),
-        (libc::M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_"),
+    /// glibc takes no more (HEAP_MAX_SIZE / 2).
+    const LARGEST: libc::c_int = 32 << 20;
+    const KEEP: libc::c_int = 1 << 30;
+    for (parameter, value, variable) in [
+        (libc::M_MMAP_THRESHOLD, LARGEST, "MALLOC_MMAP_THRESHOLD_"),
+        (libc::M_TRIM_THRESHOLD, KEEP, "MALLOC_TRIM_THRESHOLD_"),
     ] {
         if std::env::var_os(variable).is_none() {
             // SAFETY: sets a number of the allocator, before any other thread runs.
-            unsafe { libc::mallopt(parameter, LIMIT) };
+            unsafe { libc::mallopt(parameter, value) };
         }
     }
 }
