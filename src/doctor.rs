@@ -164,7 +164,7 @@ fn cpu() -> Cpu {
     let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let flags: Vec<_> = cpuinfo(&info, "flags").unwrap_or_default().split(' ').collect();
     Cpu {
-        model: cpuinfo(&info, "model name").map(str::to_string),
+        model: cpu_model(),
         cores: std::thread::available_parallelism().map_or(1, usize::from),
         threads: tch::get_num_threads(),
         features: ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
@@ -174,6 +174,12 @@ fn cpu() -> Cpu {
         memory_total: kib_line(&memory, "MemTotal:"),
         memory_available: kib_line(&memory, "MemAvailable:"),
     }
+}
+
+/// The processor's name, where the system tells it.
+pub fn cpu_model() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    cpuinfo(&info, "model name").map(str::to_string)
 }
 
 /// The first value of a `name : value` line of /proc/cpuinfo; an Arm machine has no `model name`.

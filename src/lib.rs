@@ -19,6 +19,7 @@
 pub mod adapter;
 pub mod checkpoint;
 pub mod cli;
+pub mod compare;
 pub mod config;
 pub mod cuda;
 pub mod data;
@@ -36,6 +37,7 @@ pub mod model;
 pub mod noise;
 pub mod optim;
 pub mod progress;
+pub mod report;
 pub mod results;
 pub mod run;
 pub mod sample;

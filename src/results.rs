@@ -263,6 +263,12 @@ pub struct CellRecord {
     /// Scores of the test pictures against the training pictures, in the base model's record: what a perfect likeness
     /// may look like. Empty elsewhere.
     pub real: Scores,
+    /// Why there is no result, such as a loss that is not a finite number; then [`Self::evaluations`] is empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+    /// Identity of the towers and real pictures that scored it: others mean other scores.
+    #[serde(default)]
+    pub scored_with: String,
     /// Where it ran.
     pub environment: Environment,
 }

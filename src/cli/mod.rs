@@ -1,5 +1,6 @@
 //! The command line: what the user typed, turned into calls of the library.
 
+mod compare;
 mod export;
 mod inspect;
 mod merge;
@@ -25,6 +26,8 @@ enum Verb {
     Train(Box<train::TrainArgs>),
     /// Draw pictures from prompts
     Sample(Box<sample::SampleArgs>),
+    /// Train several methods alike, score them, and write a report
+    Compare(compare::CompareArgs),
     /// Write adapters for other programs, or merge them into a model
     Export(export::ExportArgs),
     /// Make one adapter of several
@@ -72,6 +75,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
     Ok(match cli.command {
         Verb::Train(args) => train::run(&args, &typed),
         Verb::Sample(args) => sample::run(&args),
+        Verb::Compare(args) => compare::run(&args),
         Verb::Export(args) => export::run(&args),
         Verb::Merge(args) => merge::run(&args),
         Verb::Inspect(args) => inspect::run(&args),

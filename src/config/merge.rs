@@ -39,15 +39,7 @@ impl TrainConfig {
                 let hint = "hint: keys are the long flags of `hra train --help`, with underscores";
                 Error::format(path, format!("{}\n{hint}", e.to_string().trim_end()))
             };
-            let mut table: toml::Table = toml::from_str(&text).map_err(problem)?;
-            // The command line's second names are keys too.
-            for arg in arguments().get_arguments() {
-                for alias in arg.get_all_aliases().unwrap_or_default() {
-                    if let Some(value) = table.remove(&alias.replace('-', "_")) {
-                        table.insert(arg.get_id().to_string(), value);
-                    }
-                }
-            }
+            let table = own_names(toml::from_str(&text).map_err(problem)?);
             // Alone over the defaults first, so that a mistake is told with the file it is in.
             over(typed.to_table()?, &table).try_into::<Self>().map_err(problem)?;
             merged = over(merged, &table);
@@ -65,9 +57,18 @@ impl TrainConfig {
         let problem = |e: toml::de::Error| Error::format(path, e.to_string().trim_end().to_string());
         let table: toml::Table = toml::from_str(&crate::files::read_to_string(path)?).map_err(problem)?;
         // A run of an earlier version does not name the settings that came later.
+        over(Self::defaults()?, &table).try_into().map_err(problem)
+    }
+
+    /// The settings of several tables, of which a later one wins over an earlier one, over the defaults.
+    pub fn from_tables(tables: &[&toml::Table]) -> Result<Self> {
+        let merged = tables.iter().fold(Self::defaults()?, |all, table| over(all, &own_names((*table).clone())));
+        merged.try_into().map_err(|e: toml::de::Error| Error::config(e.to_string().trim_end().to_string()))
+    }
+
+    fn defaults() -> Result<toml::Table> {
         let defaults = arguments().try_get_matches_from(["train"]).and_then(|m| Self::from_arg_matches(&m));
-        let defaults = defaults.map_err(|e| Error::config(e.to_string()))?.to_table()?;
-        over(defaults, &table).try_into().map_err(problem)
+        defaults.map_err(|e| Error::config(e.to_string()))?.to_table()
     }
 
     /// The same settings with every path made absolute, so that a run can be resumed from any folder. A hub id stays as it is.
@@ -139,7 +140,8 @@ impl TrainConfig {
         )))
     }
 
-    fn to_table(&self) -> Result<toml::Table> {
+    /// As a table of a config file.
+    pub fn to_table(&self) -> Result<toml::Table> {
         toml::Table::try_from(self)
             .map_err(|e| Error::config(format!("the settings cannot be written as TOML: {e}")))
     }
@@ -148,6 +150,18 @@ impl TrainConfig {
 /// The settings as clap knows them.
 fn arguments() -> clap::Command {
     TrainConfig::augment_args(clap::Command::new("train"))
+}
+
+/// `table` with the command line's second names, which are keys too, replaced by the settings' own.
+fn own_names(mut table: toml::Table) -> toml::Table {
+    for arg in arguments().get_arguments() {
+        for alias in arg.get_all_aliases().unwrap_or_default() {
+            if let Some(value) = table.remove(&alias.replace('-', "_")) {
+                table.insert(arg.get_id().to_string(), value);
+            }
+        }
+    }
+    table
 }
 
 /// `table` with the entries of `winner` in place of its own.

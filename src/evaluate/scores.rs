@@ -43,5 +43,5 @@ pub fn drift(_towers: &Towers, _pictures: &[RgbImage], _base: &[RgbImage]) -> Re
 
 /// `prompt` without the rare token, for CLIP-T: `a sks dog` becomes `a dog`.
 pub fn without_token(_prompt: &str, _token: &str) -> String {
-    unimplemented!()
+    _prompt.replace(&format!("{_token} "), "")
 }

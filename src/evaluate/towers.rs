@@ -45,6 +45,11 @@ pub struct Towers {
 impl Towers {
     /// Loads what `paths` names.
     pub fn load(_paths: &TowerPaths, _device: Device) -> Result<Self> {
-        unimplemented!()
+        Err(crate::Error::config("no towers yet"))
     }
+}
+
+/// Stub.
+pub fn identity(_paths: &TowerPaths) -> Result<String> {
+    Ok("stub".into())
 }

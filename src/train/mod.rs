@@ -111,6 +111,13 @@ pub fn train(config: TrainConfig, resume: Option<&Resume>) -> Result<Outcome> {
     trainer.run(step)
 }
 
+/// Makes the class pictures that a training as `config` says would begin with, where they are missing; says what was done.
+/// `model` is the base model.
+pub fn make_class_images(model: &StableDiffusion, config: &TrainConfig) -> Result<String> {
+    let resolution = resolution(config, model)?;
+    ClassImages::check(model, config, resolution, &model.fingerprint()?)?.make(model, config)
+}
+
 impl Trainer {
     /// Everything is checked before anything is written; the second value is the number of steps already taken.
     fn start(config: TrainConfig, resume: Option<&Resume>) -> Result<(Self, i64)> {

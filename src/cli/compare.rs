@@ -1,0 +1,171 @@
+//! `hra compare`.
+
+use crate::compare::{self, CompareConfig, Estimate, Outcome, Shard, duration};
+use crate::error::{Error, Result};
+use crate::interrupt;
+use crate::report;
+use crate::results::Plan;
+use clap::{Args, Subcommand};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+
+/// Flags of `hra compare`. The settings themselves are [`CompareConfig`]'s.
+#[derive(Debug, Args)]
+#[command(
+    about = "Train several methods alike, score them, and write a report",
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = "A config file names methods, subjects, seeds and prompts; docs/compare.md explains it. Every training is a process \
+                  of its own. What is done is not done again: the same command goes on after an interruption.\n\n\
+                  Examples:\n  hra compare configs/compare-quick.toml\n  hra compare configs/compare.toml --dry-run\n  \
+                  hra compare configs/compare.toml --shard 0/4\n  hra compare report runs/compare"
+)]
+pub struct CompareArgs {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    /// Config file (TOML)
+    #[arg(required = true)]
+    config: Option<PathBuf>,
+    /// Folder of the comparison [default: the config file's]
+    #[arg(long, alias = "output", value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+    /// Trainings at once on this machine [default: the config file's]
+    #[arg(long, value_name = "N")]
+    jobs: Option<usize>,
+    /// Show the plan and how long it may take, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Do only this share of the trainings: I/N, I from 0; or auto, from Slurm's array or Kubernetes' index
+    #[arg(long, value_name = "I/N")]
+    shard: Option<String>,
+    /// Number of shares, where the environment does not say
+    #[arg(long, value_name = "N")]
+    shard_count: Option<usize>,
+    /// Print what came out as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Write the report of a comparison anew, from its records alone
+    Report(ReportArgs),
+    /// Do one cell of a comparison
+    #[command(hide = true)]
+    Cell(CellArgs),
+}
+
+#[derive(Debug, Args)]
+struct ReportArgs {
+    /// Folder of the comparison
+    folder: PathBuf,
+    /// Print what came out as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct CellArgs {
+    folder: PathBuf,
+    id: String,
+}
+
+/// Runs `hra compare`.
+pub fn run(args: &CompareArgs) -> Result<()> {
+    match &args.verb {
+        Some(Verb::Report(args)) => return report(&args.folder, args.json),
+        Some(Verb::Cell(args)) => {
+            interrupt::install()?;
+            return compare::cell::run(&args.folder, &args.id);
+        }
+        None => {}
+    }
+    let path = args.config.as_deref().ok_or_else(|| Error::config("expected a config file"))?;
+    let mut config = CompareConfig::read(path)?;
+    if let Some(dir) = &args.output_dir {
+        config.output_dir = dir.clone();
+    }
+    if let Some(jobs) = args.jobs {
+        config.jobs = jobs;
+    }
+    config.validate()?;
+    let shard = Shard::from_flags(args.shard.as_deref(), args.shard_count, |name| std::env::var(name).ok())?;
+    if args.dry_run {
+        let (plan, estimate) = compare::dry_run(&config, shard)?;
+        show_plan(&config, &plan, &estimate, args.json);
+        return Ok(());
+    }
+    interrupt::install()?;
+    let outcome = compare::run(&config, shard)?;
+    finish(&config, &outcome, args.json)
+}
+
+fn finish(config: &CompareConfig, outcome: &Outcome, json: bool) -> Result<()> {
+    let folder = &config.output_dir;
+    if outcome.missing > 0 && outcome.failures.is_empty() {
+        // Other workers may be writing; whoever comes last, or the user, joins the records.
+        println!("this share is done; {} cells of other shares are not yet", outcome.missing);
+        println!("when they are: hra compare report {}", crate::files::shell_word(&folder.to_string_lossy()));
+        return Ok(());
+    }
+    report(folder, json)?;
+    if outcome.failures.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<String> = outcome.failures.iter().map(|f| format!("  {}: {}", f.id, f.why)).collect();
+    Err(Error::Run(format!(
+        "{} cells could not be done\n{}\nhint: the same command tries them again",
+        list.len(),
+        list.join("\n")
+    )))
+}
+
+fn report(folder: &Path, json: bool) -> Result<()> {
+    let _summary = report::write(folder)?;
+    let _ = json;
+    Ok(())
+}
+
+fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: bool) {
+    let trainings = plan.cells.iter().filter(|cell| cell.learning_rate.is_some()).count();
+    if json {
+        let value = json!({
+            "plan": plan,
+            "trainings": estimate.trainings,
+            "done": estimate.done,
+            "steps": estimate.steps,
+            "pictures": estimate.pictures,
+            "seconds": estimate.seconds,
+        });
+        println!("{value}");
+        return;
+    }
+    println!("{}\n  into {}", plan.title, config.output_dir.display());
+    for method in &plan.methods {
+        let rates: Vec<String> = method.learning_rates.iter().map(|rate| format!("{rate:e}")).collect();
+        println!("  {}: learning rate {}", method.label, rates.join(", "));
+    }
+    for subject in &plan.subjects {
+        println!(
+            "  {}: {} pictures trained on, {} for validation, {} for the tables; {} prompts, {} validation prompts",
+            subject.name,
+            subject.train_pictures.len(),
+            subject.validation_pictures.len(),
+            subject.test_pictures.len(),
+            subject.prompts.len(),
+            subject.validation_prompts.len()
+        );
+    }
+    println!("  seeds {:?}, scored after steps {:?}", plan.seeds, plan.steps);
+    if config.search.as_ref().is_some_and(|s| !s.only) {
+        println!("  first the search; the trainings for the tables are planned when it has chosen");
+    }
+    for note in plan.notes.iter().chain(plan.subjects.iter().flat_map(|s| &s.notes)) {
+        println!("  note: {note}");
+    }
+    println!(
+        "{trainings} trainings planned; of this share {} are done, {} are left: {} steps, {} pictures",
+        estimate.done, estimate.trainings, estimate.steps, estimate.pictures
+    );
+    println!("about {} ({})", duration(estimate.seconds), estimate.from);
+}

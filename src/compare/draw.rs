@@ -1,0 +1,84 @@
+//! The pictures that scores are computed from: every picture from a seed of its own, the same for all methods.
+
+use super::config::Draw;
+use crate::error::Result;
+use crate::files;
+use crate::image::png;
+use crate::results;
+use crate::sample::{self, Noise, Settings};
+use crate::stable_diffusion::StableDiffusion;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+const MANIFEST_FILE: &str = "drawn.json";
+
+/// What the pictures of a folder depend on beside the network that drew them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Drawing {
+    /// Sampler, steps, guidance and first seed.
+    pub draw: Draw,
+    /// The base model's fingerprint.
+    pub model: String,
+    /// Side of a picture in pixels.
+    pub resolution: u32,
+    /// Pictures drawn at once: part of what they are, to the last bit.
+    pub batch: usize,
+    /// In the order of the files.
+    pub prompts: Vec<String>,
+    /// Pictures for each prompt.
+    pub num_images: usize,
+}
+
+/// Name of a picture in its folder.
+pub fn file_name(prompt: usize, picture: usize) -> String {
+    format!("{prompt:02}-{picture:02}.png")
+}
+
+impl Drawing {
+    /// Seeds of the pictures of each prompt.
+    pub fn seeds(&self) -> Vec<u64> {
+        (0..self.num_images as u64).map(|i| self.draw.seed.wrapping_add(i)).collect()
+    }
+
+    /// Whether every picture is in `folder`, drawn in this way.
+    pub fn is_done(&self, folder: &Path) -> bool {
+        self.is_the_same(folder) && (0..self.prompts.len()).all(|prompt| self.has_prompt(folder, prompt))
+    }
+
+    /// Draws the pictures that are missing. A folder drawn in another way is drawn anew. A prompt whose pictures are not all
+    /// there is drawn whole, so that an interrupted drawing ends in the same pictures.
+    ///
+    /// `by` is what the pictures say of the adapter. Errors: an interrupt, latents that are not finite.
+    pub fn draw(&self, model: &StableDiffusion, by: &str, folder: &Path) -> Result<()> {
+        if folder.is_dir() && !self.is_the_same(folder) {
+            files::remove_dir_all(folder)?;
+        }
+        files::create_dir_all(folder)?;
+        results::write_json(&folder.join(MANIFEST_FILE), self)?;
+        let seeds = self.seeds();
+        for (p, prompt) in self.prompts.iter().enumerate() {
+            if self.has_prompt(folder, p) {
+                continue;
+            }
+            let draw = &self.draw;
+            let settings =
+                Settings::square(model, prompt, draw.scheduler, draw.steps, draw.guidance, self.resolution)?;
+            settings.validate(model)?;
+            let noise = Noise::draw(&seeds, &settings, model)?;
+            let pictures = sample::sample(model, &settings, &noise, self.batch, &mut || {})?;
+            for (i, picture) in pictures.iter().enumerate() {
+                let text = settings.to_text(Some(seeds[i]), &model.name(), by);
+                png::save_png(&folder.join(file_name(p, i)), &picture.image, &text)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_the_same(&self, folder: &Path) -> bool {
+        results::read_json::<Self>(&folder.join(MANIFEST_FILE)).is_ok_and(|found| found == *self)
+    }
+
+    fn has_prompt(&self, folder: &Path, prompt: usize) -> bool {
+        (0..self.num_images).all(|i| folder.join(file_name(prompt, i)).is_file())
+    }
+}

@@ -1,0 +1,133 @@
+//! Comparing methods under equal conditions: the same pictures, prompts, seeds, order of data, steps and batch for each, the
+//! same noise for what is drawn, one process for each training.
+//!
+//! `config` -> `subjects` (pictures divided) -> `plan` (cells) -> `pool` (processes) -> `cell` (train, `draw`, `score`) ->
+//! `crate::results` on disk -> `crate::report`.
+
+pub mod cell;
+pub mod config;
+pub mod dreambooth;
+pub mod draw;
+mod estimate;
+mod plan;
+mod pool;
+mod score;
+pub mod shard;
+pub mod subjects;
+mod task;
+
+pub use config::CompareConfig;
+pub use estimate::Estimate;
+pub use pool::{Failure, duration};
+pub use shard::Shard;
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::report::search;
+use crate::results::{self, PLAN_FILE, Plan};
+use plan::{Planned, Stage};
+use std::collections::BTreeMap;
+use std::path::Path;
+use task::Task;
+
+/// How a comparison ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Cells that could not be done.
+    pub failures: Vec<Failure>,
+    /// Cells of other shares that are not done yet.
+    pub missing: usize,
+}
+
+/// Does this worker's share of a comparison; what is done is not done again.
+pub fn run(config: &CompareConfig, shard: Shard) -> Result<Outcome> {
+    let folder = std::path::absolute(&config.output_dir).map_err(|e| Error::io("find", &config.output_dir, e))?;
+    let (subjects, notes) = subjects::resolve(config)?;
+    check_folder(&folder, config)?;
+    files::create_dir_all(&folder)?;
+    let planned = plan::plan(config, &subjects, &notes, &Stage::First)?;
+    for subject in &subjects {
+        subject.copy_into(&folder)?;
+    }
+    let outcome = stage(&folder, config, &planned, shard)?;
+    let Some(search) = &config.search else { return Ok(outcome) };
+    if search.only || outcome.missing > 0 || !outcome.failures.is_empty() {
+        return Ok(outcome);
+    }
+    let chosen = chosen(&folder)?;
+    let planned = plan::plan(config, &subjects, &notes, &Stage::Tables(&chosen))?;
+    stage(&folder, config, &planned, shard)
+}
+
+/// The plan without doing any of it, and how long it may take.
+pub fn dry_run(config: &CompareConfig, shard: Shard) -> Result<(Plan, Estimate)> {
+    let (subjects, notes) = subjects::resolve(config)?;
+    let planned = plan::plan(config, &subjects, &notes, &Stage::First)?;
+    let estimate = Estimate::of(config, &planned.tasks, shard)?;
+    Ok((planned.plan, estimate))
+}
+
+fn stage(folder: &Path, config: &CompareConfig, planned: &Planned, shard: Shard) -> Result<Outcome> {
+    results::write_json(&folder.join(PLAN_FILE), &planned.plan)?;
+    let is_base = |task: &&Task| task.cell.learning_rate.is_none();
+    let mine: Vec<&Task> = planned
+        .tasks
+        .iter()
+        .filter(|task| !is_base(task))
+        .enumerate()
+        .filter(|(i, _)| shard.has(*i))
+        .map(|(_, task)| task)
+        .collect();
+    // Drift is measured from the first subject's base pictures.
+    let needed = |base: &&Task| {
+        mine.iter().any(|t| t.cell.subject == base.cell.subject || t.drift_base == base.cell.id)
+            || shard == Shard::WHOLE
+    };
+    let bases: Vec<&Task> = planned.tasks.iter().filter(is_base).filter(needed).collect();
+    let mut failures = Vec::new();
+    for tasks in [bases, mine] {
+        let todo: Vec<&Task> = tasks.into_iter().filter(|task| !cell::is_done(folder, task)).collect();
+        if todo.is_empty() {
+            continue;
+        }
+        for task in &todo {
+            task.write(folder)?;
+        }
+        failures.extend(pool::run(folder, &todo, config.jobs)?);
+        if !failures.is_empty() && todo.iter().all(|t| is_base(&t)) {
+            // Every other cell stands on these.
+            return Ok(Outcome { failures, missing: planned.tasks.len() });
+        }
+    }
+    let missing = planned.tasks.iter().filter(|task| !cell::is_done(folder, task)).count();
+    Ok(Outcome { missing: missing.saturating_sub(failures.len()), failures })
+}
+
+/// The learning rate that the search chose for each method.
+fn chosen(folder: &Path) -> Result<BTreeMap<String, f64>> {
+    let plan = Plan::read(folder)?;
+    let records = plan.records(folder)?;
+    Ok(search::best_rates(&plan, &records).into_iter().map(|best| (best.method, best.rate)).collect())
+}
+
+/// Refuses a folder that holds something else.
+fn check_folder(folder: &Path, config: &CompareConfig) -> Result<()> {
+    if folder.exists() && !folder.is_dir() {
+        return Err(Error::Run(format!("{}: expected a folder for the comparison, found a file", folder.display())));
+    }
+    if folder.join(PLAN_FILE).is_file() {
+        let found = Plan::read(folder)?.title;
+        if found != config.title {
+            return Err(Error::Run(format!(
+                "{} holds another comparison, `{found}`\nhint: give another --output_dir",
+                folder.display()
+            )));
+        }
+    } else if folder.is_dir() && files::list_dir(folder)?.iter().any(|e| !e.name.to_string_lossy().starts_with('.')) {
+        return Err(Error::Run(format!(
+            "{} is not empty and holds no comparison\nhint: give another --output_dir",
+            folder.display()
+        )));
+    }
+    Ok(())
+}

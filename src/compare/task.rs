@@ -1,0 +1,84 @@
+//! What one process of a comparison is to do, as the parent writes it into the cell's folder: `cells/ID/task.json`.
+
+use super::config::Draw;
+use super::subjects::Prompt;
+use crate::config::TrainConfig;
+use crate::error::Result;
+use crate::evaluate::TowerPaths;
+use crate::results::{self, PlannedCell, Set};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+const FILE: &str = "task.json";
+
+/// One training with its pictures and scores; or the base model's pictures of a subject.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Task {
+    /// Which one.
+    pub cell: PlannedCell,
+    /// The settings of the training, and of the base model where there is none. Folders of the comparison are filled in
+    /// by [`Task::train_config`].
+    pub train: TrainConfig,
+    /// Folder of the class pictures, relative to the comparison's.
+    pub class_folder: PathBuf,
+    /// Steps after which it is scored, ascending.
+    pub steps: Vec<i64>,
+    /// What is drawn and scored after each of them.
+    pub sets: Vec<TaskSet>,
+    /// Prompts without the subject; empty where another cell's pictures serve (see [`Self::drift_base`]).
+    pub drift_prompts: Vec<String>,
+    /// The cell, of the base model, that drift is measured from.
+    pub drift_base: String,
+    /// How pictures are drawn.
+    pub draw: Draw,
+    /// The towers.
+    pub towers: TowerPaths,
+    /// The class pictures are the subject's look-alikes.
+    pub class_look_alikes: bool,
+    /// Identity of all that scores depend on: see [`results::CellRecord::scored_with`].
+    pub scored_with: String,
+    /// Remove what was trained once it is scored.
+    pub remove_weights: bool,
+    /// Cells that run at once.
+    pub jobs: usize,
+}
+
+/// Prompts of one kind.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskSet {
+    /// Which kind.
+    pub set: Set,
+    /// The prompts.
+    pub prompts: Vec<Prompt>,
+    /// Pictures for each.
+    pub num_images: usize,
+}
+
+impl Task {
+    /// Writes it into its cell's folder.
+    pub fn write(&self, comparison: &Path) -> Result<()> {
+        let folder = results::cell_folder(comparison, &self.cell.id);
+        crate::files::create_dir_all(&folder)?;
+        results::write_json(&folder.join(FILE), self)
+    }
+
+    /// Reads the task of a cell.
+    pub fn read(comparison: &Path, id: &str) -> Result<Self> {
+        results::read_json(&results::cell_folder(comparison, id).join(FILE))
+    }
+
+    /// The settings of the training in this comparison's folder.
+    pub fn train_config(&self, comparison: &Path) -> TrainConfig {
+        let subject = comparison.join("subjects").join(&self.cell.subject);
+        // The curve of the tables' trainings is of the tables' pictures; nothing is chosen by it.
+        let held_out = if self.sets.iter().any(|s| s.set == Set::Test) { "test" } else { "validation" };
+        let held_out = subject.join(held_out);
+        TrainConfig {
+            output_dir: results::cell_folder(comparison, &self.cell.id).join("run"),
+            instance_data_dir: subject.join("train"),
+            class_data_dir: self.train.with_prior_preservation.then(|| comparison.join(&self.class_folder)),
+            held_out_data_dir: held_out.is_dir().then_some(held_out),
+            ..self.train.clone()
+        }
+    }
+}
