@@ -1,11 +1,12 @@
 //! Scores of pictures. `processor` turns pictures into what a tower sees, `clip`, `vit` and `lpips` are the towers (ours, on
-//! libtorch, loaded from Hugging Face folders), `scores` are the formulas; [`Towers`] holds what is loaded.
+//! libtorch, loaded from Hugging Face folders), `vision` what the first two share, `scores` are the formulas; [`Towers`] holds what is loaded.
 
 pub mod clip;
 pub mod lpips;
 pub mod processor;
 pub mod scores;
 pub mod towers;
+mod vision;
 pub mod vit;
 
 pub use scores::Subject;

@@ -1,11 +1,16 @@
-//! Stub.
+//! The towers that are loaded, where they come from, and what tells them apart from others.
+
 use super::clip::Clip;
 use super::lpips::{Lpips, Net};
 use super::vit::Vit;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::hub::{self, Wanted};
+use crate::tensor_file::TensorFile;
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
 use tch::Device;
 
 /// Where the towers are; a score whose tower is not given is left out. Flags of `hra evaluate` and `hra train --score`, and
@@ -13,24 +18,25 @@ use tch::Device;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct TowerPaths {
-    /// CLIP folder (any CLIPModel): CLIP-I, CLIP-T
+    /// CLIP (any CLIPModel): folder or hub id, such as openai/clip-vit-large-patch14; scores clip_i and clip_t
     #[arg(long, value_name = "DIR", help_heading = "Scores")]
     pub clip: Option<PathBuf>,
-    /// DINO folder (facebook/dino-vits16)
+    /// DINO: folder or hub id, such as facebook/dino-vits16
     #[arg(long, value_name = "DIR", help_heading = "Scores")]
     pub dino: Option<PathBuf>,
-    /// DINOv2 folder (facebook/dinov2-base)
+    /// DINOv2: folder or hub id, such as facebook/dinov2-base
     #[arg(long, value_name = "DIR", help_heading = "Scores")]
     pub dinov2: Option<PathBuf>,
-    /// LPIPS with VGG, as safetensors
+    /// LPIPS with VGG, as tools/lpips_to_safetensors.py writes it
     #[arg(long, value_name = "FILE", help_heading = "Scores")]
     pub lpips_vgg: Option<PathBuf>,
-    /// LPIPS with AlexNet, as safetensors
+    /// LPIPS with AlexNet, as tools/lpips_to_safetensors.py writes it
     #[arg(long, value_name = "FILE", help_heading = "Scores")]
     pub lpips_alex: Option<PathBuf>,
 }
 
 /// The towers that are loaded.
+#[derive(Default)]
 pub struct Towers {
     /// CLIP-I and CLIP-T.
     pub clip: Option<Clip>,
@@ -43,13 +49,100 @@ pub struct Towers {
 }
 
 impl Towers {
-    /// Loads what `paths` names.
-    pub fn load(_paths: &TowerPaths, _device: Device) -> Result<Self> {
-        Err(crate::Error::config("no towers yet"))
+    /// Loads what `paths` names, from the hub where need be.
+    pub fn load(paths: &TowerPaths, device: Device) -> Result<Self> {
+        let [clip, dino, dinov2] = paths.folders()?;
+        let mut lpips = Vec::new();
+        for (net, file) in paths.lpips() {
+            lpips.push((net, Lpips::load(file, net, device)?));
+        }
+        Ok(Self {
+            clip: clip.map(|dir| Clip::load(&dir, device)).transpose()?,
+            dino: dino.map(|dir| Vit::load(&dir, device)).transpose()?,
+            dinov2: dinov2.map(|dir| Vit::load(&dir, device)).transpose()?,
+            lpips,
+        })
+    }
+
+    /// Whether nothing is loaded.
+    pub fn is_empty(&self) -> bool {
+        self.clip.is_none() && self.dino.is_none() && self.dinov2.is_none() && self.lpips.is_empty()
     }
 }
 
-/// Stub.
-pub fn identity(_paths: &TowerPaths) -> Result<String> {
-    Ok("stub".into())
+impl TowerPaths {
+    /// Local folders of CLIP, DINO and DINOv2.
+    fn folders(&self) -> Result<[Option<PathBuf>; 3]> {
+        let local = |flag: &str, path: &Option<PathBuf>, known: &str| {
+            let path = path.as_deref().map(|path| hub::resolve(path, Wanted::Tower));
+            path.transpose().map_err(|e| told(e, flag, known))
+        };
+        Ok([
+            local(
+                "clip",
+                &self.clip,
+                "openai/clip-vit-large-patch14 (the usual one) or openai/clip-vit-base-patch32",
+            )?,
+            local("dino", &self.dino, "facebook/dino-vits16")?,
+            local("dinov2", &self.dinov2, "facebook/dinov2-base")?,
+        ])
+    }
+
+    fn lpips(&self) -> impl Iterator<Item = (Net, &Path)> {
+        let files = [(Net::Vgg, &self.lpips_vgg), (Net::Alex, &self.lpips_alex)];
+        files.into_iter().filter_map(|(net, file)| Some((net, file.as_deref()?)))
+    }
+}
+
+/// The error with the flag that it is about, and the repositories that would do.
+fn told(error: Error, flag: &str, known: &str) -> Error {
+    match error {
+        Error::Hub(text) => Error::Hub(format!(
+            "--{flag}: {text}\nhint: the tower that scores are usually made with: {known}"
+        )),
+        other => other,
+    }
+}
+
+/// What tells these towers from others, such as `clip 0123456789abcdef, lpips_vgg ..`: scores that were made with towers of
+/// another identity cannot be compared. Made of each tower's settings, and of the name, dtype, shape and first values of all
+/// of its tensors.
+pub fn identity(paths: &TowerPaths) -> Result<String> {
+    const TEXTS: [&str; 5] =
+        ["config.json", "merges.txt", "preprocessor_config.json", "tokenizer.json", "vocab.json"];
+    let mut found = Vec::new();
+    for (name, dir) in ["clip", "dino", "dinov2"].into_iter().zip(paths.folders()?) {
+        let Some(dir) = dir else { continue };
+        let mut hash = Sha256::new();
+        for text in TEXTS.map(|name| dir.join(name)).iter().filter(|path| path.is_file()) {
+            hash.update(files::read_to_string(text)?);
+        }
+        for entry in files::list_dir(&dir)? {
+            let file = entry.name.to_string_lossy();
+            if file.starts_with("model") && file.ends_with(".safetensors") {
+                identify(&entry.path, &mut hash)?;
+            }
+        }
+        found.push(format!("{name} {}", short(hash)));
+    }
+    for (net, file) in paths.lpips() {
+        let mut hash = Sha256::new();
+        identify(file, &mut hash)?;
+        found.push(format!("{} {}", net.key(), short(hash)));
+    }
+    Ok(found.join(", "))
+}
+
+fn identify(path: &Path, hash: &mut Sha256) -> Result<()> {
+    let file = TensorFile::open(path)?;
+    for name in file.names() {
+        let (dtype, shape) = (file.dtype(&name), file.shape(&name).unwrap_or_default());
+        hash.update(format!("{name}:{dtype}:{shape:?}\n"));
+        hash.update(file.first_bytes(&name, 0, 1, 256)?);
+    }
+    Ok(())
+}
+
+fn short(hash: Sha256) -> String {
+    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }

@@ -28,6 +28,7 @@ pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<Choice, String
     match wanted {
         Wanted::Model => model(names),
         Wanted::Adapter => adapter(names),
+        Wanted::Tower => tower(names),
     }
 }
 
@@ -77,6 +78,38 @@ fn model(names: &BTreeSet<String>) -> Result<Choice, String> {
     Err(format!("a Stable Diffusion folder, without {}{hint}", missing.join(", ")))
 }
 
+fn tower(names: &BTreeSet<String>) -> Result<Choice, String> {
+    /// Of a text tower's tokenizer; each where it is there.
+    const TOKENIZER: [&str; 6] = [
+        "added_tokens.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    ];
+    let needed = ["config.json", "preprocessor_config.json"];
+    let mut missing: Vec<&str> = needed.into_iter().filter(|name| !names.contains(*name)).collect();
+    let found = weights(names, "", "model");
+    if found.is_none() {
+        missing.push("model.safetensors");
+    }
+    if !missing.is_empty() {
+        let pickled = found.is_none() && names.iter().any(|n| is_plain_name(n) && is_pickled(n));
+        let hint = if pickled {
+            "\nhint: it has pickled weights, which can run code and are not read; give a revision that has model.safetensors \
+             (owner/name@refs/pr/N), or convert them once in Python: AutoModel.from_pretrained(\"OWNER/NAME\")\
+             .save_pretrained(\"DIR\"), put the repository's other .json and .txt files beside them, and give DIR"
+        } else {
+            ""
+        };
+        return Err(format!("a vision tower, without {}{hint}", missing.join(", ")));
+    }
+    let small = needed.iter().chain(&TOKENIZER).filter(|name| names.contains(**name));
+    let files = small.map(|name| name.to_string()).chain(found.into_iter().flatten());
+    Ok(Choice { files: files.collect(), entry: PathBuf::new() })
+}
+
 fn adapter(names: &BTreeSet<String>) -> Result<Choice, String> {
     const CONFIG: &str = "adapter_config.json";
     const WEIGHTS: &str = "adapter_model.safetensors";
@@ -113,15 +146,16 @@ fn adapter(names: &BTreeSet<String>) -> Result<Choice, String> {
     Ok(Choice { files: vec![file.to_string()], entry: PathBuf::from(file) })
 }
 
-/// One set of weight files of a part: full precision before fp16, a single file before shards.
+/// One set of weight files of a part (its folder; empty: the top): full precision before fp16, a single file before shards.
 fn weights(names: &BTreeSet<String>, part: &str, stem: &str) -> Option<Vec<String>> {
-    let full = format!("{part}/{stem}.safetensors");
-    let half = format!("{part}/{stem}.fp16.safetensors");
-    let index = format!("{part}/{stem}.safetensors.index.json");
-    let half_indexes = ["safetensors.index.fp16.json", "fp16.safetensors.index.json"]
-        .map(|end| format!("{part}/{stem}.{end}"));
+    let stem = if part.is_empty() { stem.to_string() } else { format!("{part}/{stem}") };
+    let full = format!("{stem}.safetensors");
+    let half = format!("{stem}.fp16.safetensors");
+    let index = format!("{stem}.safetensors.index.json");
+    let half_indexes =
+        ["safetensors.index.fp16.json", "fp16.safetensors.index.json"].map(|end| format!("{stem}.{end}"));
     let sharded = |index: &String, half: bool| {
-        let mut files = shards(names, part, stem, half).filter(|_| names.contains(index))?;
+        let mut files = shards(names, &stem, half).filter(|_| names.contains(index))?;
         files.insert(0, index.clone());
         Some(files)
     };
@@ -134,10 +168,9 @@ fn weights(names: &BTreeSet<String>, part: &str, stem: &str) -> Option<Vec<Strin
 
 /// The shards `STEM-00001-of-00003.safetensors` .. of a part, if all are there. An fp16 variant is named
 /// `STEM.fp16-00001-of-00003.safetensors` or `STEM-00001-of-00003.fp16.safetensors`.
-fn shards(names: &BTreeSet<String>, part: &str, stem: &str, half: bool) -> Option<Vec<String>> {
-    let prefix = format!("{part}/{stem}");
+fn shards(names: &BTreeSet<String>, stem: &str, half: bool) -> Option<Vec<String>> {
     let of = |name: &String| -> Option<(usize, usize)> {
-        let middle = name.strip_prefix(&prefix)?.strip_suffix(".safetensors")?;
+        let middle = name.strip_prefix(stem)?.strip_suffix(".safetensors")?;
         let marked = middle.strip_prefix(".fp16").or_else(|| middle.strip_suffix(".fp16"));
         let (number, total) = match (half, marked) {
             (true, Some(rest)) => rest,
@@ -276,5 +309,29 @@ mod tests {
         assert!(
             chosen(&["adapter_config.json", "adapter_model.bin"]).unwrap_err().contains("weights_only=True")
         );
+    }
+
+    #[test]
+    fn towers_are_settings_weights_and_a_tokenizer_where_there_is_one() {
+        let chosen = |names: &[&str]| choose(&set(names), Wanted::Tower);
+        let settings = ["config.json", "preprocessor_config.json"];
+        let all =
+            [&settings[..], &["vocab.json", "merges.txt", "model.safetensors", "tf_model.h5", "README.md"]]
+                .concat();
+        let expected =
+            ["config.json", "preprocessor_config.json", "merges.txt", "vocab.json", "model.safetensors"];
+        assert_eq!(
+            chosen(&all).unwrap(),
+            Choice { files: expected.map(String::from).into(), entry: "".into() }
+        );
+        let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+        let index = "model.safetensors.index.json";
+        let sharded = [settings[0], settings[1], index, shards[0], shards[1]];
+        assert_eq!(chosen(&sharded).unwrap().files, sharded);
+        assert!(chosen(&sharded[..4]).unwrap_err().contains("without model.safetensors"));
+        let pickled = chosen(&[settings[0], "pytorch_model.bin"]).unwrap_err();
+        assert!(pickled.contains("without preprocessor_config.json, model.safetensors"), "{pickled}");
+        assert!(pickled.contains("refs/pr/N"), "{pickled}");
+        assert!(!chosen(&[settings[0], settings[1], "x/y.bin"]).unwrap_err().contains("pickled"));
     }
 }

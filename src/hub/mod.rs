@@ -32,6 +32,8 @@ pub enum Wanted {
     Model,
     /// A PEFT folder, or a single LoRA file.
     Adapter,
+    /// A tower that scores pictures: CLIP, DINO, DINOv2.
+    Tower,
 }
 
 /// The local path that `word` means: itself if something is there, otherwise the hub's files in the cache, downloaded if
@@ -49,6 +51,10 @@ pub fn resolve(word: &Path, wanted: Wanted) -> Result<PathBuf> {
             Wanted::Adapter => (
                 "an adapter",
                 "give a folder with adapter_config.json and adapter_model.safetensors, a .safetensors file, or a hub id",
+            ),
+            Wanted::Tower => (
+                "a vision tower",
+                "give a folder with config.json, preprocessor_config.json and model.safetensors, or a hub id",
             ),
         };
         return Err(Error::Hub(format!(

@@ -1,5 +1,6 @@
 //! What a model folder's JSON files say about its parts. Nothing about a model comes from a flag.
 
+use super::bounds::{MAX_FACTOR, MAX_WIDTH, Transformer, is_factor, out_of_range};
 use super::source::Text;
 use crate::error::{Error, Result};
 use serde::Deserialize;
@@ -29,13 +30,9 @@ impl PerLevel {
     }
 }
 
-/// Sizes above this are no model's; they only come from broken or hostile files.
-const MAX_WIDTH: i64 = 1 << 16;
 const MAX_LEVELS: usize = 16;
 /// Blocks of all kinds in one UNet (Stable Diffusion XL's has about 100): each costs memory before its weights are missed.
 const MAX_BLOCKS: i64 = 2048;
-/// Far above any factor of a model; libtorch panics at those that f32 does not hold.
-const MAX_FACTOR: f64 = 1e6;
 /// Tokens of a prompt: attention to the text takes the square of it.
 const MAX_TOKENS: i64 = 4096;
 
@@ -314,24 +311,19 @@ impl TextConfig {
         let config: Self = parse_json(text)?;
         let sizes = [
             ("vocab_size", config.vocab_size, 1 << 24),
-            ("hidden_size", config.hidden_size, MAX_WIDTH),
-            ("intermediate_size", config.intermediate_size, MAX_WIDTH),
-            ("num_hidden_layers", config.num_hidden_layers, 256),
-            ("num_attention_heads", config.num_attention_heads, config.hidden_size),
             ("max_position_embeddings", config.max_position_embeddings, MAX_TOKENS),
         ];
-        let mut problems: Vec<String> = sizes
-            .iter()
-            .filter(|(_, value, most)| !(1..=*most).contains(value))
-            .map(|(name, value, most)| format!("{name}: expected 1 to {most}, found {value}"))
-            .collect();
-        if config.num_attention_heads > 0 && config.hidden_size % config.num_attention_heads != 0 {
-            problems.push("hidden_size does not divide into num_attention_heads".into());
-        }
-        if !is_factor(config.layer_norm_eps) {
-            let found = config.layer_norm_eps;
-            problems.push(format!("layer_norm_eps: expected a number up to {MAX_FACTOR:e}, found {found:e}"));
-        }
+        let mut problems = out_of_range(&sizes);
+        problems.extend(
+            Transformer {
+                hidden_size: config.hidden_size,
+                intermediate_size: config.intermediate_size,
+                num_hidden_layers: config.num_hidden_layers,
+                num_attention_heads: config.num_attention_heads,
+                layer_norm_eps: config.layer_norm_eps,
+            }
+            .problems(),
+        );
         if !["quick_gelu", "gelu"].contains(&config.hidden_act.as_str()) {
             problems.push(format!("hidden_act: expected quick_gelu or gelu, found {}", config.hidden_act));
         }
@@ -434,10 +426,6 @@ impl VaeConfig {
     pub fn factor(&self) -> i64 {
         1 << (self.block_out_channels.len() - 1)
     }
-}
-
-fn is_factor(x: f64) -> bool {
-    x.abs() <= MAX_FACTOR
 }
 
 fn parse_json<T: serde::de::DeserializeOwned>(text: &Text) -> Result<T> {

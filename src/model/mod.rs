@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod attention;
+pub mod bounds;
 pub mod config;
 pub mod fixed;
 pub mod infer;

@@ -8,7 +8,7 @@
 use super::config::{TextConfig, UNetConfig, VaeConfig};
 use super::infer;
 use super::ldm::{Names, Tower, UNET, VAE};
-use super::tensors::Tensors;
+use super::tensors::{Tensors, current_name};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::tensor_file::{self, TensorFile};
@@ -198,7 +198,9 @@ impl Source {
     /// The tensors of a part, by today's names.
     pub fn tensors(&self, part: Part) -> Result<Tensors> {
         let Some(checkpoint) = &self.checkpoint else {
-            return Tensors::in_folder(&self.path.join(part.folder()), part);
+            return Tensors::in_folder(&self.path.join(part.folder()), part.stem(), |key| {
+                current_name(part, key)
+            });
         };
         let mut spare = None;
         if part == Part::TextEncoder && checkpoint.tower == Tower::OpenClip {
@@ -286,7 +288,8 @@ impl Checkpoint {
     }
 }
 
-fn read_below(dir: &Path, name: &str) -> Result<Option<Text>> {
+/// The text file `name` in the folder `dir`, if it is there.
+pub fn read_below(dir: &Path, name: &str) -> Result<Option<Text>> {
     let path = dir.join(name);
     if !path.is_file() {
         return Ok(None);

@@ -32,13 +32,18 @@ struct Entry {
 }
 
 impl Tensors {
-    /// Opens the weights in the folder `dir`: `stem.safetensors`, its fp16 variant, or the index of its shards.
-    pub(super) fn in_folder(dir: &Path, part: Part) -> Result<Self> {
+    /// Opens the weights in the folder `dir`: `stem.safetensors`, its fp16 variant, or the index of its shards. `current_name`
+    /// gives today's name of a key that had another one.
+    pub(super) fn in_folder(
+        dir: &Path,
+        stem: &str,
+        current_name: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self> {
         let mut tensors = Self::empty(dir);
-        for path in find_files(dir, part.stem())? {
+        for path in find_files(dir, stem)? {
             let file = TensorFile::open(&path)?;
             for key in file.names() {
-                let name = current_name(part, &key).unwrap_or_else(|| key.clone());
+                let name = current_name(&key).unwrap_or_else(|| key.clone());
                 tensors.insert(name, Entry { file: tensors.files.len(), key, form: Form::Same });
             }
             tensors.files.push(Rc::new(file));

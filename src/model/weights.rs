@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fmt::Display;
+use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 /// The tensors of one model part, for a network in `kind` on a device.
@@ -23,9 +24,17 @@ pub struct Weights {
 impl Weights {
     /// Opens the weights of a part.
     pub fn open(source: &Source, part: Part, kind: Kind, device: Device) -> Result<Self> {
-        let tensors = source.tensors(part)?;
+        Ok(Self::new(source.tensors(part)?, kind, device))
+    }
+
+    /// Opens the weights of a folder that holds one model of transformers: `model.safetensors`, or the index of its shards.
+    pub fn in_folder(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
+        Ok(Self::new(Tensors::in_folder(dir, "model", |_| None)?, kind, device))
+    }
+
+    fn new(tensors: Tensors, kind: Kind, device: Device) -> Self {
         let problems = RefCell::new(tensors.problems().to_vec());
-        Ok(Self { tensors, kind, device, problems, used: RefCell::default() })
+        Self { tensors, kind, device, problems, used: RefCell::default() }
     }
 
     /// The top of the name tree.

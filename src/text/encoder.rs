@@ -21,7 +21,35 @@ pub struct TextEncoder {
     device: Device,
 }
 
-struct EncoderLayer {
+/// What a layer of CLIP's towers, of texts and of pictures, is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerSizes {
+    /// Width of the states.
+    pub width: i64,
+    /// Width within the feed-forward.
+    pub hidden: i64,
+    /// Attention heads, which divide `width`.
+    pub heads: i64,
+    /// Of the norms.
+    pub eps: f64,
+    /// The sigmoid approximation in place of the exact GELU.
+    pub quick_gelu: bool,
+}
+
+impl From<&TextConfig> for LayerSizes {
+    fn from(config: &TextConfig) -> Self {
+        Self {
+            width: config.hidden_size,
+            hidden: config.intermediate_size,
+            heads: config.num_attention_heads,
+            eps: config.layer_norm_eps,
+            quick_gelu: config.hidden_act == "quick_gelu",
+        }
+    }
+}
+
+/// Self-attention and a feed-forward, each with a norm before and a skip around (transformers `CLIPEncoderLayer`).
+pub struct EncoderLayer {
     layer_norm1: Norm,
     q_proj: Layer,
     k_proj: Layer,
@@ -35,27 +63,29 @@ struct EncoderLayer {
 }
 
 impl EncoderLayer {
-    fn new(scope: &Scope, config: &TextConfig) -> Self {
-        let width = config.hidden_size;
+    /// The layer at `scope`.
+    pub fn new(scope: &Scope, sizes: LayerSizes) -> Self {
+        let LayerSizes { width, hidden, heads, eps, quick_gelu } = sizes;
         let attention = |name: &str| Layer::linear(&scope.at("self_attn").at(name), width, width, true);
         Self {
-            layer_norm1: Norm::layer(&scope.at("layer_norm1"), width, config.layer_norm_eps),
+            layer_norm1: Norm::layer(&scope.at("layer_norm1"), width, eps),
             q_proj: attention("q_proj"),
             k_proj: attention("k_proj"),
             v_proj: attention("v_proj"),
             out_proj: attention("out_proj"),
-            layer_norm2: Norm::layer(&scope.at("layer_norm2"), width, config.layer_norm_eps),
-            fc1: Layer::linear(&scope.at("mlp.fc1"), width, config.intermediate_size, true),
-            fc2: Layer::linear(&scope.at("mlp.fc2"), config.intermediate_size, width, true),
-            heads: config.num_attention_heads,
-            quick_gelu: config.hidden_act == "quick_gelu",
+            layer_norm2: Norm::layer(&scope.at("layer_norm2"), width, eps),
+            fc1: Layer::linear(&scope.at("mlp.fc1"), width, hidden, true),
+            fc2: Layer::linear(&scope.at("mlp.fc2"), hidden, width, true),
+            heads,
+            quick_gelu,
         }
     }
 
-    fn forward(&self, x: &Tensor, mask: &Tensor) -> Tensor {
+    /// `x (b, n, width)` to the same shape; `mask` is added to the scores of attention.
+    pub fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Tensor {
         let normed = self.layer_norm1.forward(x);
         let heads = |layer: &Layer| split_heads(&layer.forward(&normed), self.heads);
-        let y = attend(&heads(&self.q_proj), &heads(&self.k_proj), &heads(&self.v_proj), Some(mask), false);
+        let y = attend(&heads(&self.q_proj), &heads(&self.k_proj), &heads(&self.v_proj), mask, false);
         let x = x + self.out_proj.forward(&join_heads(&y));
         let h = self.fc1.forward(&self.layer_norm2.forward(&x));
         let h = if self.quick_gelu { &h * (&h * 1.702).sigmoid() } else { h.gelu("none") };
@@ -75,14 +105,16 @@ impl TextEncoder {
         Ok((encoder, unused))
     }
 
-    fn new(scope: &Scope, config: &TextConfig, device: Device) -> Self {
+    /// The tower at `scope`, whose weights go to `device`.
+    pub fn new(scope: &Scope, config: &TextConfig, device: Device) -> Self {
         let width = config.hidden_size;
+        let sizes = LayerSizes::from(config);
         Self {
             token_embedding: scope.tensor("embeddings.token_embedding.weight", &[config.vocab_size, width]),
             position_embedding: scope
                 .tensor("embeddings.position_embedding.weight", &[config.max_position_embeddings, width]),
             layers: (0..config.num_hidden_layers)
-                .map(|i| EncoderLayer::new(&scope.at("encoder.layers").at(i), config))
+                .map(|i| EncoderLayer::new(&scope.at("encoder.layers").at(i), sizes))
                 .collect(),
             final_layer_norm: Norm::layer(&scope.at("final_layer_norm"), width, config.layer_norm_eps),
             length: config.max_position_embeddings,
@@ -99,7 +131,7 @@ impl TextEncoder {
         let mut x = tokens + self.position_embedding.narrow(0, 0, n).expand([b, n, -1], false);
         let mask = Tensor::full([n, n], f64::NEG_INFINITY, (x.kind(), self.device)).triu(1);
         for layer in &self.layers {
-            x = layer.forward(&x, &mask);
+            x = layer.forward(&x, Some(&mask));
         }
         self.final_layer_norm.forward(&x)
     }

@@ -5,10 +5,10 @@
 
 use super::tokenizer_json::{self, MAX_ID};
 use crate::error::{Error, Result};
-use crate::model::source::Source;
+use crate::model::source::{Source, Text, read_below};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{
     NFC, Replace, Sequence as Normalizers, replace::ReplacePattern, utils::Lowercase,
@@ -36,9 +36,19 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Loads the tokenizer of `source`. `length` is the text tower's: a tokenizer without one of its own pads to it.
     pub fn load(source: &Source, length: usize) -> Result<Self> {
-        let dir = &source.path().join("tokenizer");
-        let settings = Settings::read(source)?;
-        let mut inner = if let Some(json) = source.find("tokenizer/tokenizer.json")? {
+        let find = |name: &str| source.find(&format!("tokenizer/{name}"));
+        Self::read(&Files { dir: source.path().join("tokenizer"), find: &find }, length)
+    }
+
+    /// [`Self::load`] of a folder that has the tokenizer's files at its top, as that of a whole CLIP model.
+    pub fn in_folder(dir: &Path, length: usize) -> Result<Self> {
+        Self::read(&Files { dir: dir.to_path_buf(), find: &|name| read_below(dir, name) }, length)
+    }
+
+    fn read(files: &Files, length: usize) -> Result<Self> {
+        let dir = &files.dir;
+        let settings = Settings::read(files)?;
+        let mut inner = if let Some(json) = (files.find)("tokenizer.json")? {
             let broken = |e| Error::format(&json.path, format!("not a tokenizer: {e}"));
             let value: Value = serde_json::from_str(&json.content).map_err(|e| broken(e.into()))?;
             let added = value["added_tokens"].as_array().into_iter().flatten();
@@ -52,7 +62,7 @@ impl Tokenizer {
             inner.with_truncation(None).map_err(broken)?;
             inner
         } else {
-            from_vocabulary(source)?
+            from_vocabulary(files)?
         };
         let special = [&settings.start, &settings.end, &settings.unknown, &settings.pad];
         let added = settings.added.iter().map(|token| token.content.as_str());
@@ -93,6 +103,11 @@ impl Tokenizer {
         Ok((ids.into_iter().map(i64::from).collect(), tokens.len() - kept))
     }
 
+    /// Id of the token that ends every prompt.
+    pub fn end(&self) -> i64 {
+        i64::from(self.end)
+    }
+
     /// Number of ids of an encoded prompt.
     pub fn length(&self) -> usize {
         self.length
@@ -101,6 +116,21 @@ impl Tokenizer {
     /// The largest id that can come out, for a check against the text tower.
     pub fn largest_id(&self) -> u32 {
         self.inner.get_vocab(true).into_values().max().unwrap_or(0)
+    }
+}
+
+/// The tokenizer's files, each of which may be missing.
+struct Files<'a> {
+    dir: PathBuf,
+    find: &'a dyn Fn(&str) -> Result<Option<Text>>,
+}
+
+impl Files<'_> {
+    /// `null` for a file that is missing.
+    fn json(&self, name: &str) -> Result<Value> {
+        (self.find)(name)?.map_or(Ok(Value::Null), |text| {
+            serde_json::from_str(&text.content).map_err(|e| Error::format(&text.path, e.to_string()))
+        })
     }
 }
 
@@ -115,9 +145,9 @@ struct Settings {
 }
 
 impl Settings {
-    fn read(source: &Source) -> Result<Self> {
-        let config = json(source, "tokenizer/tokenizer_config.json")?;
-        let map = json(source, "tokenizer/special_tokens_map.json")?;
+    fn read(files: &Files) -> Result<Self> {
+        let config = files.json("tokenizer_config.json")?;
+        let map = files.json("special_tokens_map.json")?;
         let token = |name: &str, default: &str| {
             [&config[name], &map[name]]
                 .into_iter()
@@ -129,7 +159,7 @@ impl Settings {
         if let Some(entries) = config["added_tokens_decoder"].as_object() {
             added.extend(entries.values().filter(|v| v["special"] != true).filter_map(added_token));
         }
-        if let Some(entries) = json(source, "tokenizer/added_tokens.json")?.as_object() {
+        if let Some(entries) = files.json("added_tokens.json")?.as_object() {
             let mut entries: Vec<_> = entries.iter().collect();
             entries.sort_by_key(|(_, id)| id.as_i64());
             added.extend(entries.into_iter().map(|(text, _)| AddedToken::from(text.clone(), false)));
@@ -174,12 +204,11 @@ fn added_token(value: &Value) -> Option<AddedToken> {
 }
 
 /// The tokenizer that transformers builds when there is no `tokenizer.json`.
-fn from_vocabulary(source: &Source) -> Result<tokenizers::Tokenizer> {
-    let dir = source.path().join("tokenizer");
-    let files = (source.find("tokenizer/vocab.json")?, source.find("tokenizer/merges.txt")?);
-    let (Some(vocab), Some(merges)) = files else {
+fn from_vocabulary(files: &Files) -> Result<tokenizers::Tokenizer> {
+    let dir = &files.dir;
+    let (Some(vocab), Some(merges)) = ((files.find)("vocab.json")?, (files.find)("merges.txt")?) else {
         return Err(Error::format(
-            &dir,
+            dir,
             "expected tokenizer.json, or vocab.json and merges.txt, found neither",
         ));
     };
@@ -197,7 +226,7 @@ fn from_vocabulary(source: &Source) -> Result<tokenizers::Tokenizer> {
     let pairs: Option<Vec<_>> = lines.map(pair).collect();
     let pairs = pairs.ok_or_else(|| Error::format(&merges.path, "expected two words on each line"))?;
     let broken =
-        |e: tokenizers::Error| Error::format(&dir, format!("vocab.json and merges.txt do not fit: {e}"));
+        |e: tokenizers::Error| Error::format(dir, format!("vocab.json and merges.txt do not fit: {e}"));
     let bpe = BPE::builder()
         .vocab_and_merges(ids.into_iter().collect::<Vocab>(), pairs)
         .unk_token("<|endoftext|>".into())
@@ -219,11 +248,4 @@ fn from_vocabulary(source: &Source) -> Result<tokenizers::Tokenizer> {
         PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, true)),
     ])));
     Ok(inner)
-}
-
-/// A file that may be missing; `null` then.
-fn json(source: &Source, name: &str) -> Result<Value> {
-    source.find(name)?.map_or(Ok(Value::Null), |text| {
-        serde_json::from_str(&text.content).map_err(|e| Error::format(&text.path, e.to_string()))
-    })
 }
