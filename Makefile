@@ -5,7 +5,7 @@ CARGO ?= cargo
 export HRA_CUDA TORCH_WHEEL WHEELS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-python test-cuda lint bench
+.PHONY: help setup build demo compare compare-quick test test-python test-cuda lint bench
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,12 @@ demo: build ## train on the embedded model and compare samples, in runs/demo/
 	rm -rf runs/demo
 	target/release/hra train configs/demo.toml --output_dir runs/demo
 	target/release/hra sample --model assets/tiny-sd --adapter runs/demo --with-base --prompt-file assets/demo-prompts.txt --num-images 2 --steps 30 --guidance 4 --seed 7 --output runs/demo/compare
+
+compare: build ## compare seven methods on the embedded model, in runs/compare/ (goes on where it stopped)
+	target/release/hra compare configs/compare.toml
+
+compare-quick: build ## compare two methods in a minute or two, in runs/compare-quick/
+	target/release/hra compare configs/compare-quick.toml
 
 test: setup ## run the Rust tests
 	OMP_NUM_THREADS=1 $(CARGO) test --locked

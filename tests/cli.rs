@@ -47,9 +47,17 @@ fn every_flag_of_every_command_has_a_help_text() {
 #[test]
 fn every_config_in_the_folder_validates_and_is_printed_whole() {
     let scratch = Scratch::new();
-    let mut count = 0;
+    let (mut count, mut comparisons) = (0, 0);
     for entry in std::fs::read_dir(root().join("configs")).unwrap() {
         let path = entry.unwrap().path();
+        if path.is_dir() {
+            continue;
+        }
+        if path.file_name().unwrap().to_string_lossy().starts_with("compare") {
+            hra::compare::CompareConfig::read(&path).unwrap();
+            comparisons += 1;
+            continue;
+        }
         let printed = scratch.ok(&["train", path.to_str().unwrap(), "--print-config", "--seed", "5"]).out;
         let table: toml::Table = toml::from_str(&printed).unwrap();
         assert_eq!(table["seed"].as_integer(), Some(5));
@@ -58,6 +66,7 @@ fn every_config_in_the_folder_validates_and_is_printed_whole() {
         config.validate().unwrap();
         count += 1;
     }
+    assert!(comparisons >= 5, "quick, full, search, and the paper's subjects");
     assert!(count >= 4, "the demo and the paper's three settings");
 }
 

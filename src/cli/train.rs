@@ -2,14 +2,18 @@
 
 use crate::adapter::Method;
 use crate::checkpoint;
+use crate::compare::checkpoints::{self, Judges, Scored};
 use crate::config::TrainConfig;
 use crate::device::peak_process_memory;
 use crate::error::Result;
+use crate::evaluate::TowerPaths;
 use crate::files::shell_word;
 use crate::interrupt;
+use crate::results::{SCORES, ScoreKind};
 use crate::run::{CONFIG_FILE, RunFolder};
 use crate::train::{self, Outcome, Resume};
 use clap::{ArgMatches, Args};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Flags of `hra train`. The settings themselves are [`TrainConfig`]'s.
@@ -38,6 +42,17 @@ pub struct TrainArgs {
     /// Print every effective setting as a config file, and do nothing
     #[arg(long, help_heading = "Model and output")]
     print_config: bool,
+    /// After training, draw the validation prompts from every checkpoint, score them, and mark the best
+    #[arg(long, help_heading = "Scores")]
+    score: bool,
+    #[command(flatten)]
+    towers: TowerPaths,
+    /// The rare token, which the texts of CLIP-T are without
+    #[arg(long, value_name = "TOKEN", default_value = "sks", help_heading = "Scores")]
+    token: String,
+    /// Prompt without the subject, for drift from the base model; may be given several times
+    #[arg(long, value_name = "PROMPT", help_heading = "Scores")]
+    drift_prompt: Vec<String>,
 }
 
 /// Runs `hra train`; `typed` says which flags were given.
@@ -65,9 +80,36 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
         return Ok(());
     }
     interrupt::install()?;
+    let judges = Judges {
+        towers: args.towers.clone(),
+        token: args.token.clone(),
+        drift_prompts: args.drift_prompt.clone(),
+    };
+    if args.score {
+        checkpoints::check(&config, &judges)?;
+    }
     let outcome = train::train(config.clone(), resume.as_ref())?;
     report(&outcome, &config);
+    if args.score {
+        report_scores(&checkpoints::score(&config, &judges)?);
+    }
     Ok(())
+}
+
+fn report_scores(scored: &Scored) {
+    let keys: BTreeSet<&String> = scored.evaluations.iter().flat_map(|e| e.scores.keys()).collect();
+    let kinds: Vec<&ScoreKind> = SCORES.iter().filter(|kind| keys.iter().any(|key| *key == kind.key)).collect();
+    let heads: String = kinds.iter().map(|kind| format!("  {:>14}", kind.title)).collect();
+    println!("scores of the validation prompts:\n{:>8}{heads}", "step");
+    for evaluation in &scored.evaluations {
+        let value = |kind: &&ScoreKind| {
+            evaluation.scores.get(kind.key).map_or(format!("  {:>14}", "-"), |v| format!("  {v:>14.4}"))
+        };
+        let values: String = kinds.iter().map(value).collect();
+        let mark = if scored.best == Some(evaluation.step) { "  best" } else { "" };
+        println!("{:>8}{values}{mark}", evaluation.step);
+    }
+    println!("{}: scores.json, scores.svg and the pictures", scored.folder.display());
 }
 
 fn report(outcome: &Outcome, config: &TrainConfig) {

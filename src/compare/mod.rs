@@ -5,6 +5,7 @@
 //! `crate::results` on disk -> `crate::report`.
 
 pub mod cell;
+pub mod checkpoints;
 pub mod config;
 pub mod dreambooth;
 pub mod draw;
