@@ -1,5 +1,6 @@
 //! The command line: what the user typed, turned into calls of the library.
 
+mod evaluate;
 mod export;
 mod inspect;
 mod merge;
@@ -25,6 +26,8 @@ enum Verb {
     Train(Box<train::TrainArgs>),
     /// Draw pictures from prompts
     Sample(Box<sample::SampleArgs>),
+    /// Score pictures, of this program or another
+    Evaluate(Box<evaluate::EvaluateArgs>),
     /// Write adapters for other programs, or merge them into a model
     Export(export::ExportArgs),
     /// Make one adapter of several
@@ -72,6 +75,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
     Ok(match cli.command {
         Verb::Train(args) => train::run(&args, &typed),
         Verb::Sample(args) => sample::run(&args),
+        Verb::Evaluate(args) => evaluate::run(&args),
         Verb::Export(args) => export::run(&args),
         Verb::Merge(args) => merge::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
@@ -92,4 +96,18 @@ fn adapter_with_strength(text: &str) -> Result<(std::path::PathBuf, f64)> {
         },
         _ => Ok((text.into(), 1.0)),
     }
+}
+
+/// The prompts of a file: a line each, without empty ones and those that begin with #.
+fn prompt_lines(path: &std::path::Path) -> Result<Vec<String>> {
+    let text = crate::files::read_to_string(path)?;
+    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
+    Ok(lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_string).collect())
+}
+
+/// Prints one JSON object, what `--json` gives in place of text.
+fn print_json(value: &serde_json::Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::config(e.to_string()))?;
+    println!("{text}");
+    Ok(())
 }
