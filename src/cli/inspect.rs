@@ -1,7 +1,7 @@
 //! `hra inspect`.
 
 use crate::device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::hub::{self, Wanted};
 use crate::inspect::{self, LayerReport, Report};
 use crate::stable_diffusion::StableDiffusion;
@@ -39,9 +39,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     device::set_threads(None, usize::MAX)?;
     let reports = inspect::inspect(&path, model.as_mut())?;
     if args.json {
-        let whole = json!({"path": args.path, "parts": reports});
-        let text = serde_json::to_string_pretty(&whole).map_err(|e| Error::config(e.to_string()))?;
-        println!("{text}");
+        super::print_json(&json!({"path": args.path, "parts": reports}))?;
     } else {
         reports.iter().for_each(print);
     }

@@ -1,6 +1,7 @@
 //! The command line: what the user typed, turned into calls of the library.
 
 mod compare;
+mod evaluate;
 mod export;
 mod inspect;
 mod merge;
@@ -28,6 +29,8 @@ enum Verb {
     Sample(Box<sample::SampleArgs>),
     /// Train several methods alike, score them, and write a report
     Compare(compare::CompareArgs),
+    /// Score pictures, of this program or another
+    Evaluate(Box<evaluate::EvaluateArgs>),
     /// Write adapters for other programs, or merge them into a model
     Export(export::ExportArgs),
     /// Make one adapter of several
@@ -76,6 +79,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
         Verb::Train(args) => train::run(&args, &typed),
         Verb::Sample(args) => sample::run(&args),
         Verb::Compare(args) => compare::run(&args),
+        Verb::Evaluate(args) => evaluate::run(&args),
         Verb::Export(args) => export::run(&args),
         Verb::Merge(args) => merge::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
@@ -96,4 +100,18 @@ fn adapter_with_strength(text: &str) -> Result<(std::path::PathBuf, f64)> {
         },
         _ => Ok((text.into(), 1.0)),
     }
+}
+
+/// The prompts of a file: a line each, without empty ones and those that begin with #.
+fn prompt_lines(path: &std::path::Path) -> Result<Vec<String>> {
+    let text = crate::files::read_to_string(path)?;
+    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
+    Ok(lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_string).collect())
+}
+
+/// Prints one JSON object, what `--json` gives in place of text.
+fn print_json(value: &serde_json::Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::config(e.to_string()))?;
+    println!("{text}");
+    Ok(())
 }

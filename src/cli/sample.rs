@@ -228,13 +228,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
 fn prompts(args: &SampleArgs) -> Result<Vec<String>> {
     let mut prompts = args.prompt.clone();
     if let Some(path) = &args.prompt_file {
-        let text = files::read_to_string(path)?;
-        let lines = text
-            .trim_start_matches('\u{feff}')
-            .lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty() && !line.starts_with('#'));
-        prompts.extend(lines.map(str::to_string));
+        prompts.extend(super::prompt_lines(path)?);
     }
     if prompts.iter().chain([&args.negative_prompt]).any(|prompt| prompt.contains('\0')) {
         return Err(Error::config("prompt: expected text, found a NUL character in it"));

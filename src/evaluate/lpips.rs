@@ -6,6 +6,8 @@
 //!
 //! Two pictures are compared at the size of the first. The other one is brought to it as training brings photographs to its
 //! resolution: resized (bilinear, as Pillow) until it covers the first, and its middle cut out. Nothing is stretched.
+//!
+//! On CUDA the convolutions round their inputs to TF32, as PyTorch's do; on the CPU all is f32.
 
 use crate::error::{Error, Result};
 use crate::files::Kind as FileKind;

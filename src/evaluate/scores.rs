@@ -15,8 +15,6 @@ use crate::results::Scores;
 use regex::RegexBuilder;
 use tch::{Kind, Tensor};
 
-/// Pictures that a tower is shown at once.
-const BATCH: usize = 16;
 /// In place of what a mask covers.
 const GREY: [u8; 3] = [128; 3];
 
@@ -43,10 +41,6 @@ enum Tower {
 impl Tower {
     const ALL: [Self; 3] = [Self::Dino, Self::Dinov2, Self::Clip];
 
-    fn name(self) -> &'static str {
-        ["DINO", "DINOv2", "CLIP"][self as usize]
-    }
-
     /// Keys of the similarity to real pictures, and to those with the background and the subject covered.
     fn keys(self) -> [Option<&'static str>; 3] {
         match self {
@@ -66,31 +60,16 @@ impl Tower {
 
     /// Embeddings `(n, d)`; `None` of no pictures, or where the tower is not loaded.
     fn embed(self, towers: &Towers, pictures: &[&RgbImage]) -> Result<Option<Tensor>> {
-        let mut rows = Vec::new();
-        for batch in pictures.chunks(BATCH) {
-            let found = match self {
-                Self::Dino => towers.dino.as_ref().map(|tower| tower.images(batch)),
-                Self::Dinov2 => towers.dinov2.as_ref().map(|tower| tower.images(batch)),
-                Self::Clip => towers.clip.as_ref().map(|tower| tower.images(batch)),
-            };
-            rows.extend(found.transpose()?);
-        }
-        if rows.is_empty() {
+        if pictures.is_empty() {
             return Ok(None);
         }
-        let all = Tensor::f_cat(&rows, 0)?;
-        finite(&all, self.name())?;
-        Ok(Some(all))
+        let all = match self {
+            Self::Dino => towers.dino.as_ref().map(|tower| tower.images(pictures)),
+            Self::Dinov2 => towers.dinov2.as_ref().map(|tower| tower.images(pictures)),
+            Self::Clip => towers.clip.as_ref().map(|tower| tower.images(pictures)),
+        };
+        all.transpose()
     }
-}
-
-fn finite(embeddings: &Tensor, tower: &str) -> Result<()> {
-    if embeddings.isfinite().all().int64_value(&[]) != 0 {
-        return Ok(());
-    }
-    Err(Error::NotFinite(format!(
-        "{tower}: expected finite embeddings, found some that are not\nhint: its weights are damaged"
-    )))
 }
 
 /// The real pictures of a subject and what surrounds them, embedded once.
@@ -162,7 +141,6 @@ impl Subject {
             if let (Tower::Clip, Some(clip)) = (known.tower, &towers.clip) {
                 if let Some(text) = text {
                     let text = clip.texts(&[text])?;
-                    finite(&text, "CLIP")?;
                     set(&mut each, "clip_t", cosines(&rows, &text)?.iter().map(|row| mean(row)));
                 }
                 if let Some(similarity) = mean_of_pairs(&cosines(&rows, &rows)?) {

@@ -6,12 +6,13 @@ use super::vit::Vit;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::hub::{self, Wanted};
+use crate::model::weights::Weights;
 use crate::tensor_file::TensorFile;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
-use tch::Device;
+use tch::{Device, Kind};
 
 /// Where the towers are; a score whose tower is not given is left out. Flags of `hra evaluate` and `hra train --score`, and
 /// the `[scores]` table of a comparison.
@@ -105,8 +106,8 @@ fn told(error: Error, flag: &str, known: &str) -> Error {
 }
 
 /// What tells these towers from others, such as `clip 0123456789abcdef, lpips_vgg ..`: scores that were made with towers of
-/// another identity cannot be compared. Made of each tower's settings, and of the name, dtype, shape and first values of all
-/// of its tensors.
+/// another identity cannot be compared. Made of each tower's settings, and of the name, dtype and first values of each of its
+/// tensors.
 pub fn identity(paths: &TowerPaths) -> Result<String> {
     const TEXTS: [&str; 5] =
         ["config.json", "merges.txt", "preprocessor_config.json", "tokenizer.json", "vocab.json"];
@@ -117,30 +118,19 @@ pub fn identity(paths: &TowerPaths) -> Result<String> {
         for text in TEXTS.map(|name| dir.join(name)).iter().filter(|path| path.is_file()) {
             hash.update(files::read_to_string(text)?);
         }
-        for entry in files::list_dir(&dir)? {
-            let file = entry.name.to_string_lossy();
-            if file.starts_with("model") && file.ends_with(".safetensors") {
-                identify(&entry.path, &mut hash)?;
-            }
-        }
+        Weights::in_folder(&dir, Kind::Float, Device::Cpu)?.identify(&mut hash)?;
         found.push(format!("{name} {}", short(hash)));
     }
     for (net, file) in paths.lpips() {
         let mut hash = Sha256::new();
-        identify(file, &mut hash)?;
+        let file = TensorFile::open(file)?;
+        for name in file.names() {
+            hash.update(format!("{name}:{}\n", file.dtype(&name)));
+            hash.update(file.first_bytes(&name, 0, 1, 256)?);
+        }
         found.push(format!("{} {}", net.key(), short(hash)));
     }
     Ok(found.join(", "))
-}
-
-fn identify(path: &Path, hash: &mut Sha256) -> Result<()> {
-    let file = TensorFile::open(path)?;
-    for name in file.names() {
-        let (dtype, shape) = (file.dtype(&name), file.shape(&name).unwrap_or_default());
-        hash.update(format!("{name}:{dtype}:{shape:?}\n"));
-        hash.update(file.first_bytes(&name, 0, 1, 256)?);
-    }
-    Ok(())
 }
 
 fn short(hash: Sha256) -> String {

@@ -6,6 +6,7 @@
 use super::source::{Part, Source};
 use super::tensors::Tensors;
 use crate::error::{Error, Result};
+use sha2::Sha256;
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fmt::Display;
@@ -40,6 +41,11 @@ impl Weights {
     /// The top of the name tree.
     pub fn root(&self) -> Scope<'_> {
         Scope { weights: self, prefix: String::new() }
+    }
+
+    /// Hashes what tells these weights from others: [`Tensors::identify`].
+    pub fn identify(&self, hash: &mut Sha256) -> Result<()> {
+        self.tensors.identify(hash)
     }
 
     /// Shape of the tensor `name`, if the file has it.

@@ -1,0 +1,405 @@
+//! `hra evaluate`.
+
+use crate::data::{Image, ImageFolder};
+use crate::device::{self, DeviceChoice, Precision};
+use crate::error::{Error, Result};
+use crate::evaluate::scores::{References, Subject, drift, without_token};
+use crate::evaluate::{TowerPaths, Towers, towers};
+use crate::files;
+use crate::image::{RgbImage, load_rgb, read_png_text};
+use crate::interrupt;
+use crate::progress::Progress;
+use crate::results::{Better, Evaluation, PictureScores, PromptScores, SCORES, Scores, Set};
+use clap::Args;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Pictures without a prompt are scored so many at a time: nothing holds them together.
+const AT_ONCE: usize = 32;
+
+/// Flags of `hra evaluate`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Score pictures, of this program or another",
+    after_help = "A score whose tower is not given is left out. Similarity is to --real, which should not have been trained on. \
+                  CLIP-T needs a prompt, and diversity the pictures of one prompt: it is --prompt, a line of --prompt-file, what \
+                  the PNG itself says (hra and A1111 write it), or the text file beside a picture (00.png, 00.txt). Means are over \
+                  prompts, of the means over their pictures.\n\nExamples:\n  hra evaluate out --real photos --clip \
+                  openai/clip-vit-large-patch14 --dino facebook/dino-vits16 --token sks\n  hra evaluate out --base \
+                  out/base --json\n  hra evaluate out/*.png --real photos/dog --look-alikes photos/dog2 --masks masks/dog \
+                  --dino DIR --csv scores.csv"
+)]
+pub struct EvaluateArgs {
+    /// Pictures, or folders of them
+    #[arg(required = true, value_name = "PICTURES")]
+    pictures: Vec<PathBuf>,
+    /// Real pictures of the subject
+    #[arg(long, value_name = "DIR", help_heading = "What to compare with")]
+    real: Option<PathBuf>,
+    /// Real pictures of others of its class: is the subject the nearest?
+    #[arg(long, value_name = "DIR", requires = "real", help_heading = "What to compare with")]
+    look_alikes: Option<PathBuf>,
+    /// Masks of the real pictures, with the same names but for the ending: white where the subject is
+    #[arg(long, value_name = "DIR", requires = "real", help_heading = "What to compare with")]
+    masks: Option<PathBuf>,
+    /// The base model's pictures, with the same names: drift from them
+    #[arg(long, value_name = "DIR", help_heading = "What to compare with")]
+    base: Option<PathBuf>,
+
+    /// The prompt of all pictures
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file", help_heading = "Prompts")]
+    prompt: Option<String>,
+    /// File with a line for each picture, in the order of the pictures
+    #[arg(long, value_name = "FILE", help_heading = "Prompts")]
+    prompt_file: Option<PathBuf>,
+    /// The rare token, which CLIP is not shown
+    #[arg(
+        long,
+        default_value = "",
+        hide_default_value = true,
+        value_name = "WORD",
+        help_heading = "Prompts"
+    )]
+    token: String,
+
+    #[command(flatten)]
+    towers: TowerPaths,
+
+    /// Write every picture's scores as a table; those that pictures have together are in each one's row
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    csv: Option<PathBuf>,
+    /// Print everything as JSON
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value_t = DeviceChoice::Auto, help_heading = "Output")]
+    device: DeviceChoice,
+    /// CPU threads [default: libtorch's choice]
+    #[arg(long, help_heading = "Output")]
+    threads: Option<i32>,
+}
+
+/// A picture to be scored.
+struct Drawn {
+    path: PathBuf,
+    prompt: Option<String>,
+}
+
+/// Pictures that are compared with, and where they are from.
+#[derive(Default)]
+struct Known {
+    pictures: Vec<RgbImage>,
+    paths: Vec<PathBuf>,
+}
+
+/// Runs `hra evaluate`.
+pub fn run(args: &EvaluateArgs) -> Result<()> {
+    if args.towers == TowerPaths::default() && args.base.is_none() {
+        return Err(Error::config(
+            "nothing to score with\nhint: give a tower (--clip, --dino, --dinov2, --lpips-vgg, --lpips-alex) for similarity to \
+             --real, or --base DIR for drift",
+        ));
+    }
+    let compute = device::resolve(args.device, Some(Precision::F32))?;
+    compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    device::set_threads(args.threads, usize::MAX)?;
+    interrupt::install()?;
+    let drawn = drawn(args)?;
+    let real = args.real.as_deref().map(Known::read).transpose()?.unwrap_or_default();
+    let look_alikes = args.look_alikes.as_deref().map(Known::read).transpose()?.unwrap_or_default();
+    let masks = args.masks.as_deref().map(|dir| masks(dir, &real.paths)).transpose()?;
+    let towers = Towers::load(&args.towers, compute.device)?;
+    let references = References {
+        real: real.pictures.iter().collect(),
+        look_alikes: look_alikes.pictures.iter().collect(),
+        masks: masks.as_ref().map(|masks| masks.iter().collect()),
+    };
+    let subject = Subject::new(&towers, &references)?;
+
+    let mut found =
+        Evaluation { step: 0, set: Set::Test, prompts: Vec::new(), drift: Vec::new(), scores: Scores::new() };
+    let mut progress = Progress::new("scoring", 0, drawn.len() as u64);
+    let mut done = 0;
+    for (prompt, group) in groups(&drawn) {
+        interrupt::check(|| "stopped; nothing was written".to_string())?;
+        let pictures: Vec<RgbImage> =
+            group.iter().map(|drawn| load_rgb(&drawn.path)).collect::<Result<_>>()?;
+        for (picture, drawn) in pictures.iter().zip(&group) {
+            if let Some(same) = real.pictures.iter().position(|other| other == picture) {
+                progress.say(&format!(
+                    "warning: {} and the real picture {} are the same, pixel by pixel",
+                    drawn.path.display(),
+                    real.paths[same].display()
+                ));
+            }
+        }
+        let text = prompt.map(|prompt| without_token(prompt, &args.token));
+        let (together, mut each) = subject.score(&towers, text.as_deref(), &pictures)?;
+        if let Some(dir) = &args.base {
+            let base: Vec<RgbImage> =
+                group.iter().map(|drawn| load_rgb(&counterpart(&drawn.path, dir)?)).collect::<Result<_>>()?;
+            for (own, drift) in each.iter_mut().zip(drift(&towers, &pictures, &base)?) {
+                own.extend(drift);
+            }
+        }
+        let scored = group.iter().zip(each).map(|(drawn, scores)| PictureScores {
+            seed: 0,
+            file: drawn.path.to_string_lossy().into_owned(),
+            scores,
+        });
+        let pictures: Vec<PictureScores> = scored.collect();
+        // Pictures of unknown prompts are together by chance.
+        let scores = if prompt.is_some() { together } else { Scores::new() };
+        match found.prompts.last_mut().filter(|last| prompt.is_none() && last.prompt.is_empty()) {
+            Some(last) => last.pictures.extend(pictures),
+            None => found.prompts.push(PromptScores {
+                prompt: prompt.unwrap_or_default().to_string(),
+                scores,
+                pictures,
+            }),
+        }
+        done += group.len() as u64;
+        progress.set(done, "");
+    }
+    progress.finish();
+    found.summarise();
+    if found.scores.is_empty() {
+        return Err(Error::config(
+            "nothing could be scored with what was given\nhint: give --real DIR for similarity, prompts for CLIP-T and diversity",
+        ));
+    }
+    if let Some(path) = &args.csv {
+        files::write_atomic(path, csv(&found).as_bytes())?;
+    }
+    let counts = [drawn.len(), real.paths.len(), look_alikes.paths.len()];
+    report(args, &found, counts)
+}
+
+/// The pictures that were named, with their prompts.
+fn drawn(args: &EvaluateArgs) -> Result<Vec<Drawn>> {
+    let mut images: Vec<(PathBuf, bool)> = Vec::new();
+    for path in &args.pictures {
+        if files::kind(path) == Some(files::Kind::Folder) {
+            let folder = ImageFolder::scan(path)?;
+            for skipped in folder.skipped() {
+                let name = &skipped.name;
+                let beside = [".txt", ".json", ".csv"].iter().any(|end| name.ends_with(end));
+                if !beside && !name.starts_with('.') && !path.join(name).is_dir() {
+                    eprintln!("note: {} is not scored: {}", path.join(name).display(), skipped.reason);
+                }
+            }
+            images.extend(folder.images().iter().map(|image| (image.path.clone(), is_png(image))));
+        } else {
+            let is_png = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("png"));
+            images.push((path.clone(), is_png));
+        }
+    }
+    let mut drawn = Vec::new();
+    for (path, is_png) in images {
+        let text = if is_png { read_png_text(&path)? } else { Vec::new() };
+        let text: BTreeMap<String, String> = text.into_iter().collect();
+        // The contact sheet that `hra sample` puts beside its pictures.
+        if path.file_name().is_some_and(|name| name == "grid.png") && text.contains_key("software") {
+            continue;
+        }
+        let prompt = match &args.prompt {
+            Some(prompt) => Some(prompt.clone()),
+            None if args.prompt_file.is_some() => None,
+            None => own_prompt(&path, &text)?,
+        };
+        drawn.push(Drawn { path, prompt });
+    }
+    if let Some(path) = &args.prompt_file {
+        let lines = super::prompt_lines(path)?;
+        if lines.len() != drawn.len() {
+            let (expected, found) = (drawn.len(), lines.len());
+            return Err(Error::format(
+                path,
+                format!("expected a prompt for each of {expected} pictures, found {found}"),
+            ));
+        }
+        drawn.iter_mut().zip(lines).for_each(|(drawn, line)| drawn.prompt = Some(line));
+    }
+    if drawn.is_empty() {
+        return Err(Error::Data("expected pictures to score, found contact sheets only".into()));
+    }
+    let unknown = drawn.iter().filter(|drawn| drawn.prompt.is_none()).count();
+    let TowerPaths { clip, lpips_vgg, lpips_alex, .. } = &args.towers;
+    if unknown > 0 && [clip, lpips_vgg, lpips_alex].into_iter().any(Option::is_some) {
+        eprintln!(
+            "note: {unknown} of {} pictures come without a prompt and get no clip_t or diversity (--prompt, --prompt-file)",
+            drawn.len()
+        );
+    }
+    Ok(drawn)
+}
+
+fn is_png(image: &Image) -> bool {
+    image.format == "PNG"
+}
+
+/// What the picture's own texts or the text file beside it say.
+fn own_prompt(path: &Path, text: &BTreeMap<String, String>) -> Result<Option<String>> {
+    // A1111: the prompt, the negative one, and a line of settings.
+    let first = |text: &String| {
+        let ends = ["\nNegative prompt:", "\nSteps:"].iter().filter_map(|end| text.find(end)).min();
+        text[..ends.unwrap_or(text.len())].to_string()
+    };
+    let inside = text.get("prompt").cloned().or_else(|| text.get("parameters").map(first));
+    let beside = path.with_extension("txt");
+    let prompt = match inside {
+        None if beside.is_file() => Some(files::read_to_string(&beside)?),
+        inside => inside,
+    };
+    let prompt = prompt.map(|prompt| prompt.trim_start_matches('\u{feff}').trim().to_string());
+    Ok(prompt.filter(|prompt| !prompt.is_empty() && !prompt.contains('\0')))
+}
+
+impl Known {
+    fn read(dir: &Path) -> Result<Self> {
+        let folder = ImageFolder::scan(dir)?;
+        let pictures = (0..folder.images().len()).map(|i| folder.load(i)).collect::<Result<_>>()?;
+        Ok(Self { pictures, paths: folder.images().iter().map(|image| image.path.clone()).collect() })
+    }
+}
+
+/// The mask of each real picture: the picture in `dir` with its name, whatever the ending.
+fn masks(dir: &Path, real: &[PathBuf]) -> Result<Vec<RgbImage>> {
+    let folder = ImageFolder::scan(dir)?;
+    let mask = |path: &PathBuf| {
+        let found = folder.images().iter().position(|image| image.path.file_stem() == path.file_stem());
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        let found = found.ok_or_else(|| {
+            Error::Data(format!(
+                "{}: expected a mask {stem}.png for {}, found none",
+                dir.display(),
+                path.display()
+            ))
+        })?;
+        folder.load(found)
+    };
+    real.iter().map(mask).collect()
+}
+
+/// The base model's picture of the same name.
+fn counterpart(picture: &Path, dir: &Path) -> Result<PathBuf> {
+    let path = dir.join(picture.file_name().unwrap_or_default());
+    if path.is_file() {
+        return Ok(path);
+    }
+    Err(Error::Data(format!(
+        "--base: expected {} beside {}, found none\nhint: draw the same prompts and seeds with the base model (`hra sample --with-base`)",
+        path.display(),
+        picture.display()
+    )))
+}
+
+/// Pictures of one prompt, in the order in which prompts first appear; those without one at the end.
+fn groups(drawn: &[Drawn]) -> Vec<(Option<&str>, Vec<&Drawn>)> {
+    let mut groups: Vec<(Option<&str>, Vec<&Drawn>)> = Vec::new();
+    let mut places: BTreeMap<&str, usize> = BTreeMap::new();
+    for picture in drawn {
+        if let Some(prompt) = picture.prompt.as_deref() {
+            let place = *places.entry(prompt).or_insert(groups.len());
+            if place == groups.len() {
+                groups.push((Some(prompt), Vec::new()));
+            }
+            groups[place].1.push(picture);
+        }
+    }
+    let rest: Vec<&Drawn> = drawn.iter().filter(|picture| picture.prompt.is_none()).collect();
+    groups.extend(rest.chunks(AT_ONCE).map(|chunk| (None, chunk.to_vec())));
+    groups
+}
+
+/// Pictures, or prompts, that a score was taken of.
+fn count(found: &Evaluation, key: &str) -> (usize, &'static str) {
+    let pictures = || found.prompts.iter().flat_map(|prompt| &prompt.pictures);
+    match found.prompts.iter().filter(|prompt| prompt.scores.contains_key(key)).count() {
+        0 => (pictures().filter(|picture| picture.scores.contains_key(key)).count(), "picture"),
+        prompts => (prompts, "prompt"),
+    }
+}
+
+fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+fn report(args: &EvaluateArgs, found: &Evaluation, [drawn, real, look_alikes]: [usize; 3]) -> Result<()> {
+    let identity = towers::identity(&args.towers)?;
+    if args.json {
+        let pictures: Vec<_> = found
+            .prompts
+            .iter()
+            .flat_map(|prompt| prompt.pictures.iter().map(move |picture| (prompt, picture)))
+            .map(|(prompt, picture)| {
+                let known = (!prompt.prompt.is_empty()).then_some(&prompt.prompt);
+                json!({"file": picture.file, "prompt": known, "scores": picture.scores})
+            })
+            .collect();
+        let prompts: Vec<_> = found
+            .prompts
+            .iter()
+            .filter(|prompt| !prompt.prompt.is_empty())
+            .map(|prompt| json!({"prompt": prompt.prompt, "pictures": prompt.pictures.len(), "scores": prompt.means()}))
+            .collect();
+        let counts: BTreeMap<&String, usize> =
+            found.scores.keys().map(|key| (key, count(found, key).0)).collect();
+        return super::print_json(&json!({
+            "scores": found.scores,
+            "counts": counts,
+            "towers": identity,
+            "real": {"folder": args.real, "pictures": real},
+            "look_alikes": {"folder": args.look_alikes, "pictures": look_alikes},
+            "prompts": prompts,
+            "pictures": pictures,
+            "csv": args.csv,
+        }));
+    }
+    let prompts = found.prompts.iter().filter(|prompt| !prompt.prompt.is_empty()).count();
+    let compared = [
+        counted(drawn, "picture"),
+        counted(prompts, "prompt"),
+        counted(real, "real picture"),
+        counted(look_alikes, "look-alike"),
+    ];
+    println!("{}", compared.join(", "));
+    if !identity.is_empty() {
+        println!("towers: {identity}");
+    }
+    println!("{:<18}{:>10}  {:<13}better", "score", "mean", "of");
+    for kind in SCORES.iter().filter(|kind| found.scores.contains_key(kind.key)) {
+        let (n, what) = count(found, kind.key);
+        let better = match kind.better {
+            Better::Higher => "higher",
+            Better::Lower => "lower",
+            Better::Neither => "-",
+        };
+        println!("{:<18}{:>10.4}  {:<13}{better}", kind.title, found.scores[kind.key], counted(n, what));
+    }
+    if let Some(path) = &args.csv {
+        println!("every picture's scores: {}", path.display());
+    }
+    Ok(())
+}
+
+/// A row for each picture: file, prompt, and every score that any of them has.
+fn csv(found: &Evaluation) -> String {
+    let cell = |text: &str| {
+        let quoted = text.contains(['"', ',', '\n', '\r']);
+        if quoted { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.to_string() }
+    };
+    let keys: Vec<&str> =
+        SCORES.iter().map(|kind| kind.key).filter(|key| found.scores.contains_key(*key)).collect();
+    let mut text = ["file", "prompt"].iter().chain(&keys).copied().collect::<Vec<_>>().join(",") + "\n";
+    for prompt in &found.prompts {
+        for picture in &prompt.pictures {
+            let mut row = vec![cell(&picture.file), cell(&prompt.prompt)];
+            let value = |key: &&str| picture.scores.get(*key).or_else(|| prompt.scores.get(*key));
+            row.extend(keys.iter().map(|key| value(key).map_or_else(String::new, f64::to_string)));
+            text += &(row.join(",") + "\n");
+        }
+    }
+    text
+}
