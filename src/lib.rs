@@ -36,6 +36,7 @@ pub mod model;
 pub mod noise;
 pub mod optim;
 pub mod progress;
+pub mod report;
 pub mod results;
 pub mod run;
 pub mod sample;
