@@ -93,7 +93,13 @@ impl Scale {
             _ => (low.abs() * 0.05).max(1e-3),
         };
         let (low, high) = (low - room, high + room);
-        (low.is_finite() && high.is_finite() && high > low).then_some(Self { log: axis.log, low, high, from, to })
+        (low.is_finite() && high.is_finite() && high > low).then_some(Self {
+            log: axis.log,
+            low,
+            high,
+            from,
+            to,
+        })
     }
 
     fn place(&self, value: f64) -> Option<f64> {
@@ -109,7 +115,8 @@ impl Scale {
     fn linear_ticks(&self) -> Vec<(f64, String)> {
         let rough = (self.high - self.low) / 4.0;
         let power = 10f64.powf(rough.log10().floor());
-        let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough).unwrap_or(rough);
+        let step =
+            [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough).unwrap_or(rough);
         let digits = (-step.log10().floor()).clamp(0.0, 12.0) as usize;
         let first = (self.low / step).ceil() as i64;
         let last = (self.high / step).floor() as i64;
@@ -129,7 +136,8 @@ impl Scale {
         };
         let every = (many / 6.0).ceil().max(1.0) as i32;
         let inside = |v: &f64| (self.low..=self.high).contains(&v.log10());
-        let powers = decades.filter(|d| d % every == 0).flat_map(|d| factors.iter().map(move |f| f * 10f64.powi(d)));
+        let powers =
+            decades.filter(|d| d % every == 0).flat_map(|d| factors.iter().map(move |f| f * 10f64.powi(d)));
         powers.filter(inside).map(|v| (v, short(v))).collect()
     }
 }
@@ -254,8 +262,10 @@ impl Series {
             .filter_map(|m| place(m.x, m.y))
             .map(|(px, py)| format!("{},{}", n(px), n(py)))
             .collect();
+        // Marks of long curves show only when pointed at.
+        let curve = self.line && self.marks.len() > 12;
         html! {
-            g .series.(class(self.number)) {
+            g .series.curve[curve].(class(self.number)) {
                 @if self.line && points.len() > 1 { polyline points=(points.join(" ")) {} }
                 @for (px, py) in self.dots.iter().filter_map(|(px, py)| place(*px, *py)) {
                     circle .dot cx=(n(px)) cy=(n(py)) r="2" {}

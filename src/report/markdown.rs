@@ -37,10 +37,11 @@ pub fn markdown(a: &Analysis) -> String {
         }
     };
     list("Findings", &a.findings());
-    let rates: Vec<String> = a.rates.iter().filter(|r| r.rates.len() > 1).map(words::rate_line).collect();
+    let rates: Vec<String> = a.searched().map(words::rate_line).collect();
     list("Learning rates", &[rates, a.rate_warnings()].concat());
     list("How to read it", &a.method_notes());
-    let about: Vec<String> = a.columns.iter().map(|c| format!("{}: {}", words::heading(c), c.about)).collect();
+    let about: Vec<String> =
+        a.columns.iter().map(|c| format!("{}: {}", words::heading(c), c.about)).collect();
     list("Scores", &about);
     let common: Vec<String> = a.plan.common.iter().map(|(key, value)| format!("{key}: {value}")).collect();
     list("The same for every cell", &common);
@@ -73,7 +74,8 @@ fn summary_cells(
     headings.extend(a.columns.iter().map(heading));
     let cells = |row: &Row| {
         let mark = if row.interrupted > 0 { " *" } else { "" };
-        let part = if row.cells < row.planned { format!(" ({}/{})", row.cells, row.planned) } else { String::new() };
+        let part =
+            if row.cells < row.planned { format!(" ({}/{})", row.cells, row.planned) } else { String::new() };
         let mut cells = vec![format!("{}{mark}{part}", row.label)];
         if a.has_rates() {
             cells.push(row.rate.map_or_else(|| words::NONE.into(), |r| format!("{r:e}")));
@@ -129,13 +131,15 @@ fn escape(text: &str) -> String {
 
 /// What the command line prints: the summary table in columns, what is missing, findings, and the rates to paste.
 pub fn terminal(a: &Analysis) -> String {
-    let mut text = format!("{} ({})\n", plain(&a.plan.title), a.of_what());
+    let mut text = format!("{}\n{}\n", plain(&a.plan.title), a.heading());
     for note in &a.notes {
         text += &format!("note: {}\n", plain(note));
     }
     let (headings, rows) = summary_cells(a, |column| column.title.clone());
-    let table: Vec<Vec<String>> =
-        std::iter::once(headings).chain(rows).map(|row| row.iter().map(|cell| plain(cell)).collect()).collect();
+    let table: Vec<Vec<String>> = std::iter::once(headings)
+        .chain(rows)
+        .map(|row| row.iter().map(|cell| plain(cell)).collect())
+        .collect();
     let width = |column: usize| table.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..table[0].len()).map(width).collect();
     for row in &table {

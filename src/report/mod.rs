@@ -5,15 +5,15 @@
 //! on numbers, `table` holds the rows. `markdown`, `tables` and `page` with `pictures`, `plots` and `chart` show them.
 //! The same records give the same bytes. No tensors here, and no clock.
 
-pub mod paper;
-pub mod search;
-pub mod statistics;
-pub mod table;
 mod chart;
 mod markdown;
 mod page;
+pub mod paper;
 mod pictures;
 mod plots;
+pub mod search;
+pub mod statistics;
+pub mod table;
 mod tables;
 mod values;
 mod words;

@@ -27,8 +27,8 @@
     const headings = [...table.tHead.rows[0].cells];
     headings.forEach((heading, column) => heading.querySelector("button").addEventListener("click", () => {
       const opposite = { ascending: "descending", descending: "ascending" };
-      const order = opposite[heading.ariaSort] || heading.dataset.first;
-      headings.forEach((other) => { other.ariaSort = other === heading ? order : "none"; });
+      const order = opposite[heading.getAttribute("aria-sort")] || heading.dataset.first;
+      headings.forEach((other) => other.setAttribute("aria-sort", other === heading ? order : "none"));
       const value = (row) => row.cells[column].dataset.value;
       const rows = [...table.tBodies[0].rows];
       rows.sort((a, b) => {
@@ -95,6 +95,10 @@
       const twins = trained.filter((other) => other.method === cell.method).length > 1;
       return common.methods[cell.method] + (twins ? ` ${cell.rate}` : "");
     };
+    // A cell that is not there yet keeps its column.
+    common.methods.forEach((_, method) => {
+      if (of === "" && !trained.some((cell) => cell.method === method)) trained.push({ method, rate: null, evaluations: [] });
+    });
     trained.sort((a, b) => a.method - b.method || a.rate - b.rate);
     return [...base.map((cell) => ({ cell, label: "base" })), ...trained.map((cell) => ({ cell, label: label(cell) }))];
   };

@@ -171,7 +171,7 @@ fn summary(a: &Analysis) -> Markup {
     html! {
         section #summary {
             h2 { "Summary" }
-            p .sub { (a.heading()) "." @if let Some(step) = a.plan.steps.last() { " After " (step) " steps." } " Click a heading to sort." }
+            p .sub { (a.heading()) ". Click a heading to sort." }
             (scroll("Summary table", &table))
             @if a.rows.iter().any(|r| r.interrupted > 0) {
                 p .sub { "* holds interrupted cells, whose times and memory do not count" }
@@ -253,7 +253,7 @@ fn difference(a: &Analysis, d: &Difference, column: &Column) -> Markup {
 }
 
 fn rates(a: &Analysis) -> Markup {
-    let searched: Vec<_> = a.rates.iter().filter(|r| r.rates.len() > 1).collect();
+    let searched: Vec<_> = a.searched().collect();
     if searched.is_empty() {
         return html! {};
     }
@@ -306,7 +306,8 @@ fn plots(a: &Analysis) -> Markup {
 }
 
 fn picture_grid(a: &Analysis) -> Markup {
-    let json = |id: &str, text: String| html! { script type="application/json" id=(id) { (PreEscaped(text)) } };
+    let json =
+        |id: &str, text: String| html! { script type="application/json" id=(id) { (PreEscaped(text)) } };
     let select = |id: &str, label: &str| html! { label { span { (label) } select id=(id) {} } };
     html! {
         section #pictures {

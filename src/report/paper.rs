@@ -13,7 +13,8 @@ const METRICS: [&str; 4] = ["dino", "clip_i", "clip_t", "lpips_vgg"];
 /// What a reader of the report must know.
 pub const NOTE: &str = "protocol paper: for every training and prompt the step is chosen by the sum of DINO, CLIP-I, CLIP-T and \
                         LPIPS, each divided by its range over the steps, on the test pictures. This is the best of N on the test \
-                        metrics, as the authors' script computes it; such values are higher than those of a step fixed beforehand";
+                        metrics, as the authors' script computes it; such values are higher than those of a step fixed beforehand. Drift is \
+                        that of the last step";
 
 /// For each prompt the scores of the step that the script chooses, with that step. `steps` are ascending.
 pub fn chosen<'a>(steps: &[&'a Evaluation]) -> Vec<(i64, &'a PromptScores)> {

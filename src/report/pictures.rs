@@ -28,8 +28,13 @@ pub fn common(a: &Analysis) -> String {
             })
         })
         .collect();
-    let mut sets: Vec<&str> =
-        a.records.iter().flat_map(|r| &r.evaluations).filter(|e| !e.prompts.is_empty()).map(|e| e.set.name()).collect();
+    let mut sets: Vec<&str> = a
+        .records
+        .iter()
+        .flat_map(|r| &r.evaluations)
+        .filter(|e| !e.prompts.is_empty())
+        .map(|e| e.set.name())
+        .collect();
     sets.sort_unstable();
     sets.dedup();
     let drift = a.records.iter().flat_map(|r| &r.evaluations).any(|e| !e.drift.is_empty());
@@ -55,7 +60,10 @@ fn cell(a: &Analysis, record: &CellRecord) -> Value {
     let cell = &record.cell;
     let method = a.plan.methods.iter().position(|m| m.label == cell.method && cell.method != BASE);
     // A row of the table stands for this cell.
-    let chosen = a.rows.iter().any(|row| row.kind == RowKind::Method && row.method == method && row.rate == cell.learning_rate);
+    let chosen = a
+        .rows
+        .iter()
+        .any(|row| row.kind == RowKind::Method && row.method == method && row.rate == cell.learning_rate);
     let evaluations: Vec<Value> = record
         .evaluations
         .iter()
@@ -112,7 +120,9 @@ fn relative(file: &str) -> String {
     let mut text = String::new();
     for byte in file.bytes() {
         match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => text.push(byte as char),
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
+                text.push(byte as char)
+            }
             _ => text += &format!("%{byte:02X}"),
         }
     }

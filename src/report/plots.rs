@@ -72,7 +72,13 @@ fn colour(a: &Analysis, row: &Row) -> Option<usize> {
 fn against_parameters(a: &Analysis, score: &Column) -> Figure {
     let series = drawn_rows(a).filter_map(|row| {
         let (x, e) = (row.budget.parameters? as f64, row.scores.get(&score.key)?);
-        let title = format!("{}: {} parameters, {} {}", row.label, words::count(x), score.title, words::estimate(e, score.digits));
+        let title = format!(
+            "{}: {} parameters, {} {}",
+            row.label,
+            words::count(x),
+            score.title,
+            words::estimate(e, score.digits)
+        );
         let bar = e.spread.map(|s| (e.mean - s, e.mean + s));
         let dots = if a.few_subjects { e.seeds.iter().map(|(_, v)| (x, *v)).collect() } else { Vec::new() };
         let marks = vec![Mark { x, y: e.mean, radius: 5.0, bar, title }];
@@ -99,11 +105,18 @@ fn against_drift(a: &Analysis, score: &Column, drift: &Column) -> Figure {
             Some(seconds) if longest > 0.0 => 4.0 + 13.0 * (seconds / longest).sqrt(),
             _ => 4.0,
         };
-        let time = row.budget.seconds.map(|s| format!(", {} min", words::significant(s / 60.0))).unwrap_or_default();
+        let time =
+            row.budget.seconds.map(|s| format!(", {} min", words::significant(s / 60.0))).unwrap_or_default();
         let (sd, dd) = (score.digits, drift.digits);
         let title = format!("{}: {} {y:.sd$}, {} {x:.dd$}{time}", row.label, score.title, drift.title);
         let marks = vec![Mark { x, y, radius, bar: None, title }];
-        Some(Series { label: row.label.clone(), number: colour(a, row), marks, line: false, dots: Vec::new() })
+        Some(Series {
+            label: row.label.clone(),
+            number: colour(a, row),
+            marks,
+            line: false,
+            dots: Vec::new(),
+        })
     });
     Figure {
         caption: format!(
@@ -120,7 +133,12 @@ fn against_drift(a: &Analysis, score: &Column, drift: &Column) -> Figure {
     }
 }
 
-fn loss_curves(a: &Analysis, title: &str, what: &str, value: fn(&crate::results::LossPoint) -> Option<f64>) -> Figure {
+fn loss_curves(
+    a: &Analysis,
+    title: &str,
+    what: &str,
+    value: fn(&crate::results::LossPoint) -> Option<f64>,
+) -> Figure {
     let series = drawn_rows(a).map(|row| {
         let mut by_step: BTreeMap<i64, Vec<f64>> = BTreeMap::new();
         for point in a.records_of(row).flat_map(|r| &r.losses) {
@@ -131,9 +149,15 @@ fn loss_curves(a: &Analysis, title: &str, what: &str, value: fn(&crate::results:
         // Neighbours are averaged where there are many.
         let marks = points.chunks(points.len().div_ceil(CURVE_POINTS).max(1)).filter_map(|chunk| {
             let (x, y) = (mean(chunk.iter().map(|p| p.0 as f64))?, mean(chunk.iter().map(|p| p.1))?);
-            Some(Mark { x, y, radius: 1.4, bar: None, title: format!("{}, step {x:.0}: {y:.4}", row.label) })
+            Some(Mark { x, y, radius: 4.0, bar: None, title: format!("{}, step {x:.0}: {y:.4}", row.label) })
         });
-        Series { label: row.label.clone(), number: colour(a, row), marks: marks.collect(), line: true, dots: Vec::new() }
+        Series {
+            label: row.label.clone(),
+            number: colour(a, row),
+            marks: marks.collect(),
+            line: true,
+            dots: Vec::new(),
+        }
     });
     Figure {
         caption: format!("{title} against steps, mean over the cells of each method."),
@@ -160,10 +184,20 @@ fn against_steps(a: &Analysis, column: &Column) -> Option<Figure> {
             let found = a.records_of(row).filter_map(|r| evaluation_value(r, a.set, step, &column.key));
             Some(mark(&row.label, &format!("step {step}"), step as f64, mean(found)?, column))
         });
-        Series { label: row.label.clone(), number: colour(a, row), marks: marks.collect(), line: true, dots: Vec::new() }
+        Series {
+            label: row.label.clone(),
+            number: colour(a, row),
+            marks: marks.collect(),
+            line: true,
+            dots: Vec::new(),
+        }
     });
     Some(Figure {
-        caption: format!("{} against steps, {} set, mean over subjects and seeds.", column.title, a.set.name()),
+        caption: format!(
+            "{} against steps, {} set, mean over subjects and seeds.",
+            column.title,
+            a.set.name()
+        ),
         chart: Chart {
             title: step_title(column),
             x: axis("step", false),
@@ -190,14 +224,17 @@ fn robustness(a: &Analysis, column: &Column) -> Vec<Figure> {
         return Vec::new();
     }
     let trained = || a.records.iter().filter(|r| r.cell.learning_rate.is_some());
-    let validated = trained().flat_map(|r| &r.evaluations).any(|e| e.set == Set::Validation && e.scores.contains_key(&column.key));
+    let validated = trained()
+        .flat_map(|r| &r.evaluations)
+        .any(|e| e.set == Set::Validation && e.scores.contains_key(&column.key));
     let set = if validated { Set::Validation } else { a.set };
     let panel = |&step: &i64| {
         let series = a.plan.methods.iter().enumerate().map(|(number, method)| {
             let mut rates = method.learning_rates.clone();
             rates.sort_by(f64::total_cmp);
             let marks = rates.iter().filter_map(|&rate| {
-                let mine = trained().filter(|r| r.cell.method == method.label && r.cell.learning_rate == Some(rate));
+                let mine =
+                    trained().filter(|r| r.cell.method == method.label && r.cell.learning_rate == Some(rate));
                 let y = mean(mine.filter_map(|r| evaluation_value(r, set, step, &column.key)))?;
                 Some(mark(&method.label, &format!("rate {rate:e}"), rate, y, column))
             });
@@ -237,7 +274,13 @@ pub fn steps_plot(title: &str, evaluations: &[Evaluation], best: Option<i64>) ->
             title: step_title(column),
             x: axis("step", false),
             y: score_axis(column),
-            series: vec![Series { label: column.title.clone(), number: Some(charts.len()), marks, line: true, dots: Vec::new() }],
+            series: vec![Series {
+                label: column.title.clone(),
+                number: Some(charts.len()),
+                marks,
+                line: true,
+                dots: Vec::new(),
+            }],
             rule: best.map(|step| (step as f64, format!("best: {step}"))),
         };
         if !chart.is_empty() && charts.iter().all(|c| c.title != chart.title) {

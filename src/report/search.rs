@@ -111,7 +111,9 @@ pub fn best_step(evaluations: &[Evaluation], objective: &[(String, f64)]) -> Opt
 pub fn toml_snippet(plan: &Plan, rates: &[BestRate]) -> String {
     let mut tables = Vec::new();
     for method in &plan.methods {
-        let Some(best) = rates.iter().find(|r| r.method == method.label && r.rates.len() > 1) else { continue };
+        let Some(best) = rates.iter().find(|r| r.method == method.label && r.rates.len() > 1) else {
+            continue;
+        };
         let mut table = toml::Table::new();
         table.insert("label".into(), method.label.clone().into());
         for (key, value) in &method.settings {
@@ -127,5 +129,6 @@ pub fn toml_snippet(plan: &Plan, rates: &[BestRate]) -> String {
     if tables.is_empty() {
         return String::new();
     }
-    toml::to_string(&toml::Table::from_iter([("methods".to_string(), toml::Value::Array(tables))])).unwrap_or_default()
+    toml::to_string(&toml::Table::from_iter([("methods".to_string(), toml::Value::Array(tables))]))
+        .unwrap_or_default()
 }

@@ -14,6 +14,8 @@ pub const RESAMPLES: usize = 10_000;
 pub const MANY_SUBJECTS: usize = 5;
 /// Share of the resamples that the interval leaves out on each side.
 const TAIL: f64 = 0.025;
+/// Above this many units there is no interval: their draws would not fit into memory. No comparison has so many.
+const MAX_UNITS: usize = 5_000;
 
 /// The mean; `None` of nothing.
 pub fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
@@ -50,18 +52,19 @@ fn quantile(sorted: &[f64], q: f64) -> f64 {
 /// Draws units, the same for every comparison of one shape.
 #[derive(Default)]
 pub struct Bootstrap {
-    draws: BTreeMap<Vec<usize>, Rc<Vec<u32>>>,
+    draws: BTreeMap<Vec<usize>, Rc<Vec<u16>>>,
 }
 
 impl Bootstrap {
     /// The 95 % interval of [`mean_of_means`] where the units of each group are drawn again; `None` where no group has two
-    /// units, so that nothing can vary.
+    /// units, so that nothing can vary, or where there are more than 5,000.
     pub fn interval(&mut self, groups: &[Vec<f64>]) -> Option<(f64, f64)> {
-        if groups.iter().any(Vec::is_empty) || groups.iter().all(|group| group.len() < 2) {
+        let units: usize = groups.iter().map(Vec::len).sum();
+        let nothing_varies = groups.iter().all(|group| group.len() < 2);
+        if nothing_varies || units > MAX_UNITS || groups.iter().any(Vec::is_empty) {
             return None;
         }
         let draws = self.draws(groups.iter().map(Vec::len).collect());
-        let units: usize = groups.iter().map(Vec::len).sum();
         let mut means: Vec<f64> = draws
             .chunks_exact(units)
             .map(|drawn| {
@@ -79,24 +82,21 @@ impl Bootstrap {
     }
 
     /// For each resample, for each group of these sizes, the numbers of the units drawn.
-    fn draws(&mut self, sizes: Vec<usize>) -> Rc<Vec<u32>> {
-        let make = || {
-            let mut draws = Vec::with_capacity(RESAMPLES * sizes.iter().sum::<usize>());
-            for _ in 0..RESAMPLES {
-                for &size in &sizes {
-                    for _ in 0..size {
-                        let random = seed::derive(0, "bootstrap", draws.len() as u64);
-                        // The upper half times the size; no size is near 2^32, so none is favoured noticeably.
-                        draws.push((((random >> 32) * size as u64) >> 32) as u32);
-                    }
-                }
-            }
-            Rc::new(draws)
-        };
+    fn draws(&mut self, sizes: Vec<usize>) -> Rc<Vec<u16>> {
         if let Some(draws) = self.draws.get(&sizes) {
             return draws.clone();
         }
-        let draws = make();
+        let mut draws = Vec::with_capacity(RESAMPLES * sizes.iter().sum::<usize>());
+        for _ in 0..RESAMPLES {
+            for &size in &sizes {
+                for _ in 0..size {
+                    let random = seed::derive(0, "bootstrap", draws.len() as u64);
+                    // The upper half times the size: sizes are so far below 2^32 that none is favoured noticeably.
+                    draws.push((((random >> 32) * size as u64) >> 32) as u16);
+                }
+            }
+        }
+        let draws = Rc::new(draws);
         self.draws.insert(sizes, draws.clone());
         draws
     }
@@ -127,6 +127,7 @@ mod tests {
         let mut bootstrap = Bootstrap::default();
         assert_eq!(bootstrap.interval(&[vec![1.0], vec![2.0]]), None);
         assert_eq!(bootstrap.interval(&[]), None);
+        assert_eq!(bootstrap.interval(&[vec![1.0; MAX_UNITS + 1]]), None);
         assert_eq!(bootstrap.interval(&[vec![], vec![1.0, 2.0]]), None);
     }
 

@@ -134,7 +134,8 @@ impl<'a> Analysis<'a> {
         let there: BTreeSet<&str> = records.iter().map(|r| r.cell.id.as_str()).collect();
         let scored: BTreeSet<&str> = values.iter().map(|v| v.record.cell.id.as_str()).collect();
         let missing: Vec<_> = plan.cells.iter().filter(|c| !there.contains(c.id.as_str())).collect();
-        let unscored = plan.cells.iter().filter(|c| there.contains(c.id.as_str()) && !scored.contains(c.id.as_str()));
+        let unscored =
+            plan.cells.iter().filter(|c| there.contains(c.id.as_str()) && !scored.contains(c.id.as_str()));
         let few_subjects = plan.subjects.len() < MANY_SUBJECTS;
         let mut analysis = Self {
             plan,
@@ -157,7 +158,10 @@ impl<'a> Analysis<'a> {
     fn fill(&mut self, values: &[CellValues]) {
         let mut rows: Vec<(Row, Vec<&CellValues>)> = Vec::new();
         let of = |label: &str, rate: Option<f64>| -> Vec<&CellValues> {
-            values.iter().filter(|v| v.record.cell.method == label && v.record.cell.learning_rate == rate).collect()
+            values
+                .iter()
+                .filter(|v| v.record.cell.method == label && v.record.cell.learning_rate == rate)
+                .collect()
         };
         rows.extend(self.real_row().map(|row| (row, Vec::new())));
         let base = of(BASE, None);
@@ -199,9 +203,13 @@ impl<'a> Analysis<'a> {
             .columns
             .iter()
             .filter_map(|column| {
-                let found: Vec<f64> = records.iter().filter_map(|r| r.real.get(&column.key).copied()).collect();
+                let found: Vec<f64> =
+                    records.iter().filter_map(|r| r.real.get(&column.key).copied()).collect();
                 let mean = mean(found.iter().copied())?;
-                Some((column.key.clone(), Estimate { mean, spread: None, seeds: Vec::new(), cells: found.len() }))
+                Some((
+                    column.key.clone(),
+                    Estimate { mean, spread: None, seeds: Vec::new(), cells: found.len() },
+                ))
             })
             .collect();
         (!scores.is_empty()).then(|| Row {
@@ -292,17 +300,11 @@ impl<'a> Analysis<'a> {
         for e in self.records.iter().map(|r| &r.environment) {
             let jobs = if e.jobs > 1 { format!(", {} cells at once", e.jobs) } else { String::new() };
             let threads = if e.threads == 1 { "1 thread".into() } else { format!("{} threads", e.threads) };
-            *found.entry(format!("hra {}, {}, {}, {threads}{jobs}", e.version, e.device, e.dtype)).or_default() += 1;
+            *found
+                .entry(format!("hra {}, {}, {}, {threads}{jobs}", e.version, e.device, e.dtype))
+                .or_default() += 1;
         }
         found.into_iter().collect()
-    }
-
-    /// Which figures the tables hold, for their heading.
-    pub fn heading(&self) -> String {
-        match self.set {
-            Set::Test => "Test pictures and prompts".into(),
-            Set::Validation => "Validation pictures and prompts (nothing was scored on the test set)".into(),
-        }
     }
 }
 
@@ -315,7 +317,12 @@ fn estimate(cells: &[&CellValues], key: &str) -> Option<Estimate> {
     }
     let seeds: Vec<(u64, f64)> = by_seed.into_iter().filter_map(|(seed, v)| Some((seed, mean(v)?))).collect();
     let of_seeds: Vec<f64> = seeds.iter().map(|(_, value)| *value).collect();
-    Some(Estimate { mean: mean(found.iter().map(|(_, v)| *v))?, spread: spread(&of_seeds), seeds, cells: found.len() })
+    Some(Estimate {
+        mean: mean(found.iter().map(|(_, v)| *v))?,
+        spread: spread(&of_seeds),
+        seeds,
+        cells: found.len(),
+    })
 }
 
 fn budget(records: &[&CellRecord]) -> BudgetMeans {

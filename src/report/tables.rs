@@ -11,8 +11,19 @@ use std::path::Path;
 /// `report.csv`. Scores that the pictures of a prompt have only together are repeated on each of them.
 pub fn pictures(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
     let head = [
-        "cell", "method", "subject", "seed", "learning_rate", "step", "set", "kind", "prompt_number", "prompt",
-        "picture_number", "picture_seed", "file",
+        "cell",
+        "method",
+        "subject",
+        "seed",
+        "learning_rate",
+        "step",
+        "set",
+        "kind",
+        "prompt_number",
+        "prompt",
+        "picture_number",
+        "picture_seed",
+        "file",
     ];
     let mut writer = Writer::from_writer(Vec::new());
     let headings = head.into_iter().chain(a.columns.iter().map(|c| c.key.as_str()));
@@ -60,8 +71,19 @@ fn prompt_rows(
 pub fn cells(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
     let head = ["cell", "method", "subject", "seed", "learning_rate", "step", "set", "prompts", "pictures"];
     let budget = [
-        "parameters", "bytes", "steps", "seconds", "seconds_per_step", "peak_memory", "peak_device_memory",
-        "interrupted", "version", "device", "dtype", "threads", "jobs",
+        "parameters",
+        "bytes",
+        "steps",
+        "seconds",
+        "seconds_per_step",
+        "peak_memory",
+        "peak_device_memory",
+        "interrupted",
+        "version",
+        "device",
+        "dtype",
+        "threads",
+        "jobs",
     ];
     let mut writer = Writer::from_writer(Vec::new());
     let keys = a.columns.iter().map(|c| c.key.as_str());

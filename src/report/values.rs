@@ -67,7 +67,8 @@ pub fn table_set(records: &[CellRecord]) -> Set {
     let tested = |r: &&CellRecord| r.evaluations.iter().any(|e| e.set == Set::Test);
     let trained = records.iter().filter(|r| r.cell.learning_rate.is_some());
     let any_trained = trained.clone().any(|r| !r.evaluations.is_empty());
-    let found = if any_trained { trained.clone().any(|r| tested(&r)) } else { records.iter().any(|r| tested(&r)) };
+    let found =
+        if any_trained { trained.clone().any(|r| tested(&r)) } else { records.iter().any(|r| tested(&r)) };
     if found || !any_trained { Set::Test } else { Set::Validation }
 }
 
@@ -116,7 +117,11 @@ impl<'a> CellValues<'a> {
             subject.chain(drift).filter_map(|(a, b)| prompt_difference(a, b, key)).collect();
         let whole = || Some(self.whole.scores.get(key)? - other.whole.scores.get(key)?);
         let has_prompts = |cell: &Self| {
-            cell.prompts.iter().map(|(_, p)| *p).chain(cell.drift.iter().copied()).any(|p| prompt_value(p, key).is_some())
+            cell.prompts
+                .iter()
+                .map(|(_, p)| *p)
+                .chain(cell.drift.iter().copied())
+                .any(|p| prompt_value(p, key).is_some())
         };
         if found.is_empty() && !has_prompts(self) && !has_prompts(other) {
             return whole().into_iter().collect();

@@ -2,7 +2,7 @@
 
 use super::search::{BestRate, TriedRate};
 use super::table::{Analysis, BudgetMeans, Difference, Estimate, Row, RowKind};
-use super::values::Column;
+use super::values::{Column, PAPER};
 use crate::results::{PlannedCell, Set};
 
 /// For what a row does not have.
@@ -83,13 +83,13 @@ pub const BUDGET: [BudgetColumn; 6] = [
         text: significant,
     },
     BudgetColumn {
-        title: "min",
+        title: "minutes",
         about: "minutes for a training, mean of those that were not interrupted",
         value: |b| b.seconds.map(|v| v / 60.0),
         text: significant,
     },
     BudgetColumn {
-        title: "GB",
+        title: "memory GB",
         about: "largest memory of the training process",
         value: |b| b.peak_memory.map(|v| v as f64 / 1e9),
         text: significant,
@@ -160,7 +160,8 @@ impl Analysis<'_> {
             if plan.seeds.len() == 1 { "" } else { "s" },
         )];
         if let Some(reference) = &self.reference {
-            let intervals = self.rows.iter().flat_map(|r| r.differences.values()).filter(|d| d.interval.is_some());
+            let intervals =
+                self.rows.iter().flat_map(|r| r.differences.values()).filter(|d| d.interval.is_some());
             let intervals = intervals.count();
             notes.push(format!(
                 "differences are to {reference}, paired by subject, prompt, seed and picture, with the 95 % interval of a percentile \
@@ -181,13 +182,18 @@ impl Analysis<'_> {
                 ));
             }
         }
-        if self.rates.iter().any(|r| r.rates.len() > 1) {
+        if self.searched().next().is_some() {
             notes.push(format!(
                 "learning rates were chosen by validation prompts and pictures alone ({}), never by test pictures",
                 self.objective()
             ));
         }
         notes
+    }
+
+    /// The methods for which several learning rates have validation scores.
+    pub fn searched(&self) -> impl Iterator<Item = &BestRate> {
+        self.rates.iter().filter(|r| r.rates.len() > 1)
     }
 
     /// The objective of learning rates: `1 dino + 0.5 clip_t`.
@@ -199,6 +205,7 @@ impl Analysis<'_> {
     /// What is not there, a sentence each.
     pub fn gaps(&self) -> Vec<String> {
         let mut gaps = Vec::new();
+        let cells = |count: usize| if count == 1 { "1 cell".to_string() } else { format!("{count} cells") };
         let names = |cells: &[&PlannedCell]| {
             let mut names: Vec<&str> = cells.iter().take(20).map(|c| c.id.as_str()).collect();
             if cells.len() > 20 {
@@ -208,12 +215,13 @@ impl Analysis<'_> {
         };
         if !self.missing.is_empty() {
             let (count, of) = (self.missing.len(), self.plan.cells.len());
-            gaps.push(format!("{count} of {of} cells are not there yet: {}", names(&self.missing)));
+            gaps.push(format!("{count} of {of} cells not there yet: {}", names(&self.missing)));
         }
         if !self.unscored.is_empty() {
             let (count, set) = (self.unscored.len(), self.set.name());
             gaps.push(format!(
-                "{count} cells have no {set} scores after the last step: {}",
+                "{} without {set} scores after the last step: {}",
+                cells(count),
                 names(&self.unscored)
             ));
         }
@@ -226,7 +234,8 @@ impl Analysis<'_> {
         if !interrupted.is_empty() {
             let count = interrupted.len();
             gaps.push(format!(
-                "{count} cells were interrupted and gone on with; their times and memory do not count: {}",
+                "{} interrupted and gone on with; times and memory do not count: {}",
+                cells(count),
                 names(&interrupted)
             ));
         }
@@ -236,7 +245,7 @@ impl Analysis<'_> {
     /// Warnings about the search of learning rates, a sentence each.
     pub fn rate_warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
-        for best in &self.rates {
+        for best in self.searched() {
             if best.at_edge {
                 warnings.push(format!(
                     "{}: the best learning rate {:e} is at the edge of those that were tried; widen the grid",
@@ -246,18 +255,28 @@ impl Analysis<'_> {
             let short: Vec<String> =
                 best.rates.iter().filter(|r| r.cells < r.planned).map(|r| format!("{:e}", r.rate)).collect();
             if !short.is_empty() {
-                warnings.push(format!("{}: cells are missing at learning rate {}", best.method, short.join(", ")));
+                warnings.push(format!(
+                    "{}: cells are missing at learning rate {}",
+                    best.method,
+                    short.join(", ")
+                ));
             }
         }
         warnings
     }
 
-    /// Which step and set of prompts a table is about, in a few words.
-    pub fn of_what(&self) -> String {
-        let last = self.plan.steps.last().map(|s| format!(" after {s} steps")).unwrap_or_default();
+    /// Which pictures, prompts and step the tables are about.
+    pub fn heading(&self) -> String {
+        let step = match self.plan.steps.last() {
+            _ if self.plan.protocol == PAPER => ", at the step chosen for each prompt".to_string(),
+            Some(step) => format!(", after {step} steps"),
+            None => String::new(),
+        };
         match self.set {
-            Set::Test => format!("test{last}"),
-            Set::Validation => format!("validation{last}"),
+            Set::Test => format!("Test pictures and prompts{step}"),
+            Set::Validation => {
+                format!("Validation pictures and prompts{step}; nothing was scored on the test set")
+            }
         }
     }
 }
@@ -302,7 +321,7 @@ mod tests {
     #[test]
     fn numbers_in_words() {
         assert_eq!(count(1_234_567.0).replace('\u{202f}', ","), "1,234,567");
-        assert_eq!(["0", "999"], [count(0.0), count(999.0)].map(|t| t.clone()).each_ref().map(|t| t.as_str()));
+        assert_eq!([0.0, 999.0].map(count), ["0", "999"]);
         assert_eq!([0.0412, 1.5, 1234.6].map(significant), ["0.0412", "1.50", "1235"]);
         assert_eq!(signed(-0.0123, 3), "\u{2212}0.012");
     }

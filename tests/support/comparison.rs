@@ -179,7 +179,11 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
         }),
         losses: if trained { losses(steps[steps.len() - 1], cell) } else { Vec::new() },
         evaluations,
-        real: if trained { Scores::new() } else { Scores::from([("dino".into(), 0.8), ("clip_i".into(), 0.85)]) },
+        real: if trained {
+            Scores::new()
+        } else {
+            Scores::from([("dino".into(), 0.8), ("clip_i".into(), 0.85)])
+        },
         environment: Environment {
             version: "0.1.0".into(),
             device: "cpu".into(),
@@ -220,11 +224,19 @@ fn evaluation(plan: &Plan, shape: &Shape, cell: &PlannedCell, step: i64, set: Se
         step,
         set,
         prompts: texts.iter().enumerate().map(|(i, t)| prompt(i, t, set.name(), &shape.keys)).collect(),
-        drift: plan.drift_prompts.iter().enumerate().map(|(i, t)| prompt(i, t, "drift", &drift_keys)).collect(),
+        drift: plan
+            .drift_prompts
+            .iter()
+            .enumerate()
+            .map(|(i, t)| prompt(i, t, "drift", &drift_keys))
+            .collect(),
         scores: Scores::new(),
     };
     for prompt in &mut evaluation.prompts {
-        prompt.scores.insert("diversity_vgg".into(), (noise(&format!("{} {}", cell.id, prompt.prompt)) * 1e4).round() / 1e4);
+        prompt.scores.insert(
+            "diversity_vgg".into(),
+            (noise(&format!("{} {}", cell.id, prompt.prompt)) * 1e4).round() / 1e4,
+        );
     }
     evaluation.summarise();
     evaluation
@@ -237,7 +249,11 @@ fn plain(path: &Path, name: &str) {
         let (dx, dy) = (f64::from(x) - 14.0 - 20.0 * place, f64::from(y) - 24.0);
         let inside = dx * dx + dy * dy < 150.0;
         let level = |shift: f64| (127.0 + 100.0 * (6.28 * (hue + shift)).sin()) as u8;
-        if inside { image::Rgb([level(0.0), level(0.33), level(0.66)]) } else { image::Rgb([level(0.5), 200, level(0.2)]) }
+        if inside {
+            image::Rgb([level(0.0), level(0.33), level(0.66)])
+        } else {
+            image::Rgb([level(0.5), 200, level(0.2)])
+        }
     });
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     picture.save(path).unwrap();
