@@ -121,8 +121,13 @@ fn finish(config: &CompareConfig, outcome: &Outcome, json: bool) -> Result<()> {
 }
 
 fn report(folder: &Path, json: bool) -> Result<()> {
-    let _summary = report::write(folder)?;
-    let _ = json;
+    let summary = report::write(folder)?;
+    if json {
+        let value = serde_json::to_value(&summary).map_err(|e| Error::Run(e.to_string()))?;
+        println!("{value}");
+    } else {
+        print!("{}", summary.text);
+    }
     Ok(())
 }
 
