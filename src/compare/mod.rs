@@ -47,6 +47,8 @@ pub fn run(config: &CompareConfig, shard: Shard) -> Result<Outcome> {
     check_folder(&folder, config)?;
     files::create_dir_all(&folder)?;
     let planned = plan::plan(config, &subjects, &notes, &Stage::First)?;
+    // Before anything else: by it a folder is known as a comparison's.
+    results::write_json(&folder.join(PLAN_FILE), &planned.plan)?;
     for subject in &subjects {
         subject.copy_into(&folder)?;
     }
