@@ -72,6 +72,10 @@ fn corpus(reader: &str, scratch: &Path) -> (Vec<Files>, usize) {
         let tensors = [(name.to_string(), Tensor::ones(shape, (Kind::Float, Device::Cpu)))];
         to_bytes(&tensors, &[]).unwrap()
     };
+    let tower = |name: &str, processor: &str| {
+        let files = ["config.json", processor, "model.safetensors"];
+        files.map(|file_name| file(&format!("tests/fixtures/towers/{name}/{file_name}"))).to_vec()
+    };
     match reader {
         "tensor_file" => {
             let mut files = vec![vec![small("x", &[6, 2])]];
@@ -175,6 +179,11 @@ fn corpus(reader: &str, scratch: &Path) -> (Vec<Files>, usize) {
             save_png(&path, &RgbImage::new(5, 4), &texts).unwrap();
             files.push(vec![fs::read(path).unwrap()]);
             (files, 700)
+        }
+        "clip" => (vec![tower("clip", "processor_config.json")], 120),
+        "vit" => {
+            let names = ["dino", "dino-wide", "dinov2", "dinov2-gated"];
+            (names.map(|name| tower(name, "preprocessor_config.json")).to_vec(), 250)
         }
         other => panic!("{other}: no corpus"),
     }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use tch::Tensor;
 
 /// Longest side of what a tower sees.
-const MAX_SIDE: u32 = 4096;
+const MAX_SIDE: u32 = 2048;
 /// Most pixels of a resized picture before it is cropped: only a very long and thin one comes near it.
 const MAX_RESIZED: u64 = 1 << 26;
 
@@ -212,9 +212,9 @@ struct Settings {
 type Problem<T> = std::result::Result<T, String>;
 
 impl Settings {
-    /// A setting; `null` in the file is as if it were not there.
+    /// A setting; `null` in the file counts, as it does in Python.
     fn get(&self, name: &str) -> &Value {
-        self.given.get(name).filter(|value| !value.is_null()).unwrap_or(&self.defaults[name])
+        self.given.get(name).unwrap_or(&self.defaults[name])
     }
 
     /// Refuses steps that are not known here.
@@ -233,7 +233,8 @@ impl Settings {
 
     fn flag(&self, name: &str) -> Problem<bool> {
         let value = self.get(name);
-        value.as_bool().ok_or_else(|| format!("{name}: expected true or false, found {value}"))
+        let known = if value.is_null() { Some(false) } else { value.as_bool() };
+        known.ok_or_else(|| format!("{name}: expected true or false, found {value}"))
     }
 
     fn number(&self, name: &str) -> Problem<f64> {

@@ -13,11 +13,13 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 /// Longest side of a tower's pictures, in its config.
-const MAX_SIDE: i64 = 4096;
+const MAX_SIDE: i64 = 2048;
 /// Most patches of a picture: attention takes the square of it.
 const MAX_PATCHES: i64 = 4096;
 /// How many tokens go through a tower at once: some 20 pictures of ViT-S/16, or about 100 MB in ViT-L.
 const TOKENS_AT_ONCE: i64 = 4096;
+/// How many pixels: 50 MB.
+const PIXELS_AT_ONCE: i64 = 1 << 22;
 
 /// `config.json` of a tower's folder, which must be there.
 pub fn config(dir: &Path) -> Result<(Value, Text)> {
@@ -208,9 +210,10 @@ impl Eye {
     /// makes `(b, d)` of tokens `(b, 1 + n, width)`.
     pub fn embed(&self, pictures: &[&RgbImage], tower: impl Fn(&Tensor) -> Tensor) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        let at_once = (TOKENS_AT_ONCE / self.patches.tokens()).max(1) as usize;
+        let (height, width) = self.processor.size();
+        let at_once = (TOKENS_AT_ONCE / self.patches.tokens()).min(PIXELS_AT_ONCE / (height * width)).max(1);
         let mut rows = vec![Tensor::zeros([0, self.width], (Kind::Float, Device::Cpu))];
-        for some in pictures.chunks(at_once) {
+        for some in pictures.chunks(at_once as usize) {
             let pixels = self.processor.pixels(some)?.f_to_device(self.device)?;
             rows.push(unit_rows(&self.dir, &tower(&self.patches.forward(&pixels)))?);
         }

@@ -109,7 +109,7 @@ impl VitLayer {
             [&self.query, &self.key, &self.value].map(|l| split_heads(&l.forward(&normed), self.heads));
         let mut y = self.output.forward(&join_heads(&attend(&q, &k, &v, None, false)));
         if let Some((scale, _)) = &self.scales {
-            y = y * scale;
+            y *= scale;
         }
         let x = x + y;
         let h = self.feed_in.forward(&self.norm2.forward(&x));
@@ -121,7 +121,7 @@ impl VitLayer {
         };
         let mut y = self.feed_out.forward(&h);
         if let Some((_, scale)) = &self.scales {
-            y = y * scale;
+            y *= scale;
         }
         x + y
     }

@@ -3,9 +3,11 @@
 //!
 //! Each output pixel is a weighted mean of the input pixels under a filter. When an image shrinks, the filter is widened by
 //! the ratio, which is what keeps fine texture from turning into noise (antialiasing). Rows are filtered first, then
-//! columns, with 8-bit values in between; weights are normalised in f64 and then rounded to 22 binary places.
+//! columns, with 8-bit values in between; the other way round where a picture loses more than twice as many rows as columns
+//! (Pillow 13; older ones differ there by some levels of 255). Weights are normalised in f64 and then rounded to 22 binary places.
 
 use ::image::{RgbImage, imageops};
+use std::borrow::Cow;
 
 /// 32 bits, less 8 of the pixel, less 2 because the weights of a sharpening filter can sum to more than 1 on one side.
 const PRECISION_BITS: u32 = 32 - 8 - 2;
@@ -133,9 +135,17 @@ pub fn resize(image: &RgbImage, width: u32, height: u32, filter: Filter) -> RgbI
     let (from_width, from_height) = image.dimensions();
     assert!(width > 0 && height > 0 && from_width > 0 && from_height > 0, "resize needs pixels to work with");
     // An axis that keeps its size is left alone: Pillow does the same.
-    let wide = (width != from_width).then(|| resize_rows(image, width, filter));
-    let image = wide.as_ref().unwrap_or(image);
-    if height != from_height { resize_columns(image, height, filter) } else { image.clone() }
+    let lost = |from: u32, to: u32| i64::from(from) - i64::from(to);
+    let columns_first = lost(from_height, height) > 0.max(2 * lost(from_width, width));
+    let mut image = Cow::Borrowed(image);
+    for columns in [columns_first, !columns_first] {
+        if columns && height != from_height {
+            image = Cow::Owned(resize_columns(&image, height, filter));
+        } else if !columns && width != from_width {
+            image = Cow::Owned(resize_rows(&image, width, filter));
+        }
+    }
+    image.into_owned()
 }
 
 fn resize_rows(image: &RgbImage, width: u32, filter: Filter) -> RgbImage {

@@ -10,6 +10,9 @@ use hra::adapter::peft::{self, AdapterFile};
 use hra::adapter::{Adapter, Full};
 use hra::checkpoint::{Loaded, TrainedPart, UNET_CLASS};
 use hra::config::TrainConfig;
+use hra::evaluate::clip::Clip;
+use hra::evaluate::vit::Vit;
+use hra::image::RgbImage;
 use hra::model::attach::{attach_trained, set_enabled};
 use hra::model::config::{TextConfig, UNetConfig, VaeConfig};
 use hra::model::fixed::attach_fixed;
@@ -33,7 +36,7 @@ pub const SEPARATOR: &[u8] = b"\n=====\n";
 pub type Reader = fn(scratch: &Path, input: &[u8]);
 
 /// All of them by name.
-pub const READERS: [(&str, Reader); 20] = [
+pub const READERS: [(&str, Reader); 22] = [
     ("tensor_file", tensor_file),
     ("adapter", adapter),
     ("merge", merge),
@@ -54,6 +57,8 @@ pub const READERS: [(&str, Reader); 20] = [
     ("shards", shards),
     ("picture", picture),
     ("hub_id", hub_id),
+    ("clip", clip),
+    ("vit", vit),
 ];
 
 /// Several files as one input.
@@ -111,11 +116,16 @@ pub fn tensor_file(scratch: &Path, input: &[u8]) {
     }
 }
 
-/// The small model that Python wrote, from the main package or from tests/fuzz.
-fn pipeline() -> PathBuf {
+/// A fixture, from the main package or from tests/fuzz.
+fn fixture(name: &str) -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let found = [here.join("tests/fixtures"), here.join("../fixtures")].into_iter().find(|dir| dir.is_dir());
-    found.expect("fixtures are in tests/fixtures").join("cases/sd15/pipeline")
+    found.expect("fixtures are in tests/fixtures").join(name)
+}
+
+/// The small model that Python wrote.
+fn pipeline() -> PathBuf {
+    fixture("cases/sd15/pipeline")
 }
 
 /// A model, loaded once, that adapters are put on.
@@ -416,4 +426,31 @@ pub fn hub_id(_: &Path, input: &[u8]) {
         let mut parts = name.split('/').chain(revision.split('/'));
         assert!(parts.all(|part| !part.is_empty() && !part.starts_with('.')), "{text:?}");
     }
+}
+
+/// Config, processor and weights of a tower's folder.
+fn tower(scratch: &Path, processor: &str, input: &[u8]) -> [RgbImage; 2] {
+    let [config, settings, weights] = split(input);
+    put(scratch, "config.json", config);
+    put(scratch, processor, settings);
+    put(scratch, "model.safetensors", weights);
+    [RgbImage::new(31, 7), RgbImage::new(5, 40)]
+}
+
+/// CLIP's folder, with a tokenizer that is good; a picture or text is scored with what loads.
+pub fn clip(scratch: &Path, input: &[u8]) {
+    let pictures = tower(scratch, "processor_config.json", input);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        put(scratch, name, &std::fs::read(fixture("towers/clip").join(name)).expect("a fixture"));
+    }
+    let Ok(clip) = Clip::load(scratch, Device::Cpu) else { return };
+    let _ = clip.images(&pictures.each_ref());
+    let _ = clip.texts(&["a cat", ""]);
+}
+
+/// DINO's or DINOv2's folder; pictures are scored with what loads.
+pub fn vit(scratch: &Path, input: &[u8]) {
+    let pictures = tower(scratch, "preprocessor_config.json", input);
+    let Ok(vit) = Vit::load(scratch, Device::Cpu) else { return };
+    let _ = vit.images(&pictures.each_ref());
 }
