@@ -10,6 +10,7 @@ use crate::interrupt;
 use crate::run::{CONFIG_FILE, RunFolder};
 use crate::train::{self, Outcome, Resume};
 use clap::{ArgMatches, Args};
+use serde_json::{Value, json};
 use std::path::PathBuf;
 
 /// Flags of `hra train`. The settings themselves are [`TrainConfig`]'s.
@@ -38,6 +39,9 @@ pub struct TrainArgs {
     /// Print every effective setting as a config file, and do nothing
     #[arg(long, help_heading = "Model and output")]
     print_config: bool,
+    /// Print the closing report as JSON
+    #[arg(long, help_heading = "Model and output")]
+    json: bool,
 }
 
 /// Runs `hra train`; `typed` says which flags were given.
@@ -66,8 +70,28 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
     }
     interrupt::install()?;
     let outcome = train::train(config.clone(), resume.as_ref())?;
+    if args.json {
+        return super::print_json(&json(&outcome, &config));
+    }
     report(&outcome, &config);
     Ok(())
+}
+
+/// The closing report as numbers.
+fn json(outcome: &Outcome, config: &TrainConfig) -> Value {
+    let moved = outcome.movement;
+    json!({
+        "folder": outcome.folder,
+        "method": config.method().name(),
+        "parameters": outcome.parameters,
+        "steps": outcome.steps,
+        "seconds": outcome.seconds,
+        "loss": outcome.loss,
+        "weights_moved": moved.map(|m| json!({"mean": m.mean, "largest": m.largest})),
+        "orthogonality_error": moved.and_then(|m| m.orthogonality_error),
+        "peak_memory": peak_process_memory(),
+        "checkpoints": checkpoint::list(&outcome.folder).unwrap_or_default(),
+    })
 }
 
 fn report(outcome: &Outcome, config: &TrainConfig) {
