@@ -248,3 +248,60 @@ fn what_is_missing_is_told_before_or_instead_of_scores() {
     let lpips = ["evaluate", "drawn", "--real", &real, "--lpips-alex", "none.safetensors"];
     refused(bench.scratch.run(&lpips), &["none.safetensors", "tools/lpips_to_safetensors.py alex"]);
 }
+
+#[test]
+fn each_tower_gives_its_own_scores_and_the_first_one_says_who_is_who() {
+    let bench = Bench::new();
+    write_masks(&bench.path("masks"));
+    let (real, others) = (asset("subjects/cat/held_out"), asset("subjects/robot/train"));
+    let tower = |name: &str| root().join("tests/fixtures/towers").join(name).to_str().unwrap().to_string();
+    let (clip, dino, dinov2) = (asset("tiny-clip"), tower("dino"), tower("dinov2"));
+    let score = |towers: &[&str]| -> Value {
+        let words = [
+            "evaluate",
+            "drawn",
+            "--real",
+            &real,
+            "--look-alikes",
+            &others,
+            "--masks",
+            "masks",
+            "--prompt",
+            "x",
+        ];
+        let done = bench.scratch.ok(&[&words, towers, &["--device", "cpu", "--json"]].concat());
+        serde_json::from_str(&done.out).unwrap()
+    };
+    let all = score(&["--clip", &clip, "--dino", &dino, "--dinov2", &dinov2]);
+    let keys: Vec<&str> = all["scores"].as_object().unwrap().keys().map(String::as_str).collect();
+    let expected = [
+        "background_clip_i",
+        "background_dino",
+        "clip_i",
+        "clip_t",
+        "dino",
+        "dinov2",
+        "diversity_clip",
+        "identity_map",
+        "identity_top1",
+        "subject_clip_i",
+        "subject_dino",
+    ];
+    assert_eq!(keys, expected);
+    let alone = [
+        (score(&["--clip", &clip]), "clip_i"),
+        (score(&["--dino", &dino]), "dino"),
+        (score(&["--dinov2", &dinov2]), "dinov2"),
+    ];
+    for (found, key) in &alone {
+        assert_eq!(found["scores"][key], all["scores"][key], "{key} does not depend on other towers");
+    }
+    let identity = |found: &Value| found["scores"]["identity_map"].as_f64().unwrap();
+    let [clip_only, dino_only, dinov2_only] = [0, 1, 2].map(|i| identity(&alone[i].0));
+    assert!(clip_only != dino_only && dino_only != dinov2_only, "{clip_only} {dino_only} {dinov2_only}");
+    assert_eq!(identity(&all), dino_only);
+    assert_eq!(identity(&score(&["--clip", &clip, "--dinov2", &dinov2])), dinov2_only);
+    let towers = |i: usize| alone[i].0["towers"].as_str().unwrap();
+    assert_eq!(all["towers"], [towers(0), towers(1), towers(2)].join(", "));
+    assert!(towers(0).starts_with("clip ") && towers(2).starts_with("dinov2 "));
+}
