@@ -123,11 +123,9 @@ fn finish(config: &CompareConfig, outcome: &Outcome, json: bool) -> Result<()> {
 fn report(folder: &Path, json: bool) -> Result<()> {
     let summary = report::write(folder)?;
     if json {
-        let value = serde_json::to_value(&summary).map_err(|e| Error::Run(e.to_string()))?;
-        println!("{value}");
-    } else {
-        print!("{}", summary.text);
+        return super::print_json(&summary);
     }
+    print!("{}", summary.text);
     Ok(())
 }
 

@@ -45,6 +45,9 @@ pub struct ExportArgs {
     /// Rank of a LoRA in place of changes that are not of low rank [default: 64]
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
     rank: Option<i64>,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Runs `hra export`.
@@ -81,6 +84,10 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     let mut model = StableDiffusion::load_with(&model, args.config.as_deref(), Kind::Float, Device::Cpu)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(None, attach::weight_count(&mut model.unet))?;
-    export::export(&mut model, &request)?.iter().for_each(|line| println!("{line}"));
+    let written = export::export(&mut model, &request)?;
+    if args.json {
+        return super::print_json(&written);
+    }
+    println!("{written}");
     Ok(())
 }

@@ -9,6 +9,8 @@ use crate::files;
 use crate::hub::{self, Wanted};
 use crate::model::loaded::{FULL_UNET, TEXT_ENCODER};
 use clap::Args;
+use serde::Serialize;
+use serde_json::json;
 use std::path::{Path, PathBuf};
 use tch::Kind;
 
@@ -31,6 +33,17 @@ pub struct MergeArgs {
     /// Folder for the new adapter; must not be there yet
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The adapter of one network, as it was written.
+#[derive(Debug, Serialize)]
+struct Merged {
+    network: &'static str,
+    method: String,
+    values: usize,
 }
 
 /// Runs `hra merge`.
@@ -48,7 +61,12 @@ pub fn run(args: &MergeArgs) -> Result<()> {
         }
         Ok(())
     })?;
-    written.iter().for_each(|line| println!("{line}"));
+    if args.json {
+        return super::print_json(&json!({"path": args.output, "parts": written}));
+    }
+    for Merged { network, method, values } in &written {
+        println!("{network}: {method}, {values} values");
+    }
     println!("adapter: {}", args.output.display());
     Ok(())
 }
@@ -60,7 +78,7 @@ fn merge_place(
     place: &str,
     class: (&str, &str),
     dir: &Path,
-) -> Result<Option<String>> {
+) -> Result<Option<Merged>> {
     let mut read = Vec::new();
     for (path, strength) in adapters {
         let folder = path.join(place);
@@ -95,5 +113,5 @@ fn merge_place(
     peft::write(&folder, &config, class, &tensors, Kind::Float, &text)?;
     let values: usize = tensors.iter().map(|(_, t)| t.numel()).sum();
     let network = if place.is_empty() { "UNet" } else { "text encoder" };
-    Ok(Some(format!("{network}: {}, {values} values", config.method.describe())))
+    Ok(Some(Merged { network, method: config.method.describe(), values }))
 }

@@ -110,7 +110,7 @@ fn prompt_lines(path: &std::path::Path) -> Result<Vec<String>> {
 }
 
 /// Prints one JSON object, what `--json` gives in place of text.
-fn print_json(value: &serde_json::Value) -> Result<()> {
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|e| Error::config(e.to_string()))?;
     println!("{text}");
     Ok(())

@@ -15,6 +15,7 @@ use crate::sampler::{SamplerKind, Spacing};
 use crate::stable_diffusion::StableDiffusion;
 use crate::tensor_file::{self, TensorFile};
 use clap::Args;
+use serde_json::json;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
@@ -52,6 +53,9 @@ pub struct SampleArgs {
     /// Draw each picture with the base model too, from the same noise: in base/, and beside the others in grid.png
     #[arg(long)]
     with_base: bool,
+    /// Print what was drawn as JSON
+    #[arg(long)]
+    json: bool,
 
     /// Pictures for each prompt [default: 1, or as many as --latents holds]
     #[arg(long, alias = "num-images-per-prompt", value_name = "N", help_heading = "Pictures")]
@@ -139,6 +143,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let mut model = StableDiffusion::load_with(&dir, config, compute.kind, compute.device)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
+    let mut reports = Vec::new();
     if !adapters.is_empty() {
         let names = model.layer_names()?;
         let adapters: Vec<(LoadedAdapter, f64)> = adapters
@@ -151,9 +156,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
                 eprintln!("warning: {note}");
             }
         }
-        for report in fixed::attach_fixed(&mut model, adapters, args.with_base)? {
-            eprintln!("{report}");
-        }
+        reports = fixed::attach_fixed(&mut model, adapters, args.with_base)?;
+        reports.iter().for_each(|report| eprintln!("{report}"));
     }
     let settings = settings(args, &model, given.as_ref())?;
     settings.validate(&model)?;
@@ -185,6 +189,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let mut done = 0;
     let mut rows = Vec::new();
     let mut latents = Vec::new();
+    let mut drawn = Vec::new();
     for (p, prompt) in prompts.iter().enumerate() {
         let settings = Settings { prompt: prompt.clone(), ..settings.clone() };
         let noise = source.noise(&settings, &model)?;
@@ -201,6 +206,10 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             output.save(p, &pictures, *base, &settings, &model.name(), &names)?;
             if !base {
                 latents.extend(pictures.iter().map(|p| p.latents.shallow_clone()));
+                drawn.extend(pictures.iter().enumerate().map(|(i, picture)| {
+                    let base = args.with_base.then(|| output.file(p, i, true));
+                    json!({"file": output.file(p, i, false), "base": base, "prompt": prompt, "seed": picture.seed})
+                }));
             }
             images.extend(pictures.into_iter().map(|p| p.image));
         }
@@ -217,7 +226,13 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let grid = Grid { columns: columns.collect(), rows };
     let all = Settings { prompt: prompts.join("\n"), ..settings };
     let text = all.to_text(Some(args.seed), &model.name(), &args.adapter.join(", "));
-    png::save_png(&args.output.join("grid.png"), &grid.render(), &text)?;
+    let sheet = args.output.join("grid.png");
+    png::save_png(&sheet, &grid.render(), &text)?;
+    if args.json {
+        return super::print_json(&json!({
+            "output": args.output, "pictures": drawn, "grid": sheet, "latents": args.save_latents, "adapters": reports,
+        }));
+    }
     let total = prompts.len() * count;
     let base =
         if args.with_base { format!(", and {total} of the base model in base/") } else { String::new() };

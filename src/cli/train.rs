@@ -14,6 +14,7 @@ use crate::run::{CONFIG_FILE, RunFolder};
 use crate::train::{self, Outcome, Resume};
 use clap::{ArgMatches, Args};
 use std::collections::BTreeSet;
+use serde_json::{Value, json};
 use std::path::PathBuf;
 
 /// Flags of `hra train`. The settings themselves are [`TrainConfig`]'s.
@@ -53,6 +54,9 @@ pub struct TrainArgs {
     /// Prompt without the subject, for drift from the base model; may be given several times
     #[arg(long, value_name = "PROMPT", help_heading = "Scores")]
     drift_prompt: Vec<String>,
+    /// Print the closing report as JSON
+    #[arg(long, help_heading = "Model and output")]
+    json: bool,
 }
 
 /// Runs `hra train`; `typed` says which flags were given.
@@ -89,9 +93,14 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
         checkpoints::check(&config, &judges)?;
     }
     let outcome = train::train(config.clone(), resume.as_ref())?;
-    report(&outcome, &config);
-    if args.score {
-        report_scores(&checkpoints::score(&config, &judges)?);
+    if !args.json {
+        report(&outcome, &config);
+    }
+    let scored = args.score.then(|| checkpoints::score(&config, &judges)).transpose()?;
+    match &scored {
+        _ if args.json => return super::print_json(&json(&outcome, &config, scored.as_ref())),
+        Some(scored) => report_scores(scored),
+        None => {}
     }
     Ok(())
 }
@@ -110,6 +119,25 @@ fn report_scores(scored: &Scored) {
         println!("{:>8}{values}{mark}", evaluation.step);
     }
     println!("{}: scores.json, scores.svg and the pictures", scored.folder.display());
+}
+
+/// The closing report as numbers.
+fn json(outcome: &Outcome, config: &TrainConfig, scored: Option<&Scored>) -> Value {
+    let moved = outcome.movement;
+    json!({
+        "folder": outcome.folder,
+        "method": config.method().name(),
+        "parameters": outcome.parameters,
+        "steps": outcome.steps,
+        "seconds": outcome.seconds,
+        "loss": outcome.loss,
+        "weights_moved": moved.map(|m| json!({"mean": m.mean, "largest": m.largest})),
+        "orthogonality_error": moved.and_then(|m| m.orthogonality_error),
+        "peak_memory": peak_process_memory(),
+        "best_step": scored.and_then(|s| s.best),
+        "evaluations": scored.map(|s| &s.evaluations),
+        "checkpoints": checkpoint::list(&outcome.folder).unwrap_or_default(),
+    })
 }
 
 fn report(outcome: &Outcome, config: &TrainConfig) {

@@ -14,7 +14,7 @@ use crate::files::Kind as FileKind;
 use crate::image::resize::center_offset;
 use crate::image::{Filter, RgbImage, resize};
 use crate::tensor_file::TensorFile;
-use crate::{data, files};
+use crate::{data, files, interrupt};
 use ::image::imageops;
 use std::borrow::Cow;
 use std::collections::btree_map::Entry;
@@ -225,6 +225,7 @@ impl Lpips {
                     free.insert(features.collect::<Result<_>>()?);
                 }
             }
+            interrupt::check(|| "stopped while comparing pictures".to_string())?;
             for Placed { pair, places } in wanted {
                 let [a, b] = places.map(|place| &held[&(place / block)][place % block]);
                 distances[pair] = self.distance(a, b)?;

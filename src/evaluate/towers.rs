@@ -109,8 +109,14 @@ fn told(error: Error, flag: &str, known: &str) -> Error {
 /// another identity cannot be compared. Made of each tower's settings, and of the name, dtype and first values of each of its
 /// tensors.
 pub fn identity(paths: &TowerPaths) -> Result<String> {
-    const TEXTS: [&str; 5] =
-        ["config.json", "merges.txt", "preprocessor_config.json", "tokenizer.json", "vocab.json"];
+    const TEXTS: [&str; 6] = [
+        "config.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "vocab.json",
+    ];
     let mut found = Vec::new();
     for (name, dir) in ["clip", "dino", "dinov2"].into_iter().zip(paths.folders()?) {
         let Some(dir) = dir else { continue };

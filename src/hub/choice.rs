@@ -88,8 +88,15 @@ fn tower(names: &BTreeSet<String>) -> Result<Choice, String> {
         "tokenizer_config.json",
         "vocab.json",
     ];
-    let needed = ["config.json", "preprocessor_config.json"];
-    let mut missing: Vec<&str> = needed.into_iter().filter(|name| !names.contains(*name)).collect();
+    // transformers 5 writes the second one.
+    const PROCESSORS: [&str; 2] = ["preprocessor_config.json", "processor_config.json"];
+    let mut missing: Vec<&str> = Vec::new();
+    if !names.contains("config.json") {
+        missing.push("config.json");
+    }
+    if !PROCESSORS.iter().any(|name| names.contains(*name)) {
+        missing.push(PROCESSORS[0]);
+    }
     let found = weights(names, "", "model");
     if found.is_none() {
         missing.push("model.safetensors");
@@ -105,7 +112,8 @@ fn tower(names: &BTreeSet<String>) -> Result<Choice, String> {
         };
         return Err(format!("a vision tower, without {}{hint}", missing.join(", ")));
     }
-    let small = needed.iter().chain(&TOKENIZER).filter(|name| names.contains(**name));
+    let small =
+        ["config.json"].iter().chain(&PROCESSORS).chain(&TOKENIZER).filter(|name| names.contains(**name));
     let files = small.map(|name| name.to_string()).chain(found.into_iter().flatten());
     Ok(Choice { files: files.collect(), entry: PathBuf::new() })
 }
@@ -328,6 +336,8 @@ mod tests {
         let index = "model.safetensors.index.json";
         let sharded = [settings[0], settings[1], index, shards[0], shards[1]];
         assert_eq!(chosen(&sharded).unwrap().files, sharded);
+        let new = ["config.json", "processor_config.json", "model.safetensors"];
+        assert_eq!(chosen(&new).unwrap().files, new);
         assert!(chosen(&sharded[..4]).unwrap_err().contains("without model.safetensors"));
         let pickled = chosen(&[settings[0], "pytorch_model.bin"]).unwrap_err();
         assert!(pickled.contains("without preprocessor_config.json, model.safetensors"), "{pickled}");

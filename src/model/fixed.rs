@@ -5,11 +5,12 @@ use super::loaded::LoadedAdapter;
 use crate::adapter::{Change, Form, Full, LowRank};
 use crate::error::{Error, Result};
 use crate::tensor_file;
+use serde::Serialize;
 use std::path::PathBuf;
 use tch::{Device, Kind, Tensor};
 
 /// What loading one adapter did.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub struct AttachReport {
     /// Where it came from.
     pub path: PathBuf,

@@ -107,7 +107,7 @@ pub fn best_step(evaluations: &[Evaluation], objective: &[(String, f64)]) -> Opt
     best.map(|(step, _)| step)
 }
 
-/// The chosen rates as `[[methods]]` of a compare config; empty where no method tried several.
+/// The chosen rates as `[[method]]` of a compare config; empty where no method tried several.
 pub fn toml_snippet(plan: &Plan, rates: &[BestRate]) -> String {
     let mut tables = Vec::new();
     for method in &plan.methods {
@@ -129,6 +129,6 @@ pub fn toml_snippet(plan: &Plan, rates: &[BestRate]) -> String {
     if tables.is_empty() {
         return String::new();
     }
-    toml::to_string(&toml::Table::from_iter([("methods".to_string(), toml::Value::Array(tables))]))
+    toml::to_string(&toml::Table::from_iter([("method".to_string(), toml::Value::Array(tables))]))
         .unwrap_or_default()
 }

@@ -1,6 +1,10 @@
 //! Adapters in other programs' forms: PEFT folders, LoRA files, whole models. Each output is read back, and what it does to
 //! the weights is compared with what the adapters do.
 
+mod report;
+
+pub use report::{Approximation, ReadBack, Written};
+
 use crate::adapter::combine::{How, combine};
 use crate::adapter::lora::{LoraConfig, LoraInit};
 use crate::adapter::lora_file::{self, Change, Style};
@@ -71,33 +75,35 @@ struct Goals {
     vectors: BTreeMap<String, (Part, Tensor)>,
 }
 
-/// Writes what is asked for; what a user should see, a line each.
-pub fn export(model: &mut StableDiffusion, request: &Request) -> Result<Vec<String>> {
+/// Writes what is asked for.
+pub fn export(model: &mut StableDiffusion, request: &Request) -> Result<Written> {
     let _guard = tch::no_grad_guard();
     files::refuse_existing(&request.output)?;
     let adapters = read(model, &request.adapters)?;
     let fingerprint = model.fingerprint()?;
-    let mut lines: Vec<String> = adapters
-        .iter()
-        .filter_map(|(adapter, _)| adapter.other_base(&fingerprint))
-        .map(|note| format!("warning: {note}"))
-        .collect();
-    let (goals, reports) = goals(model, adapters)?;
-    lines.extend(reports.iter().map(ToString::to_string));
-    match request.to {
-        Target::Peft => lines.extend(write_peft(model, request, &fingerprint)?),
-        Target::PeftLora | Target::DiffusersLora | Target::KohyaLora => {
-            lines.extend(write_lora(model, request, &goals, &fingerprint)?);
-        }
+    let warnings = adapters.iter().filter_map(|(adapter, _)| adapter.other_base(&fingerprint)).collect();
+    let (goals, adapters) = goals(model, adapters)?;
+    let (mut what, mut notes, mut approximation) = ("adapter", Vec::new(), None);
+    let read_back = match request.to {
         Target::Merged | Target::Checkpoint => {
-            lines.extend(write_model(request, model, &goals)?);
-            return Ok(lines);
+            what = "model";
+            let (said, read_back) = write_model(request, model, &goals)?;
+            notes = said;
+            read_back
         }
-    }
-    let written = read(model, &[(request.output.clone(), 1.0)])?;
-    let (found, _) = self::goals(model, written)?;
-    lines.push(compare(model, &goals, &found));
-    Ok(lines)
+        Target::Peft | Target::PeftLora | Target::DiffusersLora | Target::KohyaLora => {
+            if request.to == Target::Peft {
+                write_peft(model, request, &fingerprint)?;
+            } else {
+                what = "LoRA";
+                approximation = write_lora(model, request, &goals, &fingerprint)?;
+            }
+            let written = read(model, &[(request.output.clone(), 1.0)])?;
+            let (found, _) = self::goals(model, written)?;
+            compare(model, &goals, &found)
+        }
+    };
+    Ok(Written { what, path: request.output.clone(), adapters, warnings, notes, approximation, read_back })
 }
 
 fn read(model: &mut StableDiffusion, adapters: &[(PathBuf, f64)]) -> Result<Vec<(LoadedAdapter, f64)>> {
@@ -151,7 +157,7 @@ fn goals(
 }
 
 /// How far the weights of a file are from those that were to be written, over all layers.
-fn compare(model: &mut StableDiffusion, goals: &Goals, found: &Goals) -> String {
+fn compare(model: &mut StableDiffusion, goals: &Goals, found: &Goals) -> ReadBack {
     let (mut largest, mut off, mut moved) = (0f64, 0f64, 0f64);
     let mut missing = found.layers.keys().filter(|name| !goals.layers.contains_key(*name)).count();
     for layer in model.layers_mut() {
@@ -175,15 +181,11 @@ fn compare(model: &mut StableDiffusion, goals: &Goals, found: &Goals) -> String 
         }
     }
     let relative = off.sqrt() / moved.sqrt().max(f64::MIN_POSITIVE);
-    let missing =
-        if missing == 0 { String::new() } else { format!("; {missing} layers or biases are not in both") };
-    format!(
-        "read back: the largest difference of a weight is {largest:.1e}; {relative:.1e} of the change in all{missing}"
-    )
+    ReadBack { largest_difference: largest, relative_difference: Some(relative), missing, tensors: None }
 }
 
 /// The adapter in its own method, at its strength.
-fn write_peft(model: &StableDiffusion, request: &Request, fingerprint: &str) -> Result<Vec<String>> {
+fn write_peft(model: &StableDiffusion, request: &Request, fingerprint: &str) -> Result<()> {
     let [(path, strength)] = &request.adapters[..] else {
         return Err(Error::config(
             "--to peft: expected one adapter, found several\nhint: `hra merge` makes one of them, or use --to peft-lora",
@@ -220,8 +222,7 @@ fn write_peft(model: &StableDiffusion, request: &Request, fingerprint: &str) -> 
             "--to peft: {} is no PEFT adapter\nhint: use --to merged or --to checkpoint",
             path.display()
         )))
-    })?;
-    Ok(vec![format!("adapter: {}", request.output.display())])
+    })
 }
 
 /// What PEFT calls the base model: its name on the hub, or its path.
@@ -248,7 +249,7 @@ fn write_lora(
     request: &Request,
     goals: &Goals,
     fingerprint: &str,
-) -> Result<Vec<String>> {
+) -> Result<Option<Approximation>> {
     if let Some(name) = goals.vectors.keys().next() {
         return Err(Error::config(format!(
             "a LoRA changes weights of layers only, but the adapter has trained biases or norms, such as {name}\nhint: \
@@ -305,18 +306,14 @@ fn write_lora(
             }
         }
     }
-    let mut lines = vec![format!("LoRA: {}", request.output.display())];
-    if let Some((least, name)) = energy.iter().min_by(|a, b| a.0.total_cmp(&b.0)) {
-        let mean = energy.iter().map(|(kept, _)| kept).sum::<f64>() / energy.len() as f64;
-        lines.push(format!(
-            "{} layers' changes are not of low rank: rank {} keeps {:.2} % of their energy on average, {:.2} % at least ({name})",
-            energy.len(),
-            request.rank.unwrap_or(DEFAULT_RANK),
-            mean * 100.0,
-            least * 100.0
-        ));
-    }
-    Ok(lines)
+    let least = energy.iter().min_by(|a, b| a.0.total_cmp(&b.0));
+    Ok(least.map(|(kept, layer)| Approximation {
+        layers: energy.len(),
+        rank: request.rank.unwrap_or(DEFAULT_RANK),
+        mean_energy: energy.iter().map(|(kept, _)| kept).sum::<f64>() / energy.len() as f64,
+        least_energy: *kept,
+        least_layer: layer.clone(),
+    }))
 }
 
 /// The best approximation of a change `(d_out, d_in)` of a rank: `down (r, d_in)`, `up (d_out, r)`, and the share of the
@@ -373,8 +370,12 @@ fn write_peft_lora(
     })
 }
 
-/// The model with the adapters in its weights.
-fn write_model(request: &Request, model: &mut StableDiffusion, goals: &Goals) -> Result<Vec<String>> {
+/// The model with the adapters in its weights; notes on its files.
+fn write_model(
+    request: &Request,
+    model: &mut StableDiffusion,
+    goals: &Goals,
+) -> Result<(Vec<String>, ReadBack)> {
     let mut replaced = Replaced::new();
     for layer in model.layers_mut() {
         if let Some(goal) = goals.layers.get(&layer.name) {
@@ -392,9 +393,6 @@ fn write_model(request: &Request, model: &mut StableDiffusion, goals: &Goals) ->
         }
         _ => single_file::write_folder(&model.source, &replaced, request.kind, &request.output)?,
     };
-    let mut lines: Vec<String> = notes.into_iter().map(|note| format!("note: {note}")).collect();
-    lines.push(format!("model: {}", request.output.display()));
-
     let written = Source::open(&request.output, None)?;
     let (mut largest, mut compared) = (0f64, 0);
     for part in [Part::UNet, Part::TextEncoder] {
@@ -407,6 +405,6 @@ fn write_model(request: &Request, model: &mut StableDiffusion, goals: &Goals) ->
             compared += 1;
         }
     }
-    lines.push(format!("read back: the largest difference in {compared} changed tensors is {largest:.1e}"));
-    Ok(lines)
+    let tensors = Some(compared);
+    Ok((notes, ReadBack { largest_difference: largest, relative_difference: None, missing: 0, tensors }))
 }
