@@ -6,6 +6,7 @@
 //! ```text
 //! cli        train, sample, export, merge, inspect, doctor: what the user typed
 //! export     adapters in other programs' forms;  inspect: what a file is
+//! report     a comparison's files (results) -> tables, plots, a page
 //! train      config -> data -> model + adapter -> loss -> optim -> checkpoint, run (metrics)
 //! sample     prompts and seeds -> text -> sampler -> model -> pictures
 //! model      unet, vae and the layers that carry an adapter;  text: tokenizer, CLIP;  stable_diffusion: a whole model

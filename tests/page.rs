@@ -175,6 +175,10 @@ fn phones_and_dark_rooms() {
     assert_eq!(browser.eval(boxes), true);
     let scrolls = "document.querySelector('#summary .scroll').scrollWidth > 360";
     assert_eq!(browser.eval(scrolls), true, "wide tables scroll in their own box");
+    // All rates of one method side by side.
+    browser.eval("const rates = document.getElementById('rates-of'); rates.value = '1'; rates.dispatchEvent(new Event('change'))");
+    let headings = browser.eval("[...document.querySelectorAll('#grid thead th')].map((h) => h.textContent)");
+    assert_eq!(headings, json!(["prompt", "base", "LoRA 1e-4", "LoRA 1e-3", "LoRA 1e-2"]));
     browser.click("#grid .thumbnail");
     browser.wait("large.open");
     assert_eq!(browser.eval("large.getBoundingClientRect().width <= 360"), true);
@@ -196,6 +200,35 @@ fn phones_and_dark_rooms() {
     browser.open(&address(dir.path()));
     assert_eq!(browser.eval(paper), dark);
     assert_eq!(ink(&mut browser), dark_ink);
+    quiet(&browser);
+}
+
+/// Each prompt's picture of the step that the protocol chose; one training is not there and keeps its column.
+#[test]
+fn the_papers_protocol_shows_what_it_scored() {
+    let Some(mut browser) = Browser::start() else { return };
+    let mut comparison = Comparison::new(&Shape { steps: vec![200, 400, 600], ..Shape::small() });
+    comparison.plan.protocol = "paper".into();
+    comparison.records.retain(|r| r.cell.id != "m1-robot-s0-r1e-3");
+    let dir = written(&comparison);
+    browser.device(1300, 900, false);
+    browser.open(&address(dir.path()));
+    let json: Value =
+        serde_json::from_slice(&std::fs::read(dir.path().join("report.json")).unwrap()).unwrap();
+    let steps = json["chosen_steps"]["m0-robot-s0-r1e-3"].as_array().unwrap();
+    assert!(steps.iter().any(|s| *s != steps[0]), "another choice for another prompt: {steps:?}");
+    for (row, step) in steps.iter().enumerate() {
+        let image = format!("#grid tbody tr:nth-child({}) td:nth-child(3) img", row + 1);
+        let shown = browser.eval(&format!("document.querySelector('{image}').src"));
+        assert!(
+            shown.as_str().unwrap().contains(&format!("/step-{:06}/", step.as_i64().unwrap())),
+            "{shown}"
+        );
+    }
+    assert_eq!(text(&mut browser, "#grid thead th:nth-child(4)"), "LoRA");
+    assert_eq!(text(&mut browser, "#grid tbody td:nth-child(4)"), "\u{2013}");
+    browser.eval("step.value = '400'; step.dispatchEvent(new Event('change'))");
+    assert_eq!(browser.eval("[...document.querySelectorAll('#grid td:nth-child(3) img')].every((i) => /step-000400/.test(i.src))"), true);
     quiet(&browser);
 }
 

@@ -274,7 +274,7 @@ fn what_is_missing_is_named() {
     let unscored = unscored.cell.id.clone();
     let written = Written::new(&comparison);
     assert_eq!((written.summary.there, written.summary.planned), (13, 14));
-    assert_eq!(written.summary.missing, [gone.clone()]);
+    assert_eq!(written.summary.missing, std::slice::from_ref(&gone));
     for name in [&gone, &unscored] {
         for told in [
             &written.summary.text,
@@ -472,6 +472,10 @@ fn the_papers_protocol_takes_the_best_step_of_each_prompt() {
     for told in [&written.summary.text, &written.text("report.html"), &written.text("report.md")] {
         assert!(told.contains("best of N on the test metrics"), "{told}");
     }
+    assert_eq!(
+        written.json["chosen_steps"],
+        serde_json::json!({"base-robot": [0, 0], "m0-robot-s0-r1e-3": [600, 200]})
+    );
     // The default protocol takes the last step.
     comparison.plan.protocol = "default".into();
     close(Written::new(&comparison).row("HRA")["scores"]["dino"]["mean"].as_f64().unwrap(), 0.58);

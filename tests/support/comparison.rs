@@ -250,7 +250,7 @@ fn plain(path: &Path, name: &str) {
     let picture = image::RgbImage::from_fn(48, 48, |x, y| {
         let (dx, dy) = (f64::from(x) - 14.0 - 20.0 * place, f64::from(y) - 24.0);
         let inside = dx * dx + dy * dy < 150.0;
-        let level = |shift: f64| (127.0 + 100.0 * (6.28 * (hue + shift)).sin()) as u8;
+        let level = |shift: f64| (127.0 + 100.0 * (std::f64::consts::TAU * (hue + shift)).sin()) as u8;
         if inside {
             image::Rgb([level(0.0), level(0.33), level(0.66)])
         } else {
