@@ -156,6 +156,11 @@ fn interrupted_cells_count_for_scores_and_not_for_times() {
     assert_eq!(after["budget"]["peak_memory"], before["budget"]["peak_memory"]);
     assert!(written.text("report.md").contains("| HRA \\*"), "{}", written.text("report.md"));
     assert!(written.summary.text.contains("2 cells interrupted"), "{}", written.summary.text);
+    // Times from two machines are said to be so.
+    let note = "the cells ran in 2 different ways";
+    assert!(!written.text("report.html").contains(note));
+    comparison.records[3].environment.jobs = 2;
+    assert!(Written::new(&comparison).text("report.html").contains(note));
 }
 
 #[test]
