@@ -8,6 +8,7 @@
 //! compare    methods under equal conditions: plan -> cells as processes -> results;  report: pages and tables from results
 //! evaluate   towers (CLIP, DINO, LPIPS) and scores of pictures;  results: the files of a comparison
 //! export     adapters in other programs' forms;  inspect: what a file is
+//! report     a comparison's files (results) -> tables, plots, a page
 //! train      config -> data -> model + adapter -> loss -> optim -> checkpoint, run (metrics)
 //! sample     prompts and seeds -> text -> sampler -> model -> pictures
 //! model      unet, vae and the layers that carry an adapter;  text: tokenizer, CLIP;  stable_diffusion: a whole model

@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::results::{self, CellRecord, Plan, RECORD_FILE};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use table::{Analysis, Row};
 
@@ -70,6 +71,8 @@ struct Json<'a> {
     rates: &'a [BestRate],
     missing: Vec<&'a str>,
     unscored: Vec<&'a str>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    chosen_steps: &'a BTreeMap<&'a str, Vec<i64>>,
     plan: &'a Plan,
     records: &'a [CellRecord],
 }
@@ -110,6 +113,7 @@ pub fn write(comparison: &Path) -> Result<Summary> {
             rates: &analysis.rates,
             missing: analysis.missing.iter().map(|c| c.id.as_str()).collect(),
             unscored: analysis.unscored.iter().map(|c| c.id.as_str()).collect(),
+            chosen_steps: &analysis.chosen_steps,
             plan: &plan,
             records: &records,
         },

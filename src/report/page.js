@@ -105,10 +105,16 @@
 
   const promptsOf = ({ cell }) => {
     const drift = choice("set") === "drift";
+    if (choice("step") === "" && cell.steps && choice("set") === common.set) {
+      const drawn = (step) => cell.evaluations.find((e) => e.set === common.set && e.step === step);
+      return { steps: cell.steps, prompts: cell.steps.map((step, row) => drawn(step).prompts[row]) };
+    }
+    const wanted = Number(choice("step") || common.steps[common.steps.length - 1]);
     const steps = cell.evaluations.filter((e) => (drift ? e.drift.length : e.set === choice("set"))
-      && (cell.method === null || e.step === Number(choice("step"))));
+      && (cell.method === null || e.step === wanted));
     const last = steps[steps.length - 1];
-    return last ? { step: last.step, prompts: drift ? last.drift : last.prompts } : { step: null, prompts: [] };
+    const prompts = !last ? [] : drift ? last.drift : last.prompts;
+    return { steps: prompts.map(() => last.step), prompts };
   };
 
   const scoreFacts = (scores, own) => common.columns.flatMap((column, i) => {
@@ -130,7 +136,7 @@
       const picture = prompt && prompt[2][number];
       if (!picture) return null;
       const facts = [["method", label], ["subject", common.subjects[choice("subject")].name]];
-      if (cell.rate !== null) facts.push(["learning rate", cell.rate], ["step", drawn[column].step], ["training seed", cell.seed]);
+      if (cell.rate !== null) facts.push(["learning rate", cell.rate], ["step", drawn[column].steps[row]], ["training seed", cell.seed]);
       facts.push(["picture", `${number + 1}, seed ${picture[1]}`], ...scoreFacts(picture[2], prompt[1]));
       const hint = scoreFacts(picture[2], []).map(([title, value]) => `${title} ${value}`).join(", ");
       return { address: cell.folder + picture[0], alt: `${label}: ${prompt[0]}`, hint, prompt: prompt[0], facts };
@@ -153,7 +159,8 @@
   if (common.subjects.length) {
     offer("subject", common.subjects.map((subject, i) => [i, subject.name]));
     offer("seed", common.seeds.map((seed) => [seed, seed]));
-    offer("step", common.steps.map((step) => [step, String(step)]), common.steps[common.steps.length - 1]);
+    const steps = common.steps.map((step) => [step, String(step)]);
+    offer("step", common.paper ? [...steps, ["", "as scored"]] : steps, common.paper ? "" : common.steps[common.steps.length - 1]);
     const sets = common.sets.map((set) => [set, set]);
     offer("set", common.drift ? [...sets, ["drift", "unrelated"]] : sets, common.set);
     byId("subject").addEventListener("change", showSubject);

@@ -44,6 +44,7 @@ pub fn common(a: &Analysis) -> String {
         "subjects": subjects,
         "seeds": plan.seeds.iter().map(u64::to_string).collect::<Vec<_>>(),
         "steps": plan.steps,
+        "paper": !a.chosen_steps.is_empty(),
         "sets": sets,
         "set": a.set.name(),
         "drift": drift,
@@ -79,6 +80,7 @@ fn cell(a: &Analysis, record: &CellRecord) -> Value {
         "seed": cell.seed.to_string(),
         "rate": cell.learning_rate.map(|rate| format!("{rate:e}")),
         "chosen": chosen,
+        "steps": a.chosen_steps.get(cell.id.as_str()),
         "evaluations": evaluations,
     })
 }

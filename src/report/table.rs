@@ -28,6 +28,8 @@ pub struct Analysis<'a> {
     pub missing: Vec<&'a PlannedCell>,
     /// Cells whose record lacks the last step's scores on the set of the tables.
     pub unscored: Vec<&'a PlannedCell>,
+    /// For each cell the step that each prompt's scores are of, where the protocol chooses it.
+    pub chosen_steps: BTreeMap<&'a str, Vec<i64>>,
     /// What a reader must know, in the report's own words and the plan's.
     pub notes: Vec<String>,
     /// What is drawn again for intervals, in words.
@@ -145,12 +147,17 @@ impl<'a> Analysis<'a> {
             reference: None,
             missing,
             unscored: unscored.collect(),
+            chosen_steps: BTreeMap::new(),
             notes: notes(plan),
             resampled: if few_subjects { "pairs of prompt and seed within each subject" } else { "subjects" },
             few_subjects,
             columns,
             rates,
         };
+        if plan.protocol == PAPER {
+            let steps = |v: &CellValues| v.prompts.iter().map(|(step, _)| *step).collect();
+            analysis.chosen_steps = values.iter().map(|v| (v.record.cell.id.as_str(), steps(v))).collect();
+        }
         analysis.fill(&values);
         analysis
     }

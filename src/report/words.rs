@@ -159,6 +159,15 @@ impl Analysis<'_> {
             plan.seeds.len(),
             if plan.seeds.len() == 1 { "" } else { "s" },
         )];
+        if self.rows.iter().any(|row| row.kind == RowKind::Real) {
+            notes.push("real test pictures: the test pictures scored against the training pictures".into());
+        }
+        let ways = self.environments().len();
+        if ways > 1 {
+            notes.push(format!(
+                "the cells ran in {ways} different ways (see where it ran): times and memory compare within one of them only"
+            ));
+        }
         if let Some(reference) = &self.reference {
             let intervals =
                 self.rows.iter().flat_map(|r| r.differences.values()).filter(|d| d.interval.is_some());

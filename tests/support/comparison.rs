@@ -1,7 +1,10 @@
 //! Comparisons with invented scores and small pictures of plain colours, for tests of the report.
+#![allow(dead_code)] // each test binary uses its own part
 
+use hra::report::{self, Summary};
 use hra::results::*;
 use hra::seed;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -179,11 +182,12 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
         }),
         losses: if trained { losses(steps[steps.len() - 1], cell) } else { Vec::new() },
         evaluations,
-        real: if trained {
-            Scores::new()
-        } else {
-            Scores::from([("dino".into(), 0.8), ("clip_i".into(), 0.85)])
-        },
+        real: shape
+            .keys
+            .iter()
+            .filter(|k| !trained && **k != "clip_t")
+            .map(|k| (k.to_string(), 0.8))
+            .collect(),
         environment: Environment {
             version: "0.1.0".into(),
             device: "cpu".into(),
@@ -248,7 +252,7 @@ fn plain(path: &Path, name: &str) {
     let picture = image::RgbImage::from_fn(48, 48, |x, y| {
         let (dx, dy) = (f64::from(x) - 14.0 - 20.0 * place, f64::from(y) - 24.0);
         let inside = dx * dx + dy * dy < 150.0;
-        let level = |shift: f64| (127.0 + 100.0 * (6.28 * (hue + shift)).sin()) as u8;
+        let level = |shift: f64| (127.0 + 100.0 * (std::f64::consts::TAU * (hue + shift)).sin()) as u8;
         if inside {
             image::Rgb([level(0.0), level(0.33), level(0.66)])
         } else {
@@ -257,4 +261,58 @@ fn plain(path: &Path, name: &str) {
     });
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     picture.save(path).unwrap();
+}
+
+/// A comparison with its report.
+pub struct Written {
+    pub dir: tempfile::TempDir,
+    pub summary: Summary,
+    pub json: Value,
+}
+
+impl Written {
+    pub fn new(comparison: &Comparison) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        comparison.write(dir.path());
+        let summary = report::write(dir.path()).unwrap();
+        let json = serde_json::from_str(&text(dir.path(), "report.json")).unwrap();
+        Self { dir, summary, json }
+    }
+
+    pub fn text(&self, name: &str) -> String {
+        text(self.dir.path(), name)
+    }
+
+    pub fn row(&self, label: &str) -> &Value {
+        let rows = self.json["rows"].as_array().unwrap();
+        rows.iter().find(|r| r["label"] == label).unwrap_or_else(|| panic!("no row {label}: {rows:#?}"))
+    }
+
+    pub fn difference(&self, label: &str, key: &str) -> (f64, [f64; 2], u64) {
+        let d = &self.row(label)["differences"][key];
+        let interval = [0, 1].map(|i| d["interval"][i].as_f64().unwrap());
+        (d["value"].as_f64().unwrap(), interval, d["n"].as_u64().unwrap())
+    }
+}
+
+fn text(dir: &Path, name: &str) -> String {
+    std::fs::read_to_string(dir.join(name)).unwrap()
+}
+
+pub fn close(a: f64, b: f64) {
+    assert!((a - b).abs() < 1e-9, "{a} {b}");
+}
+
+/// Every score of every picture and prompt, changed in place.
+pub fn each_score(record: &mut CellRecord, mut change: impl FnMut(Set, &str, &mut f64)) {
+    for evaluation in &mut record.evaluations {
+        let set = evaluation.set;
+        for prompt in evaluation.prompts.iter_mut().chain(&mut evaluation.drift) {
+            let own = prompt.scores.iter_mut();
+            for (key, value) in own.chain(prompt.pictures.iter_mut().flat_map(|p| p.scores.iter_mut())) {
+                change(set, key, value);
+            }
+        }
+        evaluation.summarise();
+    }
 }
