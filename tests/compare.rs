@@ -231,7 +231,10 @@ fn a_search_looks_at_validation_only_and_its_choice_is_trained() {
         assert_eq!(of_sets(tried[best]), [Set::Validation, Set::Test]);
         assert_eq!(of_sets(tried[1 - best]), [Set::Validation]);
         let folder = out.join("cells").join(&tried[1 - best].cell.id);
-        assert!(!folder.join("step-000006/test").exists(), "no prompt of the tables was drawn for the search");
+        assert!(
+            !folder.join("step-000006/test").exists(),
+            "no prompt of the tables was drawn for the search"
+        );
         let robot = records.iter().find(|r| r.cell.method == method && r.cell.subject == "robot").unwrap();
         assert_eq!(robot.cell.learning_rate, tried[best].cell.learning_rate);
     }
@@ -254,11 +257,17 @@ fn a_training_that_diverges_is_a_record_and_stops_nothing() {
 fn a_dry_run_tells_the_plan_and_writes_nothing() {
     let scratch = scratch(&config("seeds = [0, 1]", "", METHODS));
     let told = scratch.ok(&["compare", "c.toml", "--dry-run"]).out;
-    for part in ["8 trainings planned", "48 steps", "cat: 4 pictures trained on, 1 for validation, 5 for the tables", "about"] {
+    for part in [
+        "8 trainings planned",
+        "48 steps",
+        "cat: 4 pictures trained on, 1 for validation, 5 for the tables",
+        "about",
+    ] {
         assert!(told.contains(part), "{part}\n{told}");
     }
     assert!(!scratch.path("out").exists());
-    let json: Value = serde_json::from_str(&scratch.ok(&["compare", "c.toml", "--dry-run", "--json"]).out).unwrap();
+    let json: Value =
+        serde_json::from_str(&scratch.ok(&["compare", "c.toml", "--dry-run", "--json"]).out).unwrap();
     assert_eq!(json["trainings"], 8);
     // Of the robot's four pictures one is kept for the tables and none for validation.
     assert!(told.contains("robot: 3 pictures trained on, 0 for validation, 1 for the tables"), "{told}");
@@ -298,7 +307,8 @@ fn shares_come_from_flags_or_the_environment() {
     assert_eq!(Shard::from_flags(None, None, nothing).unwrap(), Shard::WHOLE);
     assert_eq!(shard(Some("2/5"), None, &[]).unwrap(), (2, 5));
     assert_eq!(shard(Some("2"), Some(5), &[]).unwrap(), (2, 5));
-    let slurm = [("SLURM_ARRAY_TASK_ID", "12"), ("SLURM_ARRAY_TASK_MIN", "10"), ("SLURM_ARRAY_TASK_COUNT", "4")];
+    let slurm =
+        [("SLURM_ARRAY_TASK_ID", "12"), ("SLURM_ARRAY_TASK_MIN", "10"), ("SLURM_ARRAY_TASK_COUNT", "4")];
     assert_eq!(shard(Some("auto"), None, &slurm).unwrap(), (2, 4));
     assert_eq!(shard(None, Some(3), &[("JOB_COMPLETION_INDEX", "1")]).unwrap(), (1, 3));
     for (flag, count, vars) in [

@@ -37,10 +37,10 @@ fn rates_are_chosen_by_validation_alone() {
         assert!(told.contains(warnings), "{told}");
         assert!(!told.contains("HRA: the best"), "{told}");
     }
-    let pasted = &written.summary.text[written.summary.text.find("[[methods]]").unwrap()..];
+    let pasted = &written.summary.text[written.summary.text.find("[[method]]").unwrap()..];
     let pasted: toml::Table = toml::from_str(pasted).unwrap();
     let expected: toml::Table = toml::from_str(
-        "methods = [{label = 'HRA', method = 'hra', rank = 8, learning_rate = 1e-3}, \
+        "method = [{label = 'HRA', method = 'hra', rank = 8, learning_rate = 1e-3}, \
          {label = 'LoRA', method = 'lora', rank = 8, learning_rate = 1e-2}]",
     )
     .unwrap();

@@ -13,8 +13,8 @@ use crate::results::{SCORES, ScoreKind};
 use crate::run::{CONFIG_FILE, RunFolder};
 use crate::train::{self, Outcome, Resume};
 use clap::{ArgMatches, Args};
-use std::collections::BTreeSet;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Flags of `hra train`. The settings themselves are [`TrainConfig`]'s.
@@ -107,7 +107,8 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
 
 fn report_scores(scored: &Scored) {
     let keys: BTreeSet<&String> = scored.evaluations.iter().flat_map(|e| e.scores.keys()).collect();
-    let kinds: Vec<&ScoreKind> = SCORES.iter().filter(|kind| keys.iter().any(|key| *key == kind.key)).collect();
+    let kinds: Vec<&ScoreKind> =
+        SCORES.iter().filter(|kind| keys.iter().any(|key| *key == kind.key)).collect();
     let heads: String = kinds.iter().map(|kind| format!("  {:>14}", kind.title)).collect();
     println!("scores of the validation prompts:\n{:>8}{heads}", "step");
     for evaluation in &scored.evaluations {

@@ -65,7 +65,9 @@ fn lock(path: &Path) -> Result<File> {
     let file = files::open_append(path)?;
     match file.try_lock() {
         Ok(()) => return Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => eprintln!("waiting for the process that holds {}", path.display()),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            eprintln!("waiting for the process that holds {}", path.display())
+        }
         Err(std::fs::TryLockError::Error(e)) => return Err(Error::io("lock", path, e)),
     }
     file.lock().map_err(|e| Error::io("lock", path, e))?;
@@ -92,7 +94,8 @@ impl Cell<'_> {
                 std::fs::remove_file(&done).map_err(|e| Error::io("remove", &done, e))?;
                 files::remove_dir_all(&self.config.output_dir)?;
                 budget = Some(self.train()?);
-                let missing = || Error::Run(format!("{}: the trained weights are missing", self.folder.display()));
+                let missing =
+                    || Error::Run(format!("{}: the trained weights are missing", self.folder.display()));
                 self.draw()?.ok_or_else(missing)?
             }
         };
@@ -111,7 +114,8 @@ impl Cell<'_> {
         }
         let run = &self.config.output_dir;
         let interrupted = run.exists();
-        let resume = (!checkpoint::list(run)?.is_empty() && run.join(CONFIG_FILE).is_file()).then_some(Resume::Latest);
+        let resume =
+            (!checkpoint::list(run)?.is_empty() && run.join(CONFIG_FILE).is_file()).then_some(Resume::Latest);
         if interrupted && resume.is_none() {
             files::remove_dir_all(run)?;
         }
@@ -141,7 +145,13 @@ impl Cell<'_> {
         self.folder.join(format!("step-{step:06}"))
     }
 
-    fn drawing(&self, prompts: Vec<String>, num_images: usize, fingerprint: &str, resolution: u32) -> Drawing {
+    fn drawing(
+        &self,
+        prompts: Vec<String>,
+        num_images: usize,
+        fingerprint: &str,
+        resolution: u32,
+    ) -> Drawing {
         let batch = self.config.sample_batch_size;
         let draw = self.task.draw.clone();
         // The lists are in `prompts` already, and their lengths change no picture.
@@ -176,8 +186,12 @@ impl Cell<'_> {
         let (config, compute) = (&self.config, &self.compute);
         let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
         let load = || {
-            let mut model =
-                StableDiffusion::load_with(&dir, config.model_config.as_deref(), compute.kind, compute.device)?;
+            let mut model = StableDiffusion::load_with(
+                &dir,
+                config.model_config.as_deref(),
+                compute.kind,
+                compute.device,
+            )?;
             device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
             Ok::<_, Error>(model)
         };
@@ -237,7 +251,8 @@ impl Cell<'_> {
         let look_alikes = self.look_alikes()?;
         let mut evaluations = Vec::new();
         let drawings = self.drawings(fingerprint, resolution);
-        let base = results::cell_folder(self.comparison, &self.task.drift_base).join("step-000000").join(DRIFT);
+        let base =
+            results::cell_folder(self.comparison, &self.task.drift_base).join("step-000000").join(DRIFT);
         let subjects = self
             .task
             .sets
@@ -259,8 +274,7 @@ impl Cell<'_> {
             };
             for ((set, subject), (name, drawing)) in self.task.sets.iter().zip(&subjects).zip(&drawings) {
                 let folder = place.join(name);
-                let prompts =
-                    score::prompts(towers, subject, drawing, &set.prompts, &folder, &self.folder)?;
+                let prompts = score::prompts(towers, subject, drawing, &set.prompts, &folder, &self.folder)?;
                 evaluations.push(score::evaluation(step, set.set, prompts, drift.clone()));
             }
         }
@@ -287,7 +301,8 @@ impl Cell<'_> {
         }
         let subject = score::subject(towers, &test, &self.look_alikes()?, &[])?;
         // Photographs differ in size; LPIPS between them has no meaning here.
-        let each = train.iter().map(|picture| Ok(subject.score(towers, None, std::slice::from_ref(picture))?.1));
+        let each =
+            train.iter().map(|picture| Ok(subject.score(towers, None, std::slice::from_ref(picture))?.1));
         let each: Vec<Scores> = each.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
         let mut mean = Scores::new();
         for (key, value) in each.iter().flatten() {

@@ -51,7 +51,9 @@ const CHOICES: [&[&str]; 2] = [&["dino", "dinov2", "clip_i"], &["clip_t"]];
 /// Fails for settings that leave nothing to score; for a look before the training.
 pub fn check(config: &TrainConfig, judges: &Judges) -> Result<()> {
     if config.validation_prompt.is_empty() {
-        return Err(Error::config("--score: expected a --validation-prompt or more, which every checkpoint is drawn from"));
+        return Err(Error::config(
+            "--score: expected a --validation-prompt or more, which every checkpoint is drawn from",
+        ));
     }
     if judges.towers == TowerPaths::default() && judges.drift_prompts.is_empty() {
         return Err(Error::config(
@@ -118,7 +120,9 @@ pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
         .collect();
     let mut evaluations = Vec::new();
     for (step, adapter) in trained(config)? {
-        interrupt::check(|| "stopped while scoring; what was drawn is kept, --resume latest with --score goes on".into())?;
+        interrupt::check(|| {
+            "stopped while scoring; what was drawn is kept, --resume latest with --score goes on".into()
+        })?;
         let place = folder.join(format!("step-{step:06}"));
         let (pictures, unrelated) = (place.join(Set::Validation.name()), place.join("drift"));
         if !own.is_done(&pictures) || !drift.is_done(&unrelated) {
@@ -135,7 +139,10 @@ pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
         evaluations.push(score::evaluation(step, Set::Validation, prompts, drifts));
     }
     let best = best_step(&evaluations, &objective(&evaluations));
-    results::write_json(&folder.join("scores.json"), &serde_json::json!({"best": best, "evaluations": evaluations}))?;
+    results::write_json(
+        &folder.join("scores.json"),
+        &serde_json::json!({"best": best, "evaluations": evaluations}),
+    )?;
     let title = run.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     files::write_atomic(&folder.join("scores.svg"), steps_plot(&title, &evaluations, best).as_bytes())?;
     Ok(Scored { folder, evaluations, best })

@@ -285,7 +285,10 @@ impl CompareConfig {
             check(unique.len() == names.len(), format!("{what}: expected different ones, found {names:?}"));
         }
         let seeds: BTreeSet<&u64> = self.seeds.iter().collect();
-        check(seeds.len() == self.seeds.len(), format!("seeds: expected different ones, found {:?}", self.seeds));
+        check(
+            seeds.len() == self.seeds.len(),
+            format!("seeds: expected different ones, found {:?}", self.seeds),
+        );
         for subject in &self.subjects {
             check(
                 is_folder_name(&subject.name),
@@ -361,12 +364,17 @@ impl CompareConfig {
         );
         if let Some((total, ..)) = totals.first() {
             let all = self.score_steps.iter().all(|s| (1..=*total).contains(s));
-            check(all, format!("score_steps: expected steps from 1 to {total}, found {:?}", self.score_steps));
+            check(
+                all,
+                format!("score_steps: expected steps from 1 to {total}, found {:?}", self.score_steps),
+            );
         }
         if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n"))) }
     }
 }
 
 fn is_folder_name(name: &str) -> bool {
-    !name.is_empty() && name.len() <= 100 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+    !name.is_empty()
+        && name.len() <= 100
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
 }

@@ -45,7 +45,8 @@ impl Protocol {
     }
 
     fn parse(text: &str) -> std::result::Result<Self, String> {
-        let mut protocol = Self { subjects: Vec::new(), object_prompts: Vec::new(), live_prompts: Vec::new() };
+        let mut protocol =
+            Self { subjects: Vec::new(), object_prompts: Vec::new(), live_prompts: Vec::new() };
         let prompt = Regex::new(r#"^\s*(?:'([^']*)'|"([^"]*)")\.format\("#).expect("a correct expression");
         let mut place = "";
         for line in text.lines().map(str::trim) {

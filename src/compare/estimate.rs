@@ -44,10 +44,14 @@ impl Estimate {
         let folder = &config.output_dir;
         let trainings: Vec<&Task> = tasks.iter().filter(|t| t.cell.learning_rate.is_some()).collect();
         let mine = |i: &usize| shard.has(*i);
-        let mine: Vec<&Task> = trainings.iter().enumerate().filter(|(i, _)| mine(i)).map(|(_, t)| *t).collect();
+        let mine: Vec<&Task> =
+            trainings.iter().enumerate().filter(|(i, _)| mine(i)).map(|(_, t)| *t).collect();
         let todo: Vec<&Task> = mine.iter().filter(|t| !cell::is_done(folder, t)).copied().collect();
         let bases = tasks.iter().filter(|t| t.cell.learning_rate.is_none() && !cell::is_done(folder, t));
-        let class: usize = bases.clone().map(|t| if t.train.with_prior_preservation { t.train.num_class_images } else { 0 }).sum();
+        let class: usize = bases
+            .clone()
+            .map(|t| if t.train.with_prior_preservation { t.train.num_class_images } else { 0 })
+            .sum();
         let drawn: usize = todo.iter().copied().chain(bases).map(pictures).sum();
         let steps = todo.iter().map(|t| t.train.max_train_steps).sum();
         let mut estimate = Self {
@@ -66,7 +70,8 @@ impl Estimate {
         let step = |task: &Task| seen(folder, tasks, task).unwrap_or_else(|| call.step(task));
         let training: f64 = todo.iter().map(|t| step(t) * t.train.max_train_steps as f64).sum();
         let drawing = call.picture(config.draw.steps, config.draw.guidance) * drawn as f64
-            + todo.first().map_or(0.0, |t| call.picture(t.train.class_steps, t.train.class_guidance)) * class as f64;
+            + todo.first().map_or(0.0, |t| call.picture(t.train.class_steps, t.train.class_guidance))
+                * class as f64;
         estimate.seconds = (training + drawing) / config.jobs as f64;
         estimate.from = format!(
             "from one UNet call of {:.0} ms on a picture here{}; scores and loading come on top",
@@ -86,7 +91,8 @@ fn pictures(task: &Task) -> usize {
 /// Seconds of a step of the same method, from a cell that is done.
 fn seen(folder: &Path, tasks: &[Task], task: &Task) -> Option<f64> {
     let same = tasks.iter().filter(|t| t.cell.method == task.cell.method);
-    let record = |t: &Task| CellRecord::read(&results::cell_folder(folder, &t.cell.id).join(RECORD_FILE)).ok();
+    let record =
+        |t: &Task| CellRecord::read(&results::cell_folder(folder, &t.cell.id).join(RECORD_FILE)).ok();
     same.filter_map(record).find_map(|r| r.budget?.seconds_per_step)
 }
 

@@ -7,8 +7,8 @@
 pub mod cell;
 pub mod checkpoints;
 pub mod config;
-pub mod dreambooth;
 pub mod draw;
+pub mod dreambooth;
 mod estimate;
 mod plan;
 mod pool;
@@ -42,7 +42,8 @@ pub struct Outcome {
 
 /// Does this worker's share of a comparison; what is done is not done again.
 pub fn run(config: &CompareConfig, shard: Shard) -> Result<Outcome> {
-    let folder = std::path::absolute(&config.output_dir).map_err(|e| Error::io("find", &config.output_dir, e))?;
+    let folder =
+        std::path::absolute(&config.output_dir).map_err(|e| Error::io("find", &config.output_dir, e))?;
     let (subjects, notes) = subjects::resolve(config)?;
     check_folder(&folder, config)?;
     files::create_dir_all(&folder)?;
@@ -116,7 +117,10 @@ fn chosen(folder: &Path) -> Result<BTreeMap<String, f64>> {
 /// Refuses a folder that holds something else.
 fn check_folder(folder: &Path, config: &CompareConfig) -> Result<()> {
     if folder.exists() && !folder.is_dir() {
-        return Err(Error::Run(format!("{}: expected a folder for the comparison, found a file", folder.display())));
+        return Err(Error::Run(format!(
+            "{}: expected a folder for the comparison, found a file",
+            folder.display()
+        )));
     }
     if folder.join(PLAN_FILE).is_file() {
         let found = Plan::read(folder)?.title;
@@ -126,7 +130,9 @@ fn check_folder(folder: &Path, config: &CompareConfig) -> Result<()> {
                 folder.display()
             )));
         }
-    } else if folder.is_dir() && files::list_dir(folder)?.iter().any(|e| !e.name.to_string_lossy().starts_with('.')) {
+    } else if folder.is_dir()
+        && files::list_dir(folder)?.iter().any(|e| !e.name.to_string_lossy().starts_with('.'))
+    {
         return Err(Error::Run(format!(
             "{} is not empty and holds no comparison\nhint: give another --output_dir",
             folder.display()

@@ -122,7 +122,9 @@ impl Planner<'_> {
         let settings = serde_json::to_value(&method.settings)
             .ok()
             .and_then(|value| value.as_object().cloned())
-            .ok_or_else(|| Error::config(format!("method `{}`: settings that JSON does not hold", method.label)))?;
+            .ok_or_else(|| {
+                Error::config(format!("method `{}`: settings that JSON does not hold", method.label))
+            })?;
         let learning_rates = self.config.learning_rates(method)?;
         Ok(PlannedMethod { label: method.label.clone(), settings, learning_rates })
     }
@@ -135,14 +137,20 @@ impl Planner<'_> {
         let mut common = vec![
             ("model".to_string(), train.pretrained_model_name_or_path.display().to_string()),
             ("steps".into(), train.max_train_steps.to_string()),
-            ("subject pictures a step".into(), (train.train_batch_size * train.gradient_accumulation_steps).to_string()),
+            (
+                "subject pictures a step".into(),
+                (train.train_batch_size * train.gradient_accumulation_steps).to_string(),
+            ),
             ("learning-rate schedule".into(), self.schedule(&train)?),
             ("target modules".into(), train.target_modules.join(", ")),
             ("pictures a prompt".into(), draw.num_images.to_string()),
             ("drawn with".into(), format!("{scheduler}, {} steps, guidance {}", draw.steps, draw.guidance)),
         ];
         if train.with_prior_preservation {
-            common.push(("class pictures".into(), format!("{}, weight {}", train.num_class_images, train.prior_loss_weight)));
+            common.push((
+                "class pictures".into(),
+                format!("{}, weight {}", train.num_class_images, train.prior_loss_weight),
+            ));
         }
         Ok(common)
     }
@@ -196,7 +204,8 @@ impl Planner<'_> {
             ..train
         };
         let id = |cell: &str, train: &TrainConfig| -> Result<String> {
-            let hashes = |p: &[super::subjects::Picture]| p.iter().map(|p| p.hash.clone()).collect::<Vec<_>>();
+            let hashes =
+                |p: &[super::subjects::Picture]| p.iter().map(|p| p.hash.clone()).collect::<Vec<_>>();
             // Where it runs is not what it is.
             let what = TrainConfig { device: Default::default(), threads: None, ..train.clone() };
             let steps = if rate.is_some() { self.steps } else { &[0] };
@@ -255,7 +264,13 @@ impl Planner<'_> {
             .collect();
         let key = format!(
             "{} {:?} {:?} {:?} {:?} {:?} {}",
-            self.towers, pictures, task.sets, task.drift_prompts, task.draw, task.steps, task.class_look_alikes
+            self.towers,
+            pictures,
+            task.sets,
+            task.drift_prompts,
+            task.draw,
+            task.steps,
+            task.class_look_alikes
         );
         hash(key.as_bytes())[..16].to_string()
     }

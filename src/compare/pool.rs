@@ -37,7 +37,9 @@ pub fn run(comparison: &Path, tasks: &[&Task], jobs: usize) -> Result<Vec<Failur
         for _ in 0..jobs.min(tasks.len()) {
             scope.spawn(|| {
                 while !interrupt::requested() {
-                    let Some(task) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front() else { break };
+                    let Some(task) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front() else {
+                        break;
+                    };
                     let started = Instant::now();
                     match one(comparison, task, jobs) {
                         Ok(None) => {}

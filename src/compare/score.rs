@@ -73,12 +73,7 @@ pub fn drift(
 }
 
 /// Puts an evaluation together, with its means.
-pub fn evaluation(
-    step: i64,
-    set: Set,
-    prompts: Vec<PromptScores>,
-    drift: Vec<PromptScores>,
-) -> Evaluation {
+pub fn evaluation(step: i64, set: Set, prompts: Vec<PromptScores>, drift: Vec<PromptScores>) -> Evaluation {
     let mut evaluation = Evaluation { step, set, prompts, drift, scores: Scores::new() };
     evaluation.summarise();
     evaluation

@@ -33,7 +33,8 @@ impl Shard {
         let shard = match (shard, count) {
             (None, None) => return Ok(Self::WHOLE),
             (Some(text), count) if text != "auto" => {
-                let wrong = || Error::config(format!("--shard: expected I/N such as 0/4, or auto, found `{text}`"));
+                let wrong =
+                    || Error::config(format!("--shard: expected I/N such as 0/4, or auto, found `{text}`"));
                 let (index, own) = match text.split_once('/') {
                     Some((index, own)) => (index, Some(own.parse().map_err(|_| wrong())?)),
                     None => (text, None),
@@ -42,12 +43,13 @@ impl Shard {
                 Self { index: index.parse().map_err(|_| wrong())?, count }
             }
             (_, count) => {
-                let slurm = match (number("SLURM_ARRAY_TASK_ID")?, number("SLURM_ARRAY_TASK_MIN")?) {
-                    (Some(id), min) => Some(id.checked_sub(min.unwrap_or(0)).ok_or_else(|| {
-                        Error::config("SLURM_ARRAY_TASK_ID is below SLURM_ARRAY_TASK_MIN")
-                    })?),
-                    _ => None,
-                };
+                let slurm =
+                    match (number("SLURM_ARRAY_TASK_ID")?, number("SLURM_ARRAY_TASK_MIN")?) {
+                        (Some(id), min) => Some(id.checked_sub(min.unwrap_or(0)).ok_or_else(|| {
+                            Error::config("SLURM_ARRAY_TASK_ID is below SLURM_ARRAY_TASK_MIN")
+                        })?),
+                        _ => None,
+                    };
                 let index = match slurm {
                     Some(index) => Some(index),
                     None => number("JOB_COMPLETION_INDEX")?,
@@ -63,7 +65,9 @@ impl Shard {
                     None => number("SLURM_ARRAY_TASK_COUNT")?,
                 };
                 let count = count.ok_or_else(|| {
-                    Error::config("--shard: how many shares there are is not known\nhint: give --shard-count N")
+                    Error::config(
+                        "--shard: how many shares there are is not known\nhint: give --shard-count N",
+                    )
                 })?;
                 Self { index, count }
             }

@@ -127,7 +127,8 @@ pub fn resolve(config: &CompareConfig) -> Result<(Vec<Subject>, Vec<String>)> {
         .collect();
     for (subject, entry) in subjects.iter_mut().zip(&entries) {
         if entry.look_alikes_dir.is_none() {
-            let others = classes.iter().filter(|(name, class, _)| *name != subject.name && *class == subject.class);
+            let others =
+                classes.iter().filter(|(name, class, _)| *name != subject.name && *class == subject.class);
             subject.look_alikes = others
                 .flat_map(|(name, _, pictures)| {
                     pictures.iter().map(move |p| Picture { name: format!("{name}-{}", p.name), ..p.clone() })
@@ -138,7 +139,8 @@ pub fn resolve(config: &CompareConfig) -> Result<(Vec<Subject>, Vec<String>)> {
             subject.look_alikes.dedup_by(|a, b| a.name == b.name);
         }
     }
-    let notes = if config.protocol == Protocol::Paper { PAPER_NOTES.map(String::from).to_vec() } else { Vec::new() };
+    let notes =
+        if config.protocol == Protocol::Paper { PAPER_NOTES.map(String::from).to_vec() } else { Vec::new() };
     Ok((subjects, notes))
 }
 
@@ -160,8 +162,11 @@ fn dreambooth_entries(
 ) -> Result<(Vec<SubjectEntry>, Vec<String>)> {
     let protocol = dreambooth::Protocol::read(&set.dir)?;
     let wanted = |name: &str| set.subjects.is_empty() || set.subjects.iter().any(|s| s == name);
-    if let Some(unknown) = set.subjects.iter().find(|s| !protocol.subjects.iter().any(|(name, _)| name == *s)) {
-        return Err(Error::config(format!("dreambooth: subjects: `{unknown}` is not in prompts_and_classes.txt")));
+    if let Some(unknown) = set.subjects.iter().find(|s| !protocol.subjects.iter().any(|(name, _)| name == *s))
+    {
+        return Err(Error::config(format!(
+            "dreambooth: subjects: `{unknown}` is not in prompts_and_classes.txt"
+        )));
     }
     let mut entries = Vec::new();
     for (name, class) in protocol.subjects.iter().filter(|(name, _)| wanted(name)) {
@@ -170,7 +175,10 @@ fn dreambooth_entries(
             if set.subjects.is_empty() {
                 continue;
             }
-            return Err(Error::Data(format!("dreambooth: expected a folder {}, found none", data_dir.display())));
+            return Err(Error::Data(format!(
+                "dreambooth: expected a folder {}, found none",
+                data_dir.display()
+            )));
         }
         let prompts = protocol.prompts(class);
         entries.push(SubjectEntry {
@@ -188,7 +196,10 @@ fn dreambooth_entries(
         });
     }
     if entries.is_empty() {
-        return Err(Error::Data(format!("dreambooth: no subject of the list has a folder in {}", set.dir.display())));
+        return Err(Error::Data(format!(
+            "dreambooth: no subject of the list has a folder in {}",
+            set.dir.display()
+        )));
     }
     let live = if config.protocol == Protocol::Paper { protocol.live_prompts } else { Vec::new() };
     Ok((entries, live))
@@ -240,7 +251,11 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
             let mask = |test: &Picture| {
                 let same = |p: &&Picture| Path::new(&p.name).file_stem() == Path::new(&test.name).file_stem();
                 found.iter().find(same).cloned().ok_or_else(|| {
-                    Error::Data(format!("{}: expected a mask for {}, found none", place("masks_dir"), test.name))
+                    Error::Data(format!(
+                        "{}: expected a mask for {}, found none",
+                        place("masks_dir"),
+                        test.name
+                    ))
                 })
             };
             test.iter().map(mask).collect::<Result<_>>()?

@@ -62,7 +62,8 @@ impl TrainConfig {
 
     /// The settings of several tables, of which a later one wins over an earlier one, over the defaults.
     pub fn from_tables(tables: &[&toml::Table]) -> Result<Self> {
-        let merged = tables.iter().fold(Self::defaults()?, |all, table| over(all, &own_names((*table).clone())));
+        let merged =
+            tables.iter().fold(Self::defaults()?, |all, table| over(all, &own_names((*table).clone())));
         merged.try_into().map_err(|e: toml::de::Error| Error::config(e.to_string().trim_end().to_string()))
     }
 

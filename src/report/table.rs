@@ -136,8 +136,13 @@ impl<'a> Analysis<'a> {
         let there: BTreeSet<&str> = records.iter().map(|r| r.cell.id.as_str()).collect();
         let scored: BTreeSet<&str> = values.iter().map(|v| v.record.cell.id.as_str()).collect();
         let missing: Vec<_> = plan.cells.iter().filter(|c| !there.contains(c.id.as_str())).collect();
-        let unscored =
-            plan.cells.iter().filter(|c| there.contains(c.id.as_str()) && !scored.contains(c.id.as_str()));
+        // A cell of the search has no scores of the tables, and lacks none.
+        let other = |r: &&CellRecord| {
+            [Set::Validation, Set::Test].iter().any(|s| values::result(plan, r, *s).is_some())
+        };
+        let elsewhere: BTreeSet<&str> = records.iter().filter(other).map(|r| r.cell.id.as_str()).collect();
+        let counts = |c: &&PlannedCell| scored.contains(c.id.as_str()) || elsewhere.contains(c.id.as_str());
+        let unscored = plan.cells.iter().filter(|c| there.contains(c.id.as_str()) && !counts(c));
         let few_subjects = plan.subjects.len() < MANY_SUBJECTS;
         let mut analysis = Self {
             plan,

@@ -227,13 +227,15 @@ impl Analysis<'_> {
             gaps.push(format!("{count} of {of} cells not there yet: {}", names(&self.missing)));
         }
         if !self.unscored.is_empty() {
-            let (count, set) = (self.unscored.len(), self.set.name());
+            let count = self.unscored.len();
             gaps.push(format!(
-                "{} without {set} scores after the last step: {}",
+                "{} without scores after the last step: {}",
                 cells(count),
                 names(&self.unscored)
             ));
         }
+        let failed = self.records.iter().filter_map(|r| Some((&r.cell.id, r.failure.as_ref()?)));
+        gaps.extend(failed.take(20).map(|(id, why)| format!("{id} gave no result: {why}")));
         let interrupted: Vec<&PlannedCell> = self
             .records
             .iter()
