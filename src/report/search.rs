@@ -2,7 +2,7 @@
 
 use super::statistics::mean;
 use super::values::result;
-use crate::results::{CellRecord, Evaluation, Plan, PlannedMethod, Set};
+use crate::results::{CellRecord, Evaluation, Plan, PlannedCell, PlannedMethod, Set};
 use serde::Serialize;
 use std::collections::BTreeSet;
 
@@ -49,7 +49,14 @@ pub fn best_rates(plan: &Plan, records: &[CellRecord]) -> Vec<BestRate> {
             lacking.map(|(key, _)| (r.cell.subject.as_str(), key.as_str()))
         })
         .collect();
-    plan.methods.iter().filter_map(|method| best_rate(plan, method, &scored, &left_out)).collect()
+    // Trainings that are for the tables alone are no part of the search.
+    let for_tables =
+        |r: &&CellRecord| result(plan, r, Set::Test).is_some() && result(plan, r, Set::Validation).is_none();
+    let for_tables: BTreeSet<&str> = records.iter().filter(for_tables).map(|r| r.cell.id.as_str()).collect();
+    let searched: Vec<&PlannedCell> =
+        plan.cells.iter().filter(|c| !for_tables.contains(c.id.as_str())).collect();
+    let rate = |method| best_rate(plan, method, &scored, &left_out, &searched);
+    plan.methods.iter().filter_map(rate).collect()
 }
 
 fn best_rate(
@@ -57,6 +64,7 @@ fn best_rate(
     method: &PlannedMethod,
     scored: &[(&CellRecord, &Evaluation)],
     left_out: &BTreeSet<(&str, &str)>,
+    searched: &[&PlannedCell],
 ) -> Option<BestRate> {
     let mut grid = method.learning_rates.clone();
     grid.sort_by(f64::total_cmp);
@@ -74,7 +82,7 @@ fn best_rate(
             }
         }
         if let Some(objective) = objective {
-            let planned = plan.cells.iter().filter(|c| of_rate(&c.method, c.learning_rate)).count();
+            let planned = searched.iter().filter(|c| of_rate(&c.method, c.learning_rate)).count();
             rates.push(TriedRate { rate, objective, cells: cells.len(), planned });
         }
     }
