@@ -330,3 +330,42 @@ fn a_run_keeps_the_id_as_typed() {
     let done = run(&scratch, &server, &again, &[]);
     assert_eq!(done.code, 0, "{}", done.err);
 }
+
+#[test]
+fn towers_are_downloaded_for_scores() {
+    let scratch = Scratch::new();
+    let clip = support::root().join("assets/tiny-clip");
+    let server = HubServer::of("someone/tiny-clip", &clip);
+    server.set(|s| {
+        s.files.insert("tf_model.h5".into(), vec![0; 1000]);
+    });
+    let photos = support::root().join("assets/subjects/cat/train");
+    let photos = photos.to_str().unwrap();
+    let evaluate = |clip: &str, env: &[(&str, &str)]| {
+        run(
+            &scratch,
+            &server,
+            &["evaluate", photos, "--prompt", "a cat", "--clip", clip, "--device", "cpu"],
+            env,
+        )
+    };
+    let local = evaluate(clip.to_str().unwrap(), &[]);
+    assert!(local.code == 0 && server.requests().is_empty(), "{}", local.err);
+    let fetched = evaluate("someone/tiny-clip", &[]);
+    assert_eq!(fetched.out, local.out, "{}", fetched.err);
+    let requests = server.requests();
+    assert!(!requests.iter().any(|(_, path, _)| path.contains("tf_model")), "{requests:?}");
+    assert_eq!(requests.iter().filter(|(_, path, _)| path.contains("/api/")).count(), 1, "{requests:?}");
+    assert_eq!(evaluate("someone/tiny-clip", &[("HF_HUB_OFFLINE", "1")]).out, local.out);
+
+    server.set(|s| {
+        let weights = s.files.remove("model.safetensors").unwrap();
+        s.files.insert("pytorch_model.bin".into(), weights);
+    });
+    let other = Scratch::new();
+    let words = ["evaluate", photos, "--prompt", "a cat", "--clip", "someone/tiny-clip"];
+    let pickled = run(&other, &server, &words, &[]);
+    for word in ["--clip: ", "without model.safetensors", "pickled", "openai/clip-vit-large-patch14"] {
+        assert!(pickled.code == 2 && pickled.err.contains(word), "expected `{word}` in {}", pickled.err);
+    }
+}

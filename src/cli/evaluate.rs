@@ -109,7 +109,8 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
     let real = args.real.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let look_alikes = args.look_alikes.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let masks = args.masks.as_deref().map(|dir| masks(dir, &real.paths)).transpose()?;
-    let towers = Towers::load(&args.towers, compute.device)?;
+    let paths = args.towers.resolved()?;
+    let towers = Towers::load(&paths, compute.device)?;
     let references = References {
         real: real.pictures.iter().collect(),
         look_alikes: look_alikes.pictures.iter().collect(),
@@ -173,7 +174,7 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
         files::write_atomic(path, csv(&found).as_bytes())?;
     }
     let counts = [drawn.len(), real.paths.len(), look_alikes.paths.len()];
-    report(args, &found, counts)
+    report(args, &found, &towers::identity(&paths)?, counts)
 }
 
 /// The pictures that were named, with their prompts.
@@ -326,8 +327,12 @@ fn counted(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
-fn report(args: &EvaluateArgs, found: &Evaluation, [drawn, real, look_alikes]: [usize; 3]) -> Result<()> {
-    let identity = towers::identity(&args.towers)?;
+fn report(
+    args: &EvaluateArgs,
+    found: &Evaluation,
+    identity: &str,
+    [drawn, real, look_alikes]: [usize; 3],
+) -> Result<()> {
     if args.json {
         let pictures: Vec<_> = found
             .prompts

@@ -52,15 +52,15 @@ pub struct Towers {
 impl Towers {
     /// Loads what `paths` names, from the hub where need be.
     pub fn load(paths: &TowerPaths, device: Device) -> Result<Self> {
-        let [clip, dino, dinov2] = paths.folders()?;
+        let paths = paths.resolved()?;
         let mut lpips = Vec::new();
         for (net, file) in paths.lpips() {
             lpips.push((net, Lpips::load(file, net, device)?));
         }
         Ok(Self {
-            clip: clip.map(|dir| Clip::load(&dir, device)).transpose()?,
-            dino: dino.map(|dir| Vit::load(&dir, device)).transpose()?,
-            dinov2: dinov2.map(|dir| Vit::load(&dir, device)).transpose()?,
+            clip: paths.clip.as_deref().map(|dir| Clip::load(dir, device)).transpose()?,
+            dino: paths.dino.as_deref().map(|dir| Vit::load(dir, device)).transpose()?,
+            dinov2: paths.dinov2.as_deref().map(|dir| Vit::load(dir, device)).transpose()?,
             lpips,
         })
     }
@@ -72,21 +72,19 @@ impl Towers {
 }
 
 impl TowerPaths {
-    /// Local folders of CLIP, DINO and DINOv2.
-    fn folders(&self) -> Result<[Option<PathBuf>; 3]> {
+    /// The same with local folders in place of hub ids, downloaded where need be. What is local already asks nobody.
+    pub fn resolved(&self) -> Result<Self> {
         let local = |flag: &str, path: &Option<PathBuf>, known: &str| {
             let path = path.as_deref().map(|path| hub::resolve(path, Wanted::Tower));
             path.transpose().map_err(|e| told(e, flag, known))
         };
-        Ok([
-            local(
-                "clip",
-                &self.clip,
-                "openai/clip-vit-large-patch14 (the usual one) or openai/clip-vit-base-patch32",
-            )?,
-            local("dino", &self.dino, "facebook/dino-vits16")?,
-            local("dinov2", &self.dinov2, "facebook/dinov2-base")?,
-        ])
+        let clip = "openai/clip-vit-large-patch14 (the usual one) or openai/clip-vit-base-patch32";
+        Ok(Self {
+            clip: local("clip", &self.clip, clip)?,
+            dino: local("dino", &self.dino, "facebook/dino-vits16")?,
+            dinov2: local("dinov2", &self.dinov2, "facebook/dinov2-base")?,
+            ..self.clone()
+        })
     }
 
     fn lpips(&self) -> impl Iterator<Item = (Net, &Path)> {
@@ -117,14 +115,15 @@ pub fn identity(paths: &TowerPaths) -> Result<String> {
         "tokenizer.json",
         "vocab.json",
     ];
+    let paths = paths.resolved()?;
     let mut found = Vec::new();
-    for (name, dir) in ["clip", "dino", "dinov2"].into_iter().zip(paths.folders()?) {
+    for (name, dir) in [("clip", &paths.clip), ("dino", &paths.dino), ("dinov2", &paths.dinov2)] {
         let Some(dir) = dir else { continue };
         let mut hash = Sha256::new();
         for text in TEXTS.map(|name| dir.join(name)).iter().filter(|path| path.is_file()) {
             hash.update(files::read_to_string(text)?);
         }
-        Weights::in_folder(&dir, Kind::Float, Device::Cpu)?.identify(&mut hash)?;
+        Weights::in_folder(dir, Kind::Float, Device::Cpu)?.identify(&mut hash)?;
         found.push(format!("{name} {}", short(hash)));
     }
     for (net, file) in paths.lpips() {
