@@ -230,9 +230,13 @@ fn a_processor_without_a_name_is_the_models() {
 fn pictures_that_would_take_all_memory_are_refused() {
     let processor = Processor::read(&towers().join("clip-old")).unwrap();
     let thin = RgbImage::new(1, 160_000);
-    refused(processor.pixels(&[&thin]).unwrap_err(), &["1x160000", "21x3360000"]);
+    refused(processor.pixels(&[&thin]).unwrap_err(), &["1x160000", "too long and thin"]);
     refused(processor.pixels(&[&RgbImage::new(0, 5)]).unwrap_err(), &["0x5"]);
     assert!(processor.pixels(&[&RgbImage::new(1, 1000)]).is_ok());
+    // The longer side would be 2^32.
+    let dir = set("clip-old", "preprocessor_config.json", "size", json!(2048));
+    let processor = Processor::read(dir.path()).unwrap();
+    refused(processor.pixels(&[&RgbImage::new(1, 1 << 21)]).unwrap_err(), &["1x2097152"]);
 }
 
 #[test]

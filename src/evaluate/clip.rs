@@ -53,7 +53,8 @@ impl Clip {
             return Err(Error::format(
                 dir,
                 format!(
-                    "expected a processor that gives the {height}x{width} pixels of config.json's image_size, found one that gives {h}x{w}"
+                    "expected a processor that gives the {height}x{width} pixels of config.json's image_size, found \
+                     one that gives {h}x{w}"
                 ),
             ));
         }

@@ -91,13 +91,12 @@ impl Processor {
         let resized = match self.resize {
             None => Cow::Borrowed(picture),
             Some((target, filter)) => {
-                let (wide, high) = target.of(width, height);
-                if u64::from(wide) * u64::from(high) > MAX_RESIZED {
-                    return Err(Error::Data(format!(
-                        "expected a picture that can be resized to {MAX_RESIZED} pixels at most, found one of \
-                         {width}x{height}, which would become {wide}x{high}"
-                    )));
-                }
+                let (wide, high) = target.of(width, height).ok_or_else(|| {
+                    Error::Data(format!(
+                        "expected a picture that is resized to {MAX_RESIZED} pixels at most, found one of {width}x{height}: \
+                         too long and thin"
+                    ))
+                })?;
                 Cow::Owned(resize(picture, wide, high, filter))
             }
         };
@@ -123,12 +122,16 @@ impl Processor {
 }
 
 impl Target {
-    /// Width and height that a picture of this size gets.
-    fn of(self, width: u32, height: u32) -> (u32, u32) {
+    /// Width and height that a picture of this size gets, unless they are too large.
+    fn of(self, width: u32, height: u32) -> Option<(u32, u32)> {
         match self {
-            Self::Exact { width, height } => (width, height),
-            // transformers cuts the longer side off, as torchvision does.
-            Self::ShortSide(short) => short_side_size(width, height, short),
+            Self::Exact { width, height } => Some((width, height)),
+            Self::ShortSide(short) => {
+                let area =
+                    u64::from(short).pow(2) * u64::from(width.max(height)) / u64::from(width.min(height));
+                // transformers cuts the longer side off, as torchvision does.
+                (area <= MAX_RESIZED).then(|| short_side_size(width, height, short))
+            }
         }
     }
 }

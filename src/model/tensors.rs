@@ -222,7 +222,7 @@ fn find_files(dir: &Path, stem: &str) -> Result<Vec<PathBuf>> {
         files::list_dir(dir)?.iter().map(|entry| entry.name.to_string_lossy().into_owned()).collect();
     let pickled = found.iter().any(|n| n.ends_with(".bin") || n.ends_with(".ckpt"));
     let hint = if pickled {
-        "\nhint: only safetensors files are read; convert with diffusers' `save_pretrained(.., safe_serialization=True)`"
+        "\nhint: only safetensors files are read; convert with Python's `save_pretrained(.., safe_serialization=True)`"
     } else {
         ""
     };
