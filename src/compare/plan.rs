@@ -5,7 +5,7 @@ use super::subjects::{Subject, hash, slug};
 use super::task::{Task, TaskSet};
 use crate::config::TrainConfig;
 use crate::error::{Error, Result};
-use crate::evaluate::towers;
+use crate::evaluate::{TowerPaths, towers};
 use crate::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, Set};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -37,8 +37,10 @@ pub fn plan(
     stage: &Stage,
 ) -> Result<Planned> {
     let steps = config.steps()?;
-    let towers = towers::identity(&config.scores)?;
-    let planner = Planner { config, subjects, steps: &steps, towers };
+    // Fetched once, before processes look for them at the same time.
+    let towers = config.scores.resolved()?;
+    let identity = towers::identity(&towers)?;
+    let planner = Planner { config, subjects, steps: &steps, towers, identity };
     let chosen = match (stage, &config.search) {
         (Stage::Tables(chosen), _) => Some(*chosen),
         (Stage::First, _) => None,
@@ -110,7 +112,8 @@ struct Planner<'a> {
     config: &'a CompareConfig,
     subjects: &'a [Subject],
     steps: &'a [i64],
-    towers: String,
+    towers: TowerPaths,
+    identity: String,
 }
 
 impl Planner<'_> {
@@ -236,7 +239,7 @@ impl Planner<'_> {
             drift_prompts: if draws_drift { self.config.draw.drift_prompts.clone() } else { Vec::new() },
             drift_base: format!("{BASE}-{first}"),
             draw: self.config.draw.clone(),
-            towers: self.config.scores.clone(),
+            towers: self.towers.clone(),
             class_look_alikes,
             scored_with: String::new(),
             remove_weights: self.config.remove_weights,
@@ -264,7 +267,7 @@ impl Planner<'_> {
             .collect();
         let key = format!(
             "{} {:?} {:?} {:?} {:?} {:?} {}",
-            self.towers,
+            self.identity,
             pictures,
             task.sets,
             task.drift_prompts,
