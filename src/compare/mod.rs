@@ -98,7 +98,7 @@ fn stage(folder: &Path, config: &CompareConfig, planned: &Planned, shard: Shard)
             task.write(folder)?;
         }
         failures.extend(pool::run(folder, &todo, config.jobs)?);
-        if !failures.is_empty() && todo.iter().all(|t| is_base(t)) {
+        if !failures.is_empty() && todo.iter().all(is_base) {
             // Every other cell stands on these.
             return Ok(Outcome { failures, missing: planned.tasks.len() });
         }

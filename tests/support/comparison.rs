@@ -182,6 +182,8 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
         }),
         losses: if trained { losses(steps[steps.len() - 1], cell) } else { Vec::new() },
         evaluations,
+        failure: None,
+        scored_with: String::new(),
         real: shape
             .keys
             .iter()
