@@ -143,6 +143,14 @@ pub fn remove_dir_all(path: &Path) -> Result<()> {
     }
 }
 
+/// Removes a file; fine if it is not there.
+pub fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("remove", path, e)),
+        _ => Ok(()),
+    }
+}
+
 /// Writes a file so that `path` holds either its old content or all of `bytes`, whatever happens.
 ///
 /// The parent folder must exist. A link at `path` is replaced, not followed.

@@ -91,7 +91,7 @@ impl Cell<'_> {
             // Other pictures are wanted than before, and what was to draw them was removed since.
             None => {
                 let done = self.folder.join(TRAINED_FILE);
-                std::fs::remove_file(&done).map_err(|e| Error::io("remove", &done, e))?;
+                files::remove_file(&done)?;
                 files::remove_dir_all(&self.config.output_dir)?;
                 budget = Some(self.train()?);
                 let missing =
@@ -345,8 +345,8 @@ impl Cell<'_> {
         if checkpoints.is_dir() {
             files::remove_dir_all(&checkpoints)?;
         }
-        for path in weight_files(run).iter().filter(|path| self.task.remove_weights && path.is_file()) {
-            std::fs::remove_file(path).map_err(|e| Error::io("remove", path, e))?;
+        for path in weight_files(run).iter().filter(|_| self.task.remove_weights) {
+            files::remove_file(path)?;
         }
         Ok(())
     }

@@ -89,10 +89,11 @@ impl Subject {
         for (kind, pictures) in self.pictures() {
             let folder = comparison.join("subjects").join(&self.name).join(kind);
             if folder.is_dir() {
-                // What an earlier plan put there and this one does not.
+                // What an earlier plan put there and this one does not; hidden files are another worker's, half written.
                 for entry in files::list_dir(&folder)? {
-                    if !pictures.iter().any(|p| entry.name.to_str() == Some(&p.name)) {
-                        std::fs::remove_file(&entry.path).map_err(|e| Error::io("remove", &entry.path, e))?;
+                    let name = entry.name.to_string_lossy();
+                    if !name.starts_with('.') && !pictures.iter().any(|p| p.name == name) {
+                        files::remove_file(&entry.path)?;
                     }
                 }
             } else if !pictures.is_empty() {
