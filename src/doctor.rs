@@ -176,8 +176,20 @@ fn cpu() -> Cpu {
     }
 }
 
+/// A device in words: its number and the name of the processor or GPU.
+pub fn device_name(device: Device) -> String {
+    let (kind, name) = match device {
+        Device::Cuda(index) => {
+            let gpus = Driver::open().and_then(|driver| driver.gpus()).unwrap_or_default();
+            (format!("cuda:{index}"), gpus.get(index).map(|gpu| gpu.name.clone()))
+        }
+        _ => ("cpu".to_string(), cpu_model()),
+    };
+    name.map_or(kind.clone(), |name| format!("{kind}, {name}"))
+}
+
 /// The processor's name, where the system tells it.
-pub fn cpu_model() -> Option<String> {
+fn cpu_model() -> Option<String> {
     let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     cpuinfo(&info, "model name").map(str::to_string)
 }

@@ -19,6 +19,13 @@ pub fn install() -> Result<()> {
     .map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))
 }
 
+/// As [`install`], in a process that another of ours started: a second signal, which whoever manages the group may send beside
+/// the parent's, does not end it before it has saved.
+pub fn install_in_child() -> Result<()> {
+    ctrlc::set_handler(|| REQUESTED.store(true, Ordering::SeqCst))
+        .map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))
+}
+
 /// Whether the user has asked to stop.
 pub fn requested() -> bool {
     REQUESTED.load(Ordering::SeqCst)

@@ -1,16 +1,16 @@
-//! What a comparison is made of and what it measured: `plan.json` once, `record.json` for each cell. Reports are made from
+//! What a comparison is made of and what it measured: `plan.json`, and `record.json` for each cell. Reports are made from
 //! these files alone, on any machine; no tensors here.
 //!
 //! A comparison's folder:
 //!
 //! ```text
-//! plan.json                 Plan: methods, subjects, seeds, cells
-//! subjects/NAME/KIND/*.png  the subject's pictures, for the report (KIND: train, validation, test)
+//! plan.json                 Plan: methods, subjects, seeds, cells; written again when a search has chosen
+//! subjects/NAME/KIND/       the subject's pictures (KIND: train, validation, test, look_alikes, masks)
 //! class_images/NAME/        shared class pictures
 //! cells/ID/run/             the run folder of the cell's training
 //! cells/ID/step-000300/test/00-01.png   prompt 0, picture 1, drawn after step 300
 //! cells/ID/record.json      CellRecord
-//! report.html, report.csv, report.json, report.md
+//! report.html, report.csv, report-cells.csv, report.json, report.md
 //! ```
 
 use crate::error::{Error, Result};
@@ -196,7 +196,14 @@ pub struct Plan {
     pub common: Vec<(String, String)>,
     /// Every cell, the base model's first.
     pub cells: Vec<PlannedCell>,
+    /// For each cell's id what its scores are to be made with; a record that was made with other things does not count.
+    #[serde(default)]
+    pub scored_with: BTreeMap<String, ScoredWith>,
 }
+
+/// For each set of prompts the identity of all that its scores depend on beside the training: towers, real pictures, prompts,
+/// and how pictures are drawn.
+pub type ScoredWith = BTreeMap<Set, String>;
 
 /// A row of the table.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -266,9 +273,9 @@ pub struct CellRecord {
     /// Why there is no result, such as a loss that is not a finite number; then [`Self::evaluations`] is empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
-    /// Identity of the towers and real pictures that scored it: others mean other scores.
+    /// What its scores were made with.
     #[serde(default)]
-    pub scored_with: String,
+    pub scored_with: ScoredWith,
     /// Where it ran.
     pub environment: Environment,
 }
@@ -426,14 +433,29 @@ impl Plan {
         Ok(plan)
     }
 
-    /// The records that are there, in the order of the plan's cells. One that cannot be read is an error.
+    /// The records that are there, in the order of the plan's cells; without those whose scores were made with other things
+    /// than the plan's. One that cannot be read is an error.
     pub fn records(&self, comparison: &Path) -> Result<Vec<CellRecord>> {
-        let paths = self.cells.iter().map(|cell| cell_folder(comparison, &cell.id).join(RECORD_FILE));
-        paths.filter(|path| path.is_file()).map(|path| CellRecord::read(&path)).collect()
+        let mut records = Vec::new();
+        for cell in &self.cells {
+            let path = cell_folder(comparison, &cell.id).join(RECORD_FILE);
+            if path.is_file() {
+                let record = CellRecord::read(&path)?;
+                if self.scored_with.get(&cell.id).is_none_or(|wanted| record.has(wanted)) {
+                    records.push(record);
+                }
+            }
+        }
+        Ok(records)
     }
 }
 
 impl CellRecord {
+    /// Whether it has these scores.
+    pub fn has(&self, wanted: &ScoredWith) -> bool {
+        wanted.iter().all(|(set, identity)| self.scored_with.get(set) == Some(identity))
+    }
+
     /// Reads one record.
     pub fn read(path: &Path) -> Result<Self> {
         let record: Self = read_json(path)?;

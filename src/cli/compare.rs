@@ -75,7 +75,7 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     match &args.verb {
         Some(Verb::Report(args)) => return report(&args.folder, args.json),
         Some(Verb::Cell(args)) => {
-            interrupt::install()?;
+            interrupt::install_in_child()?;
             return compare::cell::run(&args.folder, &args.id);
         }
         None => {}
@@ -92,8 +92,7 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     let shard = Shard::from_flags(args.shard.as_deref(), args.shard_count, |name| std::env::var(name).ok())?;
     if args.dry_run {
         let (plan, estimate) = compare::dry_run(&config, shard)?;
-        show_plan(&config, &plan, &estimate, args.json);
-        return Ok(());
+        return show_plan(&config, &plan, &estimate, args.json);
     }
     interrupt::install()?;
     let outcome = compare::run(&config, shard)?;
@@ -104,6 +103,9 @@ fn finish(config: &CompareConfig, outcome: &Outcome, json: bool) -> Result<()> {
     let folder = &config.output_dir;
     if outcome.missing > 0 && outcome.failures.is_empty() {
         // Other workers may be writing; whoever comes last, or the user, joins the records.
+        if json {
+            return super::print_json(&json!({"folder": folder, "cells_of_other_shares": outcome.missing}));
+        }
         println!("this share is done; {} cells of other shares are not yet", outcome.missing);
         println!("when they are: hra compare report {}", crate::files::shell_word(&folder.to_string_lossy()));
         return Ok(());
@@ -129,7 +131,7 @@ fn report(folder: &Path, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: bool) {
+fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: bool) -> Result<()> {
     let trainings = plan.cells.iter().filter(|cell| cell.learning_rate.is_some()).count();
     if json {
         let value = json!({
@@ -140,8 +142,7 @@ fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: boo
             "pictures": estimate.pictures,
             "seconds": estimate.seconds,
         });
-        println!("{value}");
-        return;
+        return super::print_json(&value);
     }
     println!("{}\n  into {}", plan.title, config.output_dir.display());
     for method in &plan.methods {
@@ -171,4 +172,5 @@ fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: boo
         estimate.done, estimate.trainings, estimate.steps, estimate.pictures
     );
     println!("about {} ({})", duration(estimate.seconds), estimate.from);
+    Ok(())
 }

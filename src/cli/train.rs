@@ -5,7 +5,7 @@ use crate::checkpoint;
 use crate::compare::checkpoints::{self, Judges, Scored};
 use crate::config::TrainConfig;
 use crate::device::peak_process_memory;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::evaluate::TowerPaths;
 use crate::files::shell_word;
 use crate::interrupt;
@@ -91,6 +91,10 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
     };
     if args.score {
         checkpoints::check(&config, &judges)?;
+    } else if judges.towers != TowerPaths::default() || !judges.drift_prompts.is_empty() {
+        return Err(Error::config(
+            "--clip, --dino, --dinov2, --lpips-* and --drift-prompt have no effect without --score",
+        ));
     }
     let outcome = train::train(config.clone(), resume.as_ref())?;
     if !args.json {

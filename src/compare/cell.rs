@@ -1,7 +1,7 @@
 //! One cell, in a process of its own: train, draw, score, and write `record.json`. Whatever was finished before is not done
 //! again; an interrupted training goes on from its last checkpoint.
 
-use super::draw::Drawing;
+use super::draw::{self, Drawing};
 use super::score;
 use super::subjects::CLASS_LOOK_ALIKES;
 use super::task::Task;
@@ -13,23 +13,25 @@ use crate::doctor;
 use crate::error::{Error, Result};
 use crate::evaluate::Towers;
 use crate::files;
-use crate::hub::{self, Wanted};
 use crate::image::RgbImage;
 use crate::interrupt;
-use crate::model::loaded::{FULL_UNET, LoadedAdapter, TEXT_ENCODER};
-use crate::model::{attach, fixed};
+use crate::model::loaded::{FULL_UNET, TEXT_ENCODER};
 use crate::results::{
     self, Budget, CellRecord, Environment, Evaluation, FORMAT, LossPoint, RECORD_FILE, Scores, Set,
 };
 use crate::run::{CONFIG_FILE, METRICS_FILE, Record};
 use crate::stable_diffusion::StableDiffusion;
 use crate::train::{self, Resume};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tch::Device;
 
 const TRAINED_FILE: &str = "trained.json";
 const DRIFT: &str = "drift";
+const LOCK_POLL: Duration = Duration::from_millis(200);
 const MAX_METRICS: u64 = 1 << 30;
 
 /// Does the cell `id` of a comparison. Another process at the same cell is waited for.
@@ -43,35 +45,52 @@ pub fn run(comparison: &Path, id: &str) -> Result<()> {
     let config = task.train_config(comparison);
     let compute = device::resolve(config.device, Some(config.dtype))?;
     let cell = Cell { comparison, task: &task, folder, config, compute };
-    match cell.result() {
-        Ok(record) => cell.finish(record),
+    let (trained, fingerprint) = match cell.train_and_draw() {
         // A rate too high is a result; the other cells go on.
-        Err(Error::NotFinite(why)) => cell.finish(CellRecord {
-            failure: Some(why.lines().next().unwrap_or_default().to_string()),
-            ..cell.record(None, Vec::new(), Scores::new())?
-        }),
-        Err(e) => Err(e),
-    }
+        Err(Error::NotFinite(why)) if task.cell.learning_rate.is_some() => {
+            let failure = why.lines().next().map(str::to_string);
+            let record = cell.record(None, Vec::new(), Scores::new(), failure)?;
+            return cell.finish(&record);
+        }
+        other => other?,
+    };
+    let towers = Towers::load(&task.towers, cell.compute.device)?;
+    let _guard = tch::no_grad_guard();
+    let evaluations = cell.score(&towers, &fingerprint)?;
+    let real = if trained.is_none() { cell.real(towers)? } else { Scores::new() };
+    cell.finish(&cell.record(trained, evaluations, real, None)?)
 }
 
-/// Whether the record of a task is there and is of this task's scores.
+/// Whether the record of a task is there, with the task's scores.
 pub fn is_done(comparison: &Path, task: &Task) -> bool {
     let path = results::cell_folder(comparison, &task.cell.id).join(RECORD_FILE);
-    path.is_file() && CellRecord::read(&path).is_ok_and(|record| record.scored_with == task.scored_with)
+    path.is_file() && CellRecord::read(&path).is_ok_and(|record| record.has(&task.scored_with))
+}
+
+/// Removes what cells keep as long as more may be drawn from it.
+pub fn clean(comparison: &Path, task: &Task) -> Result<()> {
+    let run = task.train_config(comparison).output_dir;
+    files::remove_dir_all(&run.join("checkpoints"))?;
+    let files = if task.remove_weights { weight_files(&run).to_vec() } else { Vec::new() };
+    files.iter().try_for_each(|path| files::remove_file(path))
 }
 
 /// Waits until no other process holds the file; the system lets go of it when a process ends, however it ends.
 fn lock(path: &Path) -> Result<File> {
     let file = files::open_append(path)?;
-    match file.try_lock() {
-        Ok(()) => return Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => {
-            eprintln!("waiting for the process that holds {}", path.display())
+    let mut told = false;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(std::fs::TryLockError::Error(e)) => return Err(Error::io("lock", path, e)),
+            Err(std::fs::TryLockError::WouldBlock) => {}
         }
-        Err(std::fs::TryLockError::Error(e)) => return Err(Error::io("lock", path, e)),
+        if !std::mem::replace(&mut told, true) {
+            eprintln!("waiting for the process that holds {}", path.display());
+        }
+        interrupt::check(|| "stopped while waiting for another process".into())?;
+        std::thread::sleep(LOCK_POLL);
     }
-    file.lock().map_err(|e| Error::io("lock", path, e))?;
-    Ok(file)
 }
 
 struct Cell<'a> {
@@ -82,35 +101,36 @@ struct Cell<'a> {
     compute: Compute,
 }
 
+/// `trained.json`: what a training cost, and where it ran.
+#[derive(Debug, Serialize, Deserialize)]
+struct Trained {
+    budget: Budget,
+    environment: Environment,
+}
+
 impl Cell<'_> {
-    fn result(&self) -> Result<CellRecord> {
-        let is_base = self.task.cell.learning_rate.is_none();
-        let mut budget = if is_base { None } else { Some(self.train()?) };
-        let fingerprint = match self.draw()? {
-            Some(fingerprint) => fingerprint,
-            // Other pictures are wanted than before, and what was to draw them was removed since.
-            None => {
-                let done = self.folder.join(TRAINED_FILE);
-                files::remove_file(&done)?;
-                files::remove_dir_all(&self.config.output_dir)?;
-                budget = Some(self.train()?);
-                let missing =
-                    || Error::Run(format!("{}: the trained weights are missing", self.folder.display()));
-                self.draw()?.ok_or_else(missing)?
-            }
-        };
-        let towers = Towers::load(&self.task.towers, self.compute.device)?;
-        let _guard = tch::no_grad_guard();
-        let evaluations = self.score(&towers, &fingerprint)?;
-        let real = if is_base { self.real(&towers)? } else { Scores::new() };
-        self.record(budget, evaluations, real)
+    /// What was trained (`None` for the base model), and the base model's fingerprint; all pictures are there.
+    fn train_and_draw(&self) -> Result<(Option<Trained>, String)> {
+        let mut trained = self.train()?;
+        if let Some(fingerprint) = self.draw()? {
+            return Ok((trained, fingerprint));
+        }
+        // Other pictures are wanted than before, and what was to draw them was removed since.
+        files::remove_file(&self.folder.join(TRAINED_FILE))?;
+        files::remove_dir_all(&self.config.output_dir)?;
+        trained = self.train()?;
+        let missing = || Error::Run(format!("{}: the trained weights are missing", self.folder.display()));
+        Ok((trained, self.draw()?.ok_or_else(missing)?))
     }
 
-    /// Trains, unless that is done; what it cost.
-    fn train(&self) -> Result<Budget> {
+    /// Trains, unless that is done.
+    fn train(&self) -> Result<Option<Trained>> {
+        if self.task.cell.learning_rate.is_none() {
+            return Ok(None);
+        }
         let done = self.folder.join(TRAINED_FILE);
         if done.is_file() {
-            return results::read_json(&done);
+            return results::read_json(&done).map(Some);
         }
         let run = &self.config.output_dir;
         let interrupted = run.exists();
@@ -121,24 +141,27 @@ impl Cell<'_> {
         }
         let outcome = train::train(self.config.clone(), resume.as_ref())?;
         let known = |value: f64| (!interrupted).then_some(value);
-        let peak = device::peak_process_memory().filter(|_| !interrupted);
         let gpu = match self.compute.device {
-            Device::Cuda(index) => device::cuda_memory(index).map(|(free, total)| total - free),
+            // What is used of the whole device is this training's only where it is alone.
+            Device::Cuda(index) if self.task.jobs == 1 => {
+                device::cuda_memory(index).map(|(free, total)| total - free)
+            }
             _ => None,
         };
         let budget = Budget {
             parameters: outcome.parameters as u64,
-            bytes: weights_of(run),
+            bytes: weight_files(run).iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum(),
             steps: outcome.steps,
             seconds: known(outcome.seconds),
             seconds_per_step: known(outcome.seconds / outcome.steps.max(1) as f64),
-            peak_memory: peak,
+            peak_memory: device::peak_process_memory().filter(|_| !interrupted),
             // libtorch keeps what it has once taken.
             peak_device_memory: gpu.filter(|_| !interrupted),
             interrupted,
         };
-        results::write_json(&done, &budget)?;
-        Ok(budget)
+        let trained = Trained { budget, environment: self.environment() };
+        results::write_json(&done, &trained)?;
+        Ok(Some(trained))
     }
 
     fn step_folder(&self, step: i64) -> PathBuf {
@@ -152,19 +175,8 @@ impl Cell<'_> {
         fingerprint: &str,
         resolution: u32,
     ) -> Drawing {
-        let batch = self.config.sample_batch_size;
-        let draw = self.task.draw.clone();
-        // The lists are in `prompts` already, and their lengths change no picture.
-        let draw = super::config::Draw {
-            prompts: Vec::new(),
-            validation_prompts: Vec::new(),
-            drift_prompts: Vec::new(),
-            num_images: 0,
-            num_validation_images: 0,
-            num_drift_images: 0,
-            ..draw
-        };
-        Drawing { draw, model: fingerprint.to_string(), resolution, batch, prompts, num_images }
+        let (sampling, batch) = (self.task.sampling.clone(), self.config.sample_batch_size);
+        Drawing { sampling, model: fingerprint.to_string(), resolution, batch, prompts, num_images }
     }
 
     /// Everything that is drawn after a step: its folder's name, and how.
@@ -175,7 +187,7 @@ impl Cell<'_> {
             (set.set.name().to_string(), drawing)
         });
         let drift = (!self.task.drift_prompts.is_empty()).then(|| {
-            let (prompts, count) = (self.task.drift_prompts.clone(), self.task.draw.num_drift_images);
+            let (prompts, count) = (self.task.drift_prompts.clone(), self.task.num_drift_images);
             (DRIFT.to_string(), self.drawing(prompts, count, fingerprint, resolution))
         });
         sets.chain(drift).collect()
@@ -184,18 +196,7 @@ impl Cell<'_> {
     /// Draws what is missing; the base model's fingerprint, or `None` where the weights that should draw are gone.
     fn draw(&self) -> Result<Option<String>> {
         let (config, compute) = (&self.config, &self.compute);
-        let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
-        let load = || {
-            let mut model = StableDiffusion::load_with(
-                &dir,
-                config.model_config.as_deref(),
-                compute.kind,
-                compute.device,
-            )?;
-            device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
-            Ok::<_, Error>(model)
-        };
-        let mut model = load()?;
+        let mut model = draw::load(config, compute, None)?;
         let fingerprint = model.fingerprint()?;
         let resolution = config.resolution.unwrap_or(model.native_size() as u32);
         results::write_json(&self.folder.join("resolution.json"), &resolution)?;
@@ -203,23 +204,17 @@ impl Cell<'_> {
             self.class_pictures(&mut model)?;
         }
         let drawings = self.drawings(&fingerprint, resolution);
-        let mut fresh = true;
         for &step in &self.task.steps {
             let place = self.step_folder(step);
             if drawings.iter().all(|(name, drawing)| drawing.is_done(&place.join(name))) {
                 continue;
             }
-            if !fresh {
-                model = load()?;
-            }
-            fresh = false;
             if let Some(adapter) = self.adapter(step) {
                 if !weight_files(&adapter).iter().any(|path| path.is_file()) {
                     return Ok(None);
                 }
-                let names = model.layer_names()?;
-                let loaded = LoadedAdapter::read(&adapter, &names)?;
-                fixed::attach_fixed(&mut model, vec![(loaded, 1.0)], false)?;
+                // What an earlier step put on it does not come off.
+                model = draw::load(config, compute, Some(&adapter))?;
             }
             let cell = &self.task.cell;
             let by = format!("{}, {}, seed {}, step {step}", cell.method, cell.subject, cell.seed);
@@ -293,32 +288,54 @@ impl Cell<'_> {
         self.real_pictures("look_alikes")
     }
 
-    /// Scores of the pictures that are trained on against those of the tables.
-    fn real(&self, towers: &Towers) -> Result<Scores> {
+    /// Scores of the pictures that are trained on against those of the tables, each against all but itself.
+    fn real(&self, towers: Towers) -> Result<Scores> {
         let (train, test) = (self.real_pictures("train")?, self.real_pictures("test")?);
         if test.is_empty() || self.task.sets.iter().all(|s| s.set != Set::Test) {
             return Ok(Scores::new());
         }
-        let subject = score::subject(towers, &test, &self.look_alikes()?, &[])?;
-        // Photographs differ in size; LPIPS between them has no meaning here.
-        let each =
-            train.iter().map(|picture| Ok(subject.score(towers, None, std::slice::from_ref(picture))?.1));
-        let each: Vec<Scores> = each.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
-        let mut mean = Scores::new();
-        for (key, value) in each.iter().flatten() {
-            *mean.entry(key.clone()).or_default() += value / each.len() as f64;
+        // Photographs differ in size: no LPIPS between them.
+        let towers = Towers { lpips: Vec::new(), ..towers };
+        let look_alikes = self.look_alikes()?;
+        let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
+        for picture in &train {
+            let others: Vec<RgbImage> = test.iter().filter(|other| *other != picture).cloned().collect();
+            if others.is_empty() {
+                continue;
+            }
+            let subject = score::subject(&towers, &others, &look_alikes, &[])?;
+            let (_, each) = subject.score(&towers, None, std::slice::from_ref(picture))?;
+            for (key, value) in each.into_iter().flatten() {
+                let (sum, count) = sums.entry(key).or_default();
+                *sum += value;
+                *count += 1.0;
+            }
         }
-        Ok(mean)
+        Ok(sums.into_iter().map(|(key, (sum, count))| (key, sum / count)).collect())
+    }
+
+    fn environment(&self) -> Environment {
+        let dtype = toml::Value::try_from(self.config.dtype).ok();
+        Environment {
+            version: env!("CARGO_PKG_VERSION").into(),
+            device: doctor::device_name(self.compute.device),
+            dtype: dtype.and_then(|d| d.as_str().map(str::to_string)).unwrap_or_default(),
+            threads: tch::get_num_threads(),
+            jobs: self.task.jobs,
+        }
     }
 
     fn record(
         &self,
-        budget: Option<Budget>,
+        trained: Option<Trained>,
         evaluations: Vec<Evaluation>,
         real: Scores,
+        failure: Option<String>,
     ) -> Result<CellRecord> {
-        let dtype = toml::Value::try_from(self.config.dtype).ok();
-        let cpu = doctor::cpu_model().unwrap_or_else(|| "unknown processor".into());
+        let (budget, environment) = match trained {
+            Some(trained) => (Some(trained.budget), trained.environment),
+            None => (None, self.environment()),
+        };
         Ok(CellRecord {
             format: FORMAT,
             cell: self.task.cell.clone(),
@@ -326,29 +343,15 @@ impl Cell<'_> {
             losses: losses(&self.config.output_dir)?,
             evaluations,
             real,
-            failure: None,
+            failure,
             scored_with: self.task.scored_with.clone(),
-            environment: Environment {
-                version: env!("CARGO_PKG_VERSION").into(),
-                device: format!("{}, {cpu}", format!("{:?}", self.compute.device).to_lowercase()),
-                dtype: dtype.and_then(|d| d.as_str().map(str::to_string)).unwrap_or_default(),
-                threads: tch::get_num_threads(),
-                jobs: self.task.jobs,
-            },
+            environment,
         })
     }
 
-    fn finish(&self, record: CellRecord) -> Result<()> {
-        results::write_json(&self.folder.join(RECORD_FILE), &record)?;
-        let run = &self.config.output_dir;
-        let checkpoints = run.join("checkpoints");
-        if checkpoints.is_dir() {
-            files::remove_dir_all(&checkpoints)?;
-        }
-        for path in weight_files(run).iter().filter(|_| self.task.remove_weights) {
-            files::remove_file(path)?;
-        }
-        Ok(())
+    fn finish(&self, record: &CellRecord) -> Result<()> {
+        results::write_json(&self.folder.join(RECORD_FILE), record)?;
+        if self.task.is_final { clean(self.comparison, self.task) } else { Ok(()) }
     }
 }
 
@@ -362,10 +365,6 @@ fn weight_files(run: &Path) -> [PathBuf; 5] {
         text.join(peft::CONFIG_FILE),
         run.join(FULL_UNET),
     ]
-}
-
-fn weights_of(run: &Path) -> u64 {
-    weight_files(run).iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum()
 }
 
 /// The records of a run, without times.

@@ -1,7 +1,6 @@
 //! `hra train --score`: every checkpoint of one run drawn from and scored, after the training.
 
-use super::config::Draw;
-use super::draw::Drawing;
+use super::draw::{self, Drawing, Sampling};
 use super::score;
 use super::subjects::Prompt;
 use crate::checkpoint;
@@ -11,14 +10,10 @@ use crate::error::{Error, Result};
 use crate::evaluate::scores::without_token;
 use crate::evaluate::{TowerPaths, Towers};
 use crate::files;
-use crate::hub::{self, Wanted};
 use crate::image::RgbImage;
 use crate::interrupt;
-use crate::model::loaded::LoadedAdapter;
-use crate::model::{attach, fixed};
 use crate::report::{best_step, steps_plot};
 use crate::results::{self, Evaluation, Set};
-use crate::stable_diffusion::StableDiffusion;
 use std::path::{Path, PathBuf};
 
 const FOLDER: &str = "scores";
@@ -60,6 +55,12 @@ pub fn check(config: &TrainConfig, judges: &Judges) -> Result<()> {
             "--score: expected something to score with, found none\nhint: give --clip DIR, --dino DIR or --drift-prompt TEXT",
         ));
     }
+    if config.use_ema {
+        return Err(Error::config(
+            "--score: checkpoints hold the adapter itself and the end of a run with --use_ema its average, which do not compare\n\
+             hint: leave one of them out",
+        ));
+    }
     crate::evaluate::towers::identity(&judges.towers).map(|_| ())
 }
 
@@ -69,30 +70,17 @@ pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
     check(config, judges)?;
     let run = &config.output_dir;
     let compute = device::resolve(config.device, Some(config.dtype))?;
-    let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
-    let load = || {
-        let mut model =
-            StableDiffusion::load_with(&dir, config.model_config.as_deref(), compute.kind, compute.device)?;
-        device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
-        Ok::<_, Error>(model)
-    };
-    let base = load()?;
+    let base = draw::load(config, &compute, None)?;
     let resolution = config.resolution.unwrap_or(base.native_size() as u32);
     let drawing = |prompts: &[String]| -> Result<Drawing> {
-        let draw = Draw {
-            prompts: Vec::new(),
-            validation_prompts: Vec::new(),
-            drift_prompts: Vec::new(),
-            num_images: 0,
-            num_validation_images: 0,
-            num_drift_images: 0,
+        let sampling = Sampling {
             seed: config.seed,
             scheduler: config.validation_scheduler,
             steps: config.validation_inference_steps,
             guidance: config.validation_guidance,
         };
         Ok(Drawing {
-            draw,
+            sampling,
             model: base.fingerprint()?,
             resolution,
             batch: config.sample_batch_size,
@@ -126,10 +114,7 @@ pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
         let place = folder.join(format!("step-{step:06}"));
         let (pictures, unrelated) = (place.join(Set::Validation.name()), place.join("drift"));
         if !own.is_done(&pictures) || !drift.is_done(&unrelated) {
-            let mut model = load()?;
-            let names = model.layer_names()?;
-            let loaded = LoadedAdapter::read(&adapter, &names)?;
-            fixed::attach_fixed(&mut model, vec![(loaded, 1.0)], false)?;
+            let model = draw::load(config, &compute, Some(&adapter))?;
             let by = format!("{} at step {step}", run.display());
             own.draw(&model, &by, &pictures)?;
             drift.draw(&model, &by, &unrelated)?;

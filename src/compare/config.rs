@@ -1,7 +1,7 @@
 //! The settings of a comparison: a TOML file of a few tables. `[train]` takes every key of `hra train`, for all methods alike;
 //! a `[[method]]` takes the same keys for itself. No tensors and no paths opened here.
 
-use crate::config::TrainConfig;
+use crate::config::{TrainConfig, own_names};
 use crate::error::{Error, Result};
 use crate::evaluate::TowerPaths;
 use crate::files;
@@ -23,6 +23,42 @@ const OURS: [&str; 11] = [
     "validation_steps",
     "checkpoints_total_limit",
     "init_adapter",
+];
+
+/// What a `[[method]]` may say: the method and what it is trained by. Everything else is the same for all.
+const METHODS_OWN: [&str; 17] = [
+    "method",
+    "rank",
+    "block_size",
+    "lora_alpha",
+    "use_rslora",
+    "init_lora_weights",
+    "coft_eps",
+    "hra_lambda",
+    "gram_schmidt",
+    "hra_init",
+    "allow_odd_rank",
+    "target_modules",
+    "bias",
+    "learning_rate",
+    "train_text_encoder",
+    "text_target_modules",
+    "text_encoder_lr",
+];
+
+/// Scores that a search may be about, and the tower that each needs. Identity is not among them: its look-alikes hold the
+/// tables' pictures of other subjects.
+const OBJECTIVES: [(&str, &str); 10] = [
+    ("dino", "dino"),
+    ("dinov2", "dinov2"),
+    ("clip_i", "clip"),
+    ("clip_t", "clip"),
+    ("lpips_vgg", "lpips_vgg"),
+    ("lpips_alex", "lpips_alex"),
+    ("diversity_vgg", "lpips_vgg"),
+    ("diversity_alex", "lpips_alex"),
+    ("diversity_clip", "clip"),
+    ("drift_clip", "clip"),
 ];
 
 /// A whole comparison.
@@ -134,8 +170,9 @@ pub struct Search {
     /// Subjects of the search; all, where it is empty.
     #[serde(default)]
     pub subjects: Vec<String>,
-    /// What is maximised: a sum of scores with these weights.
-    #[serde(default = "usual_objective")]
+    /// What is maximised: a sum of scores with these weights. The similarity to a picture (of DINO, else CLIP) and to the
+    /// prompt, where it is empty.
+    #[serde(default)]
     pub objective: BTreeMap<String, f64>,
     /// Search, and train nothing for the tables.
     #[serde(default)]
@@ -218,10 +255,6 @@ fn usual_guidance() -> f64 {
 fn usual_token() -> String {
     "sks".into()
 }
-fn usual_objective() -> BTreeMap<String, f64> {
-    BTreeMap::from([("clip_i".to_string(), 1.0), ("clip_t".to_string(), 1.0)])
-}
-
 impl CompareConfig {
     /// Reads and checks a config file.
     pub fn read(path: &Path) -> Result<Self> {
@@ -248,6 +281,16 @@ impl CompareConfig {
             Some(search) if search.factors.is_empty() => search.learning_rates.clone(),
             Some(search) => search.factors.iter().map(|factor| own * factor).collect(),
         })
+    }
+
+    /// What the search maximises: weights of scores; empty without a search.
+    pub fn objective(&self) -> BTreeMap<String, f64> {
+        let Some(search) = &self.search else { return BTreeMap::new() };
+        if !search.objective.is_empty() {
+            return search.objective.clone();
+        }
+        let picture = if self.scores.dino.is_some() { "dino" } else { "clip_i" };
+        BTreeMap::from([(picture.to_string(), 1.0), ("clip_t".to_string(), 1.0)])
     }
 
     /// Steps after which cells are scored, ascending; the last is the whole training.
@@ -308,11 +351,16 @@ impl CompareConfig {
                 check(false, format!("{place}: {key} is set by the comparison itself; leave it out"));
             }
         }
+        for method in &self.methods {
+            for key in
+                own_names(method.settings.clone()).keys().filter(|key| !METHODS_OWN.contains(&key.as_str()))
+            {
+                let all = "is not a method's own: set it in [train], for all methods alike";
+                check(false, format!("method `{}`: {key} {all}", method.label));
+            }
+        }
         let validation = self.search.is_some() && self.draw.validation_prompts.is_empty();
         check(!validation, "draw: a [search] needs validation_prompts, which no table uses".into());
-        for prompt in self.draw.validation_prompts.iter().filter(|p| self.draw.prompts.contains(p)) {
-            check(false, format!("draw: `{prompt}` is among both prompts and validation_prompts"));
-        }
         if let Some(search) = &self.search {
             check(
                 search.learning_rates.is_empty() != search.factors.is_empty(),
@@ -323,12 +371,25 @@ impl CompareConfig {
                 rates.clone().all(|r| r.is_finite() && *r > 0.0),
                 "search: expected positive numbers".into(),
             );
-            for key in search.objective.keys() {
-                check(
-                    crate::results::SCORES.iter().any(|s| s.key == key),
-                    format!("search: objective: `{key}` is no score"),
-                );
+            let towers = serde_json::to_value(&self.scores).unwrap_or_default();
+            for key in self.objective().keys() {
+                let tower = OBJECTIVES.iter().find(|(score, _)| score == key).map(|(_, tower)| *tower);
+                let known: Vec<&str> = OBJECTIVES.iter().map(|(score, _)| *score).collect();
+                let found =
+                    || format!("search: objective: expected one of {}, found `{key}`", known.join(", "));
+                check(tower.is_some(), found());
+                if let Some(tower) = tower {
+                    let there = !towers[tower].is_null();
+                    check(there, format!("search: objective: `{key}` needs `{tower}` in [scores]"));
+                }
             }
+            let rates: BTreeSet<u64> = rates.map(|r| r.to_bits()).collect();
+            let seeds: BTreeSet<&u64> = search.seeds.iter().collect();
+            check(
+                seeds.len() == search.seeds.len()
+                    && rates.len() == search.learning_rates.len() + search.factors.len(),
+                "search: expected each seed and rate once".into(),
+            );
             check(!search.seeds.is_empty(), "search: seeds: expected one or more, found none".into());
         }
         let mut totals = BTreeSet::new();
@@ -346,23 +407,18 @@ impl CompareConfig {
                     let wrong = filled.validate().err().map(|e| format!("method `{}`: {e}", method.label));
                     check(wrong.is_none(), wrong.unwrap_or_default());
                     let every = filled.checkpointing_steps;
-                    let all = self.score_steps.iter().all(|s| *s == filled.max_train_steps || s % every == 0);
+                    let all = every < 1
+                        || self.score_steps.iter().all(|s| *s == filled.max_train_steps || s % every == 0);
                     check(all, format!("score_steps: expected multiples of checkpointing_steps ({every})"));
-                    totals.insert((
-                        filled.max_train_steps,
-                        filled.train_batch_size,
-                        filled.gradient_accumulation_steps,
-                    ));
+                    check(
+                        self.score_steps.is_empty() || !filled.use_ema,
+                        "score_steps: checkpoints hold the adapter itself and the end of a run with use_ema its average".into(),
+                    );
+                    totals.insert(filled.max_train_steps);
                 }
             }
         }
-        check(
-            totals.len() < 2,
-            "methods must train for the same number of steps and pictures: set max_train_steps, train_batch_size and \
-             gradient_accumulation_steps in [train] only"
-                .into(),
-        );
-        if let Some((total, ..)) = totals.first() {
+        if let Some(total) = totals.first() {
             let all = self.score_steps.iter().all(|s| (1..=*total).contains(s));
             check(
                 all,

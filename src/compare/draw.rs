@@ -1,22 +1,40 @@
 //! The pictures that scores are computed from: every picture from a seed of its own, the same for all methods.
 
-use super::config::Draw;
+use crate::config::TrainConfig;
+use crate::device::{self, Compute};
 use crate::error::Result;
 use crate::files;
+use crate::hub::{self, Wanted};
 use crate::image::png;
+use crate::model::loaded::LoadedAdapter;
+use crate::model::{attach, fixed};
 use crate::results;
 use crate::sample::{self, Noise, Settings};
+use crate::sampler::SamplerKind;
 use crate::stable_diffusion::StableDiffusion;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 const MANIFEST_FILE: &str = "drawn.json";
 
+/// How pictures are drawn, whatever the prompts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// Of the first picture of each prompt.
+    pub seed: u64,
+    /// The model's, where it is `None`.
+    pub scheduler: Option<SamplerKind>,
+    /// Sampling steps.
+    pub steps: usize,
+    /// Classifier-free guidance.
+    pub guidance: f64,
+}
+
 /// What the pictures of a folder depend on beside the network that drew them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Drawing {
     /// Sampler, steps, guidance and first seed.
-    pub draw: Draw,
+    pub sampling: Sampling,
     /// The base model's fingerprint.
     pub model: String,
     /// Side of a picture in pixels.
@@ -29,6 +47,20 @@ pub struct Drawing {
     pub num_images: usize,
 }
 
+/// Loads the base model of a training, with what was trained where `adapter` is given.
+pub fn load(config: &TrainConfig, compute: &Compute, adapter: Option<&Path>) -> Result<StableDiffusion> {
+    let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
+    let from = config.model_config.as_deref();
+    let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
+    device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
+    if let Some(adapter) = adapter {
+        let names = model.layer_names()?;
+        let loaded = LoadedAdapter::read(adapter, &names)?;
+        fixed::attach_fixed(&mut model, vec![(loaded, 1.0)], false)?;
+    }
+    Ok(model)
+}
+
 /// Name of a picture in its folder.
 pub fn file_name(prompt: usize, picture: usize) -> String {
     format!("{prompt:02}-{picture:02}.png")
@@ -37,7 +69,7 @@ pub fn file_name(prompt: usize, picture: usize) -> String {
 impl Drawing {
     /// Seeds of the pictures of each prompt.
     pub fn seeds(&self) -> Vec<u64> {
-        (0..self.num_images as u64).map(|i| self.draw.seed.wrapping_add(i)).collect()
+        (0..self.num_images as u64).map(|i| self.sampling.seed.wrapping_add(i)).collect()
     }
 
     /// Whether every picture is in `folder`, drawn in this way.
@@ -60,9 +92,9 @@ impl Drawing {
             if self.has_prompt(folder, p) {
                 continue;
             }
-            let draw = &self.draw;
+            let s = &self.sampling;
             let settings =
-                Settings::square(model, prompt, draw.scheduler, draw.steps, draw.guidance, self.resolution)?;
+                Settings::square(model, prompt, s.scheduler, s.steps, s.guidance, self.resolution)?;
             settings.validate(model)?;
             let noise = Noise::draw(&seeds, &settings, model)?;
             let pictures = sample::sample(model, &settings, &noise, self.batch, &mut || {})?;

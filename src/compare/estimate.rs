@@ -85,7 +85,7 @@ impl Estimate {
 /// Pictures that a task draws.
 fn pictures(task: &Task) -> usize {
     let sets: usize = task.sets.iter().map(|s| s.prompts.len() * s.num_images).sum();
-    (sets + task.drift_prompts.len() * task.draw.num_drift_images) * task.steps.len()
+    (sets + task.drift_prompts.len() * task.num_drift_images) * task.steps.len()
 }
 
 /// Seconds of a step of the same method, from a cell that is done.

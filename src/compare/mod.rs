@@ -24,10 +24,9 @@ pub use shard::Shard;
 
 use crate::error::{Error, Result};
 use crate::files;
-use crate::report::search;
-use crate::results::{self, PLAN_FILE, Plan};
+use crate::report::best_rates;
+use crate::results::{self, CellRecord, PLAN_FILE, Plan};
 use plan::{Planned, Stage};
-use std::collections::BTreeMap;
 use std::path::Path;
 use task::Task;
 
@@ -48,19 +47,36 @@ pub fn run(config: &CompareConfig, shard: Shard) -> Result<Outcome> {
     check_folder(&folder, config)?;
     files::create_dir_all(&folder)?;
     let planned = plan::plan(config, &subjects, &notes, &Stage::First)?;
+    let searched = config.search.as_ref().is_some_and(|s| !s.only) && is_complete(&folder, &planned);
     // Before anything else: by it a folder is known as a comparison's.
-    results::write_json(&folder.join(PLAN_FILE), &planned.plan)?;
+    if !searched {
+        results::write_json(&folder.join(PLAN_FILE), &planned.plan)?;
+    }
     for subject in &subjects {
         subject.copy_into(&folder)?;
     }
-    let outcome = stage(&folder, config, &planned, shard)?;
-    let Some(search) = &config.search else { return Ok(outcome) };
-    if search.only || outcome.missing > 0 || !outcome.failures.is_empty() {
-        return Ok(outcome);
+    if !searched {
+        let outcome = stage(&folder, config, &planned, shard)?;
+        let more = config.search.as_ref().is_some_and(|s| !s.only);
+        if !more || outcome.missing > 0 || !outcome.failures.is_empty() {
+            return Ok(outcome);
+        }
     }
-    let chosen = chosen(&folder)?;
+    let records: Vec<CellRecord> = planned.plan.records(&folder)?;
+    let chosen =
+        best_rates(&planned.plan, &records).into_iter().map(|best| (best.method, best.rate)).collect();
     let planned = plan::plan(config, &subjects, &notes, &Stage::Tables(&chosen))?;
-    stage(&folder, config, &planned, shard)
+    results::write_json(&folder.join(PLAN_FILE), &planned.plan)?;
+    let outcome = stage(&folder, config, &planned, shard)?;
+    if outcome.missing == 0 && outcome.failures.is_empty() {
+        // The search kept what the tables might have been drawn from.
+        planned.tasks.iter().try_for_each(|task| cell::clean(&folder, task))?;
+    }
+    Ok(outcome)
+}
+
+fn is_complete(folder: &Path, planned: &Planned) -> bool {
+    planned.tasks.iter().all(|task| cell::is_done(folder, task))
 }
 
 /// The plan without doing any of it, and how long it may take.
@@ -72,7 +88,6 @@ pub fn dry_run(config: &CompareConfig, shard: Shard) -> Result<(Plan, Estimate)>
 }
 
 fn stage(folder: &Path, config: &CompareConfig, planned: &Planned, shard: Shard) -> Result<Outcome> {
-    results::write_json(&folder.join(PLAN_FILE), &planned.plan)?;
     let is_base = |task: &&Task| task.cell.learning_rate.is_none();
     let mine: Vec<&Task> = planned
         .tasks
@@ -107,13 +122,6 @@ fn stage(folder: &Path, config: &CompareConfig, planned: &Planned, shard: Shard)
     Ok(Outcome { missing: missing.saturating_sub(failures.len()), failures })
 }
 
-/// The learning rate that the search chose for each method.
-fn chosen(folder: &Path) -> Result<BTreeMap<String, f64>> {
-    let plan = Plan::read(folder)?;
-    let records = plan.records(folder)?;
-    Ok(search::best_rates(&plan, &records).into_iter().map(|best| (best.method, best.rate)).collect())
-}
-
 /// Refuses a folder that holds something else.
 fn check_folder(folder: &Path, config: &CompareConfig) -> Result<()> {
     if folder.exists() && !folder.is_dir() {
@@ -122,6 +130,9 @@ fn check_folder(folder: &Path, config: &CompareConfig) -> Result<()> {
             folder.display()
         )));
     }
+    // Listed before the plan is looked for: another worker writes it before anything else.
+    let is_somebodys = |e: &files::DirEntry| !e.name.to_string_lossy().starts_with('.');
+    let used = folder.is_dir() && files::list_dir(folder)?.iter().any(is_somebodys);
     if folder.join(PLAN_FILE).is_file() {
         let found = Plan::read(folder)?.title;
         if found != config.title {
@@ -130,9 +141,7 @@ fn check_folder(folder: &Path, config: &CompareConfig) -> Result<()> {
                 folder.display()
             )));
         }
-    } else if folder.is_dir()
-        && files::list_dir(folder)?.iter().any(|e| !e.name.to_string_lossy().starts_with('.'))
-    {
+    } else if used {
         return Err(Error::Run(format!(
             "{} is not empty and holds no comparison\nhint: give another --output_dir",
             folder.display()

@@ -1,12 +1,16 @@
 //! From the settings of a comparison to its cells.
 
 use super::config::{CompareConfig, MethodEntry, Protocol};
+use super::draw::Sampling;
 use super::subjects::{Subject, hash, slug};
 use super::task::{Task, TaskSet};
 use crate::config::TrainConfig;
+use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::evaluate::{TowerPaths, towers};
-use crate::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, Set};
+use crate::hub::{self, Wanted};
+use crate::model::source::Source;
+use crate::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, ScoredWith, Set};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -40,10 +44,13 @@ pub fn plan(
     // Fetched once, before processes look for them at the same time.
     let towers = config.scores.resolved()?;
     let identity = towers::identity(&towers)?;
-    let planner = Planner { config, subjects, steps: &steps, towers, identity };
-    let chosen = match (stage, &config.search) {
-        (Stage::Tables(chosen), _) => Some(*chosen),
-        (Stage::First, _) => None,
+    let train = TrainConfig::from_tables(&[&config.train])?;
+    let dir = hub::resolve(&train.pretrained_model_name_or_path, Wanted::Model)?;
+    let model = Source::open(&dir, train.model_config.as_deref())?.fingerprint()?;
+    let planner = Planner { config, subjects, steps: &steps, towers, identity, train, model };
+    let chosen = match stage {
+        Stage::Tables(chosen) => Some(*chosen),
+        Stage::First => None,
     };
     let tables = config.search.is_none() || chosen.is_some();
     let mut tasks: Vec<Task> = Vec::new();
@@ -79,15 +86,25 @@ pub fn plan(
         for seed in &config.seeds {
             for subject in subjects {
                 for method in &config.methods {
-                    let own = planner.train_config(method)?.learning_rate;
-                    let rate = chosen.and_then(|c| c.get(&method.label).copied()).unwrap_or(own);
+                    let rate = match chosen {
+                        None => planner.train_config(method)?.learning_rate,
+                        Some(chosen) => *chosen.get(&method.label).ok_or_else(|| {
+                            Error::Run(format!(
+                                "search: no learning rate of `{}` gave a score\nhint: try lower ones",
+                                method.label
+                            ))
+                        })?,
+                    };
                     add(planner.training(method, subject, *seed, rate, Set::Test)?);
                 }
             }
         }
     }
+    // Nothing follows the tables, or a search alone.
+    let is_final = tables || config.search.as_ref().is_some_and(|s| s.only);
     for task in &mut tasks {
-        task.scored_with = planner.identity(task);
+        task.scored_with = planner.identities(task);
+        task.is_final = is_final;
     }
     let mut notes = config.notes.clone();
     notes.extend(protocol_notes.iter().cloned());
@@ -98,12 +115,16 @@ pub fn plan(
         notes,
         methods: config.methods.iter().map(|m| planner.method(m)).collect::<Result<_>>()?,
         subjects: subjects.iter().map(planned_subject).collect(),
-        seeds: config.seeds.clone(),
+        seeds: match &config.search {
+            Some(search) if search.only => search.seeds.clone(),
+            _ => config.seeds.clone(),
+        },
         steps: steps.clone(),
         drift_prompts: config.draw.drift_prompts.clone(),
-        objective: config.search.iter().flat_map(|s| s.objective.clone()).collect(),
+        objective: config.objective().into_iter().collect(),
         common: planner.common()?,
         cells: tasks.iter().map(|t| t.cell.clone()).collect(),
+        scored_with: tasks.iter().map(|t| (t.cell.id.clone(), t.scored_with.clone())).collect(),
     };
     Ok(Planned { plan, tasks })
 }
@@ -114,6 +135,10 @@ struct Planner<'a> {
     steps: &'a [i64],
     towers: TowerPaths,
     identity: String,
+    /// The settings of `[train]`.
+    train: TrainConfig,
+    /// The base model's fingerprint.
+    model: String,
 }
 
 impl Planner<'_> {
@@ -134,8 +159,7 @@ impl Planner<'_> {
 
     /// What is the same for every cell and a reader wants to know.
     fn common(&self) -> Result<Vec<(String, String)>> {
-        let train = TrainConfig::from_tables(&[&self.config.train])?;
-        let draw = &self.config.draw;
+        let (train, draw) = (&self.train, &self.config.draw);
         let scheduler = draw.scheduler.map_or("the model's".to_string(), |s| s.to_string());
         let mut common = vec![
             ("model".to_string(), train.pretrained_model_name_or_path.display().to_string()),
@@ -144,11 +168,13 @@ impl Planner<'_> {
                 "subject pictures a step".into(),
                 (train.train_batch_size * train.gradient_accumulation_steps).to_string(),
             ),
-            ("learning-rate schedule".into(), self.schedule(&train)?),
-            ("target modules".into(), train.target_modules.join(", ")),
+            ("learning-rate schedule".into(), self.schedule(train)?),
             ("pictures a prompt".into(), draw.num_images.to_string()),
             ("drawn with".into(), format!("{scheduler}, {} steps, guidance {}", draw.steps, draw.guidance)),
         ];
+        if !self.config.methods.iter().any(|m| m.settings.contains_key("target_modules")) {
+            common.push(("target modules of adapters".into(), train.target_modules.join(", ")));
+        }
         if train.with_prior_preservation {
             common.push((
                 "class pictures".into(),
@@ -165,7 +191,7 @@ impl Planner<'_> {
     }
 
     fn base(&self, subject: &Subject) -> Result<Task> {
-        let train = TrainConfig::from_tables(&[&self.config.train])?;
+        let train = self.train.clone();
         let only = self.config.search.as_ref().is_some_and(|s| s.only);
         let mut sets = Vec::new();
         if self.config.search.is_some() {
@@ -198,55 +224,74 @@ impl Planner<'_> {
         rate: Option<f64>,
         sets: &[Set],
     ) -> Result<Task> {
-        let mut train = TrainConfig {
+        let train = TrainConfig {
             instance_prompt: subject.instance_prompt.clone(),
             class_prompt: subject.class_prompt.clone(),
             validation_prompt: Vec::new(),
             validation_steps: (train.max_train_steps / HELD_OUT_LOOKS).max(1),
             checkpoints_total_limit: (self.steps.len() == 1).then_some(1),
+            seed,
             ..train
         };
-        let id = |cell: &str, train: &TrainConfig| -> Result<String> {
-            let hashes =
-                |p: &[super::subjects::Picture]| p.iter().map(|p| p.hash.clone()).collect::<Vec<_>>();
-            // Where it runs is not what it is.
-            let what = TrainConfig { device: Default::default(), threads: None, ..train.clone() };
-            let steps = if rate.is_some() { self.steps } else { &[0] };
-            let key = serde_json::to_string(&(method, what, hashes(&subject.train), steps));
-            let key = key.map_err(|e| Error::config(format!("method `{method}`: {e}")))?;
-            Ok(format!("{cell}-{}", &hash(key.as_bytes())[..8]))
+        let id = match rate {
+            None => self.base_id(subject),
+            Some(rate) => {
+                let pictures: Vec<&str> = subject.train.iter().map(|p| p.hash.as_str()).collect();
+                // Where it runs is not what it is.
+                let what = TrainConfig { device: DeviceChoice::Auto, threads: None, ..train.clone() };
+                let key = serde_json::to_string(&(method, what, &self.model, pictures, self.steps));
+                let key = key.map_err(|e| Error::config(format!("method `{method}`: {e}")))?;
+                format!("{}-lr{rate:e}-{}-s{seed}-{}", slug(method), subject.name, short(&key))
+            }
         };
-        let name = match rate {
-            None => format!("{BASE}-{}", subject.name),
-            Some(rate) => format!("{}-lr{rate:e}-{}-s{seed}", slug(method), subject.name),
-        };
-        train.seed = seed;
-        let id_of_cell = if rate.is_none() { name.clone() } else { id(&name, &train)? };
-        let first = self.subjects.first().map_or("", |s| s.name.as_str());
         let cell = PlannedCell {
-            id: id_of_cell,
+            id,
             method: method.to_string(),
             subject: subject.name.clone(),
             seed,
             learning_rate: rate,
         };
-        let draws_drift = rate.is_some() || subject.name == first;
-        let class_look_alikes = subject.look_alikes.is_empty() && train.with_prior_preservation;
+        // Pictures without the subject are the same for all: the first subject's base cell draws them.
+        let first = self.subjects.first().map_or_else(String::new, |first| self.base_id(first));
+        let draws_drift = rate.is_some() || cell.id == first;
+        let draw = &self.config.draw;
+        let (class, class_prompt) = (self.class_settings(), &subject.class_prompt);
+        let class_folder = format!("{}-{}", slug(class_prompt), short(&format!("{class_prompt} {class}")));
         Ok(Task {
-            class_folder: subject.class_folder(Path::new("")),
+            class_folder: Path::new("class_images").join(class_folder),
             steps: if rate.is_some() { self.steps.to_vec() } else { vec![0] },
             sets: sets.iter().map(|set| self.set(*set, subject)).collect(),
-            drift_prompts: if draws_drift { self.config.draw.drift_prompts.clone() } else { Vec::new() },
-            drift_base: format!("{BASE}-{first}"),
-            draw: self.config.draw.clone(),
+            drift_prompts: if draws_drift { draw.drift_prompts.clone() } else { Vec::new() },
+            drift_base: first,
+            sampling: Sampling {
+                seed: draw.seed,
+                scheduler: draw.scheduler,
+                steps: draw.steps,
+                guidance: draw.guidance,
+            },
+            num_drift_images: draw.num_drift_images,
             towers: self.towers.clone(),
-            class_look_alikes,
-            scored_with: String::new(),
+            class_look_alikes: subject.look_alikes.is_empty() && train.with_prior_preservation,
+            scored_with: ScoredWith::new(),
             remove_weights: self.config.remove_weights,
+            is_final: false,
             jobs: self.config.jobs,
             cell,
             train,
         })
+    }
+
+    /// What class pictures depend on beside their prompt.
+    fn class_settings(&self) -> String {
+        let t = &self.train;
+        let how = (t.class_steps, t.class_guidance, t.class_scheduler, t.resolution, t.sample_batch_size);
+        format!("{} {how:?}", self.model)
+    }
+
+    fn base_id(&self, subject: &Subject) -> String {
+        let t = &self.train;
+        let counts = (t.dtype, t.with_prior_preservation, t.num_class_images);
+        format!("{BASE}-{}-{}", subject.name, short(&format!("{} {counts:?}", self.class_settings())))
     }
 
     fn set(&self, set: Set, subject: &Subject) -> TaskSet {
@@ -257,26 +302,30 @@ impl Planner<'_> {
         TaskSet { set, prompts: prompts.clone(), num_images }
     }
 
-    /// What the scores of a task depend on beside its training.
-    fn identity(&self, task: &Task) -> String {
+    /// What the scores of a task depend on beside its training, for each set.
+    fn identities(&self, task: &Task) -> ScoredWith {
         let subject = self.subjects.iter().find(|s| s.name == task.cell.subject);
-        let pictures: Vec<(&str, Vec<&str>)> = subject
-            .iter()
-            .flat_map(|s| s.pictures())
-            .map(|(kind, p)| (kind, p.iter().map(|p| p.hash.as_str()).collect()))
-            .collect();
-        let key = format!(
-            "{} {:?} {:?} {:?} {:?} {:?} {}",
-            self.identity,
-            pictures,
-            task.sets,
-            task.drift_prompts,
-            task.draw,
-            task.steps,
-            task.class_look_alikes
-        );
-        hash(key.as_bytes())[..16].to_string()
+        let identity = |set: &TaskSet| {
+            // The other set's pictures have no say; the base model's record compares those that are trained on.
+            let other = if set.set == Set::Test { "validation" } else { "test" };
+            let pictures: Vec<(&str, Vec<&str>)> = subject
+                .iter()
+                .flat_map(|s| s.pictures())
+                .filter(|(kind, _)| *kind != other)
+                .map(|(kind, p)| (kind, p.iter().map(|p| p.hash.as_str()).collect()))
+                .collect();
+            let drawn =
+                (&task.drift_prompts, task.num_drift_images, &task.sampling, task.train.sample_batch_size);
+            let key = (&self.identity, pictures, set, drawn, &task.steps, task.class_look_alikes);
+            (set.set, hash(format!("{key:?}").as_bytes())[..16].to_string())
+        };
+        task.sets.iter().map(identity).collect()
     }
+}
+
+/// Enough of a hash for a folder's name.
+fn short(key: &str) -> String {
+    hash(key.as_bytes())[..8].to_string()
 }
 
 fn planned_subject(subject: &Subject) -> PlannedSubject {

@@ -2,25 +2,21 @@
 
 use super::draw::{Drawing, file_name};
 use super::subjects::Prompt;
+use crate::data::ImageFolder;
 use crate::error::Result;
 use crate::evaluate::scores::{self, References};
 use crate::evaluate::{Subject, Towers};
-use crate::files;
 use crate::image::{RgbImage, load_rgb};
 use crate::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
 use std::path::{Path, PathBuf};
 
-/// The pictures of some folders, in the order of their names.
+/// The pictures of a folder, in the order of their names; none, where there is no folder.
 pub fn pictures(folder: &Path, at_most: usize) -> Result<Vec<RgbImage>> {
     if !folder.is_dir() {
         return Ok(Vec::new());
     }
-    let entries = files::list_dir(folder)?;
-    let is_picture = |path: &Path| {
-        path.extension().is_some_and(|e| !e.eq_ignore_ascii_case("json"))
-            && path.file_name().is_some_and(|n| !n.to_string_lossy().starts_with('.'))
-    };
-    entries.iter().filter(|e| is_picture(&e.path)).take(at_most).map(|e| load_rgb(&e.path)).collect()
+    let scanned = ImageFolder::scan(folder)?;
+    (0..scanned.images().len().min(at_most)).map(|i| scanned.load(i)).collect()
 }
 
 /// Embeds real pictures, look-alikes and masks of a subject.

@@ -8,8 +8,10 @@ use crate::error::{Error, Result};
 use crate::evaluate::scores::without_token;
 use crate::files;
 use crate::image::decode::MAX_FILE_BYTES;
+use crate::image::load_rgb;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// With so many pictures or more, one is left out of training for validation.
@@ -33,7 +35,7 @@ pub struct Picture {
     pub name: String,
     /// Where it is.
     pub path: PathBuf,
-    /// Of its bytes.
+    /// Of its pixels.
     pub hash: String,
 }
 
@@ -78,17 +80,13 @@ impl Subject {
         ]
     }
 
-    /// The folder of its class pictures, which subjects of one class share.
-    pub fn class_folder(&self, comparison: &Path) -> PathBuf {
-        let slug = slug(&self.class_prompt);
-        comparison.join("class_images").join(format!("{slug}-{}", &hash(self.class_prompt.as_bytes())[..8]))
-    }
-
     /// Copies its pictures into the comparison's folder.
     pub fn copy_into(&self, comparison: &Path) -> Result<()> {
         for (kind, pictures) in self.pictures() {
             let folder = comparison.join("subjects").join(&self.name).join(kind);
-            if folder.is_dir() {
+            if pictures.is_empty() {
+                files::remove_dir_all(&folder)?;
+            } else if folder.is_dir() {
                 // What an earlier plan put there and this one does not; hidden files are another worker's, half written.
                 for entry in files::list_dir(&folder)? {
                     let name = entry.name.to_string_lossy();
@@ -96,7 +94,7 @@ impl Subject {
                         files::remove_file(&entry.path)?;
                     }
                 }
-            } else if !pictures.is_empty() {
+            } else {
                 files::create_dir_all(&folder)?;
             }
             for picture in pictures {
@@ -122,22 +120,22 @@ pub fn resolve(config: &CompareConfig) -> Result<(Vec<Subject>, Vec<String>)> {
         subjects.push(subject(config, entry, &live_prompts)?);
     }
     // The other subjects of its class are a subject's look-alikes.
-    let classes: Vec<(String, String, Vec<Picture>)> = subjects
-        .iter()
-        .map(|s| (s.name.clone(), s.class.clone(), [&s.train[..], &s.validation, &s.test].concat()))
-        .collect();
+    let all = subjects.clone();
     for (subject, entry) in subjects.iter_mut().zip(&entries) {
         if entry.look_alikes_dir.is_none() {
-            let others =
-                classes.iter().filter(|(name, class, _)| *name != subject.name && *class == subject.class);
-            subject.look_alikes = others
-                .flat_map(|(name, _, pictures)| {
-                    pictures.iter().map(move |p| Picture { name: format!("{name}-{}", p.name), ..p.clone() })
-                })
-                .collect();
-            subject.look_alikes.sort_by(|a, b| a.name.cmp(&b.name));
+            for other in all.iter().filter(|s| s.name != subject.name && s.class == subject.class) {
+                for (kind, pictures) in &other.pictures()[..3] {
+                    let named = |p: &Picture| Picture {
+                        name: format!("{}-{kind}-{}", other.name, p.name),
+                        ..p.clone()
+                    };
+                    subject.look_alikes.extend(pictures.iter().map(named));
+                }
+            }
             // In the paper's protocol one picture is in two sets.
-            subject.look_alikes.dedup_by(|a, b| a.name == b.name);
+            let mut seen = BTreeSet::new();
+            subject.look_alikes.retain(|p| seen.insert(p.hash.clone()));
+            subject.look_alikes.sort_by(|a, b| a.name.cmp(&b.name));
         }
     }
     let notes =
@@ -147,13 +145,14 @@ pub fn resolve(config: &CompareConfig) -> Result<(Vec<Subject>, Vec<String>)> {
 
 /// What `protocol = "paper"` means, for readers of the report.
 const PAPER_NOTES: [&str; 3] = [
-    "Protocol paper: similarities are measured on the pictures that were trained on, CLIP-T with the rare token and, as in the \
-     authors' script, with the prompts for live subjects also where an object was drawn.",
+    "Protocol paper: similarities are measured on the pictures that were trained on, CLIP-T with the rare token and, for a \
+     DreamBooth folder, as in the authors' script, with the prompts for live subjects also where an object was drawn.",
     "Protocol paper: for each prompt the scored step with the largest sum of normalised scores is taken, as in the authors' \
      script: a choice made on the test scores themselves, which flatters every method.",
     "Protocol paper, not reproduced: one training serves all prompts of a subject (the scripts train the same run anew for \
-     each), each picture has a seed of its own (one generator of seed 0 for all four), no safety checker blacks pictures out, \
-     and the softened start of the paper's rank 7 is not hra's.",
+     each); each picture has a seed of its own (theirs are four draws of one generator of seed 0); LPIPS is measured at the drawn \
+     size with the photographs cropped (theirs are stretched to 512x512); no safety checker blacks pictures out; the softened \
+     start of the paper's rank 7 is not hra's.",
 ];
 
 /// Subjects of a DreamBooth folder as entries, and the list of live prompts.
@@ -236,11 +235,12 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
             entry.name
         ));
     }
-    if let Some(same) = test.iter().find(|t| train.iter().any(|p| p.hash == t.hash))
-        && config.protocol != Protocol::Paper
+    let known = |t: &&Picture| train.iter().chain(&validation).any(|p| p.hash == t.hash);
+    if config.protocol != Protocol::Paper
+        && let Some(same) = test.iter().find(known)
     {
         return Err(Error::Data(format!(
-            "{}: {} is trained on too; a score on it would mean nothing",
+            "{}: {} is trained on or chosen by too; a score on it would mean nothing",
             place("test_data_dir"),
             same.path.display()
         )));
@@ -295,6 +295,12 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
         masks,
         notes,
     };
+    if let Some(both) = subject.validation_prompts.iter().find(|p| subject.prompts.contains(p)) {
+        return Err(Error::config(format!(
+            "draw: `{}` of subject `{}` is among both prompts and validation_prompts",
+            both.prompt, subject.name
+        )));
+    }
     if subject.prompts.is_empty() && config.search.as_ref().is_none_or(|s| !s.only) {
         return Err(Error::config("draw: prompts: expected one or more, found none"));
     }
@@ -310,8 +316,10 @@ fn pictures(dir: &Path, what: &str) -> Result<Vec<Picture>> {
     }
     let folder = ImageFolder::scan(dir)?;
     let picture = |image: &crate::data::Image| {
-        let bytes = files::read(&image.path, MAX_FILE_BYTES)?;
-        Ok(Picture { name: image.name.clone(), path: image.path.clone(), hash: hash(&bytes) })
+        let pixels = load_rgb(&image.path)?;
+        let size = [pixels.width().to_le_bytes(), pixels.height().to_le_bytes()].concat();
+        let hash = hash(&[&size, pixels.as_raw()].map(|part| &part[..]).concat());
+        Ok(Picture { name: image.name.clone(), path: image.path.clone(), hash })
     };
     folder.images().iter().map(picture).collect()
 }

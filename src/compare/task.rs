@@ -1,11 +1,11 @@
 //! What one process of a comparison is to do, as the parent writes it into the cell's folder: `cells/ID/task.json`.
 
-use super::config::Draw;
+use super::draw::Sampling;
 use super::subjects::Prompt;
 use crate::config::TrainConfig;
 use crate::error::Result;
 use crate::evaluate::TowerPaths;
-use crate::results::{self, PlannedCell, Set};
+use crate::results::{self, PlannedCell, ScoredWith, Set};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -30,15 +30,19 @@ pub struct Task {
     /// The cell, of the base model, that drift is measured from.
     pub drift_base: String,
     /// How pictures are drawn.
-    pub draw: Draw,
+    pub sampling: Sampling,
+    /// Pictures for each of [`Self::drift_prompts`].
+    pub num_drift_images: usize,
     /// The towers.
     pub towers: TowerPaths,
     /// The class pictures are the subject's look-alikes.
     pub class_look_alikes: bool,
-    /// Identity of all that scores depend on: see [`results::CellRecord::scored_with`].
-    pub scored_with: String,
+    /// What its scores are to be made with.
+    pub scored_with: ScoredWith,
     /// Remove what was trained once it is scored.
     pub remove_weights: bool,
+    /// Nothing else will be drawn from its checkpoints: they are removed when it is scored.
+    pub is_final: bool,
     /// Cells that run at once.
     pub jobs: usize,
 }
@@ -70,14 +74,14 @@ impl Task {
     /// The settings of the training in this comparison's folder.
     pub fn train_config(&self, comparison: &Path) -> TrainConfig {
         let subject = comparison.join("subjects").join(&self.cell.subject);
-        // The curve of the tables' trainings is of the tables' pictures; nothing is chosen by it.
-        let held_out = if self.sets.iter().any(|s| s.set == Set::Test) { "test" } else { "validation" };
-        let held_out = subject.join(held_out);
+        // The same for the search and the tables; nothing is chosen by it.
+        let folders = ["validation", "test"].map(|kind| subject.join(kind));
+        let held_out = folders.into_iter().find(|folder| folder.is_dir());
         TrainConfig {
             output_dir: results::cell_folder(comparison, &self.cell.id).join("run"),
             instance_data_dir: subject.join("train"),
             class_data_dir: self.train.with_prior_preservation.then(|| comparison.join(&self.class_folder)),
-            held_out_data_dir: held_out.is_dir().then_some(held_out),
+            held_out_data_dir: held_out,
             ..self.train.clone()
         }
     }

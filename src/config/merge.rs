@@ -154,7 +154,7 @@ fn arguments() -> clap::Command {
 }
 
 /// `table` with the command line's second names, which are keys too, replaced by the settings' own.
-fn own_names(mut table: toml::Table) -> toml::Table {
+pub fn own_names(mut table: toml::Table) -> toml::Table {
     for arg in arguments().get_arguments() {
         for alias in arg.get_all_aliases().unwrap_or_default() {
             if let Some(value) = table.remove(&alias.replace('-', "_")) {

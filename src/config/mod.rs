@@ -4,6 +4,8 @@
 mod merge;
 mod validate;
 
+pub use merge::own_names;
+
 use crate::adapter::Method;
 use crate::adapter::blocks::{Cayley, Partition};
 use crate::adapter::boft::BoftConfig;

@@ -241,14 +241,20 @@ impl<'a> Analysis<'a> {
     fn row(&self, label: &str, method: &str, kind: RowKind, rate: Option<f64>, cells: &[&CellValues]) -> Row {
         let mine = |c: &PlannedCell| c.method == method && c.learning_rate == rate;
         let records: Vec<_> = self.records.iter().filter(|r| mine(&r.cell)).collect();
+        // Trainings of the search have no scores of the tables, and lack none.
+        let scored = |r: &CellRecord, set| values::result(self.plan, r, set).is_some();
+        let for_others = records.iter().filter(|r| {
+            !scored(r, self.set) && [Set::Validation, Set::Test].into_iter().any(|set| scored(r, set))
+        });
+        let for_others = for_others.count();
         let scores = self.columns.iter().filter_map(|c| Some((c.key.clone(), estimate(cells, &c.key)?)));
         Row {
             label: label.to_string(),
             kind,
             method: None,
             rate,
-            cells: records.len(),
-            planned: self.plan.cells.iter().filter(|c| mine(c)).count(),
+            cells: cells.len(),
+            planned: self.plan.cells.iter().filter(|c| mine(c)).count() - for_others,
             interrupted: records.iter().filter(|r| r.budget.as_ref().is_some_and(|b| b.interrupted)).count(),
             budget: budget(&records),
             scores: scores.collect(),

@@ -78,6 +78,7 @@ impl Comparison {
             objective: vec![("dino".into(), 1.0), ("clip_t".into(), 1.0)],
             common: vec![("batch".into(), "2".into()), ("scheduler".into(), "ddim, 30 steps".into())],
             cells: Vec::new(),
+            scored_with: Default::default(),
         };
         for subject in &plan.subjects {
             plan.cells.push(PlannedCell {
@@ -183,7 +184,7 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
         losses: if trained { losses(steps[steps.len() - 1], cell) } else { Vec::new() },
         evaluations,
         failure: None,
-        scored_with: String::new(),
+        scored_with: Default::default(),
         real: shape
             .keys
             .iter()
