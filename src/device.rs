@@ -211,20 +211,20 @@ pub fn start() {
     });
 }
 
-/// Larger blocks are taken from the heap, and a heap of this size is not given back.
+/// Large blocks are taken from the heap, and a heap of this size is not given back.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn keep_freed_memory() {
-    /// glibc takes no more (HEAP_MAX_SIZE / 2).
-    const LARGEST: libc::c_int = 32 << 20;
     const KEEP: libc::c_int = 1 << 30;
-    for (parameter, value, variable) in [
-        (libc::M_MMAP_THRESHOLD, LARGEST, "MALLOC_MMAP_THRESHOLD_"),
-        (libc::M_TRIM_THRESHOLD, KEEP, "MALLOC_TRIM_THRESHOLD_"),
-    ] {
-        if std::env::var_os(variable).is_none() {
-            // SAFETY: sets a number of the allocator, before any other thread runs.
-            unsafe { libc::mallopt(parameter, value) };
-        }
+    /// Older versions of glibc take no more for blocks (HEAP_MAX_SIZE / 2).
+    const OLD_LIMIT: libc::c_int = 32 << 20;
+    let set = |parameter, value, variable| {
+        // SAFETY: sets a number of the allocator, before any other thread runs.
+        std::env::var_os(variable).is_some() || unsafe { libc::mallopt(parameter, value) } != 0
+    };
+    let blocks = |value| set(libc::M_MMAP_THRESHOLD, value, "MALLOC_MMAP_THRESHOLD_");
+    // Without the first the second would do harm: by it glibc stops raising the size of blocks by itself.
+    if blocks(KEEP) || blocks(OLD_LIMIT) {
+        set(libc::M_TRIM_THRESHOLD, KEEP, "MALLOC_TRIM_THRESHOLD_");
     }
 }
 

@@ -254,6 +254,81 @@ fn a_training_that_diverges_is_a_record_and_stops_nothing() {
 }
 
 #[test]
+fn every_checkpoint_of_a_run_is_scored_after_the_training() {
+    let scratch = Scratch::new();
+    let asset = |name: &str| root().join("assets").join(name).to_str().unwrap().to_string();
+    let (clip, held_out) = (asset("tiny-clip"), asset("subjects/cat/held_out"));
+    let more = [
+        "--max_train_steps",
+        "4",
+        "--checkpointing_steps",
+        "2",
+        "--validation_steps",
+        "4",
+        "--num_validation_images",
+        "2",
+        "--validation_inference_steps",
+        "2",
+        "--validation-prompt",
+        "a fluent 3d emoji of a sks cat face",
+        "--held_out_data_dir",
+        &held_out,
+        "--drift-prompt",
+        "a noto emoji of a dog face",
+        "--clip",
+        &clip,
+    ];
+    // Towers without --score would be passed over in silence.
+    let flags = scratch.train_flags("run", &more);
+    let error = scratch.run(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(error.err.contains("without --score") && !scratch.path("run").exists(), "{}", error.err);
+    let told = scratch.train("run", &[&more[..], &["--score"]].concat()).out;
+
+    let file = scratch.path("run/scores/scores.json");
+    let scored: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    let evaluations = scored["evaluations"].as_array().unwrap();
+    let steps: Vec<i64> = evaluations.iter().map(|e| e["step"].as_i64().unwrap()).collect();
+    assert_eq!(steps, [2, 4]);
+    let value = |e: &Value| e["scores"]["clip_i"].as_f64().unwrap() + e["scores"]["clip_t"].as_f64().unwrap();
+    let best = if value(&evaluations[1]) > value(&evaluations[0]) { 4 } else { 2 };
+    assert_eq!(scored["best"], best);
+    assert!(
+        told.lines().any(|line| line.trim().starts_with(&best.to_string()) && line.ends_with("best")),
+        "{told}"
+    );
+    for evaluation in evaluations {
+        assert!(evaluation["scores"]["drift"].as_f64().unwrap() > 0.0);
+        assert_eq!(evaluation["prompts"][0]["pictures"].as_array().unwrap().len(), 2);
+    }
+    let plot = std::fs::read_to_string(scratch.path("run/scores/scores.svg")).unwrap();
+    assert!(plot.starts_with("<svg") && plot.contains(&format!("best: {best}")));
+    // The last pictures are drawn from what the run folder holds: the same as `hra sample` draws.
+    scratch.ok(&[
+        "sample",
+        "--model",
+        &asset("tiny-sd"),
+        "--adapter",
+        "run",
+        "--prompt",
+        "a fluent 3d emoji of a sks cat face",
+        "--num-images",
+        "2",
+        "--steps",
+        "2",
+        "--guidance",
+        "7.5",
+        "--output",
+        "again",
+    ]);
+    for i in 0..2 {
+        let ours = scratch.path(&format!("run/scores/step-000004/validation/00-{i:02}.png"));
+        let again = scratch.path(&format!("again/0000-{i:04}.png"));
+        let pixels = |path| hra::image::load_rgb(path).unwrap();
+        assert!(pixels(&ours) == pixels(&again), "picture {i}");
+    }
+}
+
+#[test]
 fn a_dry_run_tells_the_plan_and_writes_nothing() {
     let scratch = scratch(&config("seeds = [0, 1]", "", METHODS));
     let told = scratch.ok(&["compare", "c.toml", "--dry-run"]).out;

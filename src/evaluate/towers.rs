@@ -107,12 +107,15 @@ fn told(error: Error, flag: &str, known: &str) -> Error {
 /// another identity cannot be compared. Made of each tower's settings, and of the name, dtype and first values of each of its
 /// tensors.
 pub fn identity(paths: &TowerPaths) -> Result<String> {
-    const TEXTS: [&str; 6] = [
+    const TEXTS: [&str; 9] = [
+        "added_tokens.json",
         "config.json",
         "merges.txt",
         "preprocessor_config.json",
         "processor_config.json",
+        "special_tokens_map.json",
         "tokenizer.json",
+        "tokenizer_config.json",
         "vocab.json",
     ];
     let paths = paths.resolved()?;
