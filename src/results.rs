@@ -306,7 +306,7 @@ pub struct Budget {
 pub struct LossPoint {
     /// Optimiser steps.
     pub step: i64,
-    /// Mean training loss since the point before.
+    /// Mean denoising loss since the point before, class pictures' share included, no regulariser.
     pub loss: f64,
     /// On pictures that were not trained on, with fixed noise.
     #[serde(default, skip_serializing_if = "Option::is_none")]

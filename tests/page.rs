@@ -60,18 +60,18 @@ fn the_page_renders_and_its_table_sorts() {
     browser.open(&address(dir.path()));
     assert_eq!(browser.eval("document.title"), "HRA and others on the embedded model");
     assert!(text(&mut browser, ".notes").contains("the pictures are invented"));
-    assert_eq!(order(&mut browser), ["real test pictures", "base", "HRA", "LoRA", "OFT"]);
+    assert_eq!(order(&mut browser), ["real training pictures", "base", "HRA", "LoRA", "OFT"]);
     // Invented scores rise with the method's number; real pictures have 0.8.
     browser.click("#summary th:nth-child(7) button");
     assert_eq!(text(&mut browser, "#summary th:nth-child(7)"), "DINO \u{2191}");
-    assert_eq!(order(&mut browser), ["real test pictures", "OFT", "LoRA", "HRA", "base"]);
+    assert_eq!(order(&mut browser), ["real training pictures", "OFT", "LoRA", "HRA", "base"]);
     let sorted = "document.querySelector('#summary th:nth-child(7)').getAttribute('aria-sort')";
     assert_eq!(browser.eval(sorted), "descending");
     // By the keyboard, the other way; then by parameters: what has none stays last.
     browser.eval("document.querySelector('#summary th:nth-child(7) button').focus()");
     browser.key("Enter", 13);
     assert_eq!(browser.eval(sorted), "ascending");
-    assert_eq!(order(&mut browser), ["base", "HRA", "LoRA", "OFT", "real test pictures"]);
+    assert_eq!(order(&mut browser), ["base", "HRA", "LoRA", "OFT", "real training pictures"]);
     for first in ["HRA", "OFT"] {
         browser.click("#summary th:nth-child(2) button");
         let rows = order(&mut browser);

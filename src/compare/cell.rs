@@ -340,13 +340,29 @@ impl Cell<'_> {
             format: FORMAT,
             cell: self.task.cell.clone(),
             budget,
-            losses: losses(&self.config.output_dir)?,
+            losses: self.losses()?,
             evaluations,
             real,
             failure,
             scored_with: self.task.scored_with.clone(),
             environment,
         })
+    }
+
+    /// The training's records without times. The loss is that of denoising, which methods share: no regulariser.
+    fn losses(&self) -> Result<Vec<LossPoint>> {
+        let path = self.config.output_dir.join(METRICS_FILE);
+        if !path.is_file() {
+            return Ok(Vec::new());
+        }
+        let text = String::from_utf8_lossy(&files::read(&path, MAX_METRICS)?).into_owned();
+        let weight = self.config.prior_loss_weight;
+        let point = |r: Record| LossPoint {
+            step: r.step,
+            loss: r.loss_instance + weight * r.loss_prior.unwrap_or(0.0),
+            held_out: r.held_out_loss,
+        };
+        Ok(text.lines().filter_map(|line| serde_json::from_str::<Record>(line).ok()).map(point).collect())
     }
 
     fn finish(&self, record: &CellRecord) -> Result<()> {
@@ -365,15 +381,4 @@ fn weight_files(run: &Path) -> [PathBuf; 5] {
         text.join(peft::CONFIG_FILE),
         run.join(FULL_UNET),
     ]
-}
-
-/// The records of a run, without times.
-fn losses(run: &Path) -> Result<Vec<LossPoint>> {
-    let path = run.join(METRICS_FILE);
-    if !path.is_file() {
-        return Ok(Vec::new());
-    }
-    let text = String::from_utf8_lossy(&files::read(&path, MAX_METRICS)?).into_owned();
-    let point = |r: Record| LossPoint { step: r.step, loss: r.loss, held_out: r.held_out_loss };
-    Ok(text.lines().filter_map(|line| serde_json::from_str::<Record>(line).ok()).map(point).collect())
 }

@@ -225,7 +225,7 @@ impl<'a> Analysis<'a> {
             })
             .collect();
         (!scores.is_empty()).then(|| Row {
-            label: "real test pictures".into(),
+            label: "real training pictures".into(),
             kind: RowKind::Real,
             method: None,
             rate: None,

@@ -160,7 +160,10 @@ impl Analysis<'_> {
             if plan.seeds.len() == 1 { "" } else { "s" },
         )];
         if self.rows.iter().any(|row| row.kind == RowKind::Real) {
-            notes.push("real test pictures: the test pictures scored against the training pictures".into());
+            notes.push(
+                "real training pictures: the pictures that are trained on, scored against the test pictures"
+                    .into(),
+            );
         }
         let ways = self.environments().len();
         if ways > 1 {
