@@ -361,7 +361,7 @@ fn what_cannot_be_compared_is_refused_with_all_reasons() {
     // The same picture for training and for the tables.
     let leak = config("", "", METHODS).replace("cat/held_out", "cat/train");
     let error = scratch(&leak).run(&["compare", "c.toml"]);
-    assert!(error.err.contains("is trained on too"), "{}", error.err);
+    assert!(error.err.contains("is trained on or chosen by too"), "{}", error.err);
     // A folder that holds something else.
     let busy = scratch(&config("", "", METHODS));
     std::fs::create_dir(busy.path("out")).unwrap();
