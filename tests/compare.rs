@@ -355,7 +355,9 @@ fn what_cannot_be_compared_is_refused_with_all_reasons() {
         .replace("log_every = 2", "log_every = 2\nseed = 3");
     let error = scratch(&wrong).run(&["compare", "c.toml"]);
     assert_eq!(error.code, 2);
-    for part in ["jobs:", "seeds:", "max_train_steps is not a method's own", "[train]: seed is set by the comparison"] {
+    for part in
+        ["jobs:", "seeds:", "max_train_steps is not a method's own", "[train]: seed is set by the comparison"]
+    {
         assert!(error.err.contains(part), "{part}\n{}", error.err);
     }
     // The same picture for training and for the tables.

@@ -34,10 +34,10 @@ const ORDER: [&str; 33] = [
     "train",
     "evaluate",
     "report",
+    "doctor",
     "compare",
     "export",
     "inspect",
-    "doctor",
     "cli",
 ];
 

@@ -107,6 +107,12 @@ fn finish(config: &CompareConfig, outcome: &Outcome, json: bool) -> Result<()> {
             return super::print_json(&json!({"folder": folder, "cells_of_other_shares": outcome.missing}));
         }
         println!("this share is done; {} cells of other shares are not yet", outcome.missing);
+        if outcome.searching {
+            println!(
+                "when they are, the same command trains for the tables with the rates that the search chose"
+            );
+            return Ok(());
+        }
         println!("when they are: hra compare report {}", crate::files::shell_word(&folder.to_string_lossy()));
         return Ok(());
     }
@@ -128,6 +134,7 @@ fn report(folder: &Path, json: bool) -> Result<()> {
         return super::print_json(&summary);
     }
     print!("{}", summary.text);
+    println!("report: {}", summary.page.display());
     Ok(())
 }
 
@@ -162,7 +169,10 @@ fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: boo
     }
     println!("  seeds {:?}, scored after steps {:?}", plan.seeds, plan.steps);
     if config.search.as_ref().is_some_and(|s| !s.only) {
-        println!("  first the search; the trainings for the tables are planned when it has chosen");
+        let tables = plan.seeds.len() * plan.subjects.len() * plan.methods.len();
+        println!(
+            "  first the search, which is what is counted below; then up to {tables} trainings for the tables with its rates"
+        );
     }
     for note in plan.notes.iter().chain(plan.subjects.iter().flat_map(|s| &s.notes)) {
         println!("  note: {note}");

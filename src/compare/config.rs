@@ -302,6 +302,7 @@ impl CompareConfig {
 
     /// Refuses what cannot be compared, with all problems at once.
     pub fn validate(&self) -> Result<()> {
+        TrainConfig::from_tables(&[&self.train]).map_err(|e| Error::config(format!("[train]: {e}")))?;
         let mut problems = Vec::new();
         let mut check = |good: bool, problem: String| {
             if !good {

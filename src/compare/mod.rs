@@ -37,6 +37,8 @@ pub struct Outcome {
     pub failures: Vec<Failure>,
     /// Cells of other shares that are not done yet.
     pub missing: usize,
+    /// They are of the search: the trainings for the tables come after it.
+    pub searching: bool,
 }
 
 /// Does this worker's share of a comparison; what is done is not done again.
@@ -59,7 +61,7 @@ pub fn run(config: &CompareConfig, shard: Shard) -> Result<Outcome> {
         let outcome = stage(&folder, config, &planned, shard)?;
         let more = config.search.as_ref().is_some_and(|s| !s.only);
         if !more || outcome.missing > 0 || !outcome.failures.is_empty() {
-            return Ok(outcome);
+            return Ok(Outcome { searching: more, ..outcome });
         }
     }
     let records: Vec<CellRecord> = planned.plan.records(&folder)?;
@@ -115,11 +117,11 @@ fn stage(folder: &Path, config: &CompareConfig, planned: &Planned, shard: Shard)
         failures.extend(pool::run(folder, &todo, config.jobs)?);
         if !failures.is_empty() && todo.iter().all(is_base) {
             // Every other cell stands on these.
-            return Ok(Outcome { failures, missing: planned.tasks.len() });
+            return Ok(Outcome { failures, missing: planned.tasks.len(), searching: false });
         }
     }
     let missing = planned.tasks.iter().filter(|task| !cell::is_done(folder, task)).count();
-    Ok(Outcome { missing: missing.saturating_sub(failures.len()), failures })
+    Ok(Outcome { missing: missing.saturating_sub(failures.len()), failures, searching: false })
 }
 
 /// Refuses a folder that holds something else.

@@ -69,7 +69,9 @@ pub fn plan(
     if let Some(search) = &config.search {
         let searched = |s: &&Subject| search.subjects.is_empty() || search.subjects.contains(&s.name);
         if let Some(unknown) = search.subjects.iter().find(|n| !subjects.iter().any(|s| s.name == **n)) {
-            return Err(Error::config(format!("search: subjects: `{unknown}` is not a subject")));
+            return Err(Error::config(format!(
+                "search: subjects: `{unknown}` is not a subject of this comparison (or has no folder)"
+            )));
         }
         for method in &config.methods {
             for rate in config.learning_rates(method)? {
@@ -163,6 +165,7 @@ impl Planner<'_> {
         let scheduler = draw.scheduler.map_or("the model's".to_string(), |s| s.to_string());
         let mut common = vec![
             ("model".to_string(), train.pretrained_model_name_or_path.display().to_string()),
+            ("resolution".into(), train.resolution.map_or("the model's".into(), |r| r.to_string())),
             ("steps".into(), train.max_train_steps.to_string()),
             (
                 "subject pictures a step".into(),

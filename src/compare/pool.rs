@@ -28,6 +28,11 @@ pub struct Failure {
 ///
 /// Errors: an interrupt, after all processes have saved what they had.
 pub fn run(comparison: &Path, tasks: &[&Task], jobs: usize) -> Result<Vec<Failure>> {
+    let (count, at_once) = (tasks.len(), jobs.min(tasks.len()));
+    eprintln!(
+        "{count} cells, {at_once} at a time; each has a log, {}/cells/ID/{LOG_FILE}",
+        comparison.display()
+    );
     let queue: Mutex<VecDeque<&&Task>> = Mutex::new(tasks.iter().collect());
     let progress = Mutex::new(Told { done: 0, total: tasks.len(), jobs, started: Instant::now() });
     let failures = Mutex::new(Vec::new());
@@ -41,7 +46,9 @@ pub fn run(comparison: &Path, tasks: &[&Task], jobs: usize) -> Result<Vec<Failur
                         break;
                     };
                     let started = Instant::now();
-                    match one(comparison, task, jobs) {
+                    let outcome = one(comparison, task, jobs);
+                    let failed = !matches!(outcome, Ok(None));
+                    match outcome {
                         Ok(None) => {}
                         Ok(Some(why)) => {
                             let id = task.cell.id.clone();
@@ -52,7 +59,7 @@ pub fn run(comparison: &Path, tasks: &[&Task], jobs: usize) -> Result<Vec<Failur
                     }
                     if !interrupt::requested() {
                         let mut told = progress.lock().unwrap_or_else(PoisonError::into_inner);
-                        told.tell(task, started.elapsed());
+                        told.tell(task, started.elapsed(), failed);
                     }
                 }
             });
@@ -73,7 +80,7 @@ struct Told {
 }
 
 impl Told {
-    fn tell(&mut self, task: &Task, took: Duration) {
+    fn tell(&mut self, task: &Task, took: Duration, failed: bool) {
         self.done += 1;
         let left = self.started.elapsed().as_secs_f64() / self.done as f64 * (self.total - self.done) as f64;
         let left = if self.done >= self.jobs && self.done < self.total {
@@ -86,7 +93,8 @@ impl Told {
             Some(rate) => format!("{}, {}, seed {}, rate {rate:e}", cell.method, cell.subject, cell.seed),
             None => format!("{} model, {}", cell.method, cell.subject),
         };
-        eprintln!("[{}/{}] {what}: {}{left}", self.done, self.total, duration(took.as_secs_f64()));
+        let took = if failed { "failed".to_string() } else { duration(took.as_secs_f64()) };
+        eprintln!("[{}/{}] {what}: {took}{left}", self.done, self.total);
     }
 }
 

@@ -195,6 +195,13 @@ fn dreambooth_entries(
             notes: Vec::new(),
         });
     }
+    let listed = protocol.subjects.iter().filter(|(name, _)| wanted(name)).count();
+    if entries.len() < listed {
+        let (found, dir) = (entries.len(), set.dir.display());
+        eprintln!(
+            "note: dreambooth: {found} of {listed} subjects have a folder in {dir}; the others are left out"
+        );
+    }
     if entries.is_empty() {
         return Err(Error::Data(format!(
             "dreambooth: no subject of the list has a folder in {}",
@@ -263,6 +270,16 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
         }
     };
     let look_alikes = entry.look_alikes_dir.as_deref().map(|dir| pictures(dir, &place("look_alikes_dir")));
+    let templates =
+        [&entry.prompts, &config.draw.prompts, &config.draw.validation_prompts].into_iter().flatten();
+    for template in templates.chain([&entry.instance_prompt, &entry.class_prompt]) {
+        if fill(template, "", "").contains(['{', '}']) {
+            return Err(Error::config(format!(
+                "{}: expected {{subject}} and {{class}} and no other braces, found `{template}`",
+                place("prompts")
+            )));
+        }
+    }
     let filled = |template: &str| fill(template, &format!("{} {}", entry.token, entry.class), &entry.class);
     let prompts = if entry.prompts.is_empty() { &config.draw.prompts } else { &entry.prompts };
     let paper = config.protocol == Protocol::Paper;

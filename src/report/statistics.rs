@@ -16,6 +16,8 @@ pub const MANY_SUBJECTS: usize = 5;
 const TAIL: f64 = 0.025;
 /// Above this many units there is no interval: their draws would not fit into memory. No comparison has so many.
 const MAX_UNITS: usize = 5_000;
+/// Fewer say nothing: see [`Bootstrap::interval`].
+const MIN_UNITS: usize = 6;
 
 /// The mean; `None` of nothing.
 pub fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
@@ -56,12 +58,12 @@ pub struct Bootstrap {
 }
 
 impl Bootstrap {
-    /// The 95 % interval of [`mean_of_means`] where the units of each group are drawn again; `None` where no group has two
-    /// units, so that nothing can vary, or where there are more than 5,000.
+    /// The 95 % interval of [`mean_of_means`] where the units of each group are drawn again; `None` for fewer than 6 units, of
+    /// which all have one sign by chance too often (1 in 16 for 5), where nothing can vary, or for more than 5,000.
     pub fn interval(&mut self, groups: &[Vec<f64>]) -> Option<(f64, f64)> {
         let units: usize = groups.iter().map(Vec::len).sum();
         let nothing_varies = groups.iter().all(|group| group.len() < 2);
-        if nothing_varies || units > MAX_UNITS || groups.iter().any(Vec::is_empty) {
+        if nothing_varies || !(MIN_UNITS..=MAX_UNITS).contains(&units) || groups.iter().any(Vec::is_empty) {
             return None;
         }
         let draws = self.draws(groups.iter().map(Vec::len).collect());

@@ -159,6 +159,21 @@ impl Analysis<'_> {
             plan.seeds.len(),
             if plan.seeds.len() == 1 { "" } else { "s" },
         )];
+        for method in &plan.methods {
+            let settings: Vec<String> = method
+                .settings
+                .iter()
+                .filter(|(key, _)| *key != "learning_rate")
+                .map(|(k, v)| format!("{k} {v}"))
+                .collect();
+            let rates: Vec<String> = method.learning_rates.iter().map(|rate| format!("{rate:e}")).collect();
+            notes.push(format!(
+                "{}: {}; learning rate {}",
+                method.label,
+                settings.join(", "),
+                rates.join(", ")
+            ));
+        }
         if self.rows.iter().any(|row| row.kind == RowKind::Real) {
             notes.push(
                 "real training pictures: the pictures that are trained on, scored against the test pictures"
