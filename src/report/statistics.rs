@@ -17,7 +17,7 @@ const TAIL: f64 = 0.025;
 /// Above this many units there is no interval: their draws would not fit into memory. No comparison has so many.
 const MAX_UNITS: usize = 5_000;
 /// Fewer say nothing: see [`Bootstrap::interval`].
-const MIN_UNITS: usize = 6;
+const MIN_UNITS: usize = 5;
 
 /// The mean; `None` of nothing.
 pub fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
@@ -58,8 +58,8 @@ pub struct Bootstrap {
 }
 
 impl Bootstrap {
-    /// The 95 % interval of [`mean_of_means`] where the units of each group are drawn again; `None` for fewer than 6 units, of
-    /// which all have one sign by chance too often (1 in 16 for 5), where nothing can vary, or for more than 5,000.
+    /// The 95 % interval of [`mean_of_means`] where the units of each group are drawn again; `None` for fewer than 5 units, of
+    /// which all have one sign by chance too often (1 in 8 for 4), where nothing can vary, or for more than 5,000.
     pub fn interval(&mut self, groups: &[Vec<f64>]) -> Option<(f64, f64)> {
         let units: usize = groups.iter().map(Vec::len).sum();
         let nothing_varies = groups.iter().all(|group| group.len() < 2);
@@ -133,13 +133,12 @@ mod tests {
         assert_eq!(bootstrap.interval(&[vec![], vec![1.0, 2.0]]), None);
     }
 
-    /// Two units: a resample's mean is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4, so the 2.5 % lie in the outer values.
-    /// Ten units of which one is 1: a resample's mean is k/10 with k binomial(10, 0.1). P(k <= 2) = 0.930 and
+    /// Four units of one sign are one of eight draws of chance: no interval. Ten units of which one is 1: a resample's mean is k/10 with k binomial(10, 0.1). P(k <= 2) = 0.930 and
     /// P(k <= 3) = 0.987, so the 97.5 % quantile is 0.3.
     #[test]
     fn intervals_of_counts_are_those_of_the_binomial() {
         let mut bootstrap = Bootstrap::default();
-        assert_eq!(bootstrap.interval(&[vec![0.0, 1.0]]), Some((0.0, 1.0)));
+        assert_eq!(bootstrap.interval(&[vec![0.1, 0.2, 0.3, 0.4]]), None);
         let mut one_of_ten = vec![0.0; 10];
         one_of_ten[3] = 1.0;
         let (low, high) = bootstrap.interval(&[one_of_ten]).unwrap();
