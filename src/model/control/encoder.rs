@@ -111,12 +111,7 @@ impl EncoderConfig {
             all.push((format!("blocks.{}", 2 * i), pair[0], pair[0], 1));
             all.push((format!("blocks.{}", 2 * i + 1), pair[0], pair[1], 2));
         }
-        all.push((
-            "conv_out".to_string(),
-            widths[widths.len() - 1],
-            self.conditioning_embedding_channels,
-            1,
-        ));
+        all.push(("conv_out".to_string(), widths[widths.len() - 1], self.conditioning_embedding_channels, 1));
         all
     }
 }

@@ -6,8 +6,8 @@ use super::super::down::DownPath;
 use super::super::layers::Layer;
 use super::super::source::Text;
 use super::super::weights::Weights;
-use super::encoder::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM};
 use super::Signals;
+use super::encoder::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM};
 use crate::error::{Error, Result};
 use crate::files;
 use serde_json::Value;
@@ -73,7 +73,9 @@ impl ControlNet {
         let own = self.down.config();
         let (expected, found) = (unet.skip_channels(), &self.down.skip_channels[..]);
         let problem = if expected != found {
-            format!("expected a ControlNet for skip connections of {expected:?} channels, found one for {found:?}")
+            format!(
+                "expected a ControlNet for skip connections of {expected:?} channels, found one for {found:?}"
+            )
         } else if own.cross_attention_dim != unet.context_width() {
             let (expected, found) = (unet.context_width(), own.cross_attention_dim);
             format!("cross_attention_dim: expected {expected}, found {found}")
@@ -116,7 +118,9 @@ fn read_config(dir: &Path) -> Result<(UNetConfig, EncoderConfig, bool)> {
     }
     let order = value["controlnet_conditioning_channel_order"].as_str().unwrap_or("rgb").to_string();
     if order != "rgb" && order != "bgr" {
-        return Err(problem(format!("controlnet_conditioning_channel_order: expected rgb or bgr, found {order}")));
+        return Err(problem(format!(
+            "controlnet_conditioning_channel_order: expected rgb or bgr, found {order}"
+        )));
     }
     let numbers = |key: &str, default: Vec<i64>| match &value[key] {
         Value::Null => Ok(default),
