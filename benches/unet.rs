@@ -66,6 +66,7 @@ fn step(bencher: Bencher, Row(row): Row) {
         noise: Tensor::randn(shape, OPTIONS),
         timesteps: Tensor::from_slice(&[20i64, 300, 600, 980]),
         context: states.repeat([PICTURES, 1, 1]),
+        conditions: None,
         class_half: true,
     };
     let (batch, trained) = if METHODS[row].1.is_empty() {
@@ -76,7 +77,7 @@ fn step(bencher: Bencher, Row(row): Row) {
         (batch, attach_new(&mut model, METHODS[row].1))
     };
     let step = || {
-        let loss = training_loss(&model.unet, &schedule, &batch, 1.0, None);
+        let loss = training_loss(&model.unet, None, &schedule, &batch, 1.0, None);
         Tensor::run_backward(&[loss.total], &trained, false, false)
     };
     step(); // the first call allocates
@@ -88,6 +89,7 @@ fn attach_new(model: &mut StableDiffusion, words: &[&str]) -> Vec<Tensor> {
     let command = TrainConfig::augment_args(clap::Command::new("train"));
     let matches = command.get_matches_from([&["train"], words].concat());
     let method = TrainConfig::from_matches(&matches, &[]).expect("the words are right").method();
+    let method = method.expect("the words name a method");
     let targets = TargetRule::from_words(&ATTENTION.map(String::from)).expect("plain names");
     attach::attach_new(&mut model.unet, &targets, &method, Bias::None, 0).expect("the layers can be adapted");
     let parameters = attach::pack_parameters(&mut [&mut model.unet]);

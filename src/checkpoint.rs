@@ -1,12 +1,12 @@
 //! Checkpoints: everything that training needs to go on exactly where it stopped.
 //!
 //! `checkpoints/step-000100/` holds what a finished run holds, usable as it is (a PEFT folder, with the text encoder's below
-//! it, or a fully fine-tuned UNet), the optimiser's moments, and `state.json`. A checkpoint is written beside its place and renamed, so one that is there is whole.
+//! it, or a fully fine-tuned UNet; and a control encoder where one trains), the optimiser's moments, and `state.json`. A checkpoint is written beside its place and renamed, so one that is there is whole.
 
 use crate::adapter::peft::{self, AdapterConfig};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::loaded::FULL_UNET;
+use crate::model::control::FILE_STEM;
 use crate::optim::{self, AdamW, Ema, Parameters};
 use crate::run::Sums;
 use crate::tensor_file::{self, TensorFile};
@@ -28,15 +28,23 @@ pub const TEXT_CLASS: (&str, &str) = ("CLIPTextModel", "transformers.models.clip
 pub enum TrainedPart {
     /// A PEFT folder: at the top (`""`) or in a folder below it.
     Peft { place: &'static str, config: AdapterConfig, class: (&'static str, &'static str) },
-    /// The whole UNet, as diffusers saves it, with its `config.json`.
-    UNet { config: String },
+    /// A whole network in a folder of its own, as diffusers saves it, with its `config.json`.
+    Network { folder: &'static str, config: String },
 }
 
 impl TrainedPart {
+    /// Its folder below a run or checkpoint; empty for the top.
+    pub fn place(&self) -> &'static str {
+        match self {
+            Self::Peft { place, .. } => place,
+            Self::Network { folder, .. } => folder,
+        }
+    }
+
     fn weights(&self, dir: &Path) -> PathBuf {
         match self {
             Self::Peft { place, .. } => dir.join(place).join(peft::WEIGHTS_FILE),
-            Self::UNet { .. } => dir.join(FULL_UNET),
+            Self::Network { folder, .. } => dir.join(folder).join(format!("{FILE_STEM}.safetensors")),
         }
     }
 
@@ -44,7 +52,7 @@ impl TrainedPart {
     fn key(&self, name: &str) -> String {
         match self {
             Self::Peft { .. } => format!("base_model.model.{name}"),
-            Self::UNet { .. } => name.to_string(),
+            Self::Network { .. } => name.to_string(),
         }
     }
 
@@ -56,9 +64,9 @@ impl TrainedPart {
             Self::Peft { place, config, class } => {
                 peft::write(&dir.join(place), config, *class, tensors, Kind::Float, text)
             }
-            Self::UNet { config } => {
+            Self::Network { folder, config } => {
                 tensor_file::write(&self.weights(dir), tensors, text)?;
-                files::write_atomic(&dir.join(FULL_UNET).with_file_name("config.json"), config.as_bytes())
+                files::write_atomic(&dir.join(folder).join("config.json"), config.as_bytes())
             }
         }
     }

@@ -20,7 +20,7 @@ use hra::cuda::cuda_memory;
 use hra::device::{self, DeviceChoice};
 use hra::model::attach;
 use hra::noise::NoiseSchedule;
-use hra::sample::{Noise, Settings, sample};
+use hra::sample::{Guides, Noise, Settings, sample};
 use hra::sampler::SamplerKind;
 use hra::train::loss::{Batch, training_loss};
 use std::process::Stdio;
@@ -136,10 +136,11 @@ fn loss_and_gradients(device: Device, gram_schmidt: bool) -> (Tensor, Vec<(Strin
         noise: random(&[2, 4, side, side]),
         timesteps: Tensor::from_slice(&[40i64, 700]).to_device(device),
         context: random(&[2, model.text_encoder.length(), model.text_encoder.width()]),
+        conditions: None,
         class_half: true,
     };
     let schedule = NoiseSchedule::new(&model.scheduler, device).unwrap();
-    let mut total = training_loss(&model.unet, &schedule, &batch, 0.5, Some(5.0)).total;
+    let mut total = training_loss(&model.unet, None, &schedule, &batch, 0.5, Some(5.0)).total;
     if let Some(regulariser) = attach::regulariser(&mut model.unet) {
         total += regulariser * 1e-3;
     }
@@ -190,7 +191,7 @@ fn twelve_ddim_steps_end_where_the_cpu_ends() {
     };
     let draw = |model: &StableDiffusion| {
         let noise = Noise::draw(&[0, 1], &settings, model).unwrap();
-        let pictures = sample(model, &settings, &noise, 2, &mut || {}).unwrap();
+        let pictures = sample(model, &settings, &noise, &Guides::default(), 2, &mut || {}).unwrap();
         Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0)
     };
     check("latents", &draw(&there), &draw(&here), 1e-3);

@@ -186,6 +186,7 @@ fn three_training_steps_are_the_same() {
             noise: case.get("step.noise"),
             timesteps: case.get("step.timestep"),
             context: case.get("step.context"),
+            conditions: None,
             class_half: true,
         };
         let noisy = schedule.add_noise(&batch.latents, &batch.noise, &batch.timesteps);
@@ -196,7 +197,7 @@ fn three_training_steps_are_the_same() {
         let mut optimizer = AdamW::new(config, &parameters);
         let mut before: Vec<Tensor> = parameters.views().iter().map(|(_, t)| t.detach().copy()).collect();
         for step in 0..3 {
-            let loss = training_loss(&model.unet, &schedule, &batch, 0.7, None);
+            let loss = training_loss(&model.unet, None, &schedule, &batch, 0.7, None);
             case.check(&format!("step.{step}.pred"), &loss.prediction, if step == 0 { 1e-5 } else { 1e-3 });
             case.check(&format!("step.{step}.loss.instance"), &loss.instance.reshape([1]), 1e-5);
             case.check(&format!("step.{step}.loss.prior"), &loss.prior.as_ref().unwrap().reshape([1]), 1e-5);

@@ -24,7 +24,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Train an adapter on pictures of a subject
+    /// Train an adapter on pictures of a subject, or on pairs of picture and condition
     Train(Box<train::TrainArgs>),
     /// Draw pictures from prompts
     Sample(Box<sample::SampleArgs>),

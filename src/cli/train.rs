@@ -20,7 +20,7 @@ use std::path::PathBuf;
 /// Flags of `hra train`. The settings themselves are [`TrainConfig`]'s.
 #[derive(Debug, Args)]
 #[command(
-    about = "Train an adapter on pictures of a subject",
+    about = "Train an adapter on pictures of a subject, or on pairs of picture and condition",
     after_help = "Every long flag is a key of the config file, with underscores; flags win over the file. The words of \
                   diffusers' DreamBooth scripts are accepted, with hyphens or underscores.\n\n\
                   Examples:\n  hra train configs/demo.toml\n  hra train --model DIR --instance_data_dir photos \
@@ -131,7 +131,7 @@ fn json(outcome: &Outcome, config: &TrainConfig, scored: Option<&Scored>) -> Val
     let moved = outcome.movement;
     json!({
         "folder": outcome.folder,
-        "method": config.method().name(),
+        "method": config.method().map_or("none", |method| method.name()),
         "parameters": outcome.parameters,
         "steps": outcome.steps,
         "seconds": outcome.seconds,
@@ -147,11 +147,14 @@ fn json(outcome: &Outcome, config: &TrainConfig, scored: Option<&Scored>) -> Val
 
 fn report(outcome: &Outcome, config: &TrainConfig) {
     let folder = outcome.folder.display();
-    let (what, reader) = match config.method() {
-        Method::Full => ("UNet", "diffusers"),
-        _ => ("adapter", "PEFT"),
+    let (what, readers) = match (config.method(), config.is_control()) {
+        (Some(Method::Full), false) => ("UNet", "loadable by diffusers"),
+        (Some(Method::Full), true) => ("UNet and control encoder", "each loadable by diffusers"),
+        (Some(_), false) => ("adapter", "loadable by PEFT"),
+        (Some(_), true) => ("adapter and control encoder", "loadable by PEFT and diffusers"),
+        (None, _) => ("control encoder", "loadable by diffusers"),
     };
-    println!("{what}: {folder} ({} values, loadable by {reader})", outcome.parameters);
+    println!("{what}: {folder} ({} values, {readers})", outcome.parameters);
     let loss = outcome.loss.map_or_else(String::new, |loss| format!("; loss {loss:.4}"));
     let moved = outcome.movement.map_or_else(String::new, |m| {
         let orthogonality = m.orthogonality_error.map(|e| format!("; max |HH^T - I| {e:.1e}"));
@@ -175,7 +178,11 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
             .as_ref()
             .map_or_else(String::new, |dir| { format!(" --config {}", shell_word(&dir.to_string_lossy())) }),
         shell_word(&outcome.folder.to_string_lossy()),
-        shell_word(&config.instance_prompt),
+        if config.is_control() {
+            "CAPTION --control IMAGE".to_string()
+        } else {
+            shell_word(&config.instance_prompt)
+        },
         config.validation_guidance,
         shell_word(&outcome.folder.join("pictures").to_string_lossy())
     );

@@ -10,7 +10,7 @@ use clap::{ArgMatches, Args, FromArgMatches};
 use std::path::{Path, PathBuf};
 
 /// Settings that may differ when a run is resumed: they do not change the steps already made.
-const FREE_ON_RESUME: [&str; 15] = [
+const FREE_ON_RESUME: [&str; 16] = [
     "output_dir",
     "device",
     "threads",
@@ -18,6 +18,7 @@ const FREE_ON_RESUME: [&str; 15] = [
     "held_out_data_dir",
     "sample_batch_size",
     "validation_prompt",
+    "validation_image",
     "num_validation_images",
     "validation_steps",
     "validation_inference_steps",
@@ -90,7 +91,8 @@ impl TrainConfig {
             absolute(adapter)?;
         }
         self.class_data_dir.as_mut().map_or(Ok(()), absolute)?;
-        self.held_out_data_dir.as_mut().map_or(Ok(()), absolute)?;
+        let optional = [&mut self.held_out_data_dir, &mut self.train_data_dir, &mut self.palette];
+        optional.into_iter().flatten().chain(&mut self.validation_image).try_for_each(absolute)?;
         Ok(self)
     }
 

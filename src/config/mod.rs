@@ -14,7 +14,9 @@ use crate::adapter::lora::{LoraConfig, LoraInit};
 use crate::adapter::oft::{Coft, OftConfig};
 use crate::adapter::peft::Bias;
 use crate::adapter::target::{ATTENTION, TEXT_ATTENTION};
+use crate::data::pairs::{ConditionKind, PairSettings};
 use crate::device::{DeviceChoice, Precision};
+use crate::image::edges::Thresholds;
 use crate::optim::{AdamWConfig, LearningRate, LrSchedule};
 use crate::sampler::SamplerKind;
 use clap::Args;
@@ -39,6 +41,8 @@ pub enum MethodName {
     Boft,
     /// All weights of the UNet, without an adapter
     Full,
+    /// No adapter: the control encoder alone
+    None,
 }
 
 /// Everything that a training run depends on.
@@ -94,6 +98,44 @@ pub struct TrainConfig {
     /// Pictures of the subject that are not trained on: their loss is measured with fixed noise
     #[arg(long, value_name = "DIR", help_heading = "Subject")]
     pub held_out_data_dir: Option<PathBuf>,
+
+    /// Train control, on pairs of picture and condition: a folder with metadata.jsonl or metadata.csv, or a .jsonl, .json or .csv file
+    #[arg(long, value_name = "PATH", help_heading = "Control")]
+    pub train_data_dir: Option<PathBuf>,
+    /// What the conditions are
+    #[arg(long, value_enum, default_value_t = ConditionKind::Other, help_heading = "Control")]
+    pub condition: ConditionKind,
+    /// Make the conditions from the pictures (canny), even where the pairs name files
+    #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Control")]
+    pub make_conditions: bool,
+    /// Lower threshold of edges that are made
+    #[arg(long, default_value_t = Thresholds::default().low, help_heading = "Control")]
+    pub canny_low: f64,
+    /// Upper threshold of edges that are made
+    #[arg(long, default_value_t = Thresholds::default().high, help_heading = "Control")]
+    pub canny_high: f64,
+    /// Colours of the classes (JSON), by which label maps become conditions
+    #[arg(long, value_name = "FILE", help_heading = "Control")]
+    pub palette: Option<PathBuf>,
+    /// Column of the pictures
+    #[arg(long, default_value = "file_name", help_heading = "Control")]
+    pub image_column: String,
+    /// Column of the captions
+    #[arg(long, default_value = "text", help_heading = "Control")]
+    pub caption_column: String,
+    /// Column of the conditions
+    #[arg(long, default_value = "conditioning_image", help_heading = "Control")]
+    pub conditioning_image_column: String,
+    /// Share of captions that are left out, so that the condition alone must do
+    #[arg(long, default_value_t = 0.0, value_name = "SHARE", help_heading = "Control")]
+    pub proportion_empty_prompts: f64,
+    /// Peak learning rate of the control encoder [default: that of the UNet]
+    #[arg(long, help_heading = "Control")]
+    pub control_lr: Option<f64>,
+    /// Condition of a preview: one for each validation prompt, or one for all [default: the first held-out pairs]
+    #[arg(long = "validation-image", value_name = "IMAGE", help_heading = "Control")]
+    #[serde(default)]
+    pub validation_image: Vec<PathBuf>,
 
     /// Keep the class as it was: train on class pictures too
     #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Prior preservation")]
@@ -261,9 +303,10 @@ pub struct TrainConfig {
 }
 
 impl TrainConfig {
-    /// The method with its settings.
-    pub fn method(&self) -> Method {
-        match self.method {
+    /// The method with its settings; none where the control encoder trains alone.
+    pub fn method(&self) -> Option<Method> {
+        Some(match self.method {
+            MethodName::None => return None,
             MethodName::Hra => Method::Hra(HraConfig {
                 rank: self.rank,
                 gram_schmidt: self.gram_schmidt,
@@ -288,6 +331,24 @@ impl TrainConfig {
             }),
             MethodName::Boft => Method::Boft(BoftConfig { partition: self.partition(), factors: 1 }),
             MethodName::Full => Method::Full,
+        })
+    }
+
+    /// Whether control trains.
+    pub fn is_control(&self) -> bool {
+        self.train_data_dir.is_some()
+    }
+
+    /// How pairs are read.
+    pub fn pair_settings(&self) -> PairSettings {
+        PairSettings {
+            image_column: self.image_column.clone(),
+            caption_column: self.caption_column.clone(),
+            conditioning_image_column: self.conditioning_image_column.clone(),
+            condition: self.condition,
+            make_conditions: self.make_conditions,
+            thresholds: Thresholds { low: self.canny_low, high: self.canny_high },
+            palette: self.palette.clone(),
         }
     }
 
@@ -305,7 +366,7 @@ impl TrainConfig {
         }
     }
 
-    /// The learning rates over the run: the UNet's, and the text encoder's where it trains.
+    /// The learning rates over the run: the UNet's, the text encoder's and the control encoder's, each where it trains.
     pub fn learning_rates(&self) -> Vec<LearningRate> {
         // diffusers' scripts give lr_num_cycles to cosine_with_restarts only; cosine is half a period.
         let cycles = if self.lr_scheduler == LrSchedule::Cosine { 0.5 } else { self.lr_num_cycles };
@@ -317,9 +378,15 @@ impl TrainConfig {
             cycles,
             power: self.lr_power,
         };
-        let mut rates = vec![rate(self.learning_rate)];
+        let mut rates = Vec::new();
+        if self.method != MethodName::None {
+            rates.push(rate(self.learning_rate));
+        }
         if self.train_text_encoder {
             rates.push(rate(self.text_encoder_lr.unwrap_or(self.learning_rate)));
+        }
+        if self.is_control() {
+            rates.push(rate(self.control_lr.unwrap_or(self.learning_rate)));
         }
         rates
     }

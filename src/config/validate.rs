@@ -1,7 +1,9 @@
 //! What can be checked of the settings without opening a file.
 
 use super::{MethodName, TrainConfig};
+use crate::adapter::peft::Bias;
 use crate::adapter::target::TargetRule;
+use crate::data::pairs::ConditionKind;
 use crate::error::{Error, Result};
 use std::path::Path;
 
@@ -19,13 +21,48 @@ impl TrainConfig {
             given(&self.pretrained_model_name_or_path),
             "pretrained_model_name_or_path: a model folder is needed",
         );
+        if self.is_control() {
+            require(
+                !given(&self.instance_data_dir) && self.instance_prompt.is_empty(),
+                "instance_data_dir and instance_prompt: train_data_dir has pictures and captions of its own",
+            );
+            require(
+                !self.with_prior_preservation,
+                "with_prior_preservation: class pictures have no conditions; leave it out with train_data_dir",
+            );
+            let (images, prompts) = (self.validation_image.len(), self.validation_prompt.len());
+            require(
+                images == prompts || images == 1 && prompts > 0,
+                "validation_image: expected one for each validation_prompt, or one for all",
+            );
+        } else {
+            require(
+                given(&self.instance_data_dir),
+                "instance_data_dir: a folder with the subject's pictures is needed (or train_data_dir, to train control)",
+            );
+            require(
+                !self.instance_prompt.trim().is_empty(),
+                "instance_prompt: a prompt is needed, such as \"a photo of sks dog\"",
+            );
+            let idle = self.validation_image.is_empty()
+                && self.control_lr.is_none()
+                && self.proportion_empty_prompts == 0.0
+                && self.palette.is_none()
+                && !self.make_conditions
+                && self.condition == ConditionKind::Other;
+            require(
+                idle && self.method != MethodName::None,
+                "condition, make_conditions, palette, proportion_empty_prompts, control_lr, validation_image and method none: only with \
+                 train_data_dir",
+            );
+        }
         require(
-            given(&self.instance_data_dir),
-            "instance_data_dir: a folder with the subject's pictures is needed",
+            (0.0..=1.0).contains(&self.proportion_empty_prompts),
+            "proportion_empty_prompts: expected a share, 0 to 1",
         );
         require(
-            !self.instance_prompt.trim().is_empty(),
-            "instance_prompt: a prompt is needed, such as \"a photo of sks dog\"",
+            (0.0..=1e9).contains(&self.canny_low) && (self.canny_low..=1e9).contains(&self.canny_high),
+            "canny_low and canny_high: expected two numbers from 0 up, the first not above the second",
         );
         require(given(&self.output_dir), "output_dir: a folder is needed");
         if self.with_prior_preservation {
@@ -51,6 +88,7 @@ impl TrainConfig {
         let natural = |x: f64| (0.0..=f64::from(f32::MAX)).contains(&x);
         let positive = |x: f64| natural(x) && x > 0.0;
         require(self.text_encoder_lr.is_none_or(positive), "text_encoder_lr: expected a number above 0");
+        require(self.control_lr.is_none_or(positive), "control_lr: expected a number above 0");
         require(positive(self.learning_rate), "learning_rate: expected a number above 0");
         require(natural(self.adam_weight_decay), "adam_weight_decay: expected 0 or more");
         require(positive(self.adam_epsilon), "adam_epsilon: expected a number above 0");
@@ -94,7 +132,14 @@ impl TrainConfig {
             !full || self.init_adapter.is_none(),
             "init_adapter: method full starts from a model, not an adapter",
         );
-        problems.extend(self.method().validate().err().map(|e| e.to_string()));
+        let none = self.method == MethodName::None;
+        require(!none || self.init_adapter.is_none(), "init_adapter: method none has no adapter");
+        require(
+            !none || !self.train_text_encoder,
+            "train_text_encoder: method none trains the control encoder alone",
+        );
+        require(!none || self.bias == Bias::None, "bias: method none trains the control encoder alone");
+        problems.extend(self.method().and_then(|method| method.validate().err()).map(|e| e.to_string()));
         for words in [&self.target_modules, &self.text_target_modules] {
             problems.extend(TargetRule::from_words(words).err().map(|e| e.to_string()));
         }

@@ -2,153 +2,243 @@
 //! uninterrupted one would have seen, and nothing else that draws random numbers can disturb it.
 
 use super::loss::Batch;
+use super::pictures::Pictures;
 use crate::config::TrainConfig;
-use crate::data::{Crop, ImageFolder, Window, to_chw_f32};
-use crate::error::{Error, Result};
+use crate::data::{Crop, Window};
+use crate::error::Result;
 use crate::seed;
 use crate::stable_diffusion::StableDiffusion;
 use std::collections::HashMap;
+use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 /// Moments are kept for at most this many different crops; a folder of large pictures with random crops has more, and
 /// is encoded anew at each step.
 const MAX_CACHED: u64 = 4096;
 
-/// Subject pictures or class pictures with their prompt's states.
+/// Pictures of the subject, of its class, or pairs, with the states of what is said of them.
 struct Source {
     /// In the purposes of random draws.
     name: &'static str,
-    folder: ImageFolder,
-    /// Pictures of the folder that are used.
+    pictures: Pictures,
+    /// Pictures that are used.
     count: usize,
-    /// Ids of the prompt `(1, n)`.
-    ids: Tensor,
-    /// Its states `(1, n, d)`, unless the text encoder trains: then they are made anew for each batch, with gradient.
-    states: Option<Tensor>,
+    /// What is said of all pictures; pairs have captions of their own.
+    prompt: Option<Prompt>,
+    /// Share of captions that are left out.
+    empty: f64,
     cache: bool,
     /// Mean and standard deviation of a crop's latents, `(1, c, h, w)`: the VAE is frozen, so this is exact.
     moments: HashMap<(usize, Window), (Tensor, Tensor)>,
 }
 
+/// One prompt for all pictures.
+struct Prompt {
+    /// `(1, n)`.
+    ids: Tensor,
+    /// Its states `(1, n, d)`, unless the text encoder trains: then they are made anew for each batch, with gradient.
+    states: Option<Tensor>,
+}
+
 /// Makes the batches of a run.
 pub struct Batches {
-    seed: u64,
-    resolution: u32,
-    center_crop: bool,
+    draws: Draws,
     batch_size: u64,
-    train_timesteps: u64,
+    /// The subject's pictures, or pairs.
     instance: Source,
     class: Option<Source>,
 }
 
+/// What a sample's random numbers depend on beside its number.
+#[derive(Clone, Copy)]
+struct Draws {
+    seed: u64,
+    resolution: u32,
+    center_crop: bool,
+    train_timesteps: u64,
+}
+
 impl Batches {
-    /// From folders that have been scanned.
+    /// From pictures that have been scanned.
     pub fn new(
         model: &StableDiffusion,
         config: &TrainConfig,
         resolution: u32,
-        instance: ImageFolder,
-        class: Option<ImageFolder>,
+        instance: Pictures,
+        class: Option<Pictures>,
     ) -> Result<Self> {
-        let source = |name, folder: ImageFolder, prompt: &str, most: usize| {
-            let (ids, warnings) = model.prompt_ids(&[prompt])?;
-            warnings.iter().for_each(|w| eprintln!("warning: {w}"));
-            let count = folder.images().len().min(most);
+        let source = |name, pictures: Pictures, prompt: &str, most: usize| {
+            let count = pictures.len().min(most);
             let crops: u64 = (0..count)
-                .map(|i| if config.center_crop { 1 } else { folder.window_count(i, resolution) })
+                .map(|i| if config.center_crop { 1 } else { pictures.window_count(i, resolution) })
                 .fold(0, u64::saturating_add);
-            Ok::<Source, Error>(Source {
+            let prompt = match &pictures {
+                Pictures::Folder(_) => Some(Prompt::new(model, prompt, config.train_text_encoder)?),
+                Pictures::Pairs(_) => {
+                    warn_of_long_captions(model, &pictures)?;
+                    None
+                }
+            };
+            Result::Ok(Source {
                 name,
-                folder,
+                pictures,
                 count,
-                states: (!config.train_text_encoder).then(|| model.text_states(&ids)),
-                ids,
+                prompt,
+                empty: config.proportion_empty_prompts,
                 cache: crops <= MAX_CACHED,
                 moments: HashMap::new(),
             })
         };
         let class = class
-            .map(|folder| source("class", folder, &config.class_prompt, config.num_class_images))
+            .map(|pictures| source("class", pictures, &config.class_prompt, config.num_class_images))
             .transpose()?;
+        let name = if config.is_control() { "pair" } else { "instance" };
         Ok(Self {
-            seed: config.seed,
-            resolution,
-            center_crop: config.center_crop,
+            draws: Draws {
+                seed: config.seed,
+                resolution,
+                center_crop: config.center_crop,
+                train_timesteps: model.scheduler.train_timesteps()? as u64,
+            },
             batch_size: config.train_batch_size as u64,
-            train_timesteps: model.scheduler.train_timesteps()? as u64,
-            instance: source("instance", instance, &config.instance_prompt, usize::MAX)?,
+            instance: source(name, instance, &config.instance_prompt, usize::MAX)?,
             class,
         })
     }
 
-    /// The batch of number `index`, counted from 0 over all steps and accumulations.
-    pub fn batch(&mut self, model: &StableDiffusion, index: u64) -> Result<Batch> {
+    /// The batch of number `index`, counted from 0 over all steps and accumulations. `trains_text` says whether the states of
+    /// captions carry gradients.
+    pub fn batch(&mut self, model: &StableDiffusion, index: u64, trains_text: bool) -> Result<Batch> {
         let mut rows = Vec::new();
-        let mut states = Vec::new();
-        let draws = index * self.batch_size..(index + 1) * self.batch_size;
-        let (seed, resolution, center) = (self.seed, self.resolution, self.center_crop);
+        let mut contexts = Vec::new();
+        let numbers = index * self.batch_size..(index + 1) * self.batch_size;
         for source in std::iter::once(&mut self.instance).chain(&mut self.class) {
-            let own = match &source.states {
-                Some(fixed) => fixed.shallow_clone(),
-                None => model.text_encoder.forward(&source.ids),
-            };
+            let samples = source.samples(self.draws, numbers.clone());
+            contexts.push(source.context(model, self.draws, &samples, trains_text)?);
             let _guard = tch::no_grad_guard();
-            for draw in draws.clone() {
-                rows.push(source.row(model, seed, draw, resolution, center, self.train_timesteps)?);
-                states.push(own.shallow_clone());
+            for sample in samples {
+                rows.push(source.row(model, self.draws, sample)?);
             }
         }
         let device = model.unet.device();
         let latents: Vec<&Tensor> = rows.iter().map(|r| &r.latents).collect();
         let noise: Vec<&Tensor> = rows.iter().map(|r| &r.noise).collect();
         let timesteps: Vec<i64> = rows.iter().map(|r| r.timestep).collect();
+        let conditions: Vec<&Tensor> = rows.iter().filter_map(|r| r.condition.as_ref()).collect();
         Ok(Batch {
             latents: Tensor::cat(&latents, 0),
             noise: Tensor::cat(&noise, 0).to_device(device),
             timesteps: Tensor::from_slice(&timesteps).to_device(device),
-            context: Tensor::cat(&states, 0),
+            context: Tensor::cat(&contexts, 0),
+            conditions: (!conditions.is_empty()).then(|| Tensor::cat(&conditions, 0).to_device(device)),
             class_half: self.class.is_some(),
         })
     }
 }
 
-/// One sample of a batch.
+/// A sample's number, counted over the whole run, and its picture.
+#[derive(Clone, Copy)]
+struct Sample {
+    number: u64,
+    image: usize,
+}
+
+/// What a sample is.
 struct Row {
     /// Scaled, `(1, c, h, w)`, on the device.
     latents: Tensor,
     /// The same shape, CPU.
     noise: Tensor,
     timestep: i64,
+    /// `(1, 3, H, W)`, CPU.
+    condition: Option<Tensor>,
+}
+
+impl Prompt {
+    fn new(model: &StableDiffusion, prompt: &str, trains_text: bool) -> Result<Self> {
+        let (ids, warnings) = model.prompt_ids(&[prompt])?;
+        warnings.iter().for_each(|w| eprintln!("warning: {w}"));
+        Ok(Self { states: (!trains_text).then(|| model.text_states(&ids)), ids })
+    }
+}
+
+/// Says how many captions are cut, and the first of them.
+fn warn_of_long_captions(model: &StableDiffusion, pictures: &Pictures) -> Result<()> {
+    let mut cut = Vec::new();
+    for i in 0..pictures.len() {
+        cut.extend(model.prompt_ids(&[pictures.caption(i).unwrap_or_default()])?.1);
+    }
+    if let Some(first) = cut.first() {
+        eprintln!("warning: {} of {} captions are cut; {first}", cut.len(), pictures.len());
+    }
+    Ok(())
 }
 
 impl Source {
-    fn row(
-        &mut self,
-        model: &StableDiffusion,
-        run_seed: u64,
-        draw: u64,
-        resolution: u32,
-        center: bool,
-        train_timesteps: u64,
-    ) -> Result<Row> {
-        let purpose = |what: &str| seed::derive(run_seed, &format!("{} {what}", self.name), draw);
-        // Every picture once, in a new order, before any comes again.
-        let n = self.count as u64;
-        let order = seed::derive(run_seed, &format!("{} order", self.name), draw / n);
-        let image = seed::permutation(order, self.count)[(draw % n) as usize];
-        let crop = if center { Crop::Center } else { Crop::Random(purpose("crop")) };
-        let window = self.folder.crop_window(image, resolution, crop);
-        let (latent_seed, noise_seed) = (purpose("latent"), purpose("noise"));
-        let timestep = (purpose("timestep") % train_timesteps) as i64;
+    fn purpose(&self, draws: Draws, what: &str, number: u64) -> u64 {
+        seed::derive(draws.seed, &format!("{} {what}", self.name), number)
+    }
 
-        let (mean, deviation) = self.latent_moments(model, image, window, resolution)?;
+    /// The samples of a batch: every picture once, in a new order, before any comes again.
+    fn samples(&self, draws: Draws, numbers: Range<u64>) -> Vec<Sample> {
+        let n = self.count as u64;
+        let (mut round, mut order) = (None, Vec::new());
+        let sample = |number: u64| {
+            if round != Some(number / n) {
+                round = Some(number / n);
+                order = seed::permutation(self.purpose(draws, "order", number / n), self.count);
+            }
+            Sample { number, image: order[(number % n) as usize] }
+        };
+        numbers.map(sample).collect()
+    }
+
+    /// Text states `(b, n, d)` of samples.
+    fn context(
+        &self,
+        model: &StableDiffusion,
+        draws: Draws,
+        samples: &[Sample],
+        trains_text: bool,
+    ) -> Result<Tensor> {
+        if let Some(prompt) = &self.prompt {
+            let states = match &prompt.states {
+                Some(fixed) => fixed.shallow_clone(),
+                None => model.text_encoder.forward(&prompt.ids),
+            };
+            return Ok(states.repeat([samples.len() as i64, 1, 1]));
+        }
+        let caption = |sample: &Sample| {
+            // The upper 53 bits, a number from 0 up to 1.
+            let draw = (self.purpose(draws, "caption", sample.number) >> 11) as f64 / (1u64 << 53) as f64;
+            if draw < self.empty { "" } else { self.pictures.caption(sample.image).unwrap_or_default() }
+        };
+        let captions: Vec<&str> = samples.iter().map(caption).collect();
+        let (ids, _) = model.prompt_ids(&captions)?;
+        Ok(if trains_text { model.text_encoder.forward(&ids) } else { model.text_states(&ids) })
+    }
+
+    fn row(&mut self, model: &StableDiffusion, draws: Draws, sample: Sample) -> Result<Row> {
+        let Sample { number, image } = sample;
+        let purpose = |what: &str| self.purpose(draws, what, number);
+        let crop = if draws.center_crop { Crop::Center } else { Crop::Random(purpose("crop")) };
+        let window = self.pictures.crop_window(image, draws.resolution, crop);
+        let (latent_seed, noise_seed) = (purpose("latent"), purpose("noise"));
+        let timestep = (purpose("timestep") % draws.train_timesteps) as i64;
+
+        let (mean, deviation) = self.latent_moments(model, image, window, draws.resolution)?;
         let shape = mean.size();
         let draw_unit = |seed: u64| {
             tch::manual_seed(seed as i64);
             Tensor::randn(&shape[..], (Kind::Float, Device::Cpu))
         };
         let latents = mean + deviation * draw_unit(latent_seed).to_device(model.unet.device());
-        Ok(Row { latents: latents * model.vae.scaling_factor(), noise: draw_unit(noise_seed), timestep })
+        Ok(Row {
+            latents: latents * model.vae.scaling_factor(),
+            noise: draw_unit(noise_seed),
+            timestep,
+            condition: self.pictures.condition(image, draws.resolution, window)?,
+        })
     }
 
     fn latent_moments(
@@ -161,25 +251,11 @@ impl Source {
         if let Some((mean, deviation)) = self.moments.get(&(image, window)) {
             return Ok((mean.shallow_clone(), deviation.shallow_clone()));
         }
-        let (mean, log_variance) = encode(model, &self.folder, image, window, resolution)?;
+        let (mean, log_variance) = self.pictures.encode(model, image, resolution, window)?;
         let deviation = (log_variance * 0.5).exp();
         if self.cache {
             self.moments.insert((image, window), (mean.shallow_clone(), deviation.shallow_clone()));
         }
         Ok((mean, deviation))
     }
-}
-
-/// Mean and log-variance of the latents of one crop, each `(1, c, h, w)`.
-pub fn encode(
-    model: &StableDiffusion,
-    folder: &ImageFolder,
-    image: usize,
-    window: Window,
-    resolution: u32,
-) -> Result<(Tensor, Tensor)> {
-    let pixels = folder.prepare(image, resolution, window)?;
-    let size = i64::from(resolution);
-    let pixels = Tensor::from_slice(&to_chw_f32(&pixels)).view([1, 3, size, size]);
-    Ok(model.vae.encode(&pixels))
 }

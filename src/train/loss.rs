@@ -1,6 +1,7 @@
 //! The training loss: denoising error on instance pictures, prior preservation, min-SNR weights.
 
 use crate::model::UNet;
+use crate::model::control::{Control, Passes, Signals};
 use crate::noise::NoiseSchedule;
 use tch::{Kind, Tensor};
 
@@ -14,6 +15,8 @@ pub struct Batch {
     pub timesteps: Tensor,
     /// Text states `(b, n, d)`.
     pub context: Tensor,
+    /// Conditions `(b, 3, H, W)` in [0, 1], where control trains.
+    pub conditions: Option<Tensor>,
     /// Whether the second half are class pictures.
     pub class_half: bool,
 }
@@ -26,6 +29,7 @@ impl Batch {
             noise: self.noise.shallow_clone(),
             timesteps: self.timesteps.shallow_clone(),
             context: self.context.shallow_clone(),
+            conditions: self.conditions.as_ref().map(Tensor::shallow_clone),
             class_half: self.class_half,
         }
     }
@@ -46,9 +50,10 @@ pub struct Loss {
 /// Noises the batch and compares the prediction with the model's own target.
 ///
 /// `snr_gamma` weights each sample, of both halves, by min-SNR (arXiv 2303.09556) before the mean; diffusers' scripts
-/// weight only one half, or the wrong one.
+/// weight only one half, or the wrong one. `control` reads the batch's conditions.
 pub fn training_loss(
     unet: &UNet,
+    control: Option<&Control>,
     schedule: &NoiseSchedule,
     batch: &Batch,
     prior_weight: f64,
@@ -56,7 +61,14 @@ pub fn training_loss(
 ) -> Loss {
     let noisy = schedule.add_noise(&batch.latents, &batch.noise, &batch.timesteps);
     let target = schedule.target(&batch.latents, &batch.noise, &batch.timesteps);
-    let prediction = unet.forward(&noisy, &batch.timesteps, &batch.context);
+    let call = (&noisy, &batch.timesteps, &batch.context);
+    let signals = match (control, &batch.conditions) {
+        (Some(control), Some(conditions)) => {
+            control.signals(&control.features(conditions), 1.0, Passes::Both, call)
+        }
+        _ => Signals::default(),
+    };
+    let prediction = unet.controlled(call.0, call.1, call.2, &signals);
     let errors = (&prediction - target).square().flatten(1, -1).mean_dim(1, false, Kind::Float); // [b]
     let errors = match snr_gamma {
         Some(gamma) => errors * schedule.snr_weights(&batch.timesteps, gamma),

@@ -3,6 +3,7 @@
 mod batches;
 mod class_images;
 pub mod loss;
+mod pictures;
 mod preview;
 mod setup;
 
@@ -17,6 +18,7 @@ use crate::files;
 use crate::hub::{self, Wanted};
 use crate::interrupt;
 use crate::model::attach::{self, Movement};
+use crate::model::control::{ConditionEncoder, Control};
 use crate::model::layers::Layers;
 use crate::noise::NoiseSchedule;
 use crate::optim::{AdamW, Ema, LearningRate, Parameters, clip_factor};
@@ -27,8 +29,9 @@ use crate::stable_diffusion::StableDiffusion;
 use batches::Batches;
 use class_images::ClassImages;
 use loss::training_loss;
-use preview::HeldOut;
-use setup::{find_checkpoint, resolution, scan, trained_parts};
+use pictures::Pictures;
+use preview::{HeldOut, Previews};
+use setup::{find_checkpoint, resolution, trained_parts};
 use std::path::PathBuf;
 use std::time::Instant;
 use tch::Kind;
@@ -84,12 +87,13 @@ pub struct Outcome {
 
 struct Trainer {
     config: TrainConfig,
-    resolution: u32,
     folder: RunFolder,
     model: StableDiffusion,
     schedule: NoiseSchedule,
     batches: Batches,
     held_out: Option<HeldOut>,
+    previews: Previews,
+    control: Option<Control>,
     parameters: Parameters,
     optimizer: AdamW,
     ema: Option<Ema>,
@@ -129,9 +133,13 @@ impl Trainer {
         let compute = device::resolve(config.device, Some(config.dtype))?;
         compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
 
-        let instance = scan("instance_data_dir", &config.instance_data_dir)?;
-        let held_out =
-            config.held_out_data_dir.as_deref().map(|dir| scan("held_out_data_dir", dir)).transpose()?;
+        let (setting, path) = match &config.train_data_dir {
+            Some(path) => ("train_data_dir", path),
+            None => ("instance_data_dir", &config.instance_data_dir),
+        };
+        let instance = Pictures::read(&config, setting, path)?;
+        let held_out = config.held_out_data_dir.as_deref();
+        let held_out = held_out.map(|dir| Pictures::read(&config, "held_out_data_dir", dir)).transpose()?;
         let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
         let from = config.model_config.as_deref();
         let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
@@ -139,9 +147,14 @@ impl Trainer {
         device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
         let resolution = resolution(&config, &model)?;
         let config = TrainConfig { resolution: Some(resolution), ..config };
-        let mut report = format!("subject pictures: {}\n", instance.report(resolution));
-        if let Some(folder) = &held_out {
-            report += &format!("held-out pictures: {}\n", folder.report(resolution));
+        let (what, held_out_what) = if config.is_control() {
+            ("pairs", "held-out pairs")
+        } else {
+            ("subject pictures", "held-out pictures")
+        };
+        let mut report = format!("{what}: {}\n", instance.report(resolution));
+        if let Some(pictures) = &held_out {
+            report += &format!("{held_out_what}: {}\n", pictures.report(resolution));
         }
         eprint!("{report}");
 
@@ -156,28 +169,36 @@ impl Trainer {
         let schedule = NoiseSchedule::new(&model.scheduler, compute.device)?;
         let fingerprint = model.fingerprint()?;
         let method = config.method();
-        let mut layers = attach::attach_new(&mut model.unet, &targets, &method, config.bias, config.seed)?;
         let text_targets = TargetRule::from_words(&config.text_target_modules)?;
-        if config.train_text_encoder {
-            let seed = seed::derive(config.seed, "text encoder", 0);
-            layers += attach::attach_new(&mut model.text_encoder, &text_targets, &method, config.bias, seed)?;
+        let mut layers = 0;
+        if let Some(method) = &method {
+            layers += attach::attach_new(&mut model.unet, &targets, method, config.bias, config.seed)?;
+            setup::warn_of_idle_words("target_modules", &targets, &mut model.unet);
+            if config.train_text_encoder {
+                let (network, seed) = (&mut model.text_encoder, seed::derive(config.seed, "text encoder", 0));
+                layers += attach::attach_new(network, &text_targets, method, config.bias, seed)?;
+            }
         }
-
-        setup::warn_of_idle_words("target_modules", &targets, &mut model.unet);
+        let mut encoder = setup::control_encoder(&config, &model)?;
         if config.train_text_encoder {
             setup::warn_of_idle_words("text_target_modules", &text_targets, &mut model.text_encoder);
         }
-
-        let mut networks: Vec<&mut dyn Layers> = vec![&mut model.unet];
+        let mut networks: Vec<&mut dyn Layers> = Vec::new();
+        if method.is_some() {
+            networks.push(&mut model.unet);
+        }
         if config.train_text_encoder {
             networks.push(&mut model.text_encoder);
         }
+        networks.extend(encoder.iter_mut().map(|encoder| encoder as &mut dyn Layers));
         let mut parameters = attach::pack_parameters(&mut networks);
+        let own = encoder.as_ref().map(ConditionEncoder::config);
+        let parts = trained_parts(&config, &model, &targets, &text_targets, own)?;
         if checkpoint.is_none() {
-            setup::start_from(&config, &fingerprint, &mut parameters)?;
+            setup::start_from(&config, &fingerprint, &parts, &mut parameters)?;
         }
-        let parts = trained_parts(&config, &model, &targets, &text_targets)?;
-        preview::check(&model, &config, resolution)?;
+        let control = encoder.map(Control::Encoder);
+        let previews = Previews::new(&model, &config, resolution, held_out.as_ref())?;
         let class_images = config
             .with_prior_preservation
             .then(|| ClassImages::check(&model, &config, resolution, &fingerprint))
@@ -201,7 +222,7 @@ impl Trainer {
             attach::set_enabled(&mut model, true);
             let folder = ImageFolder::scan(&class_images::folder(&config))?;
             report += &format!("class pictures: {}\n", folder.report(resolution));
-            Some(folder)
+            Some(Pictures::Folder(folder))
         } else {
             None
         };
@@ -209,7 +230,7 @@ impl Trainer {
 
         let batches = Batches::new(&model, &config, resolution, instance, class)?;
         let held_out = held_out.map(|f| HeldOut::new(&model, &config, resolution, &f)).transpose()?;
-        if method == Method::Full {
+        if method == Some(Method::Full) {
             attach::release_base(&mut model.unet);
         }
         let mut optimizer = AdamW::new(config.adamw(), &parameters);
@@ -230,12 +251,13 @@ impl Trainer {
         let learning_rates = config.learning_rates();
         let trainer = Self {
             config,
-            resolution,
             folder,
             model,
             schedule,
             batches,
             held_out,
+            previews,
+            control,
             parameters,
             optimizer,
             ema,
@@ -260,8 +282,9 @@ impl Trainer {
             let (device, kind) = (format!("{device:?}").to_lowercase(), format!("{kind:?}").to_lowercase());
             let count = self.parameters.count();
             eprintln!(
-                "training {count} values on {} layers, steps {} to {total}, on {device} in {kind}",
+                "training {count} values on {} layers{}, steps {} to {total}, on {device} in {kind}",
                 self.layers,
+                if self.control.is_some() { " and in the control encoder" } else { "" },
                 first + 1
             );
         }
@@ -287,9 +310,9 @@ impl Trainer {
             if due(self.config.checkpointing_steps) {
                 self.save(step)?;
             }
-            if look && !self.config.validation_prompt.is_empty() {
+            if look && !self.previews.is_empty() {
                 let drawn = self.with_average(|t| {
-                    preview::draw(&t.model, &t.config, t.resolution, t.folder.path(), step)
+                    t.previews.draw(&t.model, t.control.as_ref(), &t.config, t.folder.path(), step)
                 });
                 match drawn {
                     Ok(folder) => progress.say(&format!("previews of step {step}: {}", folder.display())),
@@ -324,9 +347,11 @@ impl Trainer {
         let scale = if self.model.unet.kind() == Kind::Half { HALF_LOSS_SCALE } else { 1.0 };
         self.parameters.zero_gradient();
         for micro in 0..accumulation {
-            let batch = self.batches.batch(&self.model, (step - 1) as u64 * accumulation + micro)?;
+            let index = (step - 1) as u64 * accumulation + micro;
+            let batch = self.batches.batch(&self.model, index, config.train_text_encoder)?;
             let loss = training_loss(
                 &self.model.unet,
+                self.control.as_ref(),
                 &self.schedule,
                 &batch,
                 config.prior_loss_weight,
@@ -387,9 +412,8 @@ impl Trainer {
             record.orthogonality_error = movement.and_then(|m| m.orthogonality_error);
         }
         if look && self.held_out.is_some() {
-            let loss =
-                self.with_average(|t| Ok(t.held_out.as_ref().map(|h| h.loss(&t.model, &t.schedule))))?;
-            record.held_out_loss = loss;
+            let look = |h: &HeldOut, t: &Self| h.loss(&t.model, t.control.as_ref(), &t.schedule);
+            record.held_out_loss = self.with_average(|t| Ok(t.held_out.as_ref().map(|h| look(h, t))))?;
         }
         self.metrics.write(&record)?;
         self.sums = Sums::default();
@@ -409,7 +433,8 @@ impl Trainer {
     }
 
     fn movement(&mut self) -> Option<Movement> {
-        (self.config.method() != Method::Full).then(|| attach::movement(&mut self.model))
+        let has_adapter = self.config.method().is_some_and(|method| method != Method::Full);
+        has_adapter.then(|| attach::movement(&mut self.model))
     }
 
     fn seconds(&self) -> f64 {

@@ -1,16 +1,17 @@
 //! What is looked at between steps: preview pictures from fixed seeds, and the loss on held-out pictures with fixed noise.
 //! Neither draws from anything that training draws from.
 
-use super::batches::encode;
 use super::loss::{Batch, training_loss};
+use super::pictures::Pictures;
 use crate::config::TrainConfig;
-use crate::data::{Crop, ImageFolder};
+use crate::data::Crop;
 use crate::error::Result;
 use crate::files;
 use crate::image::grid::{Grid, GridRow};
-use crate::image::png;
+use crate::image::{Filter, RgbImage, load_rgb, png, resize};
+use crate::model::control::Control;
 use crate::noise::NoiseSchedule;
-use crate::sample::{self, Guides, Noise, Settings};
+use crate::sample::{self, Guides, Noise, Settings, Steering, Strength};
 use crate::seed;
 use crate::stable_diffusion::StableDiffusion;
 use std::path::{Path, PathBuf};
@@ -18,129 +19,159 @@ use tch::{Kind, Tensor};
 
 /// Each held-out picture is measured at this many timesteps, evenly spread.
 const HELD_OUT_TIMESTEPS: i64 = 8;
+/// Of held-out pairs so many are measured, the first ones.
+const HELD_OUT_PAIRS: usize = 32;
+/// So many held-out pairs are drawn where no validation prompts are given.
+const PREVIEWED_PAIRS: usize = 4;
 
-/// Refuses preview settings that the model cannot draw, before any step is taken.
-pub fn check(model: &StableDiffusion, config: &TrainConfig, resolution: u32) -> Result<()> {
-    config
-        .validation_prompt
-        .iter()
-        .try_for_each(|prompt| settings(model, config, resolution, prompt)?.validate(model))
+/// What previews are drawn from.
+pub struct Previews {
+    rows: Vec<(Settings, Option<RgbImage>)>,
 }
 
-fn settings(
-    model: &StableDiffusion,
-    config: &TrainConfig,
-    resolution: u32,
-    prompt: &str,
-) -> Result<Settings> {
-    Settings::square(
-        model,
-        prompt,
-        config.validation_scheduler,
-        config.validation_inference_steps,
-        config.validation_guidance,
-        resolution,
-    )
-}
-
-/// Draws the validation prompts into `samples/step-NNNNNN/` of the run: one PNG a picture, and a grid.
-pub fn draw(
-    model: &StableDiffusion,
-    config: &TrainConfig,
-    resolution: u32,
-    run: &Path,
-    step: i64,
-) -> Result<PathBuf> {
-    let place = run.join("samples").join(format!("step-{step:06}"));
-    files::create_dir_all(&run.join("samples"))?;
-    files::stage_dir(&place, |dir| draw_into(dir, model, config, resolution, step))?;
-    Ok(place)
-}
-
-fn draw_into(
-    dir: &Path,
-    model: &StableDiffusion,
-    config: &TrainConfig,
-    resolution: u32,
-    step: i64,
-) -> Result<()> {
-    let seeds: Vec<u64> = (0..config.num_validation_images as u64).map(|i| config.seed + i).collect();
-    let mut grid = Grid { columns: seeds.iter().map(|s| format!("seed {s}")).collect(), rows: Vec::new() };
-    let name = model.name();
-    for (p, prompt) in config.validation_prompt.iter().enumerate() {
-        let settings = settings(model, config, resolution, prompt)?;
-        let noise = Noise::draw(&seeds, &settings, model)?;
-        let pictures = sample::sample(
-            model,
-            &settings,
-            &noise,
-            &Guides::default(),
-            config.sample_batch_size,
-            &mut || {},
-        )?;
-        for (i, picture) in pictures.iter().enumerate() {
-            let text = settings.to_text(
-                Some(seeds[i]),
-                &name,
-                &format!("{} at step {step}", config.output_dir.display()),
-            );
-            png::save_png(&dir.join(format!("{p:04}-{i:04}.png")), &picture.image, &text)?;
-        }
-        let images = pictures.into_iter().map(|p| p.image).collect();
-        grid.rows.push(GridRow { label: prompt.clone(), images });
-    }
-    png::save_png(&dir.join("grid.png"), &grid.render(), &[])
-}
-
-/// Held-out pictures, encoded once, with the noise that they are always measured with.
-pub struct HeldOut {
-    batches: Vec<Batch>,
-    /// Ids of the subject's prompt `(1, n)`; its states may change in training.
-    ids: Tensor,
-}
-
-impl HeldOut {
-    /// Encodes the pictures of `folder`, the middle of each.
+impl Previews {
+    /// The validation prompts, with their conditions where control trains; without them, the first held-out pairs. Refuses
+    /// settings that the model cannot draw, before any step is taken.
     pub fn new(
         model: &StableDiffusion,
         config: &TrainConfig,
         resolution: u32,
-        folder: &ImageFolder,
+        held_out: Option<&Pictures>,
+    ) -> Result<Self> {
+        let images = &config.validation_image;
+        let mut wanted: Vec<(String, Option<RgbImage>)> = Vec::new();
+        for (i, prompt) in config.validation_prompt.iter().enumerate() {
+            let condition = images.get(i).or(images.last()).map(|path| load_rgb(path)).transpose()?;
+            let square = |c: RgbImage| resize(&c, resolution, resolution, Filter::Lanczos);
+            wanted.push((prompt.clone(), condition.map(square)));
+        }
+        if let (true, Some(pictures)) = (wanted.is_empty(), held_out) {
+            for i in 0..pictures.len().min(PREVIEWED_PAIRS) {
+                let shown = pictures.shown(i, resolution)?;
+                wanted.extend(shown.map(|(caption, condition)| (caption, Some(condition))));
+            }
+        }
+        let row = |(prompt, condition): (String, Option<RgbImage>)| {
+            let settings = Settings::square(
+                model,
+                &prompt,
+                config.validation_scheduler,
+                config.validation_inference_steps,
+                config.validation_guidance,
+                resolution,
+            )?;
+            settings.validate(model)?;
+            Ok((settings, condition))
+        };
+        Ok(Self { rows: wanted.into_iter().map(row).collect::<Result<_>>()? })
+    }
+
+    /// Whether there is nothing to draw.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Draws them into `samples/step-NNNNNN/` of the run: one PNG a picture, and a grid, with the conditions beside.
+    pub fn draw(
+        &self,
+        model: &StableDiffusion,
+        control: Option<&Control>,
+        config: &TrainConfig,
+        run: &Path,
+        step: i64,
+    ) -> Result<PathBuf> {
+        let place = run.join("samples").join(format!("step-{step:06}"));
+        files::create_dir_all(&run.join("samples"))?;
+        files::stage_dir(&place, |dir| self.draw_into(dir, model, control, config, step))?;
+        Ok(place)
+    }
+
+    fn draw_into(
+        &self,
+        dir: &Path,
+        model: &StableDiffusion,
+        control: Option<&Control>,
+        config: &TrainConfig,
+        step: i64,
+    ) -> Result<()> {
+        let seeds: Vec<u64> = (0..config.num_validation_images as u64).map(|i| config.seed + i).collect();
+        let condition = self.rows.iter().take(1).filter_map(|row| row.1.as_ref()).map(|_| "condition".into());
+        let columns = condition.chain(seeds.iter().map(|s| format!("seed {s}"))).collect();
+        let mut grid = Grid { columns, rows: Vec::new() };
+        let name = model.name();
+        for (p, (settings, condition)) in self.rows.iter().enumerate() {
+            let noise = Noise::draw(&seeds, settings, model)?;
+            let steering = condition.as_ref().zip(control).map(|(condition, control)| Steering {
+                control,
+                conditions: sample::conditions(&[condition], settings.width, settings.height),
+                strength: Strength::default(),
+            });
+            let guides = Guides { control: steering };
+            let batch = config.sample_batch_size;
+            let pictures = sample::sample(model, settings, &noise, &guides, batch, &mut || {})?;
+            for (i, picture) in pictures.iter().enumerate() {
+                let by = format!("{} at step {step}", config.output_dir.display());
+                let text = settings.to_text(Some(seeds[i]), &name, &by);
+                png::save_png(&dir.join(format!("{p:04}-{i:04}.png")), &picture.image, &text)?;
+            }
+            let images = condition.iter().cloned().chain(pictures.into_iter().map(|p| p.image)).collect();
+            grid.rows.push(GridRow { label: settings.prompt.clone(), images });
+        }
+        png::save_png(&dir.join("grid.png"), &grid.render(), &[])
+    }
+}
+
+/// Held-out pictures, encoded once, with the noise that they are always measured with.
+pub struct HeldOut {
+    /// Each with the ids of its prompt `(1, n)`, whose states may change in training.
+    batches: Vec<(Batch, Tensor)>,
+}
+
+impl HeldOut {
+    /// Encodes pictures, the middle of each.
+    pub fn new(
+        model: &StableDiffusion,
+        config: &TrainConfig,
+        resolution: u32,
+        pictures: &Pictures,
     ) -> Result<Self> {
         let _guard = tch::no_grad_guard();
         let device = model.unet.device();
-        let (ids, _) = model.prompt_ids(&[&config.instance_prompt])?;
-        let states = model.text_states(&ids);
         let spacing = model.scheduler.train_timesteps()? as f64 / HELD_OUT_TIMESTEPS as f64;
         let timesteps: Vec<i64> =
             (0..HELD_OUT_TIMESTEPS).map(|j| ((j as f64 + 0.5) * spacing) as i64).collect();
+        let most = if config.is_control() { HELD_OUT_PAIRS } else { usize::MAX };
         let mut batches = Vec::new();
-        for image in 0..folder.images().len() {
-            let window = folder.crop_window(image, resolution, Crop::Center);
-            let (mean, _) = encode(model, folder, image, window, resolution)?;
+        for image in 0..pictures.len().min(most) {
+            let window = pictures.crop_window(image, resolution, Crop::Center);
+            let (mean, _) = pictures.encode(model, image, resolution, window)?;
             let latents = mean * model.vae.scaling_factor(); // [1, c, h, w]
             tch::manual_seed(seed::derive(config.seed, "held-out noise", image as u64) as i64);
             let mut shape = latents.size();
             shape[0] = HELD_OUT_TIMESTEPS;
             let noise = Tensor::randn(&shape[..], (Kind::Float, tch::Device::Cpu)).to_device(device);
-            batches.push(Batch {
+            let (ids, _) = model.prompt_ids(&[pictures.caption(image).unwrap_or(&config.instance_prompt)])?;
+            let condition = pictures.condition(image, resolution, window)?;
+            let batch = Batch {
                 latents: latents.repeat([HELD_OUT_TIMESTEPS, 1, 1, 1]),
                 noise,
                 timesteps: Tensor::from_slice(&timesteps).to_device(device),
-                context: states.repeat([HELD_OUT_TIMESTEPS, 1, 1]),
+                context: model.text_states(&ids).repeat([HELD_OUT_TIMESTEPS, 1, 1]),
+                conditions: condition.map(|c| c.repeat([HELD_OUT_TIMESTEPS, 1, 1, 1]).to_device(device)),
                 class_half: false,
-            });
+            };
+            batches.push((batch, ids));
         }
-        Ok(Self { batches, ids })
+        Ok(Self { batches })
     }
 
     /// Mean denoising error over all pictures and timesteps.
-    pub fn loss(&self, model: &StableDiffusion, schedule: &NoiseSchedule) -> f64 {
+    pub fn loss(&self, model: &StableDiffusion, control: Option<&Control>, schedule: &NoiseSchedule) -> f64 {
         let _guard = tch::no_grad_guard();
-        let states = model.text_states(&self.ids).repeat([HELD_OUT_TIMESTEPS, 1, 1]);
-        let loss = |batch: &Batch| {
-            let batch = Batch { context: states.shallow_clone(), ..batch.shallow_clone() };
-            training_loss(&model.unet, schedule, &batch, 0.0, None).total.double_value(&[])
+        let loss = |(batch, ids): &(Batch, Tensor)| {
+            let context = model.text_states(ids).repeat([HELD_OUT_TIMESTEPS, 1, 1]);
+            let batch = Batch { context, ..batch.shallow_clone() };
+            training_loss(&model.unet, control, schedule, &batch, 0.0, None).total.double_value(&[])
         };
         let sum: f64 = self.batches.iter().map(loss).sum();
         sum / self.batches.len() as f64

@@ -2,21 +2,24 @@
 
 use super::Resume;
 use crate::adapter::Method;
-use crate::adapter::peft::{AdapterConfig, AdapterFile, Exceptions};
+use crate::adapter::peft::{AdapterConfig, AdapterFile, Bias, Exceptions};
 use crate::adapter::target::TargetRule;
 use crate::checkpoint::{self, Loaded, TEXT_CLASS, TrainedPart, UNET_CLASS};
 use crate::config::TrainConfig;
-use crate::data::ImageFolder;
+use crate::data::pairs::ConditionKind;
 use crate::error::{Error, Result};
 use crate::hub::{self, Wanted};
+use crate::model::attach;
+use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM};
 use crate::model::layers::Layers;
 use crate::model::loaded::TEXT_ENCODER;
 use crate::optim::Parameters;
 use crate::run::RunFolder;
+use crate::seed;
 use crate::stable_diffusion::StableDiffusion;
+use crate::tensor_file::TensorFile;
 use std::collections::BTreeMap;
-use std::path::Path;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// The files that the run's trained tensors go into, in the order of the optimiser's groups.
 pub(super) fn trained_parts(
@@ -24,12 +27,29 @@ pub(super) fn trained_parts(
     model: &StableDiffusion,
     targets: &TargetRule,
     text_targets: &TargetRule,
+    control: Option<&EncoderConfig>,
 ) -> Result<Vec<TrainedPart>> {
-    if config.method() == Method::Full {
-        return Ok(vec![TrainedPart::UNet { config: model.unet_config()? }]);
+    let mut parts = match config.method() {
+        None => Vec::new(),
+        Some(Method::Full) => {
+            vec![TrainedPart::Network { folder: "unet", config: model.unet_config()? }]
+        }
+        Some(method) => adapter_parts(config, &method, targets, text_targets),
+    };
+    if let Some(encoder) = control {
+        parts.push(TrainedPart::Network { folder: CONTROL_ENCODER, config: encoder.to_json()? });
     }
+    Ok(parts)
+}
+
+fn adapter_parts(
+    config: &TrainConfig,
+    method: &Method,
+    targets: &TargetRule,
+    text_targets: &TargetRule,
+) -> Vec<TrainedPart> {
     let adapter = |targets: &TargetRule| AdapterConfig {
-        method: config.method(),
+        method: method.clone(),
         bias: config.bias,
         targets: targets.to_json(),
         base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
@@ -40,19 +60,26 @@ pub(super) fn trained_parts(
         let config = adapter(text_targets);
         parts.push(TrainedPart::Peft { place: TEXT_ENCODER, config, class: TEXT_CLASS });
     }
-    Ok(parts)
+    parts
 }
 
-/// Pictures of the folder that `setting` names.
-pub(super) fn scan(setting: &str, dir: &Path) -> Result<ImageFolder> {
-    if !dir.is_dir() {
-        return Err(Error::Data(format!(
-            "{setting}: expected a folder of pictures, found {} at {}\nhint: paths are relative to the folder in which hra is started",
-            if dir.exists() { "a file" } else { "nothing" },
-            dir.display()
-        )));
+/// A new control encoder whose convolutions train, where control does.
+pub(super) fn control_encoder(
+    config: &TrainConfig,
+    model: &StableDiffusion,
+) -> Result<Option<ConditionEncoder>> {
+    if !config.is_control() {
+        return Ok(None);
     }
-    ImageFolder::scan(dir)
+    let made = config.condition == ConditionKind::Canny;
+    let thresholds = made.then_some([config.canny_low, config.canny_high]);
+    let name = config.condition.to_string();
+    let own = EncoderConfig::new(&model.unet, model.vae.factor(), &name, thresholds);
+    let seed = seed::derive(config.seed, "control encoder", 0);
+    let mut encoder = ConditionEncoder::start(own, seed, model.unet.device());
+    let everything = TargetRule::from_words(&[".*".to_string()])?;
+    attach::attach_new(&mut encoder, &everything, &Method::Full, Bias::None, 0)?;
+    Ok(Some(encoder))
 }
 
 /// The run's own resolution, or the model's; it must fit the VAE.
@@ -108,11 +135,16 @@ pub(super) fn warn_of_idle_words(setting: &str, targets: &TargetRule, network: &
 
 /// Puts the values of another adapter, as `init_adapter` names it, into the trained tensors. It must be of this run's
 /// method and settings, and on its layers.
-pub(super) fn start_from(config: &TrainConfig, fingerprint: &str, parameters: &mut Parameters) -> Result<()> {
+pub(super) fn start_from(
+    config: &TrainConfig,
+    fingerprint: &str,
+    parts: &[TrainedPart],
+    parameters: &mut Parameters,
+) -> Result<()> {
     let Some(word) = &config.init_adapter else { return Ok(()) };
     let path = hub::resolve(word, Wanted::Adapter)?;
-    let own = config.method().describe();
-    let mut values: BTreeMap<String, Tensor> = BTreeMap::new();
+    let own = config.method().map_or_else(String::new, |method| method.describe());
+    let mut values: BTreeMap<(String, String), Tensor> = BTreeMap::new();
     let mut problems = Vec::new();
     for place in ["", TEXT_ENCODER] {
         let folder = path.join(place);
@@ -132,13 +164,25 @@ pub(super) fn start_from(config: &TrainConfig, fingerprint: &str, parameters: &m
             if file.metadata.get("base_fingerprint").is_some_and(|base| base != fingerprint) {
                 eprintln!("warning: {} was made for another base model", folder.display());
             }
-            values.extend(file.tensors());
+            values.extend(file.tensors().into_iter().map(|(name, t)| ((place.to_string(), name), t)));
+        }
+    }
+    let encoder = path.join(CONTROL_ENCODER);
+    if encoder.is_dir() != config.is_control() {
+        let (has, flag) = if encoder.is_dir() { ("has one", "give") } else { ("has none", "leave out") };
+        problems.push(format!("the adapter {has} for conditions: {flag} --train_data_dir"));
+    } else if encoder.is_dir() {
+        let file = TensorFile::open(&encoder.join(format!("{FILE_STEM}.safetensors")))?;
+        for name in file.names() {
+            let value = file.read_as(&name, Kind::Float, Device::Cpu)?;
+            values.insert((CONTROL_ENCODER.to_string(), name), value);
         }
     }
     let mut rows = Vec::new();
     if problems.is_empty() {
-        for (name, view) in parameters.views() {
-            match values.remove(name) {
+        let places = parts.iter().map(TrainedPart::place).zip(parameters.groups());
+        for (place, (name, view)) in places.flat_map(|(place, views)| views.iter().map(move |v| (place, v))) {
+            match values.remove(&(place.to_string(), name.clone())) {
                 Some(value) if value.size() == view.size() => rows.push(value.reshape([-1])),
                 Some(value) => {
                     let (expected, found) = (view.size(), value.size());
@@ -147,7 +191,7 @@ pub(super) fn start_from(config: &TrainConfig, fingerprint: &str, parameters: &m
                 None => problems.push(format!("`{name}` is missing")),
             }
         }
-        problems.extend(values.keys().map(|name| format!("`{name}` is not trained by this run")));
+        problems.extend(values.keys().map(|(_, name)| format!("`{name}` is not trained by this run")));
     }
     if problems.is_empty() {
         parameters.set(&Tensor::cat(&rows, 0));

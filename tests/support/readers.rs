@@ -356,14 +356,15 @@ pub fn train_config(scratch: &Path, input: &[u8]) {
     let matches = command.try_get_matches_from(["train"]).expect("no flag is needed");
     let given = TrainConfig::from_matches(&matches, &[&path]);
     for config in [given, TrainConfig::read(&path)].into_iter().flatten() {
-        let _ = (config.method().describe(), config.to_toml(), config.check_resume(&config));
+        let _ = (config.method().map(|m| m.describe()), config.to_toml(), config.check_resume(&config));
         if config.validate().is_err() {
             continue;
         }
         for shape in [[8, 8], [320, 768]] {
-            let _ = config.method().parameters_for(&shape);
+            let Some(method) = config.method() else { continue };
+            let _ = method.parameters_for(&shape);
             let weight = Tensor::ones(shape, (Kind::Float, Device::Cpu));
-            let _ = config.method().start(&weight, config.seed).map(|adapter| adapter.project());
+            let _ = method.start(&weight, config.seed).map(|adapter| adapter.project());
         }
         for rate in config.learning_rates() {
             let _ = [0, 1, config.max_train_steps].map(|step| rate.at(step));
@@ -387,7 +388,7 @@ pub fn run(scratch: &Path, input: &[u8]) {
         let mut parameters = Parameters::pack(&[vec![(name.to_string(), weight)]]);
         let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let (mut adam, mut ema) = (AdamW::new(config, &parameters), Ema::new(0.9, &parameters));
-        let parts = [TrainedPart::UNet { config: String::new() }];
+        let parts = [TrainedPart::Network { folder: "unet", config: String::new() }];
         if loaded.restore(&parts, &mut parameters, &mut adam, Some(&mut ema)).is_ok() {
             adam.step(&mut parameters, &Tensor::from(1f32), &[1e-3]);
             ema.update(&parameters, adam.steps);

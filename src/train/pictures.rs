@@ -1,0 +1,109 @@
+//! What a run is shown: a folder of pictures with one prompt, or pairs of picture and condition with captions.
+
+use crate::config::TrainConfig;
+use crate::data::pairs::PairFolder;
+use crate::data::{Crop, ImageFolder, Window, to_chw_f32};
+use crate::error::{Error, Result};
+use crate::image::RgbImage;
+use crate::sample::conditions;
+use crate::stable_diffusion::StableDiffusion;
+use std::path::Path;
+use tch::Tensor;
+
+/// Pictures that were scanned.
+pub enum Pictures {
+    /// Of one prompt.
+    Folder(ImageFolder),
+    /// Each with a condition and a caption.
+    Pairs(PairFolder),
+}
+
+impl Pictures {
+    /// What `setting` names: pairs where control trains, a folder of pictures otherwise.
+    pub fn read(config: &TrainConfig, setting: &str, path: &Path) -> Result<Self> {
+        if config.is_control() {
+            return PairFolder::read(path, &config.pair_settings()).map(Self::Pairs);
+        }
+        if !path.is_dir() {
+            return Err(Error::Data(format!(
+                "{setting}: expected a folder of pictures, found {} at {}\nhint: paths are relative to the folder in which hra is started",
+                if path.exists() { "a file" } else { "nothing" },
+                path.display()
+            )));
+        }
+        ImageFolder::scan(path).map(Self::Folder)
+    }
+
+    /// The number of pictures.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Folder(folder) => folder.images().len(),
+            Self::Pairs(pairs) => pairs.pairs().len(),
+        }
+    }
+
+    /// What the user is told of them.
+    pub fn report(&self, resolution: u32) -> String {
+        match self {
+            Self::Folder(folder) => folder.report(resolution),
+            Self::Pairs(pairs) => pairs.report(resolution),
+        }
+    }
+
+    /// The square that `crop` chooses.
+    pub fn crop_window(&self, index: usize, resolution: u32, crop: Crop) -> Window {
+        match self {
+            Self::Folder(folder) => folder.crop_window(index, resolution, crop),
+            Self::Pairs(pairs) => pairs.crop_window(index, resolution, crop),
+        }
+    }
+
+    /// How many different squares there are.
+    pub fn window_count(&self, index: usize, resolution: u32) -> u64 {
+        match self {
+            Self::Folder(folder) => folder.window_count(index, resolution),
+            Self::Pairs(pairs) => pairs.window_count(index, resolution),
+        }
+    }
+
+    /// Mean and log-variance of the latents of one crop, each `(1, c, h, w)`.
+    pub fn encode(
+        &self,
+        model: &StableDiffusion,
+        index: usize,
+        resolution: u32,
+        window: Window,
+    ) -> Result<(Tensor, Tensor)> {
+        let pixels = match self {
+            Self::Folder(folder) => folder.prepare(index, resolution, window)?,
+            Self::Pairs(pairs) => pairs.prepare(index, resolution, window)?.0,
+        };
+        let size = i64::from(resolution);
+        let pixels = Tensor::from_slice(&to_chw_f32(&pixels)).view([1, 3, size, size]);
+        Ok(model.vae.encode(&pixels))
+    }
+
+    /// The condition of one crop `(1, 3, resolution, resolution)` in [0, 1], CPU; `None` of a folder.
+    pub fn condition(&self, index: usize, resolution: u32, window: Window) -> Result<Option<Tensor>> {
+        let Self::Pairs(pairs) = self else { return Ok(None) };
+        let (_, condition) = pairs.prepare(index, resolution, window)?;
+        let size = i64::from(resolution);
+        Ok(Some(conditions(&[&condition], size, size)))
+    }
+
+    /// The caption of a pair; `None` of a folder.
+    pub fn caption(&self, index: usize) -> Option<&str> {
+        match self {
+            Self::Folder(_) => None,
+            Self::Pairs(pairs) => Some(pairs.caption(index)),
+        }
+    }
+
+    /// Caption and condition of a pair, the middle of it; `None` of a folder.
+    pub fn shown(&self, index: usize, resolution: u32) -> Result<Option<(String, RgbImage)>> {
+        let Self::Pairs(pairs) = self else { return Ok(None) };
+        let window = pairs.crop_window(index, resolution, Crop::Center);
+        let (_, condition) = pairs.prepare(index, resolution, window)?;
+        Ok(Some((pairs.caption(index).to_string(), condition)))
+    }
+}
