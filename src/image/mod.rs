@@ -20,4 +20,4 @@ pub use grid::{Grid, GridRow};
 pub use mask::Mask;
 pub use palette::{LabelMap, Palette};
 pub use png::{read_png_text, save_png};
-pub use resize::{Filter, center_crop, crop, resize, resize_short_side};
+pub use resize::{Filter, center_crop, crop, resize, resize_nearest, resize_short_side};
