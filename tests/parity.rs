@@ -7,6 +7,7 @@ use hra::adapter::Method;
 use hra::adapter::lora::LoraConfig;
 use hra::adapter::peft::AdapterFile;
 use hra::model::attach;
+use hra::model::control::{Control, ControlNet, Passes};
 use hra::model::fixed::attach_fixed;
 use hra::model::layers::Layers;
 use hra::model::loaded::{LayerNames, LoadedAdapter};
@@ -226,5 +227,27 @@ fn three_training_steps_are_the_same() {
                 before[i] = view.detach().copy();
             }
         }
+    }
+}
+
+#[test]
+fn controlnets_give_the_same_tensors() {
+    for case in cases().iter().filter(|case| case.has("control.out")) {
+        let model = load(case);
+        let _guard = tch::no_grad_guard();
+        let (net, unused) = ControlNet::load(&case.dir.join("controlnet"), Kind::Float, Device::Cpu).unwrap();
+        assert!(unused.is_empty(), "{}: {unused:?}", case.name);
+        let control = Control::Net(Box::new(net));
+        assert_eq!(control.misfit(&model.unet, model.vae.factor()), None);
+        let features = control.features(&case.get("control.image"));
+        case.check("control.hint", &features, 1e-5);
+        let call = [case.get("unet.sample"), case.get("unet.timestep"), case.get("unet.context")];
+        let [sample, timesteps, context] = &call;
+        let signals = |scale| control.signals(&features, scale, Passes::Both, (sample, timesteps, context));
+        let unscaled = signals(1.0);
+        // The case's single residuals have the scale of its call, 0.8.
+        case.check("control.down.last", &(unscaled.skips.last().unwrap() * 0.8), 1e-5);
+        case.check("control.mid", &(unscaled.middle.as_ref().unwrap() * 0.8), 1e-5);
+        case.check("control.out", &model.unet.controlled(sample, timesteps, context, &signals(0.8)), 1e-5);
     }
 }

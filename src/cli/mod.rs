@@ -1,6 +1,7 @@
 //! The command line: what the user typed, turned into calls of the library.
 
 mod compare;
+mod control;
 mod evaluate;
 mod export;
 mod inspect;

@@ -1,5 +1,6 @@
 //! `hra sample`.
 
+use super::control::{ControlArgs, Controlled};
 use crate::device::{self, DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::files;
@@ -10,7 +11,7 @@ use crate::interrupt;
 use crate::model::loaded::LoadedAdapter;
 use crate::model::{attach, fixed};
 use crate::progress::Progress;
-use crate::sample::{self, Noise, Picture, Settings};
+use crate::sample::{self, Guides, Noise, Picture, Settings};
 use crate::sampler::{SamplerKind, Spacing};
 use crate::stable_diffusion::StableDiffusion;
 use crate::tensor_file::{self, TensorFile};
@@ -98,6 +99,9 @@ pub struct SampleArgs {
     #[arg(long, help_heading = "Sampling")]
     threads: Option<i32>,
 
+    #[command(flatten)]
+    control: ControlArgs,
+
     /// Unit noise to start from: tensor `latents` (b, c, h, w) of a safetensors file, the same for each prompt
     #[arg(long, value_name = "FILE", help_heading = "Exchange with other software")]
     latents: Option<PathBuf>,
@@ -159,8 +163,13 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         reports = fixed::attach_fixed(&mut model, adapters, args.with_base)?;
         reports.iter().for_each(|report| eprintln!("{report}"));
     }
-    let settings = settings(args, &model, given.as_ref())?;
+    let paths: Vec<PathBuf> = adapters.iter().map(|(path, _)| path.clone()).collect();
+    let control = args.control.load(&paths, prompts.len(), &compute)?;
+    let settings = settings(args, &model, given.as_ref(), control.as_ref())?;
     settings.validate(&model)?;
+    if let Some(control) = &control {
+        control.steering(0, settings.width, settings.height).validate(&model)?;
+    }
     let source = source(args, &model, &settings, given)?;
     let all: Vec<&str> = prompts
         .iter()
@@ -193,17 +202,23 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     for (p, prompt) in prompts.iter().enumerate() {
         let settings = Settings { prompt: prompt.clone(), ..settings.clone() };
         let noise = source.noise(&settings, &model)?;
-        let mut images = Vec::new();
+        let mut images: Vec<_> = control.iter().map(|control| control.shown(p, &settings)).collect();
         for base in if args.with_base { &[true, false][..] } else { &[false] } {
             attach::set_enabled(&mut model, !base);
             let mut tick = || {
                 done += 1;
                 progress.set(done, prompt);
             };
-            let mut pictures = sample::sample(&model, &settings, &noise, args.batch_size, &mut tick)?;
+            // An adapter's control encoder is not the base model's.
+            let control = control.as_ref().filter(|control| !(*base && control.of_adapter));
+            let steering = control.map(|control| control.steering(p, settings.width, settings.height));
+            let guides = Guides { control: steering };
+            let mut pictures =
+                sample::sample(&model, &settings, &noise, &guides, args.batch_size, &mut tick)?;
             source.name(&mut pictures);
             let names = if *base { String::new() } else { args.adapter.join(", ") };
-            output.save(p, &pictures, *base, &settings, &model.name(), &names)?;
+            let about = control.map(|control| control.text(p)).unwrap_or_default();
+            output.save(p, &pictures, *base, &settings, &about, &model.name(), &names)?;
             if !base {
                 latents.extend(pictures.iter().map(|p| p.latents.shallow_clone()));
                 drawn.extend(pictures.iter().enumerate().map(|(i, picture)| {
@@ -223,7 +238,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     if let Some(path) = &args.save_latents {
         tensor_file::write(path, &[("latents".to_string(), Tensor::cat(&latents, 0))], &[])?;
     }
-    let grid = Grid { columns: columns.collect(), rows };
+    let condition = control.iter().map(|_| "condition".to_string());
+    let grid = Grid { columns: condition.chain(columns).collect(), rows };
     let all = Settings { prompt: prompts.join("\n"), ..settings };
     let text = all.to_text(Some(args.seed), &model.name(), &args.adapter.join(", "));
     let sheet = args.output.join("grid.png");
@@ -284,13 +300,15 @@ fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
     Ok(Noise { latents, steps: noise })
 }
 
-fn settings(args: &SampleArgs, model: &StableDiffusion, given: Option<&Noise>) -> Result<Settings> {
+fn settings(
+    args: &SampleArgs,
+    model: &StableDiffusion,
+    given: Option<&Noise>,
+    control: Option<&Controlled>,
+) -> Result<Settings> {
     let factor = model.vae.factor();
-    let size = |flag: Option<i64>, dim: usize| {
-        flag.unwrap_or_else(|| {
-            given.map_or_else(|| model.native_size(), |noise| noise.latents.size()[dim] * factor)
-        })
-    };
+    let of_noise = given.map(|noise| [3, 2].map(|dim| noise.latents.size()[dim] * factor));
+    let own = of_noise.or(control.map(|control| control.size(factor))).unwrap_or([model.native_size(); 2]);
     let (sampler, note) = match args.scheduler {
         Some(kind) => (kind, None),
         None => SamplerKind::from_config(&model.scheduler)?,
@@ -304,8 +322,8 @@ fn settings(args: &SampleArgs, model: &StableDiffusion, given: Option<&Noise>) -
         karras: args.karras_sigmas,
         steps: args.steps,
         guidance: args.guidance,
-        width: size(args.width, 3),
-        height: size(args.height, 2),
+        width: args.width.unwrap_or(own[0]),
+        height: args.height.unwrap_or(own[1]),
     })
 }
 
@@ -416,11 +434,13 @@ impl<'a> Output<'a> {
         pictures: &[Picture],
         base: bool,
         settings: &Settings,
+        about: &[(String, String)],
         model: &str,
         adapters: &str,
     ) -> Result<()> {
         for (i, picture) in pictures.iter().enumerate() {
-            let text = settings.to_text(picture.seed, model, adapters);
+            let mut text = settings.to_text(picture.seed, model, adapters);
+            text.extend_from_slice(about);
             png::save_png(&self.file(prompt, i, base), &picture.image, &text)?;
         }
         Ok(())

@@ -9,7 +9,7 @@ use crate::image::png;
 use crate::model::loaded::LoadedAdapter;
 use crate::model::{attach, fixed};
 use crate::results;
-use crate::sample::{self, Noise, Settings};
+use crate::sample::{self, Guides, Noise, Settings};
 use crate::sampler::SamplerKind;
 use crate::stable_diffusion::StableDiffusion;
 use serde::{Deserialize, Serialize};
@@ -97,7 +97,8 @@ impl Drawing {
                 Settings::square(model, prompt, s.scheduler, s.steps, s.guidance, self.resolution)?;
             settings.validate(model)?;
             let noise = Noise::draw(&seeds, &settings, model)?;
-            let pictures = sample::sample(model, &settings, &noise, self.batch, &mut || {})?;
+            let pictures =
+                sample::sample(model, &settings, &noise, &Guides::default(), self.batch, &mut || {})?;
             for (i, picture) in pictures.iter().enumerate() {
                 let text = settings.to_text(Some(seeds[i]), &model.name(), by);
                 png::save_png(&folder.join(file_name(p, i)), &picture.image, &text)?;

@@ -32,6 +32,9 @@ pub struct AttachReport {
 
 impl std::fmt::Display for AttachReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.layers == 0 {
+            return write!(f, "adapter {} ({})", self.path.display(), self.what);
+        }
         write!(
             f,
             "adapter {} ({}, strength {}): {} layers matched, weights moved by {:.4} on average and {:.4} at most (relative)",
@@ -135,7 +138,7 @@ pub fn effects(
     for ((report, (adapter, _)), mut problems) in reports.iter_mut().zip(&adapters).zip(problems) {
         report.unused.extend(adapter.left());
         report.mean_change /= report.layers.max(1) as f64;
-        if report.layers == 0 && problems.is_empty() {
+        if report.layers == 0 && problems.is_empty() && !adapter.is_control_alone {
             let left = adapter.left();
             problems.push(format!(
                 "none of its {} layers is in this model, for example {}\nhint: was it trained on another kind of model?",

@@ -47,6 +47,12 @@ impl Layer {
         }
     }
 
+    /// A convolution of given numbers: weight `(c_out, c_in, kernel, kernel)`, bias `(c_out)`.
+    pub fn conv_of(name: String, weight: Tensor, bias: Tensor, stride: i64, padding: i64) -> Self {
+        let geometry = Geometry::Conv { stride, padding };
+        Self { name, weight, bias: Some(bias), geometry, attached: None }
+    }
+
     /// The layer's output, in the dtype of `x`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let attached = self.attached.as_ref().filter(|a| a.enabled);

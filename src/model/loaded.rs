@@ -2,6 +2,7 @@
 //! files, and fully fine-tuned networks. By layer name; a layer's adapter is taken out when it is used, and what is left
 //! fitted nothing.
 
+use super::control::{CONTROL_ENCODER, EncoderConfig};
 use super::source::refuse_pickle;
 use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
@@ -38,6 +39,8 @@ pub struct LoadedAdapter {
     pub notes: Vec<String>,
     /// The base model that it was made for, where it says: [`crate::StableDiffusion::fingerprint`].
     pub base_fingerprint: Option<String>,
+    /// It is a control encoder alone, which changes no layer of the model.
+    pub is_control_alone: bool,
     layers: BTreeMap<String, Box<dyn Adapter>>,
     biases: BTreeMap<String, Tensor>,
     /// A whole network is read layer by layer, when a layer asks for it.
@@ -59,6 +62,7 @@ impl LoadedAdapter {
             unused: Vec::new(),
             notes: Vec::new(),
             base_fingerprint: None,
+            is_control_alone: false,
             layers: BTreeMap::new(),
             biases: BTreeMap::new(),
             full: None,
@@ -78,6 +82,13 @@ impl LoadedAdapter {
             return Ok(loaded);
         }
         let unet = path.join(peft::CONFIG_FILE).is_file();
+        let control = path.join(CONTROL_ENCODER);
+        if !unet && control.is_dir() {
+            let condition = EncoderConfig::read(&control)?.condition;
+            loaded.what = format!("control encoder ({condition}) alone");
+            loaded.is_control_alone = true;
+            return Ok(loaded);
+        }
         let text = text.join(peft::CONFIG_FILE).is_file().then_some(text);
         if unet || text.is_none() {
             loaded.add(AdapterFile::read(path)?, "");

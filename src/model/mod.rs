@@ -4,6 +4,8 @@ pub mod attach;
 pub mod attention;
 pub mod bounds;
 pub mod config;
+pub mod control;
+mod down;
 pub mod fixed;
 pub mod infer;
 pub mod layers;

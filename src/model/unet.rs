@@ -2,45 +2,19 @@
 //!
 //! Field names are the checkpoint's. A timestep belongs to each sample of a batch. Compute dtype f32, bf16 or f16.
 
-use super::attention::SpatialTransformer;
 use super::config::{Level, UNetConfig};
-use super::layers::{Layer, Layers, Module, Norm, timestep_features};
-use super::resnet::{Downsample, Resnet, Upsample};
+use super::control::Signals;
+use super::down::{Block, DownPath, attentions, same_padding};
+use super::layers::{Layer, Layers, Module, Norm};
+use super::resnet::{Resnet, Upsample};
 use super::source::{Part, Source};
 use super::weights::{Scope, Weights};
 use crate::error::Result;
 use tch::{Device, Kind, Tensor};
 
-/// Residual blocks of one level, with attention after each where the level attends.
-struct Block {
-    resnets: Vec<Resnet>,
-    attentions: Vec<SpatialTransformer>,
-    downsampler: Option<Downsample>,
-    upsampler: Option<Upsample>,
-}
-
-impl Block {
-    fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
-        self.resnets.iter_mut().for_each(|r| r.collect(out));
-        self.attentions.iter_mut().for_each(|a| a.collect(out));
-        self.downsampler.iter_mut().for_each(|d| d.collect(out));
-        self.upsampler.iter_mut().for_each(|u| u.collect(out));
-    }
-
-    /// One residual block and the attention after it.
-    fn layer(&self, i: usize, x: &Tensor, time: &Tensor, context: &Tensor) -> Tensor {
-        let x = self.resnets[i].forward(x, time);
-        self.attentions.get(i).map_or_else(|| x.shallow_clone(), |a| a.forward(&x, context))
-    }
-}
-
 /// The UNet with its frozen weights and whatever adapters are on its layers.
 pub struct UNet {
-    config: UNetConfig,
-    conv_in: Layer,
-    time_embedding: (Layer, Layer),
-    down_blocks: Vec<Block>,
-    mid_block: Block,
+    down: DownPath,
     up_blocks: Vec<Block>,
     conv_norm_out: Norm,
     conv_out: Layer,
@@ -58,44 +32,11 @@ impl UNet {
     }
 
     fn new(scope: &Scope, config: UNetConfig, levels: &[Level], kind: Kind, device: Device) -> Self {
+        let down = DownPath::new(scope, config.clone(), levels, kind);
         let c0 = levels[0].channels;
-        let time = 4 * c0;
         let last = levels.len() - 1;
-        let pad = |kernel: i64| (kernel - 1) / 2;
-
-        let mut down_blocks = Vec::new();
-        // Channels of every tensor that a skip connection carries, in the order of their making.
-        let mut skips = vec![c0];
-        let mut channels = c0;
-        for (i, level) in levels.iter().enumerate() {
-            let scope = scope.at("down_blocks").at(i);
-            let mut resnets = Vec::new();
-            for j in 0..level.layers {
-                let scope = scope.at("resnets").at(j);
-                resnets.push(Resnet::new(&scope, channels, level.channels, time, 1.0, &config));
-                channels = level.channels;
-                skips.push(channels);
-            }
-            let attentions = attentions(&scope, level, level.down_attends, level.layers, &config);
-            let down = scope.at("downsamplers.0");
-            let downsampler = (i < last).then(|| Downsample::new(&down, channels, config.downsample_padding));
-            if downsampler.is_some() {
-                skips.push(channels);
-            }
-            down_blocks.push(Block { resnets, attentions, downsampler, upsampler: None });
-        }
-
-        let mid = scope.at("mid_block");
-        let scale = config.mid_block_scale_factor;
-        let mid_block = Block {
-            resnets: (0..2)
-                .map(|j| Resnet::new(&mid.at("resnets").at(j), channels, channels, time, scale, &config))
-                .collect(),
-            attentions: attentions(&mid, &levels[last], true, 1, &config),
-            downsampler: None,
-            upsampler: None,
-        };
-
+        let mut skips = down.skip_channels.clone();
+        let mut channels = levels[last].channels;
         let mut up_blocks = Vec::new();
         for (i, level) in levels.iter().rev().enumerate() {
             let scope = scope.at("up_blocks").at(i);
@@ -103,32 +44,20 @@ impl UNet {
             for j in 0..=level.layers {
                 let skip = skips.pop().unwrap_or(c0);
                 let scope = scope.at("resnets").at(j);
-                resnets.push(Resnet::new(&scope, channels + skip, level.channels, time, 1.0, &config));
+                resnets.push(Resnet::new(&scope, channels + skip, level.channels, 4 * c0, 1.0, &config));
                 channels = level.channels;
             }
             let attentions = attentions(&scope, level, level.up_attends, level.layers + 1, &config);
             let upsampler = (i < last).then(|| Upsample::new(&scope.at("upsamplers.0"), channels));
             up_blocks.push(Block { resnets, attentions, downsampler: None, upsampler });
         }
-
-        let (k_in, k_out) = (config.conv_in_kernel, config.conv_out_kernel);
+        let (kernel, groups) = (config.conv_out_kernel, config.norm_num_groups);
+        let (conv_out, pad) = (scope.at("conv_out"), same_padding(kernel));
         Self {
-            conv_in: Layer::conv(&scope.at("conv_in"), config.in_channels, c0, k_in, 1, pad(k_in)),
-            time_embedding: (
-                Layer::linear(&scope.at("time_embedding.linear_1"), c0, time, true),
-                Layer::linear(&scope.at("time_embedding.linear_2"), time, time, true),
-            ),
-            down_blocks,
-            mid_block,
+            down,
             up_blocks,
-            conv_norm_out: Norm::groups(
-                &scope.at("conv_norm_out"),
-                config.norm_num_groups,
-                c0,
-                config.norm_eps,
-            ),
-            conv_out: Layer::conv(&scope.at("conv_out"), c0, config.out_channels, k_out, 1, pad(k_out)),
-            config,
+            conv_norm_out: Norm::groups(&scope.at("conv_norm_out"), groups, c0, config.norm_eps),
+            conv_out: Layer::conv(&conv_out, c0, config.out_channels, kernel, 1, pad),
             kind,
             device,
         }
@@ -137,32 +66,26 @@ impl UNet {
     /// Predicts noise (or velocity): `sample (b, c, h, w)` of any dtype, `timesteps (b)`, `context (b, n, d)`, result in
     /// f32 `(b, c, h, w)`.
     pub fn forward(&self, sample: &Tensor, timesteps: &Tensor, context: &Tensor) -> Tensor {
-        let context = context.to_kind(self.kind);
-        let mut x = sample.to_kind(self.kind);
-        if self.config.center_input_sample {
-            x = x * 2.0 - 1.0;
-        }
-        let width = self.conv_in_channels();
-        let features =
-            timestep_features(timesteps, width, self.config.flip_sin_to_cos, self.config.freq_shift);
-        let time = self.time_embedding.0.forward(&features.to_kind(self.kind)).silu();
-        // Every use of the embedding applies the activation first, so it is applied once here.
-        let time = self.time_embedding.1.forward(&time).silu(); // [b, 4 c0]
+        self.controlled(sample, timesteps, context, &Signals::default())
+    }
 
-        let mut x = self.conv_in.forward(&x);
-        let mut skips = vec![x.shallow_clone()];
-        for block in &self.down_blocks {
-            for i in 0..block.resnets.len() {
-                x = block.layer(i, &x, &time, &context);
-                skips.push(x.shallow_clone());
-            }
-            if let Some(downsampler) = &block.downsampler {
-                x = downsampler.forward(&x);
-                skips.push(x.shallow_clone());
-            }
+    /// As [`Self::forward`], with what a control adds on the way.
+    pub fn controlled(
+        &self,
+        sample: &Tensor,
+        timesteps: &Tensor,
+        context: &Tensor,
+        signals: &Signals,
+    ) -> Tensor {
+        let context = context.to_kind(self.kind);
+        let time = self.down.time(timesteps);
+        let (mut x, mut skips) = self.down.forward(sample, &time, &context, signals.hint.as_ref());
+        for (skip, signal) in skips.iter_mut().zip(&signals.skips) {
+            *skip = &*skip + signal.to_kind(self.kind);
         }
-        x = self.mid_block.layer(0, &x, &time, &context);
-        x = self.mid_block.resnets[1].forward(&x, &time);
+        if let Some(signal) = &signals.middle {
+            x = x + signal.to_kind(self.kind);
+        }
         for block in &self.up_blocks {
             for i in 0..block.resnets.len() {
                 let skip = skips.pop().expect("as many skips are taken as were made");
@@ -178,22 +101,32 @@ impl UNet {
 
     /// Channels of the latents that the network takes.
     pub fn in_channels(&self) -> i64 {
-        self.config.in_channels
+        self.down.config().in_channels
     }
 
     /// Channels of its answer.
     pub fn out_channels(&self) -> i64 {
-        self.config.out_channels
+        self.down.config().out_channels
+    }
+
+    /// Channels after the first convolution, where a control encoder's hint is added.
+    pub fn first_channels(&self) -> i64 {
+        self.down.config().block_out_channels[0]
+    }
+
+    /// Channels of every skip connection, in the order of their making.
+    pub fn skip_channels(&self) -> &[i64] {
+        &self.down.skip_channels
     }
 
     /// Latent height or width that the model was trained at, where its file says.
     pub fn sample_size(&self) -> Option<i64> {
-        self.config.sample_size.as_ref().and_then(serde_json::Value::as_i64)
+        self.down.config().sample_size.as_ref().and_then(serde_json::Value::as_i64)
     }
 
     /// Width of the text states that it attends to.
     pub fn context_width(&self) -> i64 {
-        self.config.cross_attention_dim
+        self.down.config().cross_attention_dim
     }
 
     /// Where its weights are.
@@ -205,38 +138,14 @@ impl UNet {
     pub fn kind(&self) -> Kind {
         self.kind
     }
-
-    fn conv_in_channels(&self) -> i64 {
-        self.config.block_out_channels[0]
-    }
 }
 
 impl Layers for UNet {
     fn modules_mut(&mut self) -> Vec<Module<'_>> {
-        let mut out: Vec<Module> =
-            [&mut self.conv_in, &mut self.time_embedding.0, &mut self.time_embedding.1]
-                .map(Module::Layer)
-                .into();
-        self.down_blocks.iter_mut().for_each(|b| b.collect(&mut out));
-        self.mid_block.collect(&mut out);
+        let mut out = Vec::new();
+        self.down.collect(&mut out);
         self.up_blocks.iter_mut().for_each(|b| b.collect(&mut out));
         out.extend([Module::Norm(&mut self.conv_norm_out), Module::Layer(&mut self.conv_out)]);
         out
     }
-}
-
-fn attentions(
-    scope: &Scope,
-    level: &Level,
-    attends: bool,
-    count: i64,
-    config: &UNetConfig,
-) -> Vec<SpatialTransformer> {
-    let count = if attends { count } else { 0 };
-    (0..count)
-        .map(|j| {
-            let scope = scope.at("attentions").at(j);
-            SpatialTransformer::new(&scope, level.channels, level.heads, level.transformers, config)
-        })
-        .collect()
 }

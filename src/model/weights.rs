@@ -28,9 +28,9 @@ impl Weights {
         Ok(Self::new(source.tensors(part)?, kind, device))
     }
 
-    /// Opens the weights of a folder that holds one model of transformers: `model.safetensors`, or the index of its shards.
-    pub fn in_folder(dir: &Path, kind: Kind, device: Device) -> Result<Self> {
-        Ok(Self::new(Tensors::in_folder(dir, "model", |_| None)?, kind, device))
+    /// Opens the weights of a folder that holds one model: `STEM.safetensors`, or the index of its shards.
+    pub fn in_folder(dir: &Path, stem: &str, kind: Kind, device: Device) -> Result<Self> {
+        Ok(Self::new(Tensors::in_folder(dir, stem, |_| None)?, kind, device))
     }
 
     fn new(tensors: Tensors, kind: Kind, device: Device) -> Self {

@@ -4,11 +4,16 @@
 //! `torch.Generator("cpu").manual_seed(seed)` draws it, whatever else is in the batch. An ancestral sampler's noise of
 //! each step comes from the same stream, after the first latents.
 
+mod steering;
+
+pub use steering::{Steering, Strength, conditions};
+
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
 use crate::interrupt;
 use crate::sampler::{Plan, SamplerKind, Spacing};
 use crate::stable_diffusion::StableDiffusion;
+use steering::Steered;
 use tch::{Device, Kind, Tensor};
 
 /// What a set of pictures is drawn from.
@@ -36,6 +41,13 @@ pub struct Noise {
     pub latents: Tensor,
     /// `(steps, b, c, h, w)`; empty unless the sampler is ancestral.
     pub steps: Tensor,
+}
+
+/// What a drawing follows beside its prompt.
+#[derive(Default)]
+pub struct Guides<'a> {
+    /// Conditions, and the network that reads them.
+    pub control: Option<Steering<'a>>,
 }
 
 /// A finished picture.
@@ -188,6 +200,7 @@ pub fn sample(
     model: &StableDiffusion,
     settings: &Settings,
     noise: &Noise,
+    guides: &Guides,
     batch_size: usize,
     tick: &mut dyn FnMut(),
 ) -> Result<Vec<Picture>> {
@@ -202,7 +215,10 @@ pub fn sample(
     while start < count {
         let length = (count - start).min(batch_size.max(1) as i64);
         let batch = noise.batch(start, length);
-        let latents = sample_batch(model, &plan, &states, settings.guidance, &batch, tick)?;
+        let calls = plan.model_calls();
+        let steered =
+            guides.control.as_ref().map(|s| Steered::new(s, start, length, calls, model.unet.device()));
+        let latents = sample_batch(model, &plan, &states, settings.guidance, &batch, steered, tick)?;
         for latents in latents.split(1, 0) {
             if latents.isfinite().all().int64_value(&[]) == 0 {
                 return Err(Error::NotFinite(format!(
@@ -226,6 +242,7 @@ fn sample_batch(
     states: &Tensor,
     guidance: f64,
     noise: &Noise,
+    mut steered: Option<Steered>,
     tick: &mut dyn FnMut(),
 ) -> Result<Tensor> {
     let device = model.unet.device();
@@ -237,7 +254,8 @@ fn sample_batch(
     let mut denoise = |x: &Tensor, timestep: f64| {
         let x = if guided { Tensor::cat(&[x, x], 0) } else { x.shallow_clone() };
         let timesteps = Tensor::full([x.size()[0]], timestep, (Kind::Float, device));
-        let output = model.unet.forward(&x, &timesteps, &context);
+        let signals = steered.as_mut().map(|s| s.next(&x, &timesteps, &context)).unwrap_or_default();
+        let output = model.unet.controlled(&x, &timesteps, &context, &signals);
         if !guided {
             return Ok(output);
         }

@@ -1,0 +1,151 @@
+//! A ControlNet as diffusers saves it (`ControlNetModel`): for drawing, not for training.
+
+use super::super::UNet;
+use super::super::config::UNetConfig;
+use super::super::down::DownPath;
+use super::super::layers::Layer;
+use super::super::source::Text;
+use super::super::weights::Weights;
+use super::Signals;
+use super::encoder::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM};
+use crate::error::{Error, Result};
+use crate::files;
+use serde_json::Value;
+use std::path::Path;
+use tch::{Device, Kind, Tensor};
+
+const CLASS: &str = "ControlNetModel";
+
+/// A copy of the UNet's first half, with a convolution for each skip connection.
+pub struct ControlNet {
+    down: DownPath,
+    embedding: ConditionEncoder,
+    down_blocks: Vec<Layer>,
+    mid_block: Layer,
+    reversed_channels: bool,
+    kind: Kind,
+}
+
+impl ControlNet {
+    /// Loads the ControlNet in the folder `dir`. The second value names tensors of the file that it lacks.
+    pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
+        let (config, embedding, reversed_channels) = read_config(dir)?;
+        let levels = config
+            .levels()
+            .map_err(|problems| Error::format(&dir.join("config.json"), problems.join("\n")))?;
+        let weights = Weights::in_folder(dir, FILE_STEM, kind, device)?;
+        let root = weights.root();
+        let down = DownPath::new(&root, config, &levels, kind);
+        let conv = |name: String, c: i64| Layer::conv(&root.at(name), c, c, 1, 1, 0);
+        let skips = down.skip_channels.iter().enumerate();
+        let down_blocks = skips.map(|(i, c)| conv(format!("controlnet_down_blocks.{i}"), *c)).collect();
+        let mid_block = conv("controlnet_mid_block".into(), levels[levels.len() - 1].channels);
+        let embedding = ConditionEncoder::new(&root.at("controlnet_cond_embedding"), embedding);
+        let net = Self { down, embedding, down_blocks, mid_block, reversed_channels, kind };
+        Ok((net, weights.finish()?))
+    }
+
+    /// Features `(b, c0, h, w)` of conditions `(b, 3, H, W)` in [0, 1].
+    pub fn features(&self, conditions: &Tensor) -> Tensor {
+        let conditions = conditions.to_kind(self.kind);
+        let conditions = if self.reversed_channels { conditions.flip([1]) } else { conditions };
+        self.embedding.forward(&conditions)
+    }
+
+    /// The signals for one UNet call, times `scale`.
+    pub fn forward(
+        &self,
+        sample: &Tensor,
+        timesteps: &Tensor,
+        context: &Tensor,
+        features: &Tensor,
+        scale: f64,
+    ) -> Signals {
+        let time = self.down.time(timesteps);
+        let context = context.to_kind(self.kind);
+        let (middle, skips) = self.down.forward(sample, &time, &context, Some(features));
+        let skips = skips.iter().zip(&self.down_blocks).map(|(x, conv)| conv.forward(x) * scale).collect();
+        Signals { hint: None, skips, middle: Some(self.mid_block.forward(&middle) * scale) }
+    }
+
+    /// Why it cannot steer this UNet, whose latents are `factor` pixels wide, if so.
+    pub fn misfit(&self, unet: &UNet, factor: i64) -> Option<String> {
+        let own = self.down.config();
+        let (expected, found) = (unet.skip_channels(), &self.down.skip_channels[..]);
+        let problem = if expected != found {
+            format!(
+                "expected a ControlNet for skip connections of {expected:?} channels, found one for {found:?}"
+            )
+        } else if own.cross_attention_dim != unet.context_width() {
+            let (expected, found) = (unet.context_width(), own.cross_attention_dim);
+            format!("cross_attention_dim: expected {expected}, found {found}")
+        } else if own.in_channels != unet.out_channels() {
+            format!("in_channels: expected {}, found {}", unet.out_channels(), own.in_channels)
+        } else {
+            return self.embedding.misfit(unet, factor);
+        };
+        Some(format!("{problem}\nhint: a ControlNet belongs to one kind of model (1.5, 2.1 ..)"))
+    }
+}
+
+/// The UNet's settings, the embedding's, and whether conditions are shown as BGR.
+fn read_config(dir: &Path) -> Result<(UNetConfig, EncoderConfig, bool)> {
+    let path = dir.join("config.json");
+    if !dir.is_dir() || !path.is_file() {
+        let what = if dir.is_file() { "a file" } else { "no config.json" };
+        return Err(Error::format(
+            dir,
+            format!(
+                "expected a ControlNet's Hugging Face folder, found {what}\nhint: the folder holds config.json and \
+                 {FILE_STEM}.safetensors; diffusers converts a single file: ControlNetModel.from_single_file(FILE).save_pretrained(DIR)"
+            ),
+        ));
+    }
+    let problem = |text: String| Error::format(&path, text);
+    let mut value: Value = serde_json::from_str(&files::read_to_string(&path)?)
+        .map_err(|e| problem(format!("not a ControlNet's config: {e}")))?;
+    let class = value["_class_name"].as_str().unwrap_or("none");
+    if class != CLASS {
+        let hint = if dir.file_name().is_some_and(|name| name == CONTROL_ENCODER) {
+            "\nhint: this is the control encoder of a run: give the run's folder with --adapter"
+        } else {
+            "\nhint: T2I-Adapters and other controls are not supported"
+        };
+        return Err(problem(format!("_class_name: expected {CLASS}, found {class}{hint}")));
+    }
+    if value["global_pool_conditions"] == true {
+        return Err(problem("global_pool_conditions is not supported".into()));
+    }
+    let order = value["controlnet_conditioning_channel_order"].as_str().unwrap_or("rgb").to_string();
+    if order != "rgb" && order != "bgr" {
+        return Err(problem(format!(
+            "controlnet_conditioning_channel_order: expected rgb or bgr, found {order}"
+        )));
+    }
+    let numbers = |key: &str, default: Vec<i64>| match &value[key] {
+        Value::Null => Ok(default),
+        list => serde_json::from_value(list.clone())
+            .map_err(|e| problem(format!("{key}: expected a list of numbers: {e}"))),
+    };
+    let embedding_channels = numbers("conditioning_embedding_out_channels", vec![16, 32, 96, 256])?;
+    // The way up, which a ControlNet does not have, mirrors the way down.
+    let down: Vec<String> = match &value["down_block_types"] {
+        Value::Null => UNetConfig::default().down_block_types,
+        list => serde_json::from_value(list.clone())
+            .map_err(|e| problem(format!("down_block_types: expected a list of names: {e}")))?,
+    };
+    let up = |name: &String| if name.starts_with("CrossAttn") { "CrossAttnUpBlock2D" } else { "UpBlock2D" };
+    value["up_block_types"] = down.iter().rev().map(up).collect::<Vec<_>>().into();
+    let text = Text { content: value.to_string(), path: path.clone() };
+    let (config, _) = UNetConfig::parse(&text)?;
+    let embedding = EncoderConfig {
+        class_name: String::new(),
+        conditioning_channels: value["conditioning_channels"].as_i64().unwrap_or(3),
+        block_out_channels: embedding_channels,
+        conditioning_embedding_channels: config.block_out_channels[0],
+        condition: String::new(),
+        canny_thresholds: None,
+    };
+    embedding.check().map_err(problem)?;
+    Ok((config, embedding, order == "bgr"))
+}

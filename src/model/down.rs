@@ -1,0 +1,175 @@
+//! The half of the UNet that a ControlNet is a copy of: first convolution, timestep embedding, the way down and the middle.
+
+use super::attention::SpatialTransformer;
+use super::config::{Level, UNetConfig};
+use super::layers::{Layer, Module, timestep_features};
+use super::resnet::{Downsample, Resnet, Upsample};
+use super::weights::Scope;
+use tch::{Kind, Tensor};
+
+/// Residual blocks of one level, with attention after each where the level attends.
+pub(super) struct Block {
+    pub(super) resnets: Vec<Resnet>,
+    pub(super) attentions: Vec<SpatialTransformer>,
+    pub(super) downsampler: Option<Downsample>,
+    pub(super) upsampler: Option<Upsample>,
+}
+
+impl Block {
+    pub(super) fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
+        self.resnets.iter_mut().for_each(|r| r.collect(out));
+        self.attentions.iter_mut().for_each(|a| a.collect(out));
+        self.downsampler.iter_mut().for_each(|d| d.collect(out));
+        self.upsampler.iter_mut().for_each(|u| u.collect(out));
+    }
+
+    /// One residual block and the attention after it.
+    pub(super) fn layer(&self, i: usize, x: &Tensor, time: &Tensor, context: &Tensor) -> Tensor {
+        let x = self.resnets[i].forward(x, time);
+        self.attentions.get(i).map_or_else(|| x.shallow_clone(), |a| a.forward(&x, context))
+    }
+}
+
+/// The first half of a UNet. Field names are the checkpoint's.
+pub(super) struct DownPath {
+    config: UNetConfig,
+    conv_in: Layer,
+    time_embedding: (Layer, Layer),
+    down_blocks: Vec<Block>,
+    mid_block: Block,
+    /// Channels of every tensor that a skip connection carries, in the order of their making.
+    pub(super) skip_channels: Vec<i64>,
+    kind: Kind,
+}
+
+impl DownPath {
+    pub(super) fn new(scope: &Scope, config: UNetConfig, levels: &[Level], kind: Kind) -> Self {
+        let c0 = levels[0].channels;
+        let time = 4 * c0;
+        let last = levels.len() - 1;
+        let mut down_blocks = Vec::new();
+        let mut skip_channels = vec![c0];
+        let mut channels = c0;
+        for (i, level) in levels.iter().enumerate() {
+            let scope = scope.at("down_blocks").at(i);
+            let mut resnets = Vec::new();
+            for j in 0..level.layers {
+                let scope = scope.at("resnets").at(j);
+                resnets.push(Resnet::new(&scope, channels, level.channels, time, 1.0, &config));
+                channels = level.channels;
+                skip_channels.push(channels);
+            }
+            let attentions = attentions(&scope, level, level.down_attends, level.layers, &config);
+            let down = scope.at("downsamplers.0");
+            let downsampler = (i < last).then(|| Downsample::new(&down, channels, config.downsample_padding));
+            if downsampler.is_some() {
+                skip_channels.push(channels);
+            }
+            down_blocks.push(Block { resnets, attentions, downsampler, upsampler: None });
+        }
+
+        let mid = scope.at("mid_block");
+        let scale = config.mid_block_scale_factor;
+        let mid_block = Block {
+            resnets: (0..2)
+                .map(|j| Resnet::new(&mid.at("resnets").at(j), channels, channels, time, scale, &config))
+                .collect(),
+            attentions: attentions(&mid, &levels[last], true, 1, &config),
+            downsampler: None,
+            upsampler: None,
+        };
+        let kernel = config.conv_in_kernel;
+        Self {
+            conv_in: Layer::conv(
+                &scope.at("conv_in"),
+                config.in_channels,
+                c0,
+                kernel,
+                1,
+                same_padding(kernel),
+            ),
+            time_embedding: (
+                Layer::linear(&scope.at("time_embedding.linear_1"), c0, time, true),
+                Layer::linear(&scope.at("time_embedding.linear_2"), time, time, true),
+            ),
+            down_blocks,
+            mid_block,
+            skip_channels,
+            config,
+            kind,
+        }
+    }
+
+    /// The timestep embedding `(b, 4 c0)` of `timesteps (b)`, with the activation that every use of it begins with.
+    pub(super) fn time(&self, timesteps: &Tensor) -> Tensor {
+        let width = self.config.block_out_channels[0];
+        let features =
+            timestep_features(timesteps, width, self.config.flip_sin_to_cos, self.config.freq_shift);
+        let time = self.time_embedding.0.forward(&features.to_kind(self.kind)).silu();
+        self.time_embedding.1.forward(&time).silu()
+    }
+
+    /// What the middle gives `(b, c, h', w')` and what the skip connections carry. `hint (b, c0, h, w)` is added to the first
+    /// convolution's output, and so is in the first skip connection too.
+    pub(super) fn forward(
+        &self,
+        sample: &Tensor,
+        time: &Tensor,
+        context: &Tensor,
+        hint: Option<&Tensor>,
+    ) -> (Tensor, Vec<Tensor>) {
+        let mut x = sample.to_kind(self.kind);
+        if self.config.center_input_sample {
+            x = x * 2.0 - 1.0;
+        }
+        let mut x = self.conv_in.forward(&x);
+        if let Some(hint) = hint {
+            x = x + hint.to_kind(self.kind);
+        }
+        let mut skips = vec![x.shallow_clone()];
+        for block in &self.down_blocks {
+            for i in 0..block.resnets.len() {
+                x = block.layer(i, &x, time, context);
+                skips.push(x.shallow_clone());
+            }
+            if let Some(downsampler) = &block.downsampler {
+                x = downsampler.forward(&x);
+                skips.push(x.shallow_clone());
+            }
+        }
+        x = self.mid_block.layer(0, &x, time, context);
+        (self.mid_block.resnets[1].forward(&x, time), skips)
+    }
+
+    pub(super) fn config(&self) -> &UNetConfig {
+        &self.config
+    }
+
+    pub(super) fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
+        let first = [&mut self.conv_in, &mut self.time_embedding.0, &mut self.time_embedding.1];
+        out.extend(first.map(Module::Layer));
+        self.down_blocks.iter_mut().for_each(|b| b.collect(out));
+        self.mid_block.collect(out);
+    }
+}
+
+/// Padding that keeps the size, of an odd kernel.
+pub(super) fn same_padding(kernel: i64) -> i64 {
+    (kernel - 1) / 2
+}
+
+pub(super) fn attentions(
+    scope: &Scope,
+    level: &Level,
+    attends: bool,
+    count: i64,
+    config: &UNetConfig,
+) -> Vec<SpatialTransformer> {
+    let count = if attends { count } else { 0 };
+    (0..count)
+        .map(|j| {
+            let scope = scope.at("attentions").at(j);
+            SpatialTransformer::new(&scope, level.channels, level.heads, level.transformers, config)
+        })
+        .collect()
+}
