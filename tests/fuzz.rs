@@ -185,6 +185,22 @@ fn corpus(reader: &str, scratch: &Path) -> (Vec<Files>, usize) {
             let names = ["dino", "dino-wide", "dinov2", "dinov2-gated"];
             (names.map(|name| tower(name, "preprocessor_config.json")).to_vec(), 250)
         }
+        "pairs" => {
+            let rows = [("a.png", "c.png"), ("a.png", "p.pts"), ("a.png", "")];
+            let csv: String = rows.map(|(a, c)| format!("{a},\"of \"\"it\"\"\",{c}\n")).concat();
+            let row = |(a, c)| json!({"target": a, "source": c, "prompt": ["one", "two"]});
+            let array = Value::from(rows.map(row).to_vec()).to_string();
+            let lines: String = rows.map(|pair| format!("{}\n", row(pair))).concat();
+            let tables = [format!("file_name,text,conditioning_image\n{csv}"), array, lines];
+            let others = [
+                file("tests/fixtures/images/rgb.bmp"),
+                file("tests/fixtures/images/palette.png"),
+                b"version: 1\nn_points: 2\n{\n1 2\n3.5 4\n}\n".to_vec(),
+                b"{\"background\": [0, 0, 0], \"dog\": [255, 9, 9]}".to_vec(),
+            ];
+            let files = |table: String| [vec![table.into_bytes()], others.to_vec()].concat();
+            (tables.map(files).to_vec(), 200)
+        }
         other => panic!("{other}: no corpus"),
     }
 }

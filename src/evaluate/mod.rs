@@ -1,7 +1,9 @@
 //! Scores of pictures. `processor` turns pictures into what a tower sees, `clip`, `vit` and `lpips` are the towers (ours, on
 //! libtorch, loaded from Hugging Face folders), `vision` what the first two share, `scores` are the formulas; [`Towers`] holds what is loaded.
+//! `control` has the formulas of conditions, which need no tower.
 
 pub mod clip;
+pub mod control;
 pub mod lpips;
 pub mod processor;
 pub mod scores;

@@ -191,6 +191,31 @@ fn resize_columns(image: &RgbImage, height: u32, filter: Filter) -> RgbImage {
     out
 }
 
+/// `image` at `width` x `height` pixels, each the pixel under its middle: Pillow's `NEAREST`. For maps whose colours are
+/// classes, which a mean would turn into colours of no class.
+///
+/// # Panics
+/// If one of the four sides is 0.
+pub fn resize_nearest(image: &RgbImage, width: u32, height: u32) -> RgbImage {
+    let (from_width, from_height) = image.dimensions();
+    assert!(width > 0 && height > 0 && from_width > 0 && from_height > 0, "resize needs pixels to work with");
+    let [columns, rows] = [(from_width, width), (from_height, height)].map(|(from, to)| middles(from, to));
+    RgbImage::from_fn(width, height, |x, y| *image.get_pixel(columns[x as usize], rows[y as usize]))
+}
+
+/// The input pixel under the middle of each output pixel. The place is summed up in f64, as Pillow does (ImagingScaleAffine
+/// in Geometry.c): exact fractions fall on the other pixel now and then.
+fn middles(from: u32, to: u32) -> Vec<u32> {
+    let step = f64::from(from) / f64::from(to);
+    let mut place = step * 0.5;
+    let next = |_| {
+        let middle = (place as u32).min(from - 1);
+        place += step;
+        middle
+    };
+    (0..to).map(next).collect()
+}
+
 /// The size at which the shorter side is `short`, as torchvision's `Resize(short)` reckons it: the longer side is cut off,
 /// not rounded.
 ///

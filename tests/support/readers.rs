@@ -10,6 +10,8 @@ use hra::adapter::peft::{self, AdapterFile};
 use hra::adapter::{Adapter, Full};
 use hra::checkpoint::{Loaded, TrainedPart, UNET_CLASS};
 use hra::config::TrainConfig;
+use hra::data::Crop;
+use hra::data::pairs::{ConditionKind, PairFolder, PairSettings};
 use hra::evaluate::clip::Clip;
 use hra::evaluate::vit::Vit;
 use hra::image::RgbImage;
@@ -36,7 +38,7 @@ pub const SEPARATOR: &[u8] = b"\n=====\n";
 pub type Reader = fn(scratch: &Path, input: &[u8]);
 
 /// All of them by name.
-pub const READERS: [(&str, Reader); 22] = [
+pub const READERS: [(&str, Reader); 23] = [
     ("tensor_file", tensor_file),
     ("adapter", adapter),
     ("merge", merge),
@@ -59,6 +61,7 @@ pub const READERS: [(&str, Reader); 22] = [
     ("hub_id", hub_id),
     ("clip", clip),
     ("vit", vit),
+    ("pairs", pairs),
 ];
 
 /// Several files as one input.
@@ -454,4 +457,29 @@ pub fn vit(scratch: &Path, input: &[u8]) {
     let pictures = tower(scratch, "preprocessor_config.json", input);
     let Ok(vit) = Vit::load(scratch, Device::Cpu) else { return };
     let _ = vit.images(&pictures.each_ref());
+}
+
+/// A table of pairs with a picture, a condition, points and a palette.
+pub fn pairs(scratch: &Path, input: &[u8]) {
+    let [table, picture, condition, points, palette] = split(input);
+    let files = [("a.png", picture), ("c.png", condition), ("p.pts", points), ("palette.json", palette)];
+    for (name, content) in files {
+        put(scratch, name, content);
+    }
+    let with_palette = Some(scratch.join("palette.json"));
+    let kinds = [
+        (ConditionKind::Canny, None),
+        (ConditionKind::Landmarks, None),
+        (ConditionKind::Segmentation, with_palette),
+    ];
+    for (name, (condition, palette)) in ["t.csv", "t.json", "t.jsonl"].into_iter().zip(kinds) {
+        put(scratch, name, table);
+        let settings = PairSettings { condition, palette, ..PairSettings::default() };
+        let Ok(pairs) = PairFolder::read(&scratch.join(name), &settings) else { continue };
+        let _ = pairs.report(64);
+        for index in 0..pairs.pairs().len().min(3) {
+            let window = pairs.crop_window(index, 24, Crop::Random(7 << 32 | 7));
+            let _ = (pairs.prepare(index, 24, window), pairs.at_size(index, 16, 24));
+        }
+    }
 }

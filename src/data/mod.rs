@@ -3,16 +3,25 @@
 //! Each picture is treated as diffusers does in examples/dreambooth/train_dreambooth.py: turned upright, shorter side
 //! resized to the resolution (bilinear, as Pillow), then a square cut out of it at random or from the middle. The choice of
 //! the square is apart from the pixels, so that a caller can keep what it computed from (image, x, y).
+//!
+//! Pairs of picture and condition, which control trains on, are in [`pairs`].
+
+mod cache;
+pub mod condition;
+pub mod pairs;
+mod table;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
+use cache::Cache;
+
 use crate::files::{self, Kind};
-use crate::image::decode::{self, MAX_FILE_BYTES};
+use crate::image::decode::{self, MAX_FILE_BYTES, Picture};
 use crate::image::resize::{center_offset, short_side_size};
 use crate::image::{Filter, RgbImage, crop, load_rgb, resize};
 use crate::{Error, Result};
@@ -20,8 +29,6 @@ use crate::{Error, Result};
 /// A picture whose longer side is more than this many times the shorter is skipped: a square of it shows nothing, and with
 /// its shorter side at the resolution it could fill the memory.
 const MAX_ASPECT: u32 = 16;
-/// Resized pictures are kept in memory up to this many bytes; beyond that they are made again each time.
-const CACHE_BYTES: usize = 1 << 30;
 /// So many reasons are listed when no image can be used.
 const MAX_REASONS: usize = 20;
 
@@ -63,6 +70,21 @@ pub enum Crop {
     Random(u64),
 }
 
+impl Crop {
+    /// The square of `resolution` pixels in a picture that was resized to `width` x `height`.
+    fn window(self, (width, height): (u32, u32), resolution: u32) -> Window {
+        match self {
+            Self::Center => {
+                Window { x: center_offset(width, resolution), y: center_offset(height, resolution) }
+            }
+            Self::Random(draw) => Window {
+                x: (draw as u32) % (width - resolution + 1),
+                y: ((draw >> 32) as u32) % (height - resolution + 1),
+            },
+        }
+    }
+}
+
 /// The upper left corner of a square in a resized picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Window {
@@ -78,14 +100,7 @@ pub struct ImageFolder {
     dir: PathBuf,
     images: Vec<Image>,
     skipped: Vec<Skipped>,
-    cache: Mutex<Cache>,
-}
-
-#[derive(Debug, Default)]
-struct Cache {
-    /// Keyed by image and resolution.
-    resized: HashMap<(usize, u32), Arc<RgbImage>>,
-    bytes: usize,
+    resized: Cache<RgbImage>,
 }
 
 impl ImageFolder {
@@ -94,7 +109,7 @@ impl ImageFolder {
     /// An [`Error::Data`] with the reasons if not one image can be used.
     pub fn scan(dir: &Path) -> Result<Self> {
         let mut folder =
-            Self { dir: dir.into(), images: Vec::new(), skipped: Vec::new(), cache: Mutex::default() };
+            Self { dir: dir.into(), images: Vec::new(), skipped: Vec::new(), resized: Cache::default() };
         let mut seen: HashMap<[u8; 32], String> = HashMap::new();
         for entry in files::list_dir(dir)? {
             let name = entry.name.to_string_lossy().into_owned();
@@ -158,22 +173,12 @@ impl ImageFolder {
 
     /// The square that `crop` chooses from the picture with its shorter side at `resolution`. Reads no pixels.
     pub fn crop_window(&self, index: usize, resolution: u32, crop: Crop) -> Window {
-        let (width, height) = self.resized_size(index, resolution);
-        match crop {
-            Crop::Center => {
-                Window { x: center_offset(width, resolution), y: center_offset(height, resolution) }
-            }
-            Crop::Random(draw) => Window {
-                x: (draw as u32) % (width - resolution + 1),
-                y: ((draw >> 32) as u32) % (height - resolution + 1),
-            },
-        }
+        crop.window(self.resized_size(index, resolution), resolution)
     }
 
     /// How many different squares [`Crop::Random`] can choose for this picture.
     pub fn window_count(&self, index: usize, resolution: u32) -> u64 {
-        let (width, height) = self.resized_size(index, resolution);
-        u64::from(width - resolution + 1) * u64::from(height - resolution + 1)
+        windows(self.resized_size(index, resolution), resolution)
     }
 
     /// The `resolution` x `resolution` pixels at `window`, which [`Self::crop_window`] gave for the same picture.
@@ -189,28 +194,14 @@ impl ImageFolder {
     }
 
     fn resized(&self, index: usize, resolution: u32) -> Result<Arc<RgbImage>> {
-        let key = (index, resolution);
-        let cache = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = cache().resized.get(&key) {
-            return Ok(Arc::clone(known));
-        }
-        let full = self.load(index)?;
-        let Image { width, height, path, .. } = &self.images[index];
-        if full.dimensions() != (*width, *height) {
-            let (now_width, now_height) = full.dimensions();
-            let problem = format!(
-                "expected {width}x{height} pixels as at the start, found {now_width}x{now_height}: the file was changed"
-            );
-            return Err(Error::format(path, problem));
-        }
-        let (width, height) = self.resized_size(index, resolution);
-        let small = Arc::new(resize(&full, width, height, Filter::Bilinear));
-        let mut cache = cache();
-        if cache.bytes + small.len() <= CACHE_BYTES {
-            cache.bytes += small.len();
-            cache.resized.insert(key, Arc::clone(&small));
-        }
-        Ok(small)
+        self.resized.get((index, resolution), || {
+            let Image { width, height, path, .. } = &self.images[index];
+            let full = load_unchanged(path, (*width, *height))?;
+            let (width, height) = self.resized_size(index, resolution);
+            let small = resize(&full, width, height, Filter::Bilinear);
+            let bytes = small.len();
+            Ok((small, bytes))
+        })
     }
 
     fn nothing_to_use(&self) -> Error {
@@ -242,16 +233,8 @@ fn look(name: &str, entry: &files::DirEntry) -> std::result::Result<(Image, [u8;
         Kind::Folder => return Err("a folder: sub-folders are not read".into()),
         Kind::Other => return Err("no regular file".into()),
     }
-    let bytes = files::read(&entry.path, MAX_FILE_BYTES).map_err(|e| match e {
-        Error::Io { action, source, .. } => format!("cannot {action}: {source}"),
-        Error::Format { problem, .. } => problem,
-        other => other.to_string(),
-    })?;
-    let picture = decode::decode(&bytes)?;
+    let picture = load_usable(&entry.path)?;
     let (width, height) = picture.pixels.dimensions();
-    if width.max(height) > MAX_ASPECT * width.min(height) {
-        return Err(format!("a strip of {width}x{height} pixels: no square of it shows the picture"));
-    }
     let mut hash = Sha256::new();
     hash.update(width.to_le_bytes());
     hash.update(picture.pixels.as_raw());
@@ -265,6 +248,50 @@ fn look(name: &str, entry: &files::DirEntry) -> std::result::Result<(Image, [u8;
         same_as: None,
     };
     Ok((image, hash.finalize().into()))
+}
+
+/// The picture of a file, or why it cannot be trained on.
+fn load_usable(path: &Path) -> std::result::Result<Picture, String> {
+    let bytes = files::read(path, MAX_FILE_BYTES).map_err(reason)?;
+    let picture = decode::decode(&bytes)?;
+    let (width, height) = picture.pixels.dimensions();
+    if width.max(height) > MAX_ASPECT * width.min(height) {
+        return Err(format!("a strip of {width}x{height} pixels: no square of it shows the picture"));
+    }
+    Ok(picture)
+}
+
+/// The pixels of a file that had this size when it was looked at.
+fn load_unchanged(path: &Path, size: (u32, u32)) -> Result<RgbImage> {
+    let full = load_rgb(path)?;
+    unchanged(path, &full, size)?;
+    Ok(full)
+}
+
+/// An error if the picture of a file has not the size that it had when it was looked at.
+fn unchanged(path: &Path, now: &RgbImage, (width, height): (u32, u32)) -> Result<()> {
+    let (now_width, now_height) = now.dimensions();
+    if (now_width, now_height) == (width, height) {
+        return Ok(());
+    }
+    let problem = format!(
+        "expected {width}x{height} pixels as at the start, found {now_width}x{now_height}: the file was changed"
+    );
+    Err(Error::format(path, problem))
+}
+
+/// How many squares of `resolution` pixels lie in a picture of this size.
+fn windows((width, height): (u32, u32), resolution: u32) -> u64 {
+    u64::from(width - resolution + 1) * u64::from(height - resolution + 1)
+}
+
+/// What is wrong with a file, without its name.
+fn reason(error: Error) -> String {
+    match error {
+        Error::Io { action, source, .. } => format!("cannot {action}: {source}"),
+        Error::Format { problem, .. } => problem,
+        other => other.to_string(),
+    }
 }
 
 /// A reason with its hint on one line of a table.

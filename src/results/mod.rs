@@ -13,6 +13,10 @@
 //! report.html, report.csv, report-cells.csv, report.json, report.md
 //! ```
 
+mod scores;
+
+pub use scores::{Better, OF_CONDITIONS, SCORES, ScoreKind, Scores};
+
 use crate::error::{Error, Result};
 use crate::files;
 use serde::de::DeserializeOwned;
@@ -30,144 +34,6 @@ pub const RECORD_FILE: &str = "record.json";
 pub const BASE: &str = "base";
 /// Room for the records of thousands of pictures.
 const MAX_BYTES: u64 = 1 << 30;
-
-/// Scores by key, see [`SCORES`].
-pub type Scores = BTreeMap<String, f64>;
-
-/// Which way a score is better.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Better {
-    /// More is better.
-    Higher,
-    /// Less is better.
-    Lower,
-    /// Neither; it depends on what is wanted.
-    Neither,
-}
-
-/// What a key of [`Scores`] means.
-#[derive(Debug, Clone, Copy)]
-pub struct ScoreKind {
-    /// Its key in records and its column in CSV files.
-    pub key: &'static str,
-    /// Its heading in tables.
-    pub title: &'static str,
-    /// Which way it is better.
-    pub better: Better,
-    /// One sentence for readers of the report.
-    pub about: &'static str,
-}
-
-/// Every score, in the order of tables.
-pub const SCORES: [ScoreKind; 18] = [
-    score(
-        "dino",
-        "DINO",
-        Better::Higher,
-        "mean cosine of DINO ViT class tokens to the subject's test pictures",
-    ),
-    score(
-        "dinov2",
-        "DINOv2",
-        Better::Higher,
-        "mean cosine of DINOv2 class tokens to the subject's test pictures",
-    ),
-    score(
-        "clip_i",
-        "CLIP-I",
-        Better::Higher,
-        "mean cosine of CLIP picture embeddings to the subject's test pictures",
-    ),
-    score(
-        "clip_t",
-        "CLIP-T",
-        Better::Higher,
-        "cosine of the CLIP embeddings of picture and prompt; the rare token is left out of the prompt",
-    ),
-    score("lpips_vgg", "LPIPS", Better::Neither, "mean LPIPS distance (VGG) to the subject's test pictures"),
-    score(
-        "lpips_alex",
-        "LPIPS Alex",
-        Better::Neither,
-        "mean LPIPS distance (AlexNet) to the subject's test pictures",
-    ),
-    score(
-        "diversity_vgg",
-        "diversity",
-        Better::Higher,
-        "mean LPIPS distance (VGG) between the pictures of one prompt",
-    ),
-    score(
-        "diversity_alex",
-        "diversity Alex",
-        Better::Higher,
-        "mean LPIPS distance (AlexNet) between the pictures of one prompt",
-    ),
-    score(
-        "diversity_clip",
-        "diversity CLIP",
-        Better::Higher,
-        "1 - mean cosine of CLIP embeddings between the pictures of one prompt",
-    ),
-    score(
-        "drift",
-        "drift",
-        Better::Lower,
-        "mean absolute difference of pixels (0 to 255) from the base model's pictures of unrelated prompts and the same noise",
-    ),
-    score(
-        "drift_clip",
-        "drift CLIP",
-        Better::Lower,
-        "1 - cosine of CLIP embeddings to the base model's pictures of unrelated prompts and the same noise",
-    ),
-    score(
-        "identity_top1",
-        "identity top-1",
-        Better::Higher,
-        "share of pictures whose nearest real picture is the subject's and not a look-alike's",
-    ),
-    score(
-        "identity_map",
-        "identity mAP",
-        Better::Higher,
-        "mean average precision of the subject's pictures among the look-alikes' for each drawn picture",
-    ),
-    score(
-        "subject_clip_i",
-        "CLIP-I subject",
-        Better::Higher,
-        "CLIP-I to the test pictures with their background covered (masks)",
-    ),
-    score(
-        "background_clip_i",
-        "CLIP-I background",
-        Better::Lower,
-        "CLIP-I to the test pictures with the subject covered: how much of the background was learned (masks)",
-    ),
-    score(
-        "subject_dino",
-        "DINO subject",
-        Better::Higher,
-        "DINO to the test pictures with their background covered (masks)",
-    ),
-    score(
-        "background_dino",
-        "DINO background",
-        Better::Lower,
-        "DINO to the test pictures with the subject covered (masks)",
-    ),
-    score(
-        "held_out_loss",
-        "held-out loss",
-        Better::Lower,
-        "denoising error on pictures that were not trained on, with fixed noise",
-    ),
-];
-
-const fn score(key: &'static str, title: &'static str, better: Better, about: &'static str) -> ScoreKind {
-    ScoreKind { key, title, better, about }
-}
 
 /// What a comparison is going to do, written before its first cell begins.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -386,7 +252,8 @@ pub struct Environment {
 }
 
 impl Evaluation {
-    /// Fills [`Self::scores`]: for every key the mean over prompts, of the prompt's own value or the mean of its pictures.
+    /// Fills [`Self::scores`]: for every key the mean over prompts, of the prompt's own value or the mean of its pictures; for
+    /// those of [`OF_CONDITIONS`] the mean over pictures.
     pub fn summarise(&mut self) {
         let mut values: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         for prompt in self.prompts.iter().chain(&self.drift) {
@@ -394,8 +261,19 @@ impl Evaluation {
                 values.entry(key).or_default().push(value);
             }
         }
+        for key in OF_CONDITIONS {
+            if let Some(values) = values.get_mut(key) {
+                *values = self.values(key);
+            }
+        }
         self.scores =
             values.into_iter().map(|(key, v)| (key, v.iter().sum::<f64>() / v.len() as f64)).collect();
+    }
+
+    /// The score of every picture that has it, but those of [`Self::drift`].
+    pub fn values(&self, key: &str) -> Vec<f64> {
+        let pictures = self.prompts.iter().flat_map(|prompt| &prompt.pictures);
+        pictures.filter_map(|picture| picture.scores.get(key).copied()).collect()
     }
 }
 

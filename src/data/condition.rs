@@ -1,0 +1,208 @@
+//! The condition of a pair: a file of some kind, or edges made from the picture.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use super::pairs::PairSettings;
+use super::{load_unchanged, load_usable, reason, unchanged};
+use crate::image::edges::{Thresholds, canny};
+use crate::image::landmarks::{self, Point};
+use crate::image::palette::{LabelMap, MapFile, Palette};
+use crate::image::{Filter, RgbImage, resize, resize_nearest};
+use crate::{Error, Result};
+
+/// Endings of files of points; other conditions are pictures.
+const POINT_FILES: [&str; 3] = ["pts", "json", "txt"];
+/// The class of pixels that have none in COCO, ADE20K and Pascal VOC; they are black, unless the palette goes so far.
+const VOID: u16 = 255;
+
+/// What the conditions of a data set are.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum ConditionKind {
+    /// Edges, white on black; made from the picture where no file is named
+    Canny,
+    /// A colour for each class; with a palette also maps of class numbers
+    Segmentation,
+    /// Points of a face, as a picture or as a file of points that are drawn
+    Landmarks,
+    /// Any other picture, shown as it is
+    #[default]
+    Other,
+}
+
+impl fmt::Display for ConditionKind {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Canny => "canny",
+            Self::Segmentation => "segmentation",
+            Self::Landmarks => "landmarks",
+            Self::Other => "other",
+        })
+    }
+}
+
+/// Where the condition of a pair comes from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ConditionSource {
+    /// Edges of the picture, after it was resized and cropped: those of what the model is shown.
+    Made,
+    /// A picture.
+    Picture {
+        /// Path of the file.
+        path: PathBuf,
+        /// Width in pixels, the right way up.
+        width: u32,
+        /// Height in pixels, the right way up.
+        height: u32,
+    },
+    /// A map of class numbers, which a palette colours.
+    Labels {
+        /// Path of the file.
+        path: PathBuf,
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+    },
+    /// Points in pixels of the picture at its own size.
+    Points {
+        /// Path of the file.
+        path: PathBuf,
+        /// The points, at least one.
+        points: Vec<Point>,
+    },
+}
+
+/// How conditions are read, made and drawn.
+#[derive(Debug)]
+pub(super) struct Conditions {
+    kind: ConditionKind,
+    make: bool,
+    thresholds: Thresholds,
+    palette: Option<Palette>,
+}
+
+impl Conditions {
+    /// Reads the palette, if one is named.
+    pub(super) fn new(settings: &PairSettings) -> Result<Self> {
+        let PairSettings { condition: kind, make_conditions: make, thresholds, .. } = *settings;
+        if make && kind != ConditionKind::Canny {
+            return Err(Error::config(format!(
+                "make_conditions: expected condition = \"canny\", found \"{kind}\": only edges can be made from a picture"
+            )));
+        }
+        if settings.palette.is_some() && kind != ConditionKind::Segmentation {
+            return Err(Error::config(format!(
+                "palette: expected condition = \"segmentation\", found \"{kind}\": only its maps have classes"
+            )));
+        }
+        let palette = settings.palette.as_deref().map(Palette::read).transpose()?;
+        Ok(Self { kind, make, thresholds, palette })
+    }
+
+    pub(super) fn kind(&self) -> ConditionKind {
+        self.kind
+    }
+
+    /// Looks at the condition's file, if one is named, for a picture of `size`; the error says what is wrong with it.
+    pub(super) fn look(
+        &self,
+        path: Option<PathBuf>,
+        size: (u32, u32),
+    ) -> std::result::Result<ConditionSource, String> {
+        let path = match path {
+            _ if self.make => return Ok(ConditionSource::Made),
+            None if self.kind == ConditionKind::Canny => return Ok(ConditionSource::Made),
+            None => {
+                return Err(
+                    "expected a file, found none named (only canny conditions are made from the picture)"
+                        .to_string(),
+                );
+            }
+            Some(path) => path,
+        };
+        let is_point_file =
+            path.extension().is_some_and(|e| POINT_FILES.iter().any(|p| e.eq_ignore_ascii_case(p)));
+        if self.kind == ConditionKind::Landmarks && is_point_file {
+            let points = landmarks::read_points(&path).map_err(reason)?;
+            if points.is_empty() {
+                return Err("expected points, found none".into());
+            }
+            return Ok(ConditionSource::Points { path, points });
+        }
+        let is_map =
+            self.palette.is_some() && !matches!(MapFile::read(&path).map_err(reason)?, MapFile::Colours(_));
+        let (width, height) = if is_map {
+            self.coloured(&path).map_err(reason)?.dimensions()
+        } else {
+            load_usable(&path)?.pixels.dimensions()
+        };
+        same_aspect(size, (width, height))?;
+        Ok(if is_map {
+            ConditionSource::Labels { path, width, height }
+        } else {
+            ConditionSource::Picture { path, width, height }
+        })
+    }
+
+    /// The condition at the size to which its picture was resized; `None` where it is made of what is cropped from that.
+    pub(super) fn at_size(
+        &self,
+        source: &ConditionSource,
+        full: (u32, u32),
+        (width, height): (u32, u32),
+    ) -> Result<Option<RgbImage>> {
+        let picture = match source {
+            ConditionSource::Made => return Ok(None),
+            ConditionSource::Points { points, .. } => {
+                // Points are middles of pixels.
+                let place = |at: f64, from: u32, to: u32| (at + 0.5) * f64::from(to) / f64::from(from) - 0.5;
+                let scaled: Vec<Point> = points
+                    .iter()
+                    .map(|p| Point { x: place(p.x, full.0, width), y: place(p.y, full.1, height) })
+                    .collect();
+                return Ok(Some(landmarks::draw(&scaled, width, height)));
+            }
+            ConditionSource::Picture { path, width, height } => load_unchanged(path, (*width, *height))?,
+            ConditionSource::Labels { path, width, height } => {
+                let map = self.coloured(path)?;
+                unchanged(path, &map, (*width, *height))?;
+                map
+            }
+        };
+        Ok(Some(match self.kind {
+            ConditionKind::Segmentation => resize_nearest(&picture, width, height),
+            _ => resize(&picture, width, height, Filter::Bilinear),
+        }))
+    }
+
+    /// Edges of what the model is shown.
+    pub(super) fn make(&self, shown: &RgbImage) -> RgbImage {
+        canny(shown, self.thresholds).to_rgb()
+    }
+
+    /// The colours of a map of classes.
+    fn coloured(&self, path: &Path) -> Result<RgbImage> {
+        let map = LabelMap::read(path, self.palette.as_ref())?;
+        let palette = self.palette.as_ref().expect("only with a palette a map is one");
+        let ignored = (palette.colours().len() <= usize::from(VOID)).then_some(VOID);
+        palette.colour(&map, ignored).map_err(|problem| Error::format(path, problem))
+    }
+}
+
+/// Whether one of the two pictures, resized to the width of the other, has its height within a pixel.
+fn same_aspect(picture: (u32, u32), condition: (u32, u32)) -> std::result::Result<(), String> {
+    let off = |(width, height): (u32, u32), (other_width, other_height): (u32, u32)| {
+        (f64::from(width) * f64::from(other_height) / f64::from(other_width) - f64::from(height)).abs()
+    };
+    if off(picture, condition).min(off(condition, picture)) <= 1.0 {
+        return Ok(());
+    }
+    Err(format!(
+        "expected the aspect of the picture, {}x{}, found {}x{}",
+        picture.0, picture.1, condition.0, condition.1
+    ))
+}

@@ -1,0 +1,267 @@
+//! The table of a set of pairs: which picture, caption and condition belong together, line by line.
+//!
+//! Read are `metadata.jsonl` and `metadata.csv` of a Hugging Face image folder (`file_name`, `text`,
+//! `conditioning_image`), and JSON lines or one JSON array of ControlNet's `{source, target, prompt}` (`source` is the
+//! condition) and of CelebA's `{image, prompt}`, in which OFT's and HRA's data sets are given. Paths are relative to the
+//! folder of the table.
+
+use std::fmt;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+
+use super::pairs::PairSettings;
+use crate::files::{self, Kind};
+use crate::{Error, Result};
+
+/// The tables that are looked for in a folder.
+const NAMES: [&str; 2] = ["metadata.jsonl", "metadata.csv"];
+/// The columns as they are called where the user says nothing.
+pub(super) const COLUMNS: [&str; 3] = ["file_name", "text", "conditioning_image"];
+/// What they are called in ControlNet's and CelebA's forms.
+const OTHER_NAMES: [&[&str]; 3] = [&["target", "image"], &["prompt"], &["source"]];
+
+/// A table and its rows.
+pub(super) struct Table {
+    /// The folder to which its paths are relative.
+    pub(super) root: PathBuf,
+    pub(super) rows: Vec<Row>,
+}
+
+/// A line of a table.
+pub(super) struct Row {
+    /// Where it is, such as `line 3`.
+    pub(super) place: String,
+    /// What it says, or why that is no pair.
+    pub(super) entry: std::result::Result<Entry, String>,
+}
+
+/// What a row says.
+pub(super) struct Entry {
+    pub(super) image: String,
+    pub(super) caption: String,
+    pub(super) condition: Option<String>,
+    /// Whether its caption is the first of several.
+    pub(super) first_of_several: bool,
+}
+
+/// Reads the table at `path`, or that of the folder at `path`.
+pub(super) fn read(path: &Path, settings: &PairSettings) -> Result<Table> {
+    let file = find(path)?;
+    let text = files::read_to_string(&file)?;
+    let text = text.trim_start_matches('\u{feff}');
+    let columns = Columns::new(settings);
+    let is_csv = has_ending(&file, "csv");
+    let rows = if is_csv {
+        csv_rows(text, &columns).map_err(|problem| Error::format(&file, problem))?
+    } else if text.trim_start().starts_with('[') {
+        let entries: Vec<Fields> =
+            serde_json::from_str(text).map_err(|e| Error::format(&file, format!("broken JSON: {e}")))?;
+        let numbered = entries.into_iter().zip(1..);
+        numbered
+            .map(|(fields, n)| Row { place: format!("entry {n}"), entry: columns.entry(fields) })
+            .collect()
+    } else {
+        let numbered = text.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty());
+        numbered
+            .map(|(line, n)| Row { place: format!("line {n}"), entry: json_line(line, &columns) })
+            .collect()
+    };
+    if rows.is_empty() {
+        return Err(Error::format(&file, "expected pairs of picture and condition, found an empty table"));
+    }
+    let root = file.parent().map(Path::to_path_buf).unwrap_or_default();
+    Ok(Table { root, rows })
+}
+
+fn has_ending(path: &Path, ending: &str) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case(ending))
+}
+
+/// The table that `path` is or that lies in it.
+fn find(path: &Path) -> Result<PathBuf> {
+    const FORMS: &str = "metadata.jsonl or metadata.csv with file_name, text and conditioning_image, or give a .jsonl, .json or .csv file";
+    match files::kind(path) {
+        Some(Kind::File) if ["jsonl", "json", "csv"].iter().any(|e| has_ending(path, e)) => Ok(path.into()),
+        Some(Kind::File | Kind::Other) => Err(Error::format(
+            path,
+            "expected a folder of pairs, or their table as a .jsonl, .json or .csv file, found another kind of file",
+        )),
+        None => Err(Error::Data(format!(
+            "expected a folder of pairs or their table, found nothing at {}\nhint: paths are relative to the folder in which hra is started",
+            path.display()
+        ))),
+        Some(Kind::Folder) => {
+            let found: Vec<PathBuf> =
+                NAMES.iter().map(|name| path.join(name)).filter(|file| file.is_file()).collect();
+            match &found[..] {
+                [one] => Ok(one.clone()),
+                [] => {
+                    let parquet = path.join("metadata.parquet").is_file();
+                    let deeper = files::list_dir(path)?.into_iter().find(|entry| {
+                        entry.kind == Kind::Folder && NAMES.iter().any(|name| entry.path.join(name).is_file())
+                    });
+                    let hint = match deeper {
+                        Some(entry) => format!("its folder {} has one: give that", entry.path.display()),
+                        None if parquet => {
+                            "metadata.parquet cannot be read: write it as metadata.jsonl (pandas: to_json with orient=\"records\", lines=True)".into()
+                        }
+                        None => format!("put {FORMS}"),
+                    };
+                    let problem = format!("expected a table of pairs, found none\nhint: {hint}");
+                    Err(Error::format(path, problem))
+                }
+                _ => Err(Error::format(
+                    path,
+                    "expected one table, found metadata.jsonl and metadata.csv\nhint: give the path of one of them",
+                )),
+            }
+        }
+    }
+}
+
+/// The names under which picture, caption and condition are looked for.
+struct Columns<'a>([Vec<&'a str>; 3]);
+
+impl<'a> Columns<'a> {
+    /// A name that the user chose stands alone; the usual one also has those of the other forms.
+    fn new(settings: &'a PairSettings) -> Self {
+        let own = [&settings.image_column, &settings.caption_column, &settings.conditioning_image_column];
+        Self(std::array::from_fn(|i| {
+            let mut names = vec![own[i].as_str()];
+            if own[i] == COLUMNS[i] {
+                names.extend(OTHER_NAMES[i]);
+            }
+            names
+        }))
+    }
+
+    /// What the columns of one row say.
+    fn entry(&self, Fields(fields): Fields) -> std::result::Result<Entry, String> {
+        let mut taken: [Option<Value>; 3] = [None, None, None];
+        let keys: Vec<&str> = fields.iter().map(|(key, _)| key.as_str()).collect();
+        let places: [Option<usize>; 3] = std::array::from_fn(|i| {
+            self.0[i].iter().find_map(|name| keys.iter().position(|key| key == name))
+        });
+        for (i, place) in places.into_iter().enumerate() {
+            let Some(place) = place else { continue };
+            if keys.iter().filter(|key| **key == keys[place]).count() > 1 {
+                return Err(format!("`{}` is there more than once", keys[place]));
+            }
+            taken[i] = Some(fields[place].1.clone());
+        }
+        let missing = |i: usize| {
+            let list = if keys.is_empty() { "none".to_string() } else { keys.join(", ") };
+            format!("expected a column `{}`, found {list}", self.0[i][0])
+        };
+        let [image, caption, condition] = taken;
+        let image = match image.ok_or_else(|| missing(0))? {
+            Value::String(path) if !path.is_empty() => path,
+            other => return Err(format!("expected a file name as picture, found {}", kind_of(&other))),
+        };
+        let (caption, first_of_several) = caption_of(caption.ok_or_else(|| missing(1))?)?;
+        let condition = match condition {
+            None | Some(Value::Null) => None,
+            Some(Value::String(path)) => (!path.is_empty()).then_some(path),
+            Some(other) => {
+                return Err(format!("expected a file name as condition, found {}", kind_of(&other)));
+            }
+        };
+        Ok(Entry { image, caption, condition, first_of_several })
+    }
+}
+
+/// The caption that is used, and whether it is the first of several; nothing is an empty one.
+fn caption_of(value: Value) -> std::result::Result<(String, bool), String> {
+    match value {
+        Value::Null => Ok((String::new(), false)),
+        Value::String(text) => Ok((text.trim().to_string(), false)),
+        Value::Array(texts) => {
+            let several = texts.len() > 1;
+            match texts.into_iter().next() {
+                None => Ok((String::new(), false)),
+                Some(Value::String(text)) => Ok((text.trim().to_string(), several)),
+                Some(other) => Err(format!("expected texts as captions, found {}", kind_of(&other))),
+            }
+        }
+        other => Err(format!("expected a text as caption, found {}", kind_of(&other))),
+    }
+}
+
+fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "nothing",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(text) if text.is_empty() => "an empty text",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+fn json_line(line: &str, columns: &Columns) -> std::result::Result<Entry, String> {
+    let fields = serde_json::from_str(line).map_err(|e| format!("broken JSON: {e}"))?;
+    columns.entry(fields)
+}
+
+/// The keys of a JSON object in their order, those that come twice too: a map would keep the last and say nothing.
+struct Fields(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Pairs;
+        impl<'de> Visitor<'de> for Pairs {
+            type Value = Fields;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object with a picture and a caption")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Fields, A::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(Pairs)
+    }
+}
+
+/// The rows of a CSV table with a header; an error where the table as a whole cannot be trusted.
+fn csv_rows(text: &str, columns: &Columns) -> std::result::Result<Vec<Row>, String> {
+    // A quote that is never closed makes one field of the rest of the table, and no reader of CSV complains. Then this
+    // line, put after the end, is in that field.
+    const END: &str = "end";
+    let text = text.as_bytes().chain(b"\n".as_slice()).chain(END.as_bytes());
+    let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(text);
+    let header = reader.headers().map_err(|e| e.to_string())?.clone();
+    let mut rows = Vec::new();
+    let mut end_seen = None;
+    for record in reader.into_records() {
+        let record = record.map_err(|e| e.to_string())?;
+        let line = record.position().map_or(0, csv::Position::line);
+        end_seen = if record == [END][..] { Ok(()) } else { Err(line) }.into();
+        let value = |text: &str| Value::String(text.to_string());
+        let entry = if record.len() == header.len() {
+            columns.entry(Fields(header.iter().map(str::to_string).zip(record.iter().map(value)).collect()))
+        } else {
+            Err(format!("expected {} fields, found {}", header.len(), record.len()))
+        };
+        rows.push(Row { place: format!("line {line}"), entry });
+    }
+    match end_seen {
+        Some(Ok(())) => {
+            rows.pop();
+            Ok(rows)
+        }
+        Some(Err(line)) => Err(format!("a quote that line {line} opens is never closed")),
+        // The header took it, or there is none.
+        None => Ok(rows),
+    }
+}
