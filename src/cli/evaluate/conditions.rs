@@ -1,7 +1,7 @@
 //! How well pictures keep to their conditions: edges and subjects of the pictures themselves, segmentation and landmarks from what
 //! another program predicted. Files are paired by their names without the ending.
 
-use crate::cli::prepare::{square, thresholds};
+use crate::cli::prepare::{no_strip, square, thresholds};
 use crate::error::{Error, Result};
 use crate::evaluate::control::{
     Confusion, Labels, Segmentation, landmark_error, overlap, subject_mask, subject_miou,
@@ -115,7 +115,7 @@ impl Conditions {
         {
             let truth = load_rgb(&source)?;
             let truth = match fit(path, picture, &source, truth.dimensions())? {
-                Some(side) => square(&truth, side),
+                Some(side) => square(&source, &truth, side)?,
                 None => truth,
             };
             let edges = overlap(&canny(&truth, *thresholds), &canny(picture, *thresholds));
@@ -136,11 +136,12 @@ impl Conditions {
 }
 
 /// The side at which a counterpart is shown to a model for a square picture; `None` where it has the picture's size already.
+/// An error where it cannot be brought to the picture's size.
 fn fit(path: &Path, picture: &RgbImage, other: &Path, size: (u32, u32)) -> Result<Option<u32>> {
     let (width, height) = picture.dimensions();
     match size {
         same if same == (width, height) => Ok(None),
-        _ if width == height => Ok(Some(width)),
+        size if width == height => no_strip(other, size).map(|()| Some(width)),
         (wide, high) => Err(Error::format(
             other,
             format!("expected {width}x{height} pixels as {}, found {wide}x{high}", path.display()),

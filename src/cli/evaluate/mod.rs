@@ -198,7 +198,7 @@ fn drawn(args: &EvaluateArgs) -> Result<Vec<Drawn>> {
             let folder = ImageFolder::scan(path)?;
             for skipped in folder.skipped() {
                 let name = &skipped.name;
-                let beside = [".txt", ".json", ".csv"].iter().any(|end| name.ends_with(end));
+                let beside = [".txt", ".json", ".jsonl", ".csv"].iter().any(|end| name.ends_with(end));
                 if !beside && !name.starts_with('.') && !path.join(name).is_dir() {
                     eprintln!("note: {} is not scored: {}", path.join(name).display(), skipped.reason);
                 }

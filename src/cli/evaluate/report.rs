@@ -79,7 +79,9 @@ pub fn report(
         counted(real, "real picture"),
         counted(look_alikes, "look-alike"),
     ];
-    println!("{}", compared.join(", "));
+    if drawn > 0 {
+        println!("{}", compared.join(", "));
+    }
     if !identity.is_empty() {
         println!("towers: {identity}");
     }

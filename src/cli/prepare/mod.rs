@@ -26,6 +26,8 @@ const METADATA_FILE: &str = "metadata.jsonl";
 const PICTURES: &str = "pictures";
 /// Label that means "of no class" in COCO and ADE20K files.
 const NO_CLASS: u16 = 255;
+/// Of a strip longer than this many times its width no square is cut out.
+const MAX_ASPECT: u32 = 16;
 /// So many reasons are shown.
 const MAX_REASONS: usize = 20;
 
@@ -285,8 +287,8 @@ impl Maker {
     fn make(&self, source: &Source, resolution: Option<u32>) -> Result<Made> {
         let picture = source.picture.as_deref().map(load_rgb).transpose()?;
         let size = picture.as_ref().map(RgbImage::dimensions);
-        let picture = match resolution {
-            Some(side) => picture.map(|picture| square(&picture, side)),
+        let picture = match resolution.zip(picture.as_ref()) {
+            Some((side, picture)) => Some(square(&source.path, picture, side)?),
             None => picture,
         };
         let condition = match self {
@@ -300,7 +302,10 @@ impl Maker {
                     same_shape(&source.path, map.dimensions(), size)?;
                 }
                 let map = match resolution {
-                    Some(side) => map.square(side),
+                    Some(side) => {
+                        no_strip(&source.path, map.dimensions())?;
+                        map.square(side)
+                    }
                     None => map,
                 };
                 palette.colour(&map, *ignored).map_err(|problem| Error::format(&source.path, problem))?
@@ -342,9 +347,18 @@ pub(super) fn thresholds(low: f64, high: f64, flags: [&str; 2]) -> Result<Thresh
     )))
 }
 
-/// The middle square as training takes it.
-pub(super) fn square(picture: &RgbImage, side: u32) -> RgbImage {
-    center_crop(&resize_short_side(picture, side, Filter::Bilinear), side)
+/// The middle square as training takes it. The error is about `path`: a strip, whose longer side would become too long.
+pub(super) fn square(path: &Path, picture: &RgbImage, side: u32) -> Result<RgbImage> {
+    no_strip(path, picture.dimensions())?;
+    Ok(center_crop(&resize_short_side(picture, side, Filter::Bilinear), side))
+}
+
+/// Fails for pictures that training does not take either.
+pub(super) fn no_strip(path: &Path, (width, height): (u32, u32)) -> Result<()> {
+    if width.max(height) <= MAX_ASPECT.saturating_mul(width.min(height)) {
+        return Ok(());
+    }
+    Err(Error::format(path, format!("a strip of {width}x{height} pixels: no square of it shows the picture")))
 }
 
 /// Fails if a map would not lie on its picture: another aspect, by more than a pixel.
