@@ -1,6 +1,6 @@
 //! `hra sample`.
 
-use super::control::{ControlArgs, Controlled};
+use super::control::{ControlArgs, Controlled, Pairs};
 use crate::device::{self, DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::files;
@@ -48,7 +48,7 @@ pub struct SampleArgs {
     /// What not to draw
     #[arg(long, default_value = "", hide_default_value = true)]
     negative_prompt: String,
-    /// Folder for the pictures: PROMPT-PICTURE.png, counted from 0000-0000, and grid.png
+    /// Folder for the pictures: PROMPT-PICTURE.png, counted from 0000-0000 (with --pairs, their own names), and grid.png
     #[arg(long, alias = "output-dir", value_name = "DIR")]
     output: PathBuf,
     /// Draw each picture with the base model too, from the same noise: in base/, and beside the others in grid.png
@@ -121,7 +121,6 @@ enum Source {
 
 /// Runs `hra sample`.
 pub fn run(args: &SampleArgs) -> Result<()> {
-    let prompts = prompts(args)?;
     let given =
         args.latents.as_deref().map(|path| read_noise(path, args.step_noise.as_deref())).transpose()?;
     if !(1..=4096).contains(&args.batch_size) || !(1..=100_000).contains(&args.num_images.unwrap_or(1)) {
@@ -143,6 +142,11 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         .map(|(word, strength)| Ok((hub::resolve(&word, Wanted::Adapter)?, strength)))
         .collect::<Result<_>>()?;
 
+    let paths: Vec<PathBuf> = adapters.iter().map(|(path, _)| path.clone()).collect();
+    let pairs = args.control.read_pairs(&paths)?;
+    let prompts = prompts(args, pairs.as_ref())?;
+    let names = pairs.as_ref().map(Pairs::names).transpose()?;
+
     let config = args.config.as_deref();
     let mut model = StableDiffusion::load_with(&dir, config, compute.kind, compute.device)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
@@ -163,12 +167,11 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         reports = fixed::attach_fixed(&mut model, adapters, args.with_base)?;
         reports.iter().for_each(|report| eprintln!("{report}"));
     }
-    let paths: Vec<PathBuf> = adapters.iter().map(|(path, _)| path.clone()).collect();
-    let control = args.control.load(&paths, prompts.len(), &compute)?;
+    let control = args.control.load(&paths, pairs.as_ref(), prompts.len(), &compute)?;
     let settings = settings(args, &model, given.as_ref(), control.as_ref())?;
     settings.validate(&model)?;
     if let Some(control) = &control {
-        control.steering(0, settings.width, settings.height).validate(&model)?;
+        control.steering(0, &settings)?.0.validate(&model)?;
     }
     let source = source(args, &model, &settings, given)?;
     let all: Vec<&str> = prompts
@@ -191,7 +194,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             parent.display()
         )));
     }
-    let output = Output::prepare(&args.output, args.with_base, prompts.len(), count)?;
+    let output = Output { dir: &args.output, names, count };
+    output.prepare(args.with_base, prompts.len())?;
     let passes = if args.with_base { 2 } else { 1 };
     let calls = sample::model_calls(&model, &settings, count, args.batch_size)? * prompts.len() * passes;
     let mut progress = Progress::new("sampling", 0, calls as u64);
@@ -202,7 +206,10 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     for (p, prompt) in prompts.iter().enumerate() {
         let settings = Settings { prompt: prompt.clone(), ..settings.clone() };
         let noise = source.noise(&settings, &model)?;
-        let mut images: Vec<_> = control.iter().map(|control| control.shown(p, &settings)).collect();
+        let mut images = Vec::new();
+        if let Some(control) = &control {
+            images.push(control.steering(p, &settings)?.1);
+        }
         for base in if args.with_base { &[true, false][..] } else { &[false] } {
             attach::set_enabled(&mut model, !base);
             let mut tick = || {
@@ -211,8 +218,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             };
             // An adapter's control encoder is not the base model's.
             let control = control.as_ref().filter(|control| !(*base && control.of_adapter));
-            let steering = control.map(|control| control.steering(p, settings.width, settings.height));
-            let guides = Guides { control: steering };
+            let steering = control.map(|control| control.steering(p, &settings)).transpose()?;
+            let guides = Guides { control: steering.map(|(steering, _)| steering) };
             let mut pictures =
                 sample::sample(&model, &settings, &noise, &guides, args.batch_size, &mut tick)?;
             source.name(&mut pictures);
@@ -256,8 +263,9 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     Ok(())
 }
 
-fn prompts(args: &SampleArgs) -> Result<Vec<String>> {
+fn prompts(args: &SampleArgs, pairs: Option<&Pairs>) -> Result<Vec<String>> {
     let mut prompts = args.prompt.clone();
+    prompts.extend(pairs.into_iter().flat_map(Pairs::captions));
     if let Some(path) = &args.prompt_file {
         prompts.extend(super::prompt_lines(path)?);
     }
@@ -308,7 +316,8 @@ fn settings(
 ) -> Result<Settings> {
     let factor = model.vae.factor();
     let of_noise = given.map(|noise| [3, 2].map(|dim| noise.latents.size()[dim] * factor));
-    let own = of_noise.or(control.map(|control| control.size(factor))).unwrap_or([model.native_size(); 2]);
+    let of_condition = || control.and_then(|control| control.size(factor));
+    let own = of_noise.or_else(of_condition).unwrap_or([model.native_size(); 2]);
     let (sampler, note) = match args.scheduler {
         Some(kind) => (kind, None),
         None => SamplerKind::from_config(&model.scheduler)?,
@@ -396,17 +405,20 @@ impl Source {
 /// The folder that pictures go into.
 struct Output<'a> {
     dir: &'a Path,
+    /// What the pictures of a prompt are called, where it is not the prompt's number.
+    names: Option<Vec<String>>,
+    /// Pictures of each prompt.
+    count: usize,
 }
 
-impl<'a> Output<'a> {
+impl Output<'_> {
     /// Makes the folder. Pictures that hra drew there before are replaced; any other file of that name is not touched.
-    fn prepare(dir: &'a Path, with_base: bool, prompts: usize, count: usize) -> Result<Self> {
-        let output = Self { dir };
+    fn prepare(&self, with_base: bool, prompts: usize) -> Result<()> {
         for base in if with_base { &[false, true][..] } else { &[false] } {
-            files::create_dir_all(&output.folder(*base))?;
-            let pictures = (0..prompts).flat_map(|p| (0..count).map(move |i| (p, i)));
-            let pictures = pictures.map(|(prompt, picture)| output.file(prompt, picture, *base));
-            for path in pictures.chain([dir.join("grid.png")]) {
+            files::create_dir_all(&self.folder(*base))?;
+            let pictures = (0..prompts).flat_map(|p| (0..self.count).map(move |i| (p, i)));
+            let pictures = pictures.map(|(prompt, picture)| self.file(prompt, picture, *base));
+            for path in pictures.chain([self.dir.join("grid.png")]) {
                 let ours =
                     || png::read_png_text(&path).is_ok_and(|text| text.iter().any(|(k, _)| k == "software"));
                 if path.exists() && !ours() {
@@ -417,7 +429,7 @@ impl<'a> Output<'a> {
                 }
             }
         }
-        Ok(output)
+        Ok(())
     }
 
     fn folder(&self, base: bool) -> PathBuf {
@@ -425,7 +437,12 @@ impl<'a> Output<'a> {
     }
 
     fn file(&self, prompt: usize, picture: usize, base: bool) -> PathBuf {
-        self.folder(base).join(format!("{prompt:04}-{picture:04}.png"))
+        let name = match &self.names {
+            None => format!("{prompt:04}-{picture:04}.png"),
+            Some(names) if self.count == 1 => format!("{}.png", names[prompt]),
+            Some(names) => format!("{}-{picture:04}.png", names[prompt]),
+        };
+        self.folder(base).join(name)
     }
 
     fn save(
