@@ -20,7 +20,7 @@ use hra::cuda::cuda_memory;
 use hra::device::{self, DeviceChoice};
 use hra::model::attach;
 use hra::noise::NoiseSchedule;
-use hra::sample::{Noise, Settings, sample};
+use hra::sample::{Guides, Noise, Settings, sample};
 use hra::sampler::SamplerKind;
 use hra::train::loss::{Batch, training_loss};
 use std::process::Stdio;
@@ -190,7 +190,7 @@ fn twelve_ddim_steps_end_where_the_cpu_ends() {
     };
     let draw = |model: &StableDiffusion| {
         let noise = Noise::draw(&[0, 1], &settings, model).unwrap();
-        let pictures = sample(model, &settings, &noise, 2, &mut || {}).unwrap();
+        let pictures = sample(model, &settings, &noise, &Guides::default(), 2, &mut || {}).unwrap();
         Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0)
     };
     check("latents", &draw(&there), &draw(&here), 1e-3);

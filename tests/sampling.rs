@@ -4,7 +4,7 @@ mod support;
 
 use clap::ValueEnum;
 use hra::StableDiffusion;
-use hra::sample::{Noise, Settings, sample};
+use hra::sample::{Guides, Noise, Settings, sample};
 use hra::sampler::SamplerKind;
 use support::{cases, relative_error};
 use tch::{Device, Kind, Tensor};
@@ -35,8 +35,8 @@ fn every_scheduler_gives_the_latents_of_python() {
             } else {
                 Tensor::empty([0], (Kind::Float, Device::Cpu))
             };
-            let noise = Noise { latents: latents.shallow_clone(), steps };
-            let pictures = sample(&model, &settings, &noise, 2, &mut || {}).unwrap();
+            let noise = Noise { latents: latents.shallow_clone(), steps, image: None, masked_image: None };
+            let pictures = sample(&model, &settings, &noise, &Guides::default(), 2, &mut || {}).unwrap();
             let found = Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0);
             let error = relative_error(&found, &case.get(&key));
             println!("{} {key}: {error:.1e}", case.name);

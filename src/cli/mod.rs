@@ -6,6 +6,7 @@ mod export;
 mod inspect;
 mod merge;
 mod sample;
+mod start;
 mod train;
 mod words;
 

@@ -1,5 +1,6 @@
 //! `hra sample`.
 
+use super::start::{Pictures, StartArgs};
 use crate::device::{self, DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::files;
@@ -10,7 +11,7 @@ use crate::interrupt;
 use crate::model::loaded::LoadedAdapter;
 use crate::model::{attach, fixed};
 use crate::progress::Progress;
-use crate::sample::{self, Noise, Picture, Settings};
+use crate::sample::{self, Guides, Noise, Picture, Settings};
 use crate::sampler::{SamplerKind, Spacing};
 use crate::stable_diffusion::StableDiffusion;
 use crate::tensor_file::{self, TensorFile};
@@ -98,7 +99,12 @@ pub struct SampleArgs {
     #[arg(long, help_heading = "Sampling")]
     threads: Option<i32>,
 
-    /// Unit noise to start from: tensor `latents` (b, c, h, w) of a safetensors file, the same for each prompt
+    #[command(flatten)]
+    start: StartArgs,
+
+    /// Unit noise to start from: tensor `latents` (b, c, h, w) of a safetensors file, the same for each prompt. With --image,
+    /// tensor `image_noise` is the noise of the picture's latents, and `masked_image_noise` that of the masked picture's for
+    /// an inpainting model; where one is missing, the mean of the encoder is taken
     #[arg(long, value_name = "FILE", help_heading = "Exchange with other software")]
     latents: Option<PathBuf>,
     /// Noise of each step for ancestral samplers: tensor `noise` (steps, b, c, h, w)
@@ -128,6 +134,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     if args.with_base && args.adapter.is_empty() {
         return Err(Error::config("--with-base compares an adapter with the base model: give an --adapter"));
     }
+    let pictures = args.start.read()?;
     let compute = device::resolve(args.device, Some(args.dtype))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
     let adapters: Vec<(PathBuf, f64)> =
@@ -159,9 +166,12 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         reports = fixed::attach_fixed(&mut model, adapters, args.with_base)?;
         reports.iter().for_each(|report| eprintln!("{report}"));
     }
-    let settings = settings(args, &model, given.as_ref())?;
+    let settings = settings(args, &model, given.as_ref(), pictures.as_ref())?;
     settings.validate(&model)?;
-    let source = source(args, &model, &settings, given)?;
+    let start = pictures.map(|pictures| pictures.start(settings.width, settings.height)).transpose()?;
+    let guides = Guides { start };
+    guides.validate(&settings, &model)?;
+    let source = source(args, &model, &settings, &guides, given)?;
     let all: Vec<&str> = prompts
         .iter()
         .map(String::as_str)
@@ -184,7 +194,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     }
     let output = Output::prepare(&args.output, args.with_base, prompts.len(), count)?;
     let passes = if args.with_base { 2 } else { 1 };
-    let calls = sample::model_calls(&model, &settings, count, args.batch_size)? * prompts.len() * passes;
+    let calls =
+        sample::model_calls(&model, &settings, &guides, count, args.batch_size)? * prompts.len() * passes;
     let mut progress = Progress::new("sampling", 0, calls as u64);
     let mut done = 0;
     let mut rows = Vec::new();
@@ -192,7 +203,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let mut drawn = Vec::new();
     for (p, prompt) in prompts.iter().enumerate() {
         let settings = Settings { prompt: prompt.clone(), ..settings.clone() };
-        let noise = source.noise(&settings, &model)?;
+        let noise = source.noise(&settings, &model, &guides)?;
         let mut images = Vec::new();
         for base in if args.with_base { &[true, false][..] } else { &[false] } {
             attach::set_enabled(&mut model, !base);
@@ -200,10 +211,16 @@ pub fn run(args: &SampleArgs) -> Result<()> {
                 done += 1;
                 progress.set(done, prompt);
             };
-            let mut pictures = sample::sample(&model, &settings, &noise, args.batch_size, &mut tick)?;
+            let mut pictures =
+                sample::sample(&model, &settings, &noise, &guides, args.batch_size, &mut tick)?;
             source.name(&mut pictures);
             let names = if *base { String::new() } else { args.adapter.join(", ") };
-            output.save(p, &pictures, *base, &settings, &model.name(), &names)?;
+            let text = |seed| {
+                let mut text = settings.to_text(seed, &model.name(), &names);
+                args.start.add_to(&mut text);
+                text
+            };
+            output.save(p, &pictures, *base, &text)?;
             if !base {
                 latents.extend(pictures.iter().map(|p| p.latents.shallow_clone()));
                 drawn.extend(pictures.iter().enumerate().map(|(i, picture)| {
@@ -225,12 +242,14 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     }
     let grid = Grid { columns: columns.collect(), rows };
     let all = Settings { prompt: prompts.join("\n"), ..settings };
-    let text = all.to_text(Some(args.seed), &model.name(), &args.adapter.join(", "));
+    let mut text = all.to_text(Some(args.seed), &model.name(), &args.adapter.join(", "));
+    args.start.add_to(&mut text);
     let sheet = args.output.join("grid.png");
     png::save_png(&sheet, &grid.render(), &text)?;
     if args.json {
         return super::print_json(&json!({
             "output": args.output, "pictures": drawn, "grid": sheet, "latents": args.save_latents, "adapters": reports,
+            "start": args.start.to_json(),
         }));
     }
     let total = prompts.len() * count;
@@ -270,8 +289,24 @@ fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
         Ok(tensor)
     };
     let latents = read(path, "latents", 4)?;
+    let beside = |name: &str| {
+        if TensorFile::open(path)?.shape(name).is_none() {
+            return Ok(None);
+        }
+        let (tensor, expected) = (read(path, name, 4)?, latents.size());
+        if tensor.size() != expected {
+            let found = tensor.size();
+            return Err(Error::format(
+                path,
+                format!("`{name}`: expected shape {expected:?}, found {found:?}"),
+            ));
+        }
+        Ok(Some(tensor))
+    };
+    let (image, masked_image) = (beside("image_noise")?, beside("masked_image_noise")?);
     let Some(steps) = steps else {
-        return Ok(Noise { latents, steps: Tensor::empty([0], (Kind::Float, Device::Cpu)) });
+        let steps = Tensor::empty([0], (Kind::Float, Device::Cpu));
+        return Ok(Noise { latents, steps, image, masked_image });
     };
     let noise = read(steps, "noise", 5)?;
     if noise.size()[1..] != latents.size()[..] {
@@ -281,13 +316,19 @@ fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
             format!("`noise`: expected (steps, ..) over {expected:?}, found {found:?}"),
         ));
     }
-    Ok(Noise { latents, steps: noise })
+    Ok(Noise { latents, steps: noise, image, masked_image })
 }
 
-fn settings(args: &SampleArgs, model: &StableDiffusion, given: Option<&Noise>) -> Result<Settings> {
+fn settings(
+    args: &SampleArgs,
+    model: &StableDiffusion,
+    given: Option<&Noise>,
+    pictures: Option<&Pictures>,
+) -> Result<Settings> {
     let factor = model.vae.factor();
+    let of_picture = pictures.map(|pictures| pictures.size(factor)).transpose()?;
     let size = |flag: Option<i64>, dim: usize| {
-        flag.unwrap_or_else(|| {
+        flag.or(of_picture.map(|size| size[3 - dim])).unwrap_or_else(|| {
             given.map_or_else(|| model.native_size(), |noise| noise.latents.size()[dim] * factor)
         })
     };
@@ -313,6 +354,7 @@ fn source(
     args: &SampleArgs,
     model: &StableDiffusion,
     settings: &Settings,
+    guides: &Guides,
     given: Option<Noise>,
 ) -> Result<Source> {
     let Some(mut noise) = given else {
@@ -332,11 +374,11 @@ fn source(
             found[0]
         )));
     }
-    let needed = settings.plan(model)?.noise_steps();
+    let needed = guides.plan(settings, model)?.noise_steps();
     if needed > 0 && noise.steps.dim() != 5 {
         // Without the noise of each step, picture i takes it from seed + i as it would without --latents.
         let seeds: Vec<u64> = (0..found[0] as u64).map(|i| args.seed.wrapping_add(i)).collect();
-        noise.steps = Noise::draw(&seeds, settings, model)?.steps;
+        noise.steps = Noise::draw_guided(&seeds, settings, model, guides)?.steps;
     } else if needed > 0 && noise.steps.size()[0] < needed as i64 {
         let found = noise.steps.size()[0];
         return Err(Error::config(format!("--step-noise: expected noise for {needed} steps, found {found}")));
@@ -352,12 +394,10 @@ impl Source {
         }
     }
 
-    fn noise(&self, settings: &Settings, model: &StableDiffusion) -> Result<Noise> {
+    fn noise(&self, settings: &Settings, model: &StableDiffusion, guides: &Guides) -> Result<Noise> {
         match self {
-            Self::Seeds(seeds) => Noise::draw(seeds, settings, model),
-            Self::Given(noise) => {
-                Ok(Noise { latents: noise.latents.shallow_clone(), steps: noise.steps.shallow_clone() })
-            }
+            Self::Seeds(seeds) => Noise::draw_guided(seeds, settings, model, guides),
+            Self::Given(noise) => Ok(noise.shallow_clone()),
         }
     }
 
@@ -415,13 +455,10 @@ impl<'a> Output<'a> {
         prompt: usize,
         pictures: &[Picture],
         base: bool,
-        settings: &Settings,
-        model: &str,
-        adapters: &str,
+        text: &dyn Fn(Option<u64>) -> Vec<(String, String)>,
     ) -> Result<()> {
         for (i, picture) in pictures.iter().enumerate() {
-            let text = settings.to_text(picture.seed, model, adapters);
-            png::save_png(&self.file(prompt, i, base), &picture.image, &text)?;
+            png::save_png(&self.file(prompt, i, base), &picture.image, &text(picture.seed))?;
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::image::png;
 use crate::progress::Progress;
-use crate::sample::{self, Noise, Settings};
+use crate::sample::{self, Guides, Noise, Settings};
 use crate::seed;
 use crate::stable_diffusion::StableDiffusion;
 use serde::{Deserialize, Serialize};
@@ -118,7 +118,8 @@ impl ClassImages {
             let seeds: Vec<u64> =
                 indices.iter().map(|i| seed::derive(seed, "class image", *i as u64)).collect();
             let noise = Noise::draw(&seeds, &self.settings, model)?;
-            let drawn = sample::sample(model, &self.settings, &noise, seeds.len(), &mut || {});
+            let guides = Guides::default();
+            let drawn = sample::sample(model, &self.settings, &noise, &guides, seeds.len(), &mut || {});
             let pictures = drawn.map_err(|e| match e {
                 Error::Interrupted(_) => Error::Interrupted(format!(
                     "stopped after {done} of {} class pictures\nhint: go on with `hra train --resume latest --output_dir {}`",

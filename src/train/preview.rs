@@ -10,7 +10,7 @@ use crate::files;
 use crate::image::grid::{Grid, GridRow};
 use crate::image::png;
 use crate::noise::NoiseSchedule;
-use crate::sample::{self, Noise, Settings};
+use crate::sample::{self, Guides, Noise, Settings};
 use crate::seed;
 use crate::stable_diffusion::StableDiffusion;
 use std::path::{Path, PathBuf};
@@ -70,7 +70,8 @@ fn draw_into(
     for (p, prompt) in config.validation_prompt.iter().enumerate() {
         let settings = settings(model, config, resolution, prompt)?;
         let noise = Noise::draw(&seeds, &settings, model)?;
-        let pictures = sample::sample(model, &settings, &noise, config.sample_batch_size, &mut || {})?;
+        let (guides, batch) = (Guides::default(), config.sample_batch_size);
+        let pictures = sample::sample(model, &settings, &noise, &guides, batch, &mut || {})?;
         for (i, picture) in pictures.iter().enumerate() {
             let text = settings.to_text(
                 Some(seeds[i]),
