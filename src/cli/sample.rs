@@ -103,8 +103,8 @@ pub struct SampleArgs {
     start: StartArgs,
 
     /// Unit noise to start from: tensor `latents` (b, c, h, w) of a safetensors file, the same for each prompt. With --image,
-    /// tensor `image_noise` is the noise of the picture's latents, and `masked_image_noise` that of the masked picture's for
-    /// an inpainting model; where one is missing, the mean of the encoder is taken
+    /// `image_noise` is the noise of the picture's latents and `masked_image_noise` that of the masked picture's, which an
+    /// inpainting model sees; where one is missing, the mean that the encoder gives is taken
     #[arg(long, value_name = "FILE", help_heading = "Exchange with other software")]
     latents: Option<PathBuf>,
     /// Noise of each step for ancestral samplers: tensor `noise` (steps, b, c, h, w)
@@ -171,6 +171,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let start = pictures.map(|pictures| pictures.start(settings.width, settings.height)).transpose()?;
     let guides = Guides { start };
     guides.validate(&settings, &model)?;
+    args.start.note_of_size(&settings, &model);
     let source = source(args, &model, &settings, &guides, given)?;
     let all: Vec<&str> = prompts
         .iter()

@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::image::{self, RgbImage};
-use crate::sample::Start;
+use crate::sample::{Settings, Start};
+use crate::stable_diffusion::StableDiffusion;
 use clap::Args;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -14,8 +15,8 @@ pub struct StartArgs {
     /// Picture to start from; drawn at its own size, cut to whole latents, or stretched to --width and --height
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
-    /// Draw anew only where this picture is white (inpainting); it is stretched to the size of --image. Where it is black,
-    /// the pixels stay those of --image
+    /// Draw anew only where this picture is white (inpainting); it is stretched to the drawing's size. Where it is black, the
+    /// pixels stay those of --image to the bit; --save-latents has the latents as they were drawn
     #[arg(long, alias = "mask-image", value_name = "FILE", requires = "image")]
     mask: Option<PathBuf>,
     /// How much is drawn anew, above 0 to 1: this part of --steps is taken [default: 0.8; with --mask 1]
@@ -42,6 +43,17 @@ impl StartArgs {
         }
         let mask = self.mask.as_deref().map(image::load_rgb).transpose()?;
         Ok(Some(Pictures { args: self, image: image::load_rgb(path)?, mask }))
+    }
+
+    /// Says so where a picture is drawn much larger than the model knows pictures, which costs time and coherence.
+    pub fn note_of_size(&self, settings: &Settings, model: &StableDiffusion) {
+        let (width, height, native) = (settings.width, settings.height, model.native_size());
+        if self.image.is_some() && width * height > 2 * native * native {
+            eprintln!(
+                "note: drawing at {width}x{height}, but the model was trained at {native}x{native}; --width and --height make \
+                 the picture smaller"
+            );
+        }
     }
 
     fn strength(&self) -> f64 {

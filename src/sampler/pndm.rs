@@ -62,8 +62,8 @@ impl Move {
     }
 }
 
-/// A plan without its first `skip` timesteps still treats the second of those that are left as the repeated one, which it
-/// is only for `skip` 0 and 2: `diffusers` counts its calls from where it starts, and so do its pictures.
+/// The second call of a plan goes back over the first one's step wherever `skip` makes it start, though only the whole list
+/// repeats a timestep there: `diffusers` counts its calls, and later calls are then one timestep ahead of the latents.
 pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<Steps> {
     if config.prediction()? == Prediction::Sample {
         return Err(config.problem("prediction_type: pndm expects epsilon or v_prediction, found sample"));
