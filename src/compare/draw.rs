@@ -52,6 +52,7 @@ pub fn load(config: &TrainConfig, compute: &Compute, adapter: Option<&Path>) -> 
     let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
     let from = config.model_config.as_deref();
     let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
+    model.expect_text_to_image()?;
     device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
     if let Some(adapter) = adapter {
         let names = model.layer_names()?;
@@ -97,8 +98,8 @@ impl Drawing {
                 Settings::square(model, prompt, s.scheduler, s.steps, s.guidance, self.resolution)?;
             settings.validate(model)?;
             let noise = Noise::draw(&seeds, &settings, model)?;
-            let pictures =
-                sample::sample(model, &settings, &noise, &Guides::default(), self.batch, &mut || {})?;
+            let guides = Guides::default();
+            let pictures = sample::sample(model, &settings, &noise, &guides, self.batch, &mut || {})?;
             for (i, picture) in pictures.iter().enumerate() {
                 let text = settings.to_text(Some(seeds[i]), &model.name(), by);
                 png::save_png(&folder.join(file_name(p, i)), &picture.image, &text)?;
