@@ -4,6 +4,7 @@ use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::adapter::{Adapter, Form};
 use crate::error::{Error, Result};
+use crate::model::control::{EncoderConfig, FILE_STEM, encoder_of};
 use crate::model::layers::Layers;
 use crate::model::loaded::{self, FULL_UNET, LoadedAdapter, TEXT_ENCODER};
 use crate::model::source::{Part, Source, refuse_pickle};
@@ -86,6 +87,9 @@ pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<V
     if path.join(FULL_UNET).is_file() && !path.join("model_index.json").is_file() {
         reports.push(tensors("fully fine-tuned UNet", &path.join(FULL_UNET))?);
     }
+    if let Some(dir) = encoder_of(path) {
+        reports.push(control_encoder(&dir)?);
+    }
     if reports.is_empty() {
         return Err(Error::format(path, "expected an adapter, a run or a model, found neither"));
     }
@@ -129,6 +133,19 @@ fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<Report
         report.odd.push("it was made for another base model than the one given".into());
     }
     report.add_layers(&file.layers, model);
+    Ok(report)
+}
+
+fn control_encoder(dir: &Path) -> Result<Report> {
+    let config = EncoderConfig::read(dir)?;
+    let mut report = tensors("control encoder", &dir.join(format!("{FILE_STEM}.safetensors")))?;
+    report.path = dir.display().to_string();
+    report.facts.push(("condition".into(), config.condition));
+    if let Some([low, high]) = config.canny_thresholds {
+        report.facts.push(("canny thresholds".into(), format!("{low}, {high}")));
+    }
+    report.facts.push(("widths".into(), format!("{:?}", config.block_out_channels)));
+    report.facts.push(("added to channels".into(), config.conditioning_embedding_channels.to_string()));
     Ok(report)
 }
 

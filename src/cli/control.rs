@@ -4,7 +4,7 @@ use crate::data::pairs::{ConditionKind, PairFolder, PairSettings};
 use crate::device::Compute;
 use crate::error::{Error, Result};
 use crate::image::{Filter, RgbImage, Thresholds, canny, load_rgb, resize};
-use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, Control, ControlNet, EncoderConfig, Passes};
+use crate::model::control::{ConditionEncoder, Control, ControlNet, EncoderConfig, Passes, encoder_of};
 use crate::sample::{Settings, Steering, Strength, conditions};
 use crate::tensor_file;
 use clap::Args;
@@ -107,11 +107,8 @@ struct Trained {
 
 impl Trained {
     fn find(adapters: &[PathBuf]) -> Result<Vec<Self>> {
-        let there = adapters.iter().map(|path| path.join(CONTROL_ENCODER));
-        there
-            .filter(|dir| dir.join("config.json").is_file())
-            .map(|dir| Ok(Self { config: EncoderConfig::read(&dir)?, dir }))
-            .collect()
+        let there = adapters.iter().filter_map(|path| encoder_of(path));
+        there.map(|dir| Ok(Self { config: EncoderConfig::read(&dir)?, dir })).collect()
     }
 }
 

@@ -80,6 +80,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         kind: args.dtype.map(Precision::kind),
         rank: args.rank,
     };
+    super::note_control_left_out(request.adapters.iter().map(|(path, _)| path));
     let model = hub::resolve(&args.model, Wanted::Model)?;
     let mut model = StableDiffusion::load_with(&model, args.config.as_deref(), Kind::Float, Device::Cpu)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));

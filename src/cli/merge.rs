@@ -54,6 +54,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     for (word, _) in &mut adapters {
         *word = hub::resolve(word, Wanted::Adapter)?;
     }
+    super::note_control_left_out(adapters.iter().map(|(path, _)| path));
     let mut written = Vec::new();
     files::stage_dir(&args.output, |dir| {
         for (place, class) in [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS)] {

@@ -108,6 +108,16 @@ fn adapter_with_strength(text: &str) -> Result<(std::path::PathBuf, f64)> {
     }
 }
 
+/// Says of adapters with a control encoder that it stays behind.
+fn note_control_left_out<'a>(adapters: impl IntoIterator<Item = &'a std::path::PathBuf>) {
+    for dir in adapters.into_iter().filter_map(|path| crate::model::control::encoder_of(path)) {
+        eprintln!(
+            "note: the control encoder {} is not part of what is written; without it conditions are not seen",
+            dir.display()
+        );
+    }
+}
+
 /// The prompts of a file: a line each, without empty ones and those that begin with #.
 fn prompt_lines(path: &std::path::Path) -> Result<Vec<String>> {
     let text = crate::files::read_to_string(path)?;

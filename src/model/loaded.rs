@@ -2,12 +2,13 @@
 //! files, and fully fine-tuned networks. By layer name; a layer's adapter is taken out when it is used, and what is left
 //! fitted nothing.
 
-use super::control::{CONTROL_ENCODER, EncoderConfig};
+use super::control::{EncoderConfig, encoder_of};
 use super::source::refuse_pickle;
 use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::adapter::{Adapter, Dora, Full, Lora};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::tensor_file::TensorFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -17,6 +18,10 @@ use tch::{Device, Kind, Tensor};
 pub const TEXT_ENCODER: &str = "text_encoder";
 /// A fully fine-tuned UNet in a run folder, as diffusers' `from_pretrained(RUN, subfolder="unet")` reads it.
 pub const FULL_UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+
+/// Parts of keys by which the control networks of other tools are known.
+const OF_OTHER_CONTROLS: [&str; 4] =
+    ["controlnet_cond_embedding", "control_model.", "input_hint_block", "controlnet_down_blocks"];
 
 /// What a model's layers are called, by which the layers of a LoRA file are found.
 #[derive(Debug, Default)]
@@ -82,13 +87,13 @@ impl LoadedAdapter {
             return Ok(loaded);
         }
         let unet = path.join(peft::CONFIG_FILE).is_file();
-        let control = path.join(CONTROL_ENCODER);
-        if !unet && control.is_dir() {
+        if let Some(control) = encoder_of(path).filter(|_| !unet) {
             let condition = EncoderConfig::read(&control)?.condition;
             loaded.what = format!("control encoder ({condition}) alone");
             loaded.is_control_alone = true;
             return Ok(loaded);
         }
+        refuse_controlnet(path)?;
         let text = text.join(peft::CONFIG_FILE).is_file().then_some(text);
         if unet || text.is_none() {
             loaded.add(AdapterFile::read(path)?, "");
@@ -113,6 +118,16 @@ impl LoadedAdapter {
     }
 
     fn add_lora(&mut self, path: &Path, names: &LayerNames) -> Result<()> {
+        let keys = TensorFile::open(path)?.names();
+        if let Some(key) = keys.iter().find(|key| OF_OTHER_CONTROLS.iter().any(|part| key.contains(part))) {
+            return Err(Error::format(
+                path,
+                format!(
+                    "expected an adapter, found another tool's control network (`{key}`)\nhint: a ControlNet is given as a Hugging \
+                     Face folder with --controlnet; the HRA and OFT authors' checkpoints hold a whole model under other names"
+                ),
+            ));
+        }
         let file = LoraFile::read(path)?;
         let parts =
             [(lora_file::Part::UNet, &names.unet), (lora_file::Part::TextEncoder, &names.text_encoder)];
@@ -186,6 +201,24 @@ impl LoadedAdapter {
     pub fn left(&self) -> Vec<String> {
         let full = self.full.iter().flat_map(|f| f.left.iter().cloned());
         self.layers.keys().chain(self.biases.keys()).cloned().chain(full).collect()
+    }
+}
+
+/// Refuses the folder of a ControlNet or the like, which changes no layer of the model.
+fn refuse_controlnet(path: &Path) -> Result<()> {
+    let config = path.join("config.json");
+    if !config.is_file() {
+        return Ok(());
+    }
+    let value: serde_json::Value = serde_json::from_str(&files::read_to_string(&config)?).unwrap_or_default();
+    match value["_class_name"].as_str() {
+        Some(class) if class.contains("Control") || class.contains("Adapter") => Err(Error::format(
+            path,
+            format!(
+                "expected an adapter, found {class}\nhint: a ControlNet goes with --controlnet DIR --control IMAGE"
+            ),
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -8,13 +8,19 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::seed;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 /// The control encoder's folder in a run or checkpoint.
 pub const CONTROL_ENCODER: &str = "control_encoder";
 /// Name of its weight file, and of diffusers' ControlNets', without ending.
 pub const FILE_STEM: &str = "diffusion_pytorch_model";
+
+/// The folder of the control encoder that the run or checkpoint at `path` has.
+pub fn encoder_of(path: &Path) -> Option<PathBuf> {
+    Some(path.join(CONTROL_ENCODER)).filter(|dir| dir.join("config.json").is_file())
+}
+
 /// Its class in diffusers, whose parameter names are ours.
 const CLASS: &str = "ControlNetConditioningEmbedding";
 /// Widths before each halving; the last one is kept beyond.
@@ -123,19 +129,19 @@ pub struct ConditionEncoder {
 }
 
 impl ConditionEncoder {
-    /// A new one, whose answer is zero: PyTorch's start of a convolution for all but the last, drawn from `seed` alone.
+    /// A new one, whose answer is zero: all but the last convolution are drawn from `seed` alone.
     pub fn start(config: EncoderConfig, seed: u64, device: Device) -> Self {
         let _guard = tch::no_grad_guard();
         let convolutions = config.convolutions();
         let last = convolutions.len() - 1;
         let layer = |(i, (name, c_in, c_out, stride)): (usize, (String, i64, i64, i64))| {
             tch::manual_seed(seed::derive(seed, &name, 0) as i64);
-            let bound = if i == last { 0.0 } else { 1.0 / ((c_in * 9) as f64).sqrt() };
-            let draw = |shape: &[i64]| {
-                let unit = Tensor::rand(shape, (Kind::Float, Device::Cpu));
-                ((unit * 2.0 - 1.0) * bound).to_device(device)
-            };
-            let (weight, bias) = (draw(&[c_out, c_in, 3, 3]), draw(&[c_out]));
+            // Kaiming's bound for a rectifier keeps the size of what sparse edges excite; PyTorch's own start of a convolution
+            // shrinks it threefold at each of them.
+            let bound = if i == last { 0.0 } else { (6.0 / (c_in * 9) as f64).sqrt() };
+            let unit = Tensor::rand([c_out, c_in, 3, 3], (Kind::Float, Device::Cpu));
+            let weight = ((unit * 2.0 - 1.0) * bound).to_device(device);
+            let bias = Tensor::zeros([c_out], (Kind::Float, device));
             Layer::conv_of(name, weight, bias, stride, 1)
         };
         let convolutions = convolutions.into_iter().enumerate().map(layer).collect();
