@@ -4,7 +4,7 @@
 //! Data flows one way; a module imports only from those to the right of it and below (`tests/layers.rs` checks it):
 //!
 //! ```text
-//! cli        train, sample, evaluate, compare, export, merge, inspect, doctor: what the user typed
+//! cli        train, sample, prepare, evaluate, compare, export, merge, inspect, doctor: what the user typed
 //! compare    methods under equal conditions: plan -> cells as processes -> results;  report: pages and tables from results
 //! evaluate   towers (CLIP, DINO, LPIPS) and scores of pictures;  results: the files of a comparison
 //! export     adapters in other programs' forms;  inspect: what a file is

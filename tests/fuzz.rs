@@ -180,6 +180,31 @@ fn corpus(reader: &str, scratch: &Path) -> (Vec<Files>, usize) {
             files.push(vec![fs::read(path).unwrap()]);
             (files, 700)
         }
+        "points" => {
+            let good = [
+                "version: 1\nn_points: 2\n{\n2.5 3\n-2 41.25\n}\n",
+                "[[1.5, 2], [-3, 40.25]]",
+                r#"{"image": "b.png", "landmarks": [[1.5, 2.0], [-3, 1e5]]}"#,
+                "# x y\n1.5, 2\r\n-3\t40.25\n",
+            ];
+            let face: String = (0..68).map(|i| format!("{} {}\n", i % 9 * 7, i / 9 * 6)).collect();
+            let good = good.iter().map(|text| text.as_bytes().to_vec()).chain([face.into_bytes()]);
+            (good.map(|text| vec![text]).collect(), 600)
+        }
+        "palette" => {
+            let good = [
+                r#"{"background": [0, 0, 0], "a": [255, 221, 51]}"#,
+                "[[0, 0, 0], [1, 2, 3], [255, 255, 255]]",
+            ];
+            (good.iter().map(|text| vec![text.as_bytes().to_vec()]).collect(), 300)
+        }
+        "label_map" => {
+            let mut files = each("tests/fixtures/conditions", &["png"]);
+            files
+                .iter_mut()
+                .for_each(|file| file.push(b"[[3, 252, 9], [2, 253, 6], [1, 254, 3], [0, 255, 0]]".to_vec()));
+            (files, 700)
+        }
         "clip" => (vec![tower("clip", "processor_config.json")], 120),
         "vit" => {
             let names = ["dino", "dino-wide", "dinov2", "dinov2-gated"];

@@ -6,6 +6,7 @@ mod evaluate;
 mod export;
 mod inspect;
 mod merge;
+mod prepare;
 mod sample;
 mod train;
 mod words;
@@ -28,6 +29,8 @@ enum Verb {
     Train(Box<train::TrainArgs>),
     /// Draw pictures from prompts
     Sample(Box<sample::SampleArgs>),
+    /// Make the conditions of controllable generation: edges, coloured segmentation maps, landmarks
+    Prepare(prepare::PrepareArgs),
     /// Train several methods alike, score them, and write a report
     Compare(compare::CompareArgs),
     /// Score pictures, of this program or another
@@ -79,6 +82,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
     Ok(match cli.command {
         Verb::Train(args) => train::run(&args, &typed),
         Verb::Sample(args) => sample::run(&args),
+        Verb::Prepare(args) => prepare::run(&args),
         Verb::Compare(args) => compare::run(&args),
         Verb::Evaluate(args) => evaluate::run(&args),
         Verb::Export(args) => export::run(&args),

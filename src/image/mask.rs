@@ -2,6 +2,8 @@
 
 use ::image::{Rgb, RgbImage};
 
+use super::resize::nearest_square;
+
 /// A picture of yes and no.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mask {
@@ -39,6 +41,11 @@ impl Mask {
     /// How many pixels are yes.
     pub fn count(&self) -> usize {
         self.pixels.iter().filter(|yes| **yes).count()
+    }
+
+    /// The mask of a picture whose shorter side is resized to `side` and whose middle square is cut out; the nearest pixels'.
+    pub fn square(&self, side: u32) -> Self {
+        Self::new(side, side, nearest_square(&self.pixels, self.width, self.height, side))
     }
 
     /// White where yes, black elsewhere.

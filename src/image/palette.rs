@@ -14,7 +14,8 @@ use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::decode::{MAX_FILE_BYTES, MAX_PIXELS, load_rgb};
-use super::resize::{center_offset, short_side_size};
+use super::mask::Mask;
+use super::resize::nearest_square;
 use crate::{Error, Result, files};
 
 /// The longest palette file.
@@ -134,6 +135,19 @@ impl MapFile {
             Some(Ok(None)) | None => Ok(Self::Colours(load_rgb(path)?)),
         }
     }
+
+    /// Where the subject is: what has not the palette's first colour, or without a palette is not black. Of grey values all but 0.
+    pub fn subject(&self, palette: Option<&Palette>) -> Mask {
+        let background = palette.map_or([0; 3], |palette| palette.colours[0]);
+        let mask = |map: &LabelMap, is_in: &dyn Fn(u16) -> bool| {
+            Mask::new(map.width, map.height, map.labels.iter().map(|label| is_in(*label)).collect())
+        };
+        match self {
+            Self::Grey(map) => mask(map, &|label| label != 0),
+            Self::Indexed(map, own) => mask(map, &|label| own.get(usize::from(label)) != Some(&background)),
+            Self::Colours(picture) => Mask::of(picture, |colour| colour != background),
+        }
+    }
 }
 
 impl LabelMap {
@@ -173,16 +187,7 @@ impl LabelMap {
     /// The map at the size at which a picture of its size is shown to a model: shorter side at `resolution`, the middle square
     /// cut out. Each pixel takes the class of the nearest one.
     pub fn square(&self, resolution: u32) -> Self {
-        let (width, height) = short_side_size(self.width, self.height, resolution);
-        // As Pillow's NEAREST: the pixel under the middle of the new one.
-        let nearest = |at: u32, new: u32, old: u32| -> u32 {
-            ((2 * u64::from(at) + 1) * u64::from(old) / (2 * u64::from(new))) as u32
-        };
-        let (left, top) = (center_offset(width, resolution), center_offset(height, resolution));
-        let columns: Vec<u32> = (0..resolution).map(|x| nearest(left + x, width, self.width)).collect();
-        let rows = (0..resolution).map(|y| nearest(top + y, height, self.height));
-        let label = |x: u32, y: u32| self.labels[(y * self.width + x) as usize];
-        let labels = rows.flat_map(|y| columns.iter().map(move |&x| label(x, y))).collect();
+        let labels = nearest_square(&self.labels, self.width, self.height, resolution);
         Self { width: resolution, height: resolution, labels }
     }
 

@@ -264,3 +264,20 @@ pub fn crop(image: &RgbImage, x: u32, y: u32, size: u32) -> RgbImage {
     assert!(inside(x, image.width()) && inside(y, image.height()), "a crop lies within its image");
     imageops::crop_imm(image, x, y, size, size).to_image()
 }
+
+/// [`resize_short_side`] and [`center_crop`] in one for values that must not be blended, row by row from the top: each new one is
+/// that under its middle, as Pillow's NEAREST. `size` x `size` values.
+///
+/// # Panics
+/// If a side or `size` is 0, or the values are not `width` x `height`.
+pub fn nearest_square<T: Copy>(values: &[T], width: u32, height: u32, size: u32) -> Vec<T> {
+    assert_eq!(values.len(), width as usize * height as usize, "values of the size that is said");
+    let (wide, high) = short_side_size(width, height, size);
+    let old = |at: u32, new: u32, old: u32| {
+        ((2 * u64::from(at) + 1) * u64::from(old) / (2 * u64::from(new))) as usize
+    };
+    let (left, top) = (center_offset(wide, size), center_offset(high, size));
+    let columns: Vec<usize> = (left..left + size).map(|x| old(x, wide, width)).collect();
+    let rows = (top..top + size).map(|y| old(y, high, height) * width as usize);
+    rows.flat_map(|row| columns.iter().map(move |column| values[row + column])).collect()
+}

@@ -14,7 +14,9 @@ use hra::data::Crop;
 use hra::data::pairs::{ConditionKind, PairFolder, PairSettings};
 use hra::evaluate::clip::Clip;
 use hra::evaluate::vit::Vit;
-use hra::image::RgbImage;
+use hra::image::landmarks::{self, read_points};
+use hra::image::palette::{MapFile, Palette};
+use hra::image::{LabelMap, RgbImage};
 use hra::model::attach::{attach_trained, set_enabled};
 use hra::model::config::{TextConfig, UNetConfig, VaeConfig};
 use hra::model::fixed::attach_fixed;
@@ -38,7 +40,7 @@ pub const SEPARATOR: &[u8] = b"\n=====\n";
 pub type Reader = fn(scratch: &Path, input: &[u8]);
 
 /// All of them by name.
-pub const READERS: [(&str, Reader); 23] = [
+pub const READERS: [(&str, Reader); 26] = [
     ("tensor_file", tensor_file),
     ("adapter", adapter),
     ("merge", merge),
@@ -58,6 +60,9 @@ pub const READERS: [(&str, Reader); 23] = [
     ("run", run),
     ("shards", shards),
     ("picture", picture),
+    ("points", points),
+    ("palette", palette),
+    ("label_map", label_map),
     ("hub_id", hub_id),
     ("clip", clip),
     ("vit", vit),
@@ -417,6 +422,38 @@ pub fn picture(scratch: &Path, input: &[u8]) {
     let _ = hra::image::decode::decode(input);
     put(scratch, "picture.png", input);
     let _ = hra::image::read_png_text(&scratch.join("picture.png"));
+}
+
+/// Landmarks of a picture, drawn at two sizes.
+pub fn points(scratch: &Path, input: &[u8]) {
+    put(scratch, "points.pts", input);
+    let Ok(points) = read_points(&scratch.join("points.pts")) else { return };
+    let _ = landmarks::draw(&points, 64, 48);
+    let _ = landmarks::draw(&landmarks::square(&points, 64, 48, 16), 16, 16);
+}
+
+/// Colours of classes, used both ways.
+pub fn palette(scratch: &Path, input: &[u8]) {
+    put(scratch, "palette.json", input);
+    let Ok(palette) = Palette::read(&scratch.join("palette.json")) else { return };
+    assert!(palette.names().is_empty() || palette.names().len() == palette.colours().len());
+    let _ = palette.colour(&LabelMap::new(2, 1, vec![0, u16::MAX]), None);
+    let _ = palette.classes(&RgbImage::new(3, 2));
+}
+
+/// A segmentation map in any form, and a palette.
+pub fn label_map(scratch: &Path, input: &[u8]) {
+    let [map, palette] = split(input);
+    put(scratch, "map.png", map);
+    put(scratch, "palette.json", palette);
+    let path = scratch.join("map.png");
+    let palette = Palette::read(&scratch.join("palette.json")).ok();
+    let Ok(map) = LabelMap::read(&path, palette.as_ref()) else { return };
+    let (width, height) = map.dimensions();
+    assert_eq!(map.labels().len(), width as usize * height as usize);
+    let _ = map.square(8);
+    let _ = palette.as_ref().map(|palette| palette.colour(&map, Some(255)));
+    let _ = MapFile::read(&path).map(|file| file.subject(palette.as_ref()));
 }
 
 /// What a user or a config may give as a hub id: whatever it is, it names one folder of the cache.

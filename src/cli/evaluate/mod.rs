@@ -1,4 +1,7 @@
-//! `hra evaluate`.
+//! `hra evaluate`: `conditions` scores what keeps to conditions, `report` tells the result.
+
+mod conditions;
+mod report;
 
 use crate::data::{Image, ImageFolder};
 use crate::device::{self, DeviceChoice, Precision};
@@ -9,9 +12,9 @@ use crate::files;
 use crate::image::{RgbImage, load_rgb, read_png_text};
 use crate::interrupt;
 use crate::progress::Progress;
-use crate::results::{Better, Evaluation, PictureScores, PromptScores, SCORES, Scores, Set};
+use crate::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
 use clap::Args;
-use serde_json::json;
+use conditions::{ConditionArgs, Conditions, FileScores};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -25,14 +28,15 @@ const AT_ONCE: usize = 32;
     after_help = "A score whose tower is not given is left out. Similarity is to --real, which should not have been trained on. \
                   CLIP-T needs a prompt, and diversity the pictures of one prompt: it is --prompt, a line of --prompt-file, what \
                   the PNG itself says (hra and A1111 write it), or the text file beside a picture (00.png, 00.txt). Means are over \
-                  prompts, of the means over their pictures.\n\nExamples:\n  hra evaluate out --real photos --clip \
+                  prompts, of the means over their pictures; those of edges, subjects and landmarks are over pictures.\n\nExamples:\n  hra evaluate out --real photos --clip \
                   openai/clip-vit-large-patch14 --dino facebook/dino-vits16 --token sks\n  hra evaluate out --base \
                   out/base --json\n  hra evaluate out/*.png --real photos/dog --look-alikes photos/dog2 --masks masks/dog \
-                  --dino DIR --csv scores.csv"
+                  --dino DIR --csv scores.csv\n  hra evaluate out --edges-of photos\n  hra evaluate --segmentation-truth maps \
+                  --segmentation-predictions predicted --reduce-zero-label"
 )]
 pub struct EvaluateArgs {
     /// Pictures, or folders of them
-    #[arg(required = true, value_name = "PICTURES")]
+    #[arg(required_unless_present_any = ["segmentation_truth", "landmarks_truth"], value_name = "PICTURES")]
     pictures: Vec<PathBuf>,
     /// Real pictures of the subject
     #[arg(long, value_name = "DIR", help_heading = "What to compare with")]
@@ -66,6 +70,9 @@ pub struct EvaluateArgs {
     #[command(flatten)]
     towers: TowerPaths,
 
+    #[command(flatten)]
+    conditions: ConditionArgs,
+
     /// Write every picture's scores as a table; those that pictures have together are in each one's row
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     csv: Option<PathBuf>,
@@ -95,17 +102,18 @@ struct Known {
 
 /// Runs `hra evaluate`.
 pub fn run(args: &EvaluateArgs) -> Result<()> {
-    if args.towers == TowerPaths::default() && args.base.is_none() {
+    if args.towers == TowerPaths::default() && args.base.is_none() && args.conditions.nothing() {
         return Err(Error::config(
             "nothing to score with\nhint: give a tower (--clip, --dino, --dinov2, --lpips-vgg, --lpips-alex) for similarity to \
-             --real, or --base DIR for drift",
+             --real, --base DIR for drift, or --edges-of DIR, --subject-masks DIR .. for conditions",
         ));
     }
     let compute = device::resolve(args.device, Some(Precision::F32))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.threads, usize::MAX)?;
     interrupt::install()?;
-    let drawn = drawn(args)?;
+    let drawn = if args.pictures.is_empty() { Vec::new() } else { drawn(args)? };
+    let conditions = Conditions::of(&args.conditions, drawn.iter().map(|drawn| drawn.path.as_path()))?;
     let real = args.real.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let look_alikes = args.look_alikes.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let masks = args.masks.as_deref().map(|dir| masks(dir, &real.paths)).transpose()?;
@@ -144,6 +152,9 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
                 own.extend(drift);
             }
         }
+        for ((own, picture), drawn) in each.iter_mut().zip(&pictures).zip(&group) {
+            own.extend(conditions.score(&drawn.path, picture)?);
+        }
         let scored = group.iter().zip(each).map(|(drawn, scores)| PictureScores {
             seed: 0,
             file: drawn.path.to_string_lossy().into_owned(),
@@ -164,17 +175,19 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
         progress.set(done, "");
     }
     progress.finish();
+    let files = FileScores::of(&args.conditions, &mut found)?;
     found.summarise();
+    found.scores.extend(files.scores());
     if found.scores.is_empty() {
         return Err(Error::config(
             "nothing could be scored with what was given\nhint: give --real DIR for similarity, prompts for CLIP-T and diversity",
         ));
     }
     if let Some(path) = &args.csv {
-        files::write_atomic(path, csv(&found).as_bytes())?;
+        files::write_atomic(path, report::csv(&found).as_bytes())?;
     }
     let counts = [drawn.len(), real.paths.len(), look_alikes.paths.len()];
-    report(args, &found, &towers::identity(&paths)?, counts)
+    report::report(args, &found, &files, &towers::identity(&paths)?, counts)
 }
 
 /// The pictures that were named, with their prompts.
@@ -185,7 +198,7 @@ fn drawn(args: &EvaluateArgs) -> Result<Vec<Drawn>> {
             let folder = ImageFolder::scan(path)?;
             for skipped in folder.skipped() {
                 let name = &skipped.name;
-                let beside = [".txt", ".json", ".csv"].iter().any(|end| name.ends_with(end));
+                let beside = [".txt", ".json", ".jsonl", ".csv"].iter().any(|end| name.ends_with(end));
                 if !beside && !name.starts_with('.') && !path.join(name).is_dir() {
                     eprintln!("note: {} is not scored: {}", path.join(name).display(), skipped.reason);
                 }
@@ -312,99 +325,4 @@ fn groups(drawn: &[Drawn]) -> Vec<(Option<&str>, Vec<&Drawn>)> {
     let rest: Vec<&Drawn> = drawn.iter().filter(|picture| picture.prompt.is_none()).collect();
     groups.extend(rest.chunks(AT_ONCE).map(|chunk| (None, chunk.to_vec())));
     groups
-}
-
-/// Pictures, or prompts, that a score was taken of.
-fn count(found: &Evaluation, key: &str) -> (usize, &'static str) {
-    let pictures = || found.prompts.iter().flat_map(|prompt| &prompt.pictures);
-    match found.prompts.iter().filter(|prompt| prompt.scores.contains_key(key)).count() {
-        0 => (pictures().filter(|picture| picture.scores.contains_key(key)).count(), "picture"),
-        prompts => (prompts, "prompt"),
-    }
-}
-
-fn counted(n: usize, what: &str) -> String {
-    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
-}
-
-fn report(
-    args: &EvaluateArgs,
-    found: &Evaluation,
-    identity: &str,
-    [drawn, real, look_alikes]: [usize; 3],
-) -> Result<()> {
-    if args.json {
-        let pictures: Vec<_> = found
-            .prompts
-            .iter()
-            .flat_map(|prompt| prompt.pictures.iter().map(move |picture| (prompt, picture)))
-            .map(|(prompt, picture)| {
-                let known = (!prompt.prompt.is_empty()).then_some(&prompt.prompt);
-                json!({"file": picture.file, "prompt": known, "scores": picture.scores})
-            })
-            .collect();
-        let prompts: Vec<_> = found
-            .prompts
-            .iter()
-            .filter(|prompt| !prompt.prompt.is_empty())
-            .map(|prompt| json!({"prompt": prompt.prompt, "pictures": prompt.pictures.len(), "scores": prompt.means()}))
-            .collect();
-        let counts: BTreeMap<&String, usize> =
-            found.scores.keys().map(|key| (key, count(found, key).0)).collect();
-        return super::print_json(&json!({
-            "scores": found.scores,
-            "counts": counts,
-            "towers": identity,
-            "real": {"folder": args.real, "pictures": real},
-            "look_alikes": {"folder": args.look_alikes, "pictures": look_alikes},
-            "prompts": prompts,
-            "pictures": pictures,
-            "csv": args.csv,
-        }));
-    }
-    let prompts = found.prompts.iter().filter(|prompt| !prompt.prompt.is_empty()).count();
-    let compared = [
-        counted(drawn, "picture"),
-        counted(prompts, "prompt"),
-        counted(real, "real picture"),
-        counted(look_alikes, "look-alike"),
-    ];
-    println!("{}", compared.join(", "));
-    if !identity.is_empty() {
-        println!("towers: {identity}");
-    }
-    println!("{:<18}{:>10}  {:<13}better", "score", "mean", "of");
-    for kind in SCORES.iter().filter(|kind| found.scores.contains_key(kind.key)) {
-        let (n, what) = count(found, kind.key);
-        let better = match kind.better {
-            Better::Higher => "higher",
-            Better::Lower => "lower",
-            Better::Neither => "-",
-        };
-        println!("{:<18}{:>10.4}  {:<13}{better}", kind.title, found.scores[kind.key], counted(n, what));
-    }
-    if let Some(path) = &args.csv {
-        println!("every picture's scores: {}", path.display());
-    }
-    Ok(())
-}
-
-/// A row for each picture: file, prompt, and every score that any of them has.
-fn csv(found: &Evaluation) -> String {
-    let cell = |text: &str| {
-        let quoted = text.contains(['"', ',', '\n', '\r']);
-        if quoted { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.to_string() }
-    };
-    let keys: Vec<&str> =
-        SCORES.iter().map(|kind| kind.key).filter(|key| found.scores.contains_key(*key)).collect();
-    let mut text = ["file", "prompt"].iter().chain(&keys).copied().collect::<Vec<_>>().join(",") + "\n";
-    for prompt in &found.prompts {
-        for picture in &prompt.pictures {
-            let mut row = vec![cell(&picture.file), cell(&prompt.prompt)];
-            let value = |key: &&str| picture.scores.get(*key).or_else(|| prompt.scores.get(*key));
-            row.extend(keys.iter().map(|key| value(key).map_or_else(String::new, f64::to_string)));
-            text += &(row.join(",") + "\n");
-        }
-    }
-    text
 }
