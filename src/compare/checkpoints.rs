@@ -50,7 +50,7 @@ pub fn check(config: &TrainConfig, judges: &Judges) -> Result<()> {
             "--score: expected a training on a subject, found one of control\nhint: `hra compare` scores control (docs/compare.md)",
         ));
     }
-    if config.validation_prompt.is_empty() {
+    if config.validation_prompt.is_empty() || config.num_validation_images == 0 {
         return Err(Error::config(
             "--score: expected a --validation-prompt or more, which every checkpoint is drawn from",
         ));

@@ -237,6 +237,8 @@ impl Planner<'_> {
             instance_prompt: subject.instance_prompt.clone(),
             class_prompt: subject.class_prompt.clone(),
             validation_prompt: Vec::new(),
+            // Without prompts control would preview held-out pairs, in the time that is measured.
+            num_validation_images: 0,
             validation_steps: (train.max_train_steps / HELD_OUT_LOOKS).max(1),
             checkpoints_total_limit: (self.steps.len() == 1).then_some(1),
             seed,

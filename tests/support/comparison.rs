@@ -154,6 +154,7 @@ fn subject(number: usize, prompts: usize) -> PlannedSubject {
         validation_pictures: Vec::new(),
         test_pictures: (0..2).map(|i| file("test", i)).collect(),
         notes: Vec::new(),
+        control: None,
         name,
     }
 }
@@ -184,6 +185,7 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
         losses: if trained { losses(steps[steps.len() - 1], cell) } else { Vec::new() },
         evaluations,
         failure: None,
+        real_pictures: Vec::new(),
         scored_with: Default::default(),
         real: shape
             .keys
