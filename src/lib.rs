@@ -10,7 +10,7 @@
 //! export     adapters in other programs' forms;  inspect: what a file is
 //! report     a comparison's files (results) -> tables, plots, a page
 //! train      config -> data -> model + adapter -> loss -> optim -> checkpoint, run (metrics)
-//! sample     prompts and seeds -> text -> sampler -> model -> pictures
+//! sample     prompts, seeds, a picture to start from -> text -> sampler -> model -> pictures
 //! model      unet, vae and the layers that carry an adapter;  text: tokenizer, CLIP;  stable_diffusion: a whole model
 //! single_file  whole models written: one checkpoint or a folder
 //! adapter    hra, lora, oft .. and their algebra, PEFT folders, LoRA files: knows a weight and an input, no network

@@ -139,6 +139,26 @@ impl StableDiffusion {
         self.unet.sample_size().map_or(512, |size| size * self.vae.factor())
     }
 
+    /// Whether the UNet sees a mask and a masked picture beside its latents, as those of inpainting checkpoints do.
+    pub fn is_inpainting(&self) -> bool {
+        self.unet.in_channels() == 2 * self.vae.latent_channels() + 1
+    }
+
+    /// Refuses a model of [`Self::is_inpainting`], for what shows a UNet latents alone.
+    pub fn expect_text_to_image(&self) -> Result<()> {
+        if !self.is_inpainting() {
+            return Ok(());
+        }
+        Err(Error::format(
+            &self.dir,
+            format!(
+                "expected a model that draws from text alone, found one for inpainting (its UNet has {} input channels)\n\
+                 hint: train and compare on the plain model; this one draws with `hra sample --image FILE --mask FILE`",
+                self.unet.in_channels()
+            ),
+        ))
+    }
+
     fn check_fit(&self) -> Result<()> {
         let mut problems = Vec::new();
         let mut expect = |what: &str, expected: i64, found: i64| {
@@ -151,11 +171,13 @@ impl StableDiffusion {
             self.text_encoder.width(),
             self.unet.context_width(),
         );
-        expect(
-            "unet: in_channels (latent channels of the VAE)",
-            self.vae.latent_channels(),
-            self.unet.in_channels(),
-        );
+        if !self.is_inpainting() {
+            expect(
+                "unet: in_channels (latent channels of the VAE)",
+                self.vae.latent_channels(),
+                self.unet.in_channels(),
+            );
+        }
         expect(
             "unet: out_channels (latent channels of the VAE)",
             self.vae.latent_channels(),

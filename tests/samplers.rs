@@ -136,6 +136,69 @@ fn final_latents_are_those_of_python() {
     assert_eq!((cases, refused), (3314, 240));
 }
 
+/// Plans that start on the way, from a picture's noised latents or, for inpainting at strength 1, from noise; the latter
+/// keep what the mask leaves out (`fixtures/make_start_fixtures.py`).
+#[test]
+fn starts_from_a_picture_are_those_of_python() {
+    tch::set_num_threads(1);
+    let path = fixture("starts.safetensors");
+    let configs = hra::tensor_file::TensorFile::open(&path).unwrap().text("configs").unwrap().to_string();
+    let configs: Map<String, Value> = serde_json::from_str(&configs).unwrap();
+    let expected = tensors("starts.safetensors");
+    let [clean, noise, step_noise, mask] =
+        ["clean", "noise", "step_noise", "mask"].map(|name| &expected[name]);
+    let (mut cases, mut problems) = (0, Vec::new());
+    for (key, latents) in expected.iter().filter(|(key, _)| key.contains('|')) {
+        let parts: Vec<&str> = key.split('|').collect();
+        let [sampler, name, kind, steps, strength] = parts[..] else { panic!("{key}") };
+        let (steps, strength): (usize, f64) = (steps.parse().unwrap(), strength.parse().unwrap());
+        let config = config(&configs[name]);
+        let plan = Plan::from_strength(sampler.parse().unwrap(), &config, steps, strength).unwrap();
+        let inpaint = kind == "inpaint";
+        let x = if inpaint && strength == 1.0 {
+            noise * plan.init_noise_sigma()
+        } else {
+            plan.add_noise(0, clean, noise)
+        };
+        let found = plan.run_keeping(
+            x,
+            &mut |x, t| Ok(toy(x, t)),
+            &mut |i| Ok(step_noise.get(i as i64)),
+            &mut |calls, x| {
+                if inpaint { (1.0 - mask) * plan.add_noise(calls, clean, noise) + mask * x } else { x }
+            },
+            &mut |_| Ok(()),
+        );
+        let error = relative_error(&found.unwrap(), latents);
+        if error.is_nan() || error > 1e-5 {
+            problems.push(format!("{key}: relative error {error:.1e}"));
+        }
+        cases += 1;
+    }
+    assert!(problems.is_empty(), "{} problems\n{}", problems.len(), problems.join("\n"));
+    assert_eq!(cases, 578);
+}
+
+#[test]
+fn strengths_that_leave_no_step_are_refused() {
+    let plan = |kind, values: &Value, strength| Plan::from_strength(kind, &config(values), 10, strength);
+    for strength in [0.0, -0.5, 1.01, f64::NAN] {
+        let message = plan(SamplerKind::Ddim, &sd15(), strength).unwrap_err().to_string();
+        assert!(message.contains("strength: expected a number above 0 and up to 1, found"), "{message}");
+    }
+    let message = plan(SamplerKind::Heun, &sd15(), 0.09).unwrap_err().to_string();
+    assert!(message.contains("0.09 of 10 steps is less than one step"), "{message}");
+    let mut runge_kutta = sd15();
+    runge_kutta["skip_prk_steps"] = json!(false);
+    let message = plan(SamplerKind::Pndm, &runge_kutta, 0.5).unwrap_err().to_string();
+    assert!(message.contains("pndm expects 1 with this scheduler config"), "{message}");
+    // Cut off, not rounded: 0.29 of 100 is 28.999999999999996 in f64.
+    let calls = |strength| {
+        Plan::from_strength(SamplerKind::Ddim, &config(&sd15()), 100, strength).unwrap().model_calls()
+    };
+    assert_eq!((calls(0.29), calls(0.5), calls(1.0)), (28, 50, 100));
+}
+
 fn sd15() -> Value {
     json!({
         "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",

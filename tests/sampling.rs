@@ -35,7 +35,7 @@ fn every_scheduler_gives_the_latents_of_python() {
             } else {
                 Tensor::empty([0], (Kind::Float, Device::Cpu))
             };
-            let noise = Noise { latents: latents.shallow_clone(), steps };
+            let noise = Noise { latents: latents.shallow_clone(), steps, image: None, masked_image: None };
             let pictures = sample(&model, &settings, &noise, &Guides::default(), 2, &mut || {}).unwrap();
             let found = Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0);
             let error = relative_error(&found, &case.get(&key));

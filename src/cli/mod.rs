@@ -8,6 +8,7 @@ mod inspect;
 mod merge;
 mod prepare;
 mod sample;
+mod start;
 mod train;
 mod words;
 

@@ -1,6 +1,7 @@
 //! `hra sample`.
 
-use super::control::{ControlArgs, Controlled};
+use super::control::{ControlArgs, Controlled, Pairs};
+use super::start::{Pictures, StartArgs};
 use crate::device::{self, DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::files;
@@ -48,7 +49,7 @@ pub struct SampleArgs {
     /// What not to draw
     #[arg(long, default_value = "", hide_default_value = true)]
     negative_prompt: String,
-    /// Folder for the pictures: PROMPT-PICTURE.png, counted from 0000-0000, and grid.png
+    /// Folder for the pictures: PROMPT-PICTURE.png, counted from 0000-0000 (with --pairs, their own names), and grid.png
     #[arg(long, alias = "output-dir", value_name = "DIR")]
     output: PathBuf,
     /// Draw each picture with the base model too, from the same noise: in base/, and beside the others in grid.png
@@ -101,8 +102,12 @@ pub struct SampleArgs {
 
     #[command(flatten)]
     control: ControlArgs,
+    #[command(flatten)]
+    start: StartArgs,
 
-    /// Unit noise to start from: tensor `latents` (b, c, h, w) of a safetensors file, the same for each prompt
+    /// Unit noise to start from: tensor `latents` (b, c, h, w) of a safetensors file, the same for each prompt. With --image,
+    /// `image_noise` is the noise of the picture's latents and `masked_image_noise` that of the masked picture's, which an
+    /// inpainting model sees; where one is missing, the mean that the encoder gives is taken
     #[arg(long, value_name = "FILE", help_heading = "Exchange with other software")]
     latents: Option<PathBuf>,
     /// Noise of each step for ancestral samplers: tensor `noise` (steps, b, c, h, w)
@@ -121,7 +126,6 @@ enum Source {
 
 /// Runs `hra sample`.
 pub fn run(args: &SampleArgs) -> Result<()> {
-    let prompts = prompts(args)?;
     let given =
         args.latents.as_deref().map(|path| read_noise(path, args.step_noise.as_deref())).transpose()?;
     if !(1..=4096).contains(&args.batch_size) || !(1..=100_000).contains(&args.num_images.unwrap_or(1)) {
@@ -132,6 +136,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     if args.with_base && args.adapter.is_empty() {
         return Err(Error::config("--with-base compares an adapter with the base model: give an --adapter"));
     }
+    let pictures = args.start.read()?;
     let compute = device::resolve(args.device, Some(args.dtype))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
     let adapters: Vec<(PathBuf, f64)> =
@@ -142,6 +147,11 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         .into_iter()
         .map(|(word, strength)| Ok((hub::resolve(&word, Wanted::Adapter)?, strength)))
         .collect::<Result<_>>()?;
+
+    let paths: Vec<PathBuf> = adapters.iter().map(|(path, _)| path.clone()).collect();
+    let pairs = args.control.read_pairs(&paths)?;
+    let prompts = prompts(args, pairs.as_ref())?;
+    let names = pairs.as_ref().map(Pairs::names).transpose()?;
 
     let config = args.config.as_deref();
     let mut model = StableDiffusion::load_with(&dir, config, compute.kind, compute.device)?;
@@ -163,14 +173,15 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         reports = fixed::attach_fixed(&mut model, adapters, args.with_base)?;
         reports.iter().for_each(|report| eprintln!("{report}"));
     }
-    let paths: Vec<PathBuf> = adapters.iter().map(|(path, _)| path.clone()).collect();
-    let control = args.control.load(&paths, prompts.len(), &compute)?;
-    let settings = settings(args, &model, given.as_ref(), control.as_ref())?;
+    let control = args.control.load(&paths, pairs.as_ref(), prompts.len(), &compute)?;
+    let settings = settings(args, &model, given.as_ref(), pictures.as_ref(), control.as_ref())?;
     settings.validate(&model)?;
-    if let Some(control) = &control {
-        control.steering(0, settings.width, settings.height).validate(&model)?;
-    }
-    let source = source(args, &model, &settings, given)?;
+    let start = pictures.map(|pictures| pictures.start(settings.width, settings.height)).transpose()?;
+    let steering = control.as_ref().map(|control| control.steering(0, &settings)).transpose()?;
+    let guides = Guides { start: start.as_ref(), control: steering.map(|(steering, _)| steering) };
+    guides.validate(&settings, &model)?;
+    args.start.note_of_size(&settings, &model);
+    let source = source(args, &model, &settings, &guides, given)?;
     let all: Vec<&str> = prompts
         .iter()
         .map(String::as_str)
@@ -191,9 +202,11 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             parent.display()
         )));
     }
-    let output = Output::prepare(&args.output, args.with_base, prompts.len(), count)?;
+    let output = Output { dir: &args.output, names, count };
+    output.prepare(args.with_base, prompts.len())?;
     let passes = if args.with_base { 2 } else { 1 };
-    let calls = sample::model_calls(&model, &settings, count, args.batch_size)? * prompts.len() * passes;
+    let calls =
+        sample::model_calls(&model, &settings, &guides, count, args.batch_size)? * prompts.len() * passes;
     let mut progress = Progress::new("sampling", 0, calls as u64);
     let mut done = 0;
     let mut rows = Vec::new();
@@ -201,8 +214,11 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let mut drawn = Vec::new();
     for (p, prompt) in prompts.iter().enumerate() {
         let settings = Settings { prompt: prompt.clone(), ..settings.clone() };
-        let noise = source.noise(&settings, &model)?;
-        let mut images: Vec<_> = control.iter().map(|control| control.shown(p, &settings)).collect();
+        let noise = source.noise(&settings, &model, &guides)?;
+        let mut images = Vec::new();
+        if let Some(control) = &control {
+            images.push(control.steering(p, &settings)?.1);
+        }
         for base in if args.with_base { &[true, false][..] } else { &[false] } {
             attach::set_enabled(&mut model, !base);
             let mut tick = || {
@@ -211,14 +227,19 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             };
             // An adapter's control encoder is not the base model's.
             let control = control.as_ref().filter(|control| !(*base && control.of_adapter));
-            let steering = control.map(|control| control.steering(p, settings.width, settings.height));
-            let guides = Guides { control: steering };
+            let steering = control.map(|control| control.steering(p, &settings)).transpose()?;
+            let guides = Guides { start: start.as_ref(), control: steering.map(|(steering, _)| steering) };
             let mut pictures =
                 sample::sample(&model, &settings, &noise, &guides, args.batch_size, &mut tick)?;
             source.name(&mut pictures);
             let names = if *base { String::new() } else { args.adapter.join(", ") };
-            let about = control.map(|control| control.text(p)).unwrap_or_default();
-            output.save(p, &pictures, *base, &settings, &about, &model.name(), &names)?;
+            let text = |seed| {
+                let mut text = settings.to_text(seed, &model.name(), &names);
+                args.start.add_to(&mut text);
+                text.extend(control.iter().flat_map(|control| control.text(p)));
+                text
+            };
+            output.save(p, &pictures, *base, &text)?;
             if !base {
                 latents.extend(pictures.iter().map(|p| p.latents.shallow_clone()));
                 drawn.extend(pictures.iter().enumerate().map(|(i, picture)| {
@@ -241,12 +262,14 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let condition = control.iter().map(|_| "condition".to_string());
     let grid = Grid { columns: condition.chain(columns).collect(), rows };
     let all = Settings { prompt: prompts.join("\n"), ..settings };
-    let text = all.to_text(Some(args.seed), &model.name(), &args.adapter.join(", "));
+    let mut text = all.to_text(Some(args.seed), &model.name(), &args.adapter.join(", "));
+    args.start.add_to(&mut text);
     let sheet = args.output.join("grid.png");
     png::save_png(&sheet, &grid.render(), &text)?;
     if args.json {
         return super::print_json(&json!({
             "output": args.output, "pictures": drawn, "grid": sheet, "latents": args.save_latents, "adapters": reports,
+            "start": args.start.to_json(),
         }));
     }
     let total = prompts.len() * count;
@@ -256,8 +279,9 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     Ok(())
 }
 
-fn prompts(args: &SampleArgs) -> Result<Vec<String>> {
+fn prompts(args: &SampleArgs, pairs: Option<&Pairs>) -> Result<Vec<String>> {
     let mut prompts = args.prompt.clone();
+    prompts.extend(pairs.into_iter().flat_map(Pairs::captions));
     if let Some(path) = &args.prompt_file {
         prompts.extend(super::prompt_lines(path)?);
     }
@@ -286,8 +310,24 @@ fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
         Ok(tensor)
     };
     let latents = read(path, "latents", 4)?;
+    let beside = |name: &str| {
+        if TensorFile::open(path)?.shape(name).is_none() {
+            return Ok(None);
+        }
+        let (tensor, expected) = (read(path, name, 4)?, latents.size());
+        if tensor.size() != expected {
+            let found = tensor.size();
+            return Err(Error::format(
+                path,
+                format!("`{name}`: expected shape {expected:?}, found {found:?}"),
+            ));
+        }
+        Ok(Some(tensor))
+    };
+    let (image, masked_image) = (beside("image_noise")?, beside("masked_image_noise")?);
     let Some(steps) = steps else {
-        return Ok(Noise { latents, steps: Tensor::empty([0], (Kind::Float, Device::Cpu)) });
+        let steps = Tensor::empty([0], (Kind::Float, Device::Cpu));
+        return Ok(Noise { latents, steps, image, masked_image });
     };
     let noise = read(steps, "noise", 5)?;
     if noise.size()[1..] != latents.size()[..] {
@@ -297,18 +337,21 @@ fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
             format!("`noise`: expected (steps, ..) over {expected:?}, found {found:?}"),
         ));
     }
-    Ok(Noise { latents, steps: noise })
+    Ok(Noise { latents, steps: noise, image, masked_image })
 }
 
 fn settings(
     args: &SampleArgs,
     model: &StableDiffusion,
     given: Option<&Noise>,
+    pictures: Option<&Pictures>,
     control: Option<&Controlled>,
 ) -> Result<Settings> {
     let factor = model.vae.factor();
+    let of_picture = pictures.map(|pictures| pictures.size(factor)).transpose()?;
     let of_noise = given.map(|noise| [3, 2].map(|dim| noise.latents.size()[dim] * factor));
-    let own = of_noise.or(control.map(|control| control.size(factor))).unwrap_or([model.native_size(); 2]);
+    let of_condition = || control.and_then(|control| control.size(factor));
+    let own = of_picture.or(of_noise).or_else(of_condition).unwrap_or([model.native_size(); 2]);
     let (sampler, note) = match args.scheduler {
         Some(kind) => (kind, None),
         None => SamplerKind::from_config(&model.scheduler)?,
@@ -331,6 +374,7 @@ fn source(
     args: &SampleArgs,
     model: &StableDiffusion,
     settings: &Settings,
+    guides: &Guides,
     given: Option<Noise>,
 ) -> Result<Source> {
     let Some(mut noise) = given else {
@@ -350,11 +394,11 @@ fn source(
             found[0]
         )));
     }
-    let needed = settings.plan(model)?.noise_steps();
+    let needed = guides.plan(settings, model)?.noise_steps();
     if needed > 0 && noise.steps.dim() != 5 {
         // Without the noise of each step, picture i takes it from seed + i as it would without --latents.
         let seeds: Vec<u64> = (0..found[0] as u64).map(|i| args.seed.wrapping_add(i)).collect();
-        noise.steps = Noise::draw(&seeds, settings, model)?.steps;
+        noise.steps = Noise::draw_guided(&seeds, settings, model, guides)?.steps;
     } else if needed > 0 && noise.steps.size()[0] < needed as i64 {
         let found = noise.steps.size()[0];
         return Err(Error::config(format!("--step-noise: expected noise for {needed} steps, found {found}")));
@@ -370,12 +414,10 @@ impl Source {
         }
     }
 
-    fn noise(&self, settings: &Settings, model: &StableDiffusion) -> Result<Noise> {
+    fn noise(&self, settings: &Settings, model: &StableDiffusion, guides: &Guides) -> Result<Noise> {
         match self {
-            Self::Seeds(seeds) => Noise::draw(seeds, settings, model),
-            Self::Given(noise) => {
-                Ok(Noise { latents: noise.latents.shallow_clone(), steps: noise.steps.shallow_clone() })
-            }
+            Self::Seeds(seeds) => Noise::draw_guided(seeds, settings, model, guides),
+            Self::Given(noise) => Ok(noise.shallow_clone()),
         }
     }
 
@@ -396,17 +438,20 @@ impl Source {
 /// The folder that pictures go into.
 struct Output<'a> {
     dir: &'a Path,
+    /// What the pictures of a prompt are called, where it is not the prompt's number.
+    names: Option<Vec<String>>,
+    /// Pictures of each prompt.
+    count: usize,
 }
 
-impl<'a> Output<'a> {
+impl Output<'_> {
     /// Makes the folder. Pictures that hra drew there before are replaced; any other file of that name is not touched.
-    fn prepare(dir: &'a Path, with_base: bool, prompts: usize, count: usize) -> Result<Self> {
-        let output = Self { dir };
+    fn prepare(&self, with_base: bool, prompts: usize) -> Result<()> {
         for base in if with_base { &[false, true][..] } else { &[false] } {
-            files::create_dir_all(&output.folder(*base))?;
-            let pictures = (0..prompts).flat_map(|p| (0..count).map(move |i| (p, i)));
-            let pictures = pictures.map(|(prompt, picture)| output.file(prompt, picture, *base));
-            for path in pictures.chain([dir.join("grid.png")]) {
+            files::create_dir_all(&self.folder(*base))?;
+            let pictures = (0..prompts).flat_map(|p| (0..self.count).map(move |i| (p, i)));
+            let pictures = pictures.map(|(prompt, picture)| self.file(prompt, picture, *base));
+            for path in pictures.chain([self.dir.join("grid.png")]) {
                 let ours =
                     || png::read_png_text(&path).is_ok_and(|text| text.iter().any(|(k, _)| k == "software"));
                 if path.exists() && !ours() {
@@ -417,7 +462,7 @@ impl<'a> Output<'a> {
                 }
             }
         }
-        Ok(output)
+        Ok(())
     }
 
     fn folder(&self, base: bool) -> PathBuf {
@@ -425,7 +470,12 @@ impl<'a> Output<'a> {
     }
 
     fn file(&self, prompt: usize, picture: usize, base: bool) -> PathBuf {
-        self.folder(base).join(format!("{prompt:04}-{picture:04}.png"))
+        let name = match &self.names {
+            None => format!("{prompt:04}-{picture:04}.png"),
+            Some(names) if self.count == 1 => format!("{}.png", names[prompt]),
+            Some(names) => format!("{}-{picture:04}.png", names[prompt]),
+        };
+        self.folder(base).join(name)
     }
 
     fn save(
@@ -433,15 +483,10 @@ impl<'a> Output<'a> {
         prompt: usize,
         pictures: &[Picture],
         base: bool,
-        settings: &Settings,
-        about: &[(String, String)],
-        model: &str,
-        adapters: &str,
+        text: &dyn Fn(Option<u64>) -> Vec<(String, String)>,
     ) -> Result<()> {
         for (i, picture) in pictures.iter().enumerate() {
-            let mut text = settings.to_text(picture.seed, model, adapters);
-            text.extend_from_slice(about);
-            png::save_png(&self.file(prompt, i, base), &picture.image, &text)?;
+            png::save_png(&self.file(prompt, i, base), &picture.image, &text(picture.seed))?;
         }
         Ok(())
     }

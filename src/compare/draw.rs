@@ -73,6 +73,7 @@ pub fn load(config: &TrainConfig, compute: &Compute, adapter: Option<&Path>) -> 
     let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
     let from = config.model_config.as_deref();
     let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
+    model.expect_text_to_image()?;
     device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
     let mut control = None;
     if let Some(adapter) = adapter {
@@ -132,7 +133,7 @@ impl Drawing {
             settings.validate(model)?;
             let seeds = self.seeds(p);
             let noise = Noise::draw(&seeds, &settings, model)?;
-            let guides = Guides { control: self.steering(artist, shown, p) };
+            let guides = Guides { control: self.steering(artist, shown, p), ..Guides::default() };
             let pictures = sample::sample(model, &settings, &noise, &guides, self.batch, &mut || {})?;
             for (i, picture) in pictures.iter().enumerate() {
                 let text = settings.to_text(Some(seeds[i]), &model.name(), by);

@@ -107,6 +107,7 @@ impl Probe {
         let dir = hub::resolve(&train.pretrained_model_name_or_path, Wanted::Model)?;
         let mut model =
             StableDiffusion::load_with(&dir, train.model_config.as_deref(), compute.kind, compute.device)?;
+        model.expect_text_to_image()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = train.threads.unwrap_or((cores / config.jobs).max(1) as i32);
         device::set_threads(Some(threads), attach::weight_count(&mut model.unet))?;

@@ -63,8 +63,8 @@ impl UNet {
         }
     }
 
-    /// Predicts noise (or velocity): `sample (b, c, h, w)` of any dtype, `timesteps (b)`, `context (b, n, d)`, result in
-    /// f32 `(b, c, h, w)`.
+    /// Predicts noise (or velocity): `sample (b, in_channels, h, w)` of any dtype, `timesteps (b)`, `context (b, n, d)`,
+    /// result in f32 `(b, out_channels, h, w)`.
     pub fn forward(&self, sample: &Tensor, timesteps: &Tensor, context: &Tensor) -> Tensor {
         self.controlled(sample, timesteps, context, &Signals::default())
     }
@@ -99,7 +99,7 @@ impl UNet {
         self.conv_out.forward(&self.conv_norm_out.forward(&x).silu()).to_kind(Kind::Float)
     }
 
-    /// Channels of the latents that the network takes.
+    /// Channels that the network takes: those of the latents, and of what an inpainting model sees beside them.
     pub fn in_channels(&self) -> i64 {
         self.down.config().in_channels
     }

@@ -148,7 +148,7 @@ pub const SCORES: [ScoreKind; 27] = [
     ),
     score(
         "edge_f1_shuffled",
-        "edge F1, shuffled",
+        "shuffled edge F1",
         Better::Neither,
         "edge F1 of a picture drawn with another pair's condition, with the edges of its own pair's picture: what agreement is \
          left where the condition has no part in it",
@@ -161,7 +161,7 @@ pub const SCORES: [ScoreKind; 27] = [
     ),
     score(
         "subject_miou_shuffled",
-        "subject mIoU, shuffled",
+        "shuffled subject mIoU",
         Better::Neither,
         "subject mIoU of a picture drawn with another pair's condition, with its own pair's map: what agreement is left where \
          the condition has no part in it",

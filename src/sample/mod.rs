@@ -4,8 +4,10 @@
 //! `torch.Generator("cpu").manual_seed(seed)` draws it, whatever else is in the batch. An ancestral sampler's noise of
 //! each step comes from the same stream, after the first latents.
 
+mod start;
 mod steering;
 
+pub use start::Start;
 pub use steering::{Steering, Strength, conditions};
 
 use crate::error::{Error, Result};
@@ -13,6 +15,7 @@ use crate::image::RgbImage;
 use crate::interrupt;
 use crate::sampler::{Plan, SamplerKind, Spacing};
 use crate::stable_diffusion::StableDiffusion;
+use start::{Begin, Prepared};
 use steering::Steered;
 use tch::{Device, Kind, Tensor};
 
@@ -35,19 +38,25 @@ pub struct Settings {
     pub height: i64,
 }
 
+/// What a drawing follows beside its prompt. By default nothing.
+#[derive(Default)]
+pub struct Guides<'a> {
+    /// A picture to start from.
+    pub start: Option<&'a Start>,
+    /// Conditions, and the network that reads them.
+    pub control: Option<Steering<'a>>,
+}
+
 /// Noise that a batch starts from and, for ancestral samplers, takes in on its way.
 pub struct Noise {
     /// Unit noise `(b, c, h, w)`, f32.
     pub latents: Tensor,
     /// `(steps, b, c, h, w)`; empty unless the sampler is ancestral.
     pub steps: Tensor,
-}
-
-/// What a drawing follows beside its prompt.
-#[derive(Default)]
-pub struct Guides<'a> {
-    /// Conditions, and the network that reads them.
-    pub control: Option<Steering<'a>>,
+    /// Unit noise for the latents of a [`Start`]'s picture, like `latents`; `None` takes the middle of what its encoder says.
+    pub image: Option<Tensor>,
+    /// The same for the masked picture that an inpainting UNet sees.
+    pub masked_image: Option<Tensor>,
 }
 
 /// A finished picture.
@@ -151,17 +160,61 @@ impl Settings {
     }
 }
 
+impl Guides<'_> {
+    /// The sampler's steps for this model, less those that a [`Start`] leaves out.
+    pub fn plan(&self, settings: &Settings, model: &StableDiffusion) -> Result<Plan> {
+        let Some(start) = self.start else { return settings.plan(model) };
+        let config = settings.sampler.settings(&model.scheduler, settings.spacing, settings.karras);
+        Plan::from_strength(settings.sampler, &config, settings.steps, start.strength())
+    }
+
+    /// Refuses what does not fit the model or the settings.
+    pub fn validate(&self, settings: &Settings, model: &StableDiffusion) -> Result<()> {
+        if model.is_inpainting() && !self.start.is_some_and(Start::is_inpainting) {
+            return Err(Error::config(
+                "this model is made for inpainting (its UNet sees a mask and a masked picture): it expects a picture and a \
+                 mask\nhint: give --image FILE --mask FILE",
+            ));
+        }
+        if let Some(start) = self.start {
+            start.validate(settings, model)?;
+        }
+        if let Some(control) = &self.control {
+            control.validate(model)?;
+        }
+        self.plan(settings, model).map(|_| ())
+    }
+}
+
 impl Noise {
     /// Draws the noise of `seeds`, one picture each.
     pub fn draw(seeds: &[u64], settings: &Settings, model: &StableDiffusion) -> Result<Self> {
-        let plan = settings.plan(model)?;
+        Self::draw_guided(seeds, settings, model, &Guides::default())
+    }
+
+    /// As [`Self::draw`], with what `guides` take from the same stream: noise for the picture's latents before that of the
+    /// drawing, and for those of the masked picture after it, whether the UNet sees them or not.
+    pub fn draw_guided(
+        seeds: &[u64],
+        settings: &Settings,
+        model: &StableDiffusion,
+        guides: &Guides,
+    ) -> Result<Self> {
+        let plan = guides.plan(settings, model)?;
         let shape = settings.latent_shape(model);
         let options = (Kind::Float, Device::Cpu);
-        let mut latents = Vec::new();
+        let start = guides.start;
+        let (mut latents, mut images, mut masked) = (Vec::new(), Vec::new(), Vec::new());
         let mut steps = Vec::new();
         for &seed in seeds {
             tch::manual_seed(seed as i64);
+            if start.is_some_and(|start| start.uses_image(model)) {
+                images.push(Tensor::f_randn(shape, options)?);
+            }
             latents.push(Tensor::f_randn(shape, options)?);
+            if start.is_some_and(Start::is_inpainting) {
+                masked.push(Tensor::f_randn(shape, options)?);
+            }
             let of_steps: Vec<Tensor> =
                 (0..plan.noise_steps()).map(|_| Tensor::randn(shape, options)).collect();
             if !of_steps.is_empty() {
@@ -169,7 +222,29 @@ impl Noise {
             }
         }
         let steps = if steps.is_empty() { Tensor::empty([0], options) } else { Tensor::cat(&steps, 1) };
-        Ok(Self { latents: Tensor::cat(&latents, 0), steps })
+        let stack = |all: Vec<Tensor>| (!all.is_empty()).then(|| Tensor::cat(&all, 0));
+        Ok(Self {
+            latents: Tensor::cat(&latents, 0),
+            steps,
+            image: stack(images),
+            masked_image: stack(masked),
+        })
+    }
+
+    /// The same tensors again.
+    pub fn shallow_clone(&self) -> Self {
+        let same = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::shallow_clone);
+        Self {
+            latents: self.latents.shallow_clone(),
+            steps: self.steps.shallow_clone(),
+            image: same(&self.image),
+            masked_image: same(&self.masked_image),
+        }
+    }
+
+    /// The latents' unit noise where the model is.
+    fn unit(&self, device: Device) -> Tensor {
+        self.latents.to_device(device).to_kind(Kind::Float)
     }
 
     fn batch(&self, start: i64, length: i64) -> Self {
@@ -178,7 +253,13 @@ impl Noise {
         } else {
             self.steps.shallow_clone()
         };
-        Self { latents: self.latents.narrow(0, start, length), steps }
+        let part = |tensor: &Tensor| tensor.narrow(0, start, length);
+        Self {
+            latents: part(&self.latents),
+            steps,
+            image: self.image.as_ref().map(part),
+            masked_image: self.masked_image.as_ref().map(part),
+        }
     }
 }
 
@@ -186,16 +267,17 @@ impl Noise {
 pub fn model_calls(
     model: &StableDiffusion,
     settings: &Settings,
+    guides: &Guides,
     count: usize,
     batch_size: usize,
 ) -> Result<usize> {
-    let plan = settings.plan(model)?;
+    let plan = guides.plan(settings, model)?;
     Ok(plan.model_calls() * count.div_ceil(batch_size.max(1)))
 }
 
 /// Draws one picture for each row of `noise`, `batch_size` at a time. `tick` is called after every UNet call.
 ///
-/// Errors: an interrupt, or latents that are not finite.
+/// Errors: an interrupt, guides that do not fit, or latents that are not finite.
 pub fn sample(
     model: &StableDiffusion,
     settings: &Settings,
@@ -205,10 +287,13 @@ pub fn sample(
     tick: &mut dyn FnMut(),
 ) -> Result<Vec<Picture>> {
     let _guard = tch::no_grad_guard();
+    guides.validate(settings, model)?;
     let guided = settings.guidance > 1.0;
     let prompts = [settings.negative_prompt.as_str(), settings.prompt.as_str()];
     let (states, _) = model.encode_prompts(if guided { &prompts } else { &prompts[1..] })?;
-    let plan = settings.plan(model)?;
+    let text = Text { states, guidance: settings.guidance };
+    let plan = guides.plan(settings, model)?;
+    let picture = guides.start.map(|start| start.prepare(model));
     let count = noise.latents.size()[0];
     let mut pictures = Vec::new();
     let mut start = 0;
@@ -218,7 +303,7 @@ pub fn sample(
         let calls = plan.model_calls();
         let steered =
             guides.control.as_ref().map(|s| Steered::new(s, start, length, calls, model.unet.device()));
-        let latents = sample_batch(model, &plan, &states, settings.guidance, &batch, steered, tick)?;
+        let latents = sample_batch(model, &plan, &text, &batch, (picture.as_ref(), steered), tick)?;
         for latents in latents.split(1, 0) {
             if latents.isfinite().all().int64_value(&[]) == 0 {
                 return Err(Error::NotFinite(format!(
@@ -228,7 +313,10 @@ pub fn sample(
             }
             // One at a time: the decoder is what needs most memory, and a picture must not depend on its neighbours.
             let pixels = model.vae.decode(&(&latents / model.vae.scaling_factor()));
-            let image = to_image(&pixels)?;
+            let mut image = to_image(&pixels)?;
+            if let Some(start) = guides.start {
+                start.paste(&mut image);
+            }
             pictures.push(Picture { seed: None, latents: latents.to_device(Device::Cpu), image });
         }
         start += length;
@@ -236,31 +324,43 @@ pub fn sample(
     Ok(pictures)
 }
 
+/// What the prompts say, and how much more than the negative one.
+struct Text {
+    /// Of the negative prompt and the prompt, or of the prompt alone.
+    states: Tensor,
+    guidance: f64,
+}
+
 fn sample_batch(
     model: &StableDiffusion,
     plan: &Plan,
-    states: &Tensor,
-    guidance: f64,
+    text: &Text,
     noise: &Noise,
-    mut steered: Option<Steered>,
+    (picture, mut steered): (Option<&Prepared>, Option<Steered>),
     tick: &mut dyn FnMut(),
 ) -> Result<Tensor> {
     let device = model.unet.device();
     let b = noise.latents.size()[0];
-    let guided = states.size()[0] == 2;
+    let guided = text.states.size()[0] == 2;
     // [negative x b, prompt x b], or [prompt x b]
-    let context = states.repeat_interleave_self_int(b, 0, None);
-    let x = noise.latents.to_device(device).to_kind(Kind::Float) * plan.init_noise_sigma();
+    let context = text.states.repeat_interleave_self_int(b, 0, None);
+    let begin = match picture {
+        Some(picture) => picture.begin(noise, plan, device),
+        None => Begin { x: noise.unit(device) * plan.init_noise_sigma(), beside: None, kept: None },
+    };
     let mut denoise = |x: &Tensor, timestep: f64| {
-        let x = if guided { Tensor::cat(&[x, x], 0) } else { x.shallow_clone() };
+        let both = |x: &Tensor| if guided { Tensor::cat(&[x, x], 0) } else { x.shallow_clone() };
+        let x = both(x);
         let timesteps = Tensor::full([x.size()[0]], timestep, (Kind::Float, device));
+        // A control sees the latents alone.
         let signals = steered.as_mut().map(|s| s.next(&x, &timesteps, &context)).unwrap_or_default();
+        let x = begin.beside.as_ref().map_or_else(|| x.shallow_clone(), |t| Tensor::cat(&[&x, &both(t)], 1));
         let output = model.unet.controlled(&x, &timesteps, &context, &signals);
         if !guided {
             return Ok(output);
         }
         let halves = output.chunk(2, 0);
-        Ok(&halves[0] + (&halves[1] - &halves[0]) * guidance)
+        Ok(&halves[0] + (&halves[1] - &halves[0]) * text.guidance)
     };
     let mut step_noise = |i: usize| {
         if noise.steps.dim() != 5 || i as i64 >= noise.steps.size()[0] {
@@ -277,7 +377,11 @@ fn sample_batch(
             "stopped while sampling; pictures of the prompts before this one are saved".to_string()
         })
     };
-    plan.run(x, &mut denoise, &mut step_noise, &mut progress)
+    let mut keep = |calls: usize, x: Tensor| match &begin.kept {
+        Some(kept) => kept.keep(plan, calls, x),
+        None => x,
+    };
+    plan.run_keeping(begin.x.shallow_clone(), &mut denoise, &mut step_noise, &mut keep, &mut progress)
 }
 
 /// Decoder output `(1, 3, h, w)` in about [-1, 1] to pixels.

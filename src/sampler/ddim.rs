@@ -24,13 +24,20 @@ pub(super) struct Step {
     noise_next: f32,
 }
 
-pub(super) fn plan(config: &SchedulerConfig, steps: usize) -> Result<Steps> {
+impl Steps {
+    /// Factors of clean latents and of noise at model call `call`.
+    pub(super) fn level(&self, call: usize) -> (f32, f32) {
+        (self.steps[call].signal, self.steps[call].noise)
+    }
+}
+
+pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<Steps> {
     let grid = Grid::new(&DDIM, config, steps)?;
     let stride = (grid.train() / steps) as i64;
     let last = if config.flag("set_alpha_to_one", true)? { 1.0 } else { grid.alphas_cumprod[0] };
     let prediction = config.prediction()?;
     let mut plan = Vec::new();
-    for timestep in grid.timesteps(steps).into_iter().map(f64::round_ties_even) {
+    for timestep in grid.timesteps(steps).into_iter().map(f64::round_ties_even).skip(skip) {
         let next = timestep as i64 - stride;
         let alpha = grid.alpha(timestep as i64)?;
         // At zero terminal SNR the noise says nothing of the image; the velocity does.
@@ -55,7 +62,7 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize) -> Result<Steps> {
 
 pub(super) fn run(plan: &Steps, prediction: Prediction, mut x: Tensor, model: &mut Model) -> Result<Tensor> {
     for step in &plan.steps {
-        let out = model(&x, step.timestep)?;
+        let out = model.ask(&x, step.timestep)?;
         let (signal, noise) = (step.signal, step.noise);
         let (mut clean, eps) = match prediction {
             Prediction::Epsilon => ((&x - scaled(&out, noise)) / f64::from(signal), out),
@@ -70,7 +77,7 @@ pub(super) fn run(plan: &Steps, prediction: Prediction, mut x: Tensor, model: &m
         if let Some(range) = plan.clip {
             clean = clean.clamp(-range, range);
         }
-        x = scaled(&clean, step.signal_next) + scaled(&eps, step.noise_next);
+        x = model.keep(scaled(&clean, step.signal_next) + scaled(&eps, step.noise_next));
     }
     Ok(x)
 }

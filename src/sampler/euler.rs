@@ -28,17 +28,23 @@ pub(super) struct Step {
     pub(super) sigma_up: f32,
 }
 
-pub(super) fn plan(config: &SchedulerConfig, steps: usize) -> Result<EulerPlan> {
+pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<EulerPlan> {
     config.choice("interpolation_type", (), &[("linear", ())])?;
     let types = [("discrete", false), ("continuous", true)];
     if config.choice("timestep_type", false, &types)? && config.prediction()? == Prediction::Velocity {
         return Err(config.problem("timestep_type: expected discrete, found continuous"));
     }
-    plan_class(&EULER, config, steps)
+    plan_class(&EULER, config, steps, skip)
 }
 
-/// Timesteps and noise levels of one of the classes on Euler's grid.
-pub(super) fn plan_class(class: &Class, config: &SchedulerConfig, steps: usize) -> Result<EulerPlan> {
+/// Timesteps and noise levels of one of the classes on Euler's grid, without the first `skip` steps. What unit noise is
+/// scaled to is the whole grid's.
+pub(super) fn plan_class(
+    class: &Class,
+    config: &SchedulerConfig,
+    steps: usize,
+    skip: usize,
+) -> Result<EulerPlan> {
     let grid = Grid::new(class, config, steps)?;
     let levels = Levels::new(&grid.alphas_cumprod)?;
     let mut timesteps: Vec<f64> = grid.timesteps(steps).into_iter().map(|t| f64::from(t as f32)).collect();
@@ -55,7 +61,7 @@ pub(super) fn plan_class(class: &Class, config: &SchedulerConfig, steps: usize) 
         if grid.spacing == Spacing::Leading { root(greatest * greatest + 1.0)? } else { greatest };
     let last = if class.final_sigma && ends_above_zero(config)? { levels.least() } else { 0.0 };
     sigmas.push(last);
-    let steps = timesteps.into_iter().zip(sigmas.windows(2));
+    let steps = timesteps.into_iter().zip(sigmas.windows(2)).skip(skip);
     let steps = steps.map(|(timestep, pair)| {
         check_factors(timestep, &[1.0 / pair[0], pair[0], pair[1]])?;
         let spread = root(pair[0] * pair[0] + 1.0)?;
@@ -65,11 +71,11 @@ pub(super) fn plan_class(class: &Class, config: &SchedulerConfig, steps: usize) 
 }
 
 /// Euler's plan with each step split: further down than its level, and up again by noise.
-pub(super) fn plan_ancestral(config: &SchedulerConfig, steps: usize) -> Result<EulerPlan> {
+pub(super) fn plan_ancestral(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<EulerPlan> {
     if config.prediction()? == Prediction::Sample {
         return Err(config.problem("prediction_type: euler-a expects epsilon or v_prediction, found sample"));
     }
-    let mut plan = plan_class(&EULER_ANCESTRAL, config, steps)?;
+    let mut plan = plan_class(&EULER_ANCESTRAL, config, steps, skip)?;
     for step in &mut plan.steps {
         let (from, to) = (step.sigma.powi(2), step.sigma_down.powi(2));
         step.sigma_up = root(to * (from - to) / from)?;
@@ -79,9 +85,14 @@ pub(super) fn plan_ancestral(config: &SchedulerConfig, steps: usize) -> Result<E
 }
 
 impl Step {
+    /// Factors of clean latents and of noise where this step begins.
+    pub(super) fn level(&self) -> (f32, f32) {
+        (1.0, self.sigma)
+    }
+
     /// The model's answer at x, which it sees divided by its deviation, as the clean latents that it stands for.
     pub(super) fn denoised(&self, prediction: Prediction, x: &Tensor, model: &mut Model) -> Result<Tensor> {
-        let out = model(&(x / f64::from(self.spread)), self.timestep)?;
+        let out = model.ask(&(x / f64::from(self.spread)), self.timestep)?;
         Ok(match prediction {
             Prediction::Epsilon => x - scaled(&out, self.sigma),
             Prediction::Velocity => {
@@ -106,6 +117,7 @@ pub(super) fn run(
         if step.sigma_up > 0.0 {
             x = &x + scaled(&noise(i)?, step.sigma_up);
         }
+        x = model.keep(x);
     }
     Ok(x)
 }

@@ -15,13 +15,25 @@ pub(super) struct Steps {
     clip: Option<f64>,
 }
 
+impl Steps {
+    /// Two model calls a step, but the last step has one.
+    pub(super) fn model_calls(&self) -> usize {
+        (2 * self.steps.len()).saturating_sub(1)
+    }
+
+    /// Factors of clean latents and of noise at model call `call`: a step's second call is where the next begins.
+    pub(super) fn level(&self, call: usize) -> (f32, f32) {
+        self.steps[call.div_ceil(2)].level()
+    }
+}
+
 pub(super) fn plan(config: &SchedulerConfig, steps: Vec<euler::Step>) -> Result<Steps> {
     let clip = config.flag("clip_sample", false)?.then(|| config.number("clip_sample_range", 1.0));
     Ok(Steps { steps, clip: clip.transpose()? })
 }
 
 pub(super) fn run(plan: &Steps, prediction: Prediction, mut x: Tensor, model: &mut Model) -> Result<Tensor> {
-    let mut slope = |x: &Tensor, at: &euler::Step| -> Result<Tensor> {
+    let slope = |x: &Tensor, at: &euler::Step, model: &mut Model| -> Result<Tensor> {
         let mut clean = at.denoised(prediction, x, model)?;
         if let Some(range) = plan.clip {
             clean = clean.clamp(-range, range);
@@ -29,15 +41,15 @@ pub(super) fn run(plan: &Steps, prediction: Prediction, mut x: Tensor, model: &m
         Ok((x - clean) / f64::from(at.sigma))
     };
     for (i, step) in plan.steps.iter().enumerate() {
-        let first = slope(&x, step)?;
+        let first = slope(&x, step, model)?;
         let width = step.sigma_down - step.sigma;
-        let ahead = &x + scaled(&first, width);
+        let ahead = model.keep(&x + scaled(&first, width));
         // The last step ends at sigma 0, where there is no slope.
         x = match plan.steps.get(i + 1) {
             None => ahead,
             Some(next) => {
-                let second = slope(&ahead, next)?;
-                x + scaled(&((first + second) / 2.0), width)
+                let second = slope(&ahead, next, model)?;
+                model.keep(x + scaled(&((first + second) / 2.0), width))
             }
         };
     }

@@ -18,9 +18,10 @@ use clap::ValueEnum;
 use tch::{Kind, Tensor};
 
 pub use schedule::Spacing;
+use schedule::scaled;
 
-use crate::Result;
 use crate::noise::{Prediction, SchedulerConfig};
+use crate::{Error, Result};
 
 /// The samplers, under the names that the command line uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
@@ -174,26 +175,61 @@ impl Plan {
     /// Errors, all before the first model call: a number of steps that the sampler cannot do, a setting that we do not
     /// have, or factors that would not be finite.
     pub fn new(kind: SamplerKind, config: &SchedulerConfig, steps: usize) -> Result<Self> {
+        Self::after(kind, config, steps, 0)
+    }
+
+    /// The last of `steps` steps, for a picture of which `strength` is drawn anew: the `get_timesteps` of `diffusers`'
+    /// image-to-image pipelines.
+    ///
+    /// Errors: a strength outside (0, 1], or one that leaves no step; and those of [`Plan::new`].
+    pub fn from_strength(
+        kind: SamplerKind,
+        config: &SchedulerConfig,
+        steps: usize,
+        strength: f64,
+    ) -> Result<Self> {
+        if !(strength > 0.0 && strength <= 1.0) {
+            return Err(Error::config(format!(
+                "strength: expected a number above 0 and up to 1, found {strength}"
+            )));
+        }
+        // Cut off, not rounded, as Python's `int` does.
+        let taken = (steps as f64 * strength) as usize;
+        if taken == 0 && steps > 0 {
+            return Err(Error::config(format!(
+                "strength: {strength} of {steps} steps is less than one step\nhint: take more steps or a higher strength"
+            )));
+        }
+        Self::after(kind, config, steps, steps - taken.min(steps))
+    }
+
+    fn after(kind: SamplerKind, config: &SchedulerConfig, steps: usize, skip: usize) -> Result<Self> {
         let (init_noise_sigma, steps) = match kind {
-            SamplerKind::Ddim => (1.0, Steps::Ddim(ddim::plan(config, steps)?)),
-            SamplerKind::Pndm => (1.0, Steps::Pndm(pndm::plan(config, steps)?)),
+            SamplerKind::Ddim => (1.0, Steps::Ddim(ddim::plan(config, steps, skip)?)),
+            SamplerKind::Pndm => (1.0, Steps::Pndm(pndm::plan(config, steps, skip)?)),
             SamplerKind::Euler => {
-                let plan = euler::plan(config, steps)?;
+                let plan = euler::plan(config, steps, skip)?;
                 (plan.init_noise_sigma, Steps::Euler(plan.steps))
             }
             SamplerKind::EulerAncestral => {
-                let plan = euler::plan_ancestral(config, steps)?;
+                let plan = euler::plan_ancestral(config, steps, skip)?;
                 (plan.init_noise_sigma, Steps::Euler(plan.steps))
             }
             SamplerKind::Heun => {
-                let plan = euler::plan_class(&schedule::HEUN, config, steps)?;
+                let plan = euler::plan_class(&schedule::HEUN, config, steps, skip)?;
                 (plan.init_noise_sigma, Steps::Heun(heun::plan(config, plan.steps)?))
             }
-            SamplerKind::DpmPp2m => (1.0, Steps::Dpm(solver::plan(config, steps, false)?)),
-            SamplerKind::DpmPp2mKarras => (1.0, Steps::Dpm(solver::plan(config, steps, true)?)),
-            SamplerKind::UniPc => (1.0, Steps::UniPc(unipc::plan(config, steps)?)),
+            SamplerKind::DpmPp2m => (1.0, Steps::Dpm(solver::plan(config, steps, skip, false)?)),
+            SamplerKind::DpmPp2mKarras => (1.0, Steps::Dpm(solver::plan(config, steps, skip, true)?)),
+            SamplerKind::UniPc => (1.0, Steps::UniPc(unipc::plan(config, steps, skip)?)),
         };
-        Ok(Self { prediction: config.prediction()?, init_noise_sigma, steps })
+        let plan = Self { prediction: config.prediction()?, init_noise_sigma, steps };
+        if plan.model_calls() == 0 {
+            return Err(Error::config(
+                "strength: no step is left\nhint: take more steps or a higher strength",
+            ));
+        }
+        Ok(plan)
     }
 
     /// What unit noise is multiplied by before [`Plan::run`].
@@ -208,7 +244,7 @@ impl Plan {
             Steps::Ddim(plan) => plan.steps.len(),
             Steps::Pndm(plan) => plan.model_calls(),
             Steps::Euler(steps) => steps.len(),
-            Steps::Heun(plan) => 2 * plan.steps.len() - 1,
+            Steps::Heun(plan) => plan.model_calls(),
             Steps::Dpm(steps) => steps.len(),
             Steps::UniPc(steps) => steps.len(),
         }
@@ -223,6 +259,23 @@ impl Plan {
         }
     }
 
+    /// Clean latents as [`Plan::run`] has them before model call `call`, counted from 0, with unit noise; after the last
+    /// call, the clean latents themselves. The class's `add_noise`, for a picture that is noised on the way.
+    pub fn add_noise(&self, call: usize, clean: &Tensor, noise: &Tensor) -> Tensor {
+        if call >= self.model_calls() {
+            return clean.shallow_clone();
+        }
+        let (of_clean, of_noise) = match &self.steps {
+            Steps::Ddim(plan) => plan.level(call),
+            Steps::Pndm(plan) => plan.level(call),
+            Steps::Euler(steps) => steps[call].level(),
+            Steps::Heun(plan) => plan.level(call),
+            Steps::Dpm(steps) => steps[call].level(),
+            Steps::UniPc(steps) => steps[call].level(),
+        };
+        scaled(clean, of_clean) + scaled(noise, of_noise)
+    }
+
     /// Samples from `x`, f32 `[b, c, h, w]`, unit noise times [`Plan::init_noise_sigma`]; returns latents like it.
     ///
     /// `model` answers for scaled latents and a timestep; `noise` gives the noise of a step, like `x`; `progress` is
@@ -234,14 +287,20 @@ impl Plan {
         noise: &mut dyn FnMut(usize) -> Result<Tensor>,
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Tensor> {
+        self.run_keeping(x, model, noise, &mut |_, x| x, progress)
+    }
+
+    /// As [`Plan::run`]; what each model call leads to goes through `keep`, with the number of calls made.
+    pub fn run_keeping(
+        &self,
+        x: Tensor,
+        model: &mut dyn FnMut(&Tensor, f64) -> Result<Tensor>,
+        noise: &mut dyn FnMut(usize) -> Result<Tensor>,
+        keep: &mut dyn FnMut(usize, Tensor) -> Tensor,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        let mut done = 0;
-        let mut call = |x: &Tensor, t: f64| {
-            let answer = model(x, t)?.to_kind(Kind::Float);
-            done += 1;
-            progress(done)?;
-            Ok(answer)
-        };
+        let mut call = Model { answer: model, keep, progress, calls: 0 };
         match &self.steps {
             Steps::Ddim(plan) => ddim::run(plan, self.prediction, x, &mut call),
             Steps::Pndm(plan) => pndm::run(plan, self.prediction, x, &mut call),
@@ -253,5 +312,25 @@ impl Plan {
     }
 }
 
-/// The model as the samplers see it: scaled latents and a timestep to an f32 answer.
-type Model<'a> = dyn FnMut(&Tensor, f64) -> Result<Tensor> + 'a;
+/// The model as the samplers see it, and what else happens at each of its calls.
+struct Model<'a> {
+    answer: &'a mut dyn FnMut(&Tensor, f64) -> Result<Tensor>,
+    keep: &'a mut dyn FnMut(usize, Tensor) -> Tensor,
+    progress: &'a mut dyn FnMut(usize) -> Result<()>,
+    calls: usize,
+}
+
+impl Model<'_> {
+    /// Scaled latents and a timestep to an f32 answer.
+    fn ask(&mut self, x: &Tensor, timestep: f64) -> Result<Tensor> {
+        let answer = (self.answer)(x, timestep)?.to_kind(Kind::Float);
+        self.calls += 1;
+        (self.progress)(self.calls)?;
+        Ok(answer)
+    }
+
+    /// What goes on in place of the latents `x` that the last answer led to.
+    fn keep(&mut self, x: Tensor) -> Tensor {
+        (self.keep)(self.calls, x)
+    }
+}

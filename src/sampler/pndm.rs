@@ -20,13 +20,20 @@ impl Steps {
     pub(super) fn model_calls(&self) -> usize {
         4 * self.runge_kutta.len() + self.multistep.len()
     }
+
+    /// Factors of clean latents and of noise at model call `call`.
+    pub(super) fn level(&self, call: usize) -> (f32, f32) {
+        let mut moves = self.runge_kutta.iter().flatten().chain(&self.multistep);
+        moves.nth(call).expect("a call of this plan").level
+    }
 }
 
 /// Ask the model at `timestep`, then go on by eq. 9: x' = of_x x - gain e / divisor. `signal` and `noise` turn a
-/// velocity into e.
+/// velocity into e; `level` is those two at `timestep`, where x need not be.
 #[derive(Debug)]
 struct Move {
     timestep: f64,
+    level: (f32, f32),
     signal: f32,
     noise: f32,
     of_x: f32,
@@ -35,13 +42,15 @@ struct Move {
 }
 
 impl Move {
-    fn new(timestep: f64, alpha: f32, alpha_next: f32) -> Result<Self> {
+    /// `alpha_at` is a_t of `timestep`, the move goes from `alpha` to `alpha_next`.
+    fn new(timestep: f64, alpha_at: f32, alpha: f32, alpha_next: f32) -> Result<Self> {
         let (beta, beta_next) = (1.0 - alpha, 1.0 - alpha_next);
         let of_x = root(alpha_next / alpha)?;
         let divisor = alpha * root(beta_next)? + root(alpha * beta * alpha_next)?;
         check_factors(timestep, &[of_x, 1.0 / divisor])?;
+        let level = (root(alpha_at)?, root(1.0 - alpha_at)?);
         let (signal, noise) = (root(alpha)?, root(beta)?);
-        Ok(Self { timestep, signal, noise, of_x, gain: alpha_next - alpha, divisor })
+        Ok(Self { timestep, level, signal, noise, of_x, gain: alpha_next - alpha, divisor })
     }
 
     fn apply(&self, prediction: Prediction, x: &Tensor, out: Tensor) -> Tensor {
@@ -53,7 +62,9 @@ impl Move {
     }
 }
 
-pub(super) fn plan(config: &SchedulerConfig, steps: usize) -> Result<Steps> {
+/// The second call of a plan goes back over the first one's step wherever `skip` makes it start, though only the whole list
+/// repeats a timestep there: `diffusers` counts its calls, and later calls are then one timestep ahead of the latents.
+pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<Steps> {
     if config.prediction()? == Prediction::Sample {
         return Err(config.problem("prediction_type: pndm expects epsilon or v_prediction, found sample"));
     }
@@ -63,16 +74,24 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize) -> Result<Steps> {
     let times: Vec<i64> = grid.timesteps(steps).into_iter().map(|t| t.round_ties_even() as i64).collect();
     let go = |at: i64, from: i64, to: i64| -> Result<Move> {
         let alpha_next = if to < 0 { last } else { grid.alpha(to)? };
-        Move::new(at as f64, grid.alpha(from)?, alpha_next)
+        Move::new(at as f64, grid.alpha(at)?, grid.alpha(from)?, alpha_next)
     };
     let onward = |t: &i64| go(*t, *t, t - stride);
 
     if config.flag("skip_prk_steps", false)? {
-        let mut multistep: Vec<Move> = times.iter().map(onward).collect::<Result<_>>()?;
+        let mut times = times;
         if let Some(&second) = times.get(1) {
-            multistep.insert(1, go(second, second + stride, second)?);
+            times.insert(1, second);
         }
-        return Ok(Steps { runge_kutta: Vec::new(), multistep });
+        let moves = times.iter().skip(skip).enumerate();
+        let moves = moves.map(|(i, t)| if i == 1 { go(*t, t + stride, *t) } else { onward(t) });
+        return Ok(Steps { runge_kutta: Vec::new(), multistep: moves.collect::<Result<_>>()? });
+    }
+    if skip > 0 {
+        return Err(Error::config(
+            "strength: pndm expects 1 with this scheduler config (skip_prk_steps is false), because its Runge-Kutta steps \
+             begin at pure noise\nhint: try another sampler",
+        ));
     }
 
     // Three Runge-Kutta steps cross the four first timesteps, with the model asked at both ends and twice half-way.
@@ -113,16 +132,16 @@ fn runge_kutta(
     x: &Tensor,
     model: &mut Model,
 ) -> Result<(Tensor, Tensor)> {
-    let first = model(x, moves[0].timestep)?;
+    let first = model.ask(x, moves[0].timestep)?;
     let mut mean = &first * (1.0 / 6.0);
-    let mut at = moves[0].apply(prediction, x, first.shallow_clone());
+    let mut at = model.keep(moves[0].apply(prediction, x, first.shallow_clone()));
     for middle in &moves[1..3] {
-        let out = model(&at, middle.timestep)?;
+        let out = model.ask(&at, middle.timestep)?;
         mean += &out * (1.0 / 3.0);
-        at = middle.apply(prediction, x, out);
+        at = model.keep(middle.apply(prediction, x, out));
     }
-    mean += model(&at, moves[3].timestep)? * (1.0 / 6.0);
-    Ok((moves[3].apply(prediction, x, mean), first))
+    mean += model.ask(&at, moves[3].timestep)? * (1.0 / 6.0);
+    Ok((model.keep(moves[3].apply(prediction, x, mean)), first))
 }
 
 /// The multistep moves (eq. 12), of lower order while `history`, the model's last answers, is short.
@@ -135,9 +154,9 @@ fn multistep(
 ) -> Result<Tensor> {
     let start = x.shallow_clone();
     for (i, step) in plan.multistep.iter().enumerate() {
-        let out = model(&x, step.timestep)?;
+        let out = model.ask(&x, step.timestep)?;
         if i == 1 && plan.runge_kutta.is_empty() {
-            x = step.apply(prediction, &start, (out + &history[0]) / 2.0);
+            x = model.keep(step.apply(prediction, &start, (out + &history[0]) / 2.0));
             continue;
         }
         if history.len() > 3 {
@@ -151,7 +170,7 @@ fn multistep(
             [d, c, b, a] => (a * 55.0 - b * 59.0 + c * 37.0 - d * 9.0) * (1.0 / 24.0),
             _ => unreachable!("the history is cut to four answers"),
         };
-        x = step.apply(prediction, &x, mixed);
+        x = model.keep(step.apply(prediction, &x, mixed));
     }
     Ok(x)
 }

@@ -97,7 +97,20 @@ pub(super) struct Step {
     second_order: Option<(f32, f32)>,
 }
 
-pub(super) fn plan(config: &SchedulerConfig, steps: usize, force_karras: bool) -> Result<Vec<Step>> {
+impl Step {
+    /// Factors of clean latents and of noise where this step begins.
+    pub(super) fn level(&self) -> (f32, f32) {
+        (self.level.alpha, self.level.sigma)
+    }
+}
+
+/// The first step of the plan is of first order, wherever `skip` makes it start.
+pub(super) fn plan(
+    config: &SchedulerConfig,
+    steps: usize,
+    skip: usize,
+    force_karras: bool,
+) -> Result<Vec<Step>> {
     let same = [("dpmsolver++", ()), ("deis", ())];
     config.choice("algorithm_type", (), &same)?;
     let order = config.count("solver_order", 2)?;
@@ -119,7 +132,7 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize, force_karras: bool) -
         let h = next.lambda - level.lambda;
         let decay = (-h).exp() - 1.0;
         let of_clean = next.alpha * decay;
-        let first_order = order == 1 || i == 0 || (i == len - 1 && first_order_end);
+        let first_order = order == 1 || i == skip || (i == len - 1 && first_order_end);
         let second_order = (!first_order).then(|| {
             let of_slope = if heun { next.alpha * (decay / h + 1.0) } else { -0.5 * of_clean };
             (of_slope, 1.0 / ((level.lambda - path.levels[i - 1].lambda) / h))
@@ -135,7 +148,7 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize, force_karras: bool) -
         check_factors(step.timestep, &[1.0 / level.alpha, step.of_x, of_clean, slope, ratio])?;
         Ok(step)
     };
-    (0..len).map(step).collect()
+    (skip..len).map(step).collect()
 }
 
 pub(super) fn run(
@@ -146,12 +159,13 @@ pub(super) fn run(
 ) -> Result<Tensor> {
     let mut before: Option<Tensor> = None;
     for step in steps {
-        let out = model(&x, step.timestep)?;
+        let out = model.ask(&x, step.timestep)?;
         let clean = step.level.denoised(prediction, &x, out);
         x = scaled(&x, step.of_x) + scaled(&clean, step.of_clean);
         if let (Some((of_slope, ratio)), Some(before)) = (step.second_order, &before) {
             x += scaled(&scaled(&(&clean - before), ratio), of_slope);
         }
+        x = model.keep(x);
         before = Some(clean);
     }
     Ok(x)

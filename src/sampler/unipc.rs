@@ -92,7 +92,15 @@ impl Update {
     }
 }
 
-pub(super) fn plan(config: &SchedulerConfig, steps: usize) -> Result<Vec<Step>> {
+impl Step {
+    /// Factors of clean latents and of noise where this step begins.
+    pub(super) fn level(&self) -> (f32, f32) {
+        (self.level.alpha, self.level.sigma)
+    }
+}
+
+/// The order grows from 1, wherever `skip` makes the plan start.
+pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<Vec<Step>> {
     if !config.flag("predict_x0", true)? {
         return Err(config.problem("predict_x0: unipc expects true, found false"));
     }
@@ -111,11 +119,11 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize) -> Result<Vec<Step>> 
     let len = path.timesteps.len();
     let order = |i: usize| {
         let left = if lower_order_final { len - i } else { max_order };
-        max_order.min(i + 1).min(left)
+        max_order.min(i - skip + 1).min(left)
     };
     let step = |i: usize| -> Result<Step> {
         let timestep = path.timesteps[i];
-        let corrected = i > 0 && !uncorrected.contains(&(i as i64 - 1));
+        let corrected = i > skip && !uncorrected.contains(&(i as i64 - 1));
         let corrector = corrected.then(|| solver.update(i - 1, order(i - 1), true));
         let predictor = solver.update(i, order(i), false);
         for update in corrector.iter().chain([&predictor]) {
@@ -123,7 +131,7 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize) -> Result<Vec<Step>> 
         }
         Ok(Step { timestep, level: solver.levels[i], corrector, predictor })
     };
-    (0..len).map(step).collect()
+    (skip..len).map(step).collect()
 }
 
 pub(super) fn run(
@@ -135,7 +143,7 @@ pub(super) fn run(
     let mut start = x.shallow_clone();
     let mut history: Vec<Tensor> = Vec::new();
     for step in steps {
-        let out = model(&x, step.timestep)?;
+        let out = model.ask(&x, step.timestep)?;
         let clean = step.level.denoised(prediction, &x, out);
         if let Some(corrector) = &step.corrector {
             x = corrector.apply(&start, &history, Some(&clean));
@@ -145,7 +153,7 @@ pub(super) fn run(
         }
         history.push(clean);
         start = x;
-        x = step.predictor.apply(&start, &history, None);
+        x = model.keep(step.predictor.apply(&start, &history, None));
     }
     Ok(x)
 }

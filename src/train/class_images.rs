@@ -118,8 +118,8 @@ impl ClassImages {
             let seeds: Vec<u64> =
                 indices.iter().map(|i| seed::derive(seed, "class image", *i as u64)).collect();
             let noise = Noise::draw(&seeds, &self.settings, model)?;
-            let drawn =
-                sample::sample(model, &self.settings, &noise, &Guides::default(), seeds.len(), &mut || {});
+            let guides = Guides::default();
+            let drawn = sample::sample(model, &self.settings, &noise, &guides, seeds.len(), &mut || {});
             let pictures = drawn.map_err(|e| match e {
                 Error::Interrupted(_) => Error::Interrupted(format!(
                     "stopped after {done} of {} class pictures\nhint: go on with `hra train --resume latest --output_dir {}`",

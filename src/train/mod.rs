@@ -143,6 +143,7 @@ impl Trainer {
         let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
         let from = config.model_config.as_deref();
         let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
+        model.expect_text_to_image()?;
         model.notes.iter().for_each(|note| eprintln!("note: {note}"));
         device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
         let resolution = resolution(&config, &model)?;

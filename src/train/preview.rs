@@ -109,7 +109,7 @@ impl Previews {
                 conditions: sample::conditions(&[condition], settings.width, settings.height),
                 strength: Strength::default(),
             });
-            let guides = Guides { control: steering };
+            let guides = Guides { control: steering, ..Guides::default() };
             let batch = config.sample_batch_size;
             let pictures = sample::sample(model, settings, &noise, &guides, batch, &mut || {})?;
             for (i, picture) in pictures.iter().enumerate() {

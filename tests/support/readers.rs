@@ -304,6 +304,8 @@ pub fn scheduler(scratch: &Path, input: &[u8]) {
             let _ = Plan::new(kind, &settings, steps)
                 .map(|plan| (plan.model_calls(), plan.noise_steps(), plan.init_noise_sigma()));
         }
+        let _ =
+            Plan::from_strength(kind, &settings, 5, 0.5).map(|plan| (plan.model_calls(), plan.noise_steps()));
         let zero = || Tensor::zeros([1, 1, 1, 1], (Kind::Float, Device::Cpu));
         if let Ok(plan) = Plan::new(kind, &settings, 5) {
             let _ = plan.run(zero(), &mut |x, _| Ok(x.shallow_clone()), &mut |_| Ok(zero()), &mut |_| Ok(()));

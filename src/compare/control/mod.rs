@@ -66,10 +66,10 @@ pub struct DrawnPairs {
     pub hash: String,
 }
 
-/// For each of `count` pairs the one whose condition it is drawn with too: the one half the set away, which is never itself.
-/// Empty for a single pair.
+/// For each of `count` pairs the one whose condition it is drawn with too: the next one, as `hra sample --shuffle-conditions`
+/// takes. Empty for a single pair.
 pub fn shuffled(count: usize) -> Vec<usize> {
-    if count < 2 { Vec::new() } else { (0..count).map(|i| (i + count / 2) % count).collect() }
+    if count < 2 { Vec::new() } else { (0..count).map(|i| (i + 1) % count).collect() }
 }
 
 /// Subjects of a comparison of control.

@@ -1,0 +1,99 @@
+//! The flags of `hra sample` for a picture to start from.
+
+use crate::error::{Error, Result};
+use crate::image::{self, RgbImage};
+use crate::sample::{Settings, Start};
+use crate::stable_diffusion::StableDiffusion;
+use clap::Args;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+/// Image-to-image and inpainting.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Starting from a picture")]
+pub struct StartArgs {
+    /// Picture to start from; drawn at its own size, cut to whole latents, or stretched to --width and --height
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+    /// Draw anew only where this picture is white (inpainting); it is stretched to the drawing's size. Where it is black, the
+    /// pixels stay those of --image to the bit; --save-latents has the latents as they were drawn
+    #[arg(long, alias = "mask-image", value_name = "FILE", requires = "image")]
+    mask: Option<PathBuf>,
+    /// How much is drawn anew, above 0 to 1: this part of --steps is taken [default: 0.8; with --mask 1]
+    #[arg(long, value_name = "S", requires = "image", allow_negative_numbers = true)]
+    strength: Option<f64>,
+}
+
+/// The pictures that the flags name, as they are in their files.
+pub struct Pictures<'a> {
+    args: &'a StartArgs,
+    image: RgbImage,
+    mask: Option<RgbImage>,
+}
+
+impl StartArgs {
+    /// Reads the files, if any are named.
+    pub fn read(&self) -> Result<Option<Pictures<'_>>> {
+        let Some(path) = &self.image else { return Ok(None) };
+        let strength = self.strength();
+        if !(strength > 0.0 && strength <= 1.0) {
+            return Err(Error::config(format!(
+                "--strength: expected a number above 0 and up to 1, found {strength}"
+            )));
+        }
+        let mask = self.mask.as_deref().map(image::load_rgb).transpose()?;
+        Ok(Some(Pictures { args: self, image: image::load_rgb(path)?, mask }))
+    }
+
+    /// Says so where a picture is drawn much larger than the model knows pictures, which costs time and coherence.
+    pub fn note_of_size(&self, settings: &Settings, model: &StableDiffusion) {
+        let (width, height, native) = (settings.width, settings.height, model.native_size());
+        if self.image.is_some() && width * height > 2 * native * native {
+            eprintln!(
+                "note: drawing at {width}x{height}, but the model was trained at {native}x{native}; --width and --height make \
+                 the picture smaller"
+            );
+        }
+    }
+
+    fn strength(&self) -> f64 {
+        self.strength.unwrap_or(if self.mask.is_some() { 1.0 } else { 0.8 })
+    }
+
+    /// For `--json`: null without a picture.
+    pub fn to_json(&self) -> Value {
+        let described = |image| json!({"image": image, "mask": self.mask, "strength": self.strength()});
+        self.image.as_ref().map_or(Value::Null, described)
+    }
+
+    /// Adds the settings to a PNG's texts, and the strength to the line that A1111 reads.
+    pub fn add_to(&self, text: &mut Vec<(String, String)>) {
+        let Some(image) = &self.image else { return };
+        for (_, line) in text.iter_mut().filter(|(key, _)| key == "parameters") {
+            *line += &format!(", Denoising strength: {}", self.strength());
+        }
+        text.push(("image".into(), image.display().to_string()));
+        text.push(("strength".into(), self.strength().to_string()));
+        text.extend(self.mask.iter().map(|mask| ("mask".into(), mask.display().to_string())));
+    }
+}
+
+impl Pictures<'_> {
+    /// Width and height of the picture, cut to multiples of `factor` pixels.
+    pub fn size(&self, factor: i64) -> Result<[i64; 2]> {
+        let size = [i64::from(self.image.width()), i64::from(self.image.height())];
+        if size.iter().any(|side| *side < factor) {
+            return Err(Error::config(format!(
+                "--image: expected {factor} pixels or more on each side (one latent of this model), found {}x{}",
+                size[0], size[1]
+            )));
+        }
+        Ok(size.map(|side| side - side % factor))
+    }
+
+    /// What the drawing starts from, at `width` x `height` pixels.
+    pub fn start(&self, width: i64, height: i64) -> Result<Start> {
+        let size = (width as u32, height as u32);
+        Start::new(&self.image, self.mask.as_ref(), self.args.strength(), size)
+    }
+}
