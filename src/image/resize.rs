@@ -273,11 +273,11 @@ pub fn crop(image: &RgbImage, x: u32, y: u32, size: u32) -> RgbImage {
 pub fn nearest_square<T: Copy>(values: &[T], width: u32, height: u32, size: u32) -> Vec<T> {
     assert_eq!(values.len(), width as usize * height as usize, "values of the size that is said");
     let (wide, high) = short_side_size(width, height, size);
-    let old = |at: u32, new: u32, old: u32| {
-        ((2 * u64::from(at) + 1) * u64::from(old) / (2 * u64::from(new))) as usize
+    let taken = |old: u32, new: u32| {
+        let start = center_offset(new, size) as usize;
+        middles(old, new).into_iter().skip(start).take(size as usize).map(|at| at as usize)
     };
-    let (left, top) = (center_offset(wide, size), center_offset(high, size));
-    let columns: Vec<usize> = (left..left + size).map(|x| old(x, wide, width)).collect();
-    let rows = (top..top + size).map(|y| old(y, high, height) * width as usize);
+    let columns: Vec<usize> = taken(width, wide).collect();
+    let rows = taken(height, high).map(|y| y * width as usize);
     rows.flat_map(|row| columns.iter().map(move |column| values[row + column])).collect()
 }

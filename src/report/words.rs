@@ -188,12 +188,22 @@ impl Analysis<'_> {
             let intervals =
                 self.rows.iter().flat_map(|r| r.differences.values()).filter(|d| d.interval.is_some());
             let intervals = intervals.count();
+            let paired = if self.control {
+                "pair of picture and condition, seed and picture"
+            } else {
+                "subject, prompt, seed and picture"
+            };
             notes.push(format!(
-                "differences are to {reference}, paired by subject, prompt, seed and picture, with the 95 % interval of a percentile \
+                "differences are to {reference}, paired by {paired}, with the 95 % interval of a percentile \
                  bootstrap (10,000 resamples of {}); where the interval holds 0 no difference was seen",
                 self.resampled
             ));
-            if self.few_subjects {
+            if self.control {
+                notes.push(
+                    "the intervals are over pairs: they say nothing of other trainings, for which there are seeds, or other data"
+                        .into(),
+                );
+            } else if self.few_subjects {
                 notes.push(
                     "with fewer than five subjects the intervals say nothing of other subjects, and pictures of one training \
                      are not independent: look at each seed's own value too"
