@@ -4,6 +4,8 @@
 mod support;
 
 use hra::image::{Filter, RgbImage, load_rgb, png::read_png_text, png::save_png, resize};
+use hra::model::source::Source;
+use hra::single_file::{Replaced, write_checkpoint};
 use hra::tensor_file::{self, TensorFile};
 use std::path::{Path, PathBuf};
 use support::program::{Finished, Scratch};
@@ -202,6 +204,17 @@ fn an_inpainting_unet_draws_into_masks_alone() {
     draw(&scratch, &plain, "plain", &[&words[..], &["plain.safetensors"]].concat());
     let [nine, plain] = ["nine", "plain"].map(|name| latents(&scratch.path(&format!("{name}.safetensors"))));
     assert!(relative_error(&nine, &plain) < 1e-5);
+
+    // As one file, with its settings and without.
+    let file = scratch.path("one.safetensors");
+    let source = Source::open(&model, None).unwrap();
+    write_checkpoint(&source, &Replaced::new(), None, &file).unwrap();
+    draw(&scratch, &file, "one", &[&words[..], &["one-latents.safetensors"], &masked].concat());
+    assert!(relative_error(&latents(&scratch.path("one-latents.safetensors")), &nine) < 1e-6);
+    let bare: Vec<(String, Tensor)> = Tensor::read_safetensors(&file).unwrap().into_iter().collect();
+    tensor_file::write(&scratch.path("bare.safetensors"), &bare, &[]).unwrap();
+    let done = run(&scratch, &scratch.path("bare.safetensors"), "refused", &masked);
+    assert!(done.err.contains("files of stable-diffusion-v1-5/stable-diffusion-inpainting"), "{}", done.err);
 
     for more in [&[][..], &masked[..2]] {
         let done = run(&scratch, &model, "refused", more);

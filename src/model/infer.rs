@@ -23,9 +23,14 @@ enum Family {
 
 /// The hub's repository whose settings fit the file.
 pub fn hub_repository(file: &TensorFile) -> &'static str {
-    match context_width(file) {
-        Some(1024) => "stabilityai/stable-diffusion-2-1",
-        _ => "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    // Latents, a mask and a masked picture.
+    let inpainting =
+        dimension_of(file, "model.diffusion_model.input_blocks.0.0.weight", 1).is_ok_and(|n| n == 9);
+    match (context_width(file), inpainting) {
+        (Some(1024), false) => "stabilityai/stable-diffusion-2-1",
+        (Some(1024), true) => "stabilityai/stable-diffusion-2-inpainting",
+        (_, false) => "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        (_, true) => "stable-diffusion-v1-5/stable-diffusion-inpainting",
     }
 }
 

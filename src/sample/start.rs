@@ -27,7 +27,8 @@ pub struct Start {
 
 impl Start {
     /// `image` and `mask` at `width` x `height` pixels, stretched by a Lanczos filter as `VaeImageProcessor` does.
-    /// `strength`, in (0, 1] ([`Plan::from_strength`] checks it), is the part of the steps that is taken, and so of the picture that is drawn anew.
+    /// `strength`, in (0, 1], is the part of the steps that is taken, and so of the picture that is drawn anew;
+    /// [`Plan::from_strength`] checks it.
     ///
     /// Errors: no pixels, or a mask without white.
     pub fn new(

@@ -123,7 +123,8 @@ impl Sources {
         let mut folders: BTreeMap<PathBuf, BTreeMap<OsString, PathBuf>> = BTreeMap::new();
         let mut used = BTreeSet::new();
         for picture in of_pictures.sources {
-            let within = picture.name.parent().map(|parent| dir.join(parent)).filter(|path| path.is_dir());
+            let parent = picture.name.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let within = parent.map(|parent| dir.join(parent)).filter(|path| path.is_dir());
             let folder = within.unwrap_or_else(|| dir.to_path_buf());
             if !folders.contains_key(&folder) {
                 let stem = |path: PathBuf| (path.file_stem().unwrap_or_default().to_os_string(), path);
