@@ -157,6 +157,17 @@ fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: boo
         println!("  {}: learning rate {}", method.label, rates.join(", "));
     }
     for subject in &plan.subjects {
+        if let Some(control) = &subject.control {
+            println!(
+                "  {}: condition {}; {} pairs trained on, {} for validation, {} for the tables",
+                subject.name,
+                control.condition,
+                control.trained_pairs,
+                control.validation.pictures.len(),
+                control.test.pictures.len()
+            );
+            continue;
+        }
         println!(
             "  {}: {} pictures trained on, {} for validation, {} for the tables; {} prompts, {} validation prompts",
             subject.name,

@@ -1,10 +1,11 @@
 //! One cell, in a process of its own: train, draw, score, and write `record.json`. Whatever was finished before is not done
 //! again; an interrupted training goes on from its last checkpoint.
 
+use super::control;
 use super::draw::{self, Drawing};
 use super::score;
 use super::subjects::CLASS_LOOK_ALIKES;
-use super::task::Task;
+use super::task::{Task, TaskSet};
 use crate::adapter::peft;
 use crate::checkpoint;
 use crate::config::TrainConfig;
@@ -15,9 +16,11 @@ use crate::evaluate::Towers;
 use crate::files;
 use crate::image::RgbImage;
 use crate::interrupt;
+use crate::model::control::{CONTROL_ENCODER, FILE_STEM};
 use crate::model::loaded::{FULL_UNET, TEXT_ENCODER};
 use crate::results::{
-    self, Budget, CellRecord, Environment, Evaluation, FORMAT, LossPoint, RECORD_FILE, Scores, Set,
+    self, Budget, CellRecord, Environment, Evaluation, FORMAT, LossPoint, PictureScores, PromptScores,
+    RECORD_FILE, Scores, Set,
 };
 use crate::run::{CONFIG_FILE, METRICS_FILE, Record};
 use crate::stable_diffusion::StableDiffusion;
@@ -49,7 +52,7 @@ pub fn run(comparison: &Path, id: &str) -> Result<()> {
         // A rate too high is a result; the other cells go on.
         Err(Error::NotFinite(why)) if task.cell.learning_rate.is_some() => {
             let failure = why.lines().next().map(str::to_string);
-            let record = cell.record(None, Vec::new(), Scores::new(), failure)?;
+            let record = cell.record(None, Vec::new(), Real::default(), failure)?;
             return cell.finish(&record);
         }
         other => other?,
@@ -57,7 +60,11 @@ pub fn run(comparison: &Path, id: &str) -> Result<()> {
     let towers = Towers::load(&task.towers, cell.compute.device)?;
     let _guard = tch::no_grad_guard();
     let evaluations = cell.score(&towers, &fingerprint)?;
-    let real = if trained.is_none() { cell.real(towers)? } else { Scores::new() };
+    let real = match (&trained, &task.control) {
+        (Some(_), _) => Real::default(),
+        (None, Some(agreement)) => cell.real_pairs(agreement, &towers)?,
+        (None, None) => Real { scores: cell.real(towers)?, pictures: Vec::new() },
+    };
     cell.finish(&cell.record(trained, evaluations, real, None)?)
 }
 
@@ -106,6 +113,14 @@ struct Cell<'a> {
 struct Trained {
     budget: Budget,
     environment: Environment,
+}
+
+/// Scores of real pictures.
+#[derive(Default)]
+struct Real {
+    scores: Scores,
+    /// Each one's, of control.
+    pictures: Vec<PictureScores>,
 }
 
 impl Cell<'_> {
@@ -176,7 +191,8 @@ impl Cell<'_> {
         resolution: u32,
     ) -> Drawing {
         let (sampling, batch) = (self.task.sampling.clone(), self.config.sample_batch_size);
-        Drawing { sampling, model: fingerprint.to_string(), resolution, batch, prompts, num_images }
+        let model = fingerprint.to_string();
+        Drawing { sampling, model, resolution, batch, prompts, num_images, pairs: None }
     }
 
     /// Everything that is drawn after a step: its folder's name, and how.
@@ -184,6 +200,7 @@ impl Cell<'_> {
         let sets = self.task.sets.iter().map(|set| {
             let prompts = set.prompts.iter().map(|p| p.prompt.clone()).collect();
             let drawing = self.drawing(prompts, set.num_images, fingerprint, resolution);
+            let drawing = Drawing { pairs: set.pairs.clone(), ..drawing };
             (set.set.name().to_string(), drawing)
         });
         let drift = (!self.task.drift_prompts.is_empty()).then(|| {
@@ -196,13 +213,15 @@ impl Cell<'_> {
     /// Draws what is missing; the base model's fingerprint, or `None` where the weights that should draw are gone.
     fn draw(&self) -> Result<Option<String>> {
         let (config, compute) = (&self.config, &self.compute);
-        let mut model = draw::load(config, compute, None)?;
-        let fingerprint = model.fingerprint()?;
-        let resolution = config.resolution.unwrap_or(model.native_size() as u32);
+        let mut artist = draw::load(config, compute, None)?;
+        let fingerprint = artist.model.fingerprint()?;
+        let resolution = config.resolution.unwrap_or(artist.model.native_size() as u32);
         results::write_json(&self.folder.join("resolution.json"), &resolution)?;
         if self.task.cell.learning_rate.is_none() && config.with_prior_preservation {
-            self.class_pictures(&mut model)?;
+            self.class_pictures(&mut artist.model)?;
         }
+        let shown: Vec<Vec<RgbImage>> =
+            self.task.sets.iter().map(|set| self.conditions(set)).collect::<Result<_>>()?;
         let drawings = self.drawings(&fingerprint, resolution);
         for &step in &self.task.steps {
             let place = self.step_folder(step);
@@ -214,12 +233,14 @@ impl Cell<'_> {
                     return Ok(None);
                 }
                 // What an earlier step put on it does not come off.
-                model = draw::load(config, compute, Some(&adapter))?;
+                artist = draw::load(config, compute, Some(&adapter))?;
             }
             let cell = &self.task.cell;
             let by = format!("{}, {}, seed {}, step {step}", cell.method, cell.subject, cell.seed);
-            for (name, drawing) in &drawings {
-                drawing.draw(&model, &by, &place.join(name))?;
+            // What is drawn for drift follows no condition.
+            let shown = shown.iter().map(Vec::as_slice).chain(std::iter::repeat(&[][..]));
+            for ((name, drawing), shown) in drawings.iter().zip(shown) {
+                drawing.draw(&artist, shown, &by, &place.join(name))?;
             }
         }
         Ok(Some(fingerprint))
@@ -243,6 +264,9 @@ impl Cell<'_> {
 
     fn score(&self, towers: &Towers, fingerprint: &str) -> Result<Vec<Evaluation>> {
         let resolution: u32 = results::read_json(&self.folder.join("resolution.json"))?;
+        if let Some(agreement) = &self.task.control {
+            return self.score_pairs(agreement, towers, &self.drawings(fingerprint, resolution));
+        }
         let look_alikes = self.look_alikes()?;
         let mut evaluations = Vec::new();
         let drawings = self.drawings(fingerprint, resolution);
@@ -274,6 +298,57 @@ impl Cell<'_> {
             }
         }
         Ok(evaluations)
+    }
+
+    /// As [`Self::score`], of pictures drawn from pairs.
+    fn score_pairs(
+        &self,
+        agreement: &control::Agreement,
+        towers: &Towers,
+        drawings: &[(String, Drawing)],
+    ) -> Result<Vec<Evaluation>> {
+        let judges: Vec<_> =
+            self.task.sets.iter().map(|set| self.judges(agreement, towers, set)).collect::<Result<_>>()?;
+        let mut evaluations = Vec::new();
+        for &step in &self.task.steps {
+            for ((set, judges), (name, drawing)) in self.task.sets.iter().zip(&judges).zip(drawings) {
+                interrupt::check(|| "stopped while scoring".into())?;
+                let prompts = judges.prompts(drawing, &self.step_folder(step).join(name), &self.folder)?;
+                evaluations.push(score::evaluation(step, set.set, prompts, Vec::new()));
+            }
+        }
+        Ok(evaluations)
+    }
+
+    fn judges<'a>(
+        &self,
+        agreement: &'a control::Agreement,
+        towers: &'a Towers,
+        set: &TaskSet,
+    ) -> Result<control::score::Judges<'a>> {
+        let kind = set.set.name();
+        let files = control::picture_places(&self.task.cell.subject, kind, set.prompts.len());
+        let pictures = self.real_pictures(kind)?;
+        control::score::Judges::new(agreement, towers, pictures, &self.conditions(set)?, files)
+    }
+
+    /// The conditions of a set of pairs; empty where it is none.
+    fn conditions(&self, set: &TaskSet) -> Result<Vec<RgbImage>> {
+        match set.pairs {
+            Some(_) => self.real_pictures(&format!("{}_conditions", set.set.name())),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// The pictures of the pairs of the tables scored as drawn ones.
+    fn real_pairs(&self, agreement: &control::Agreement, towers: &Towers) -> Result<Real> {
+        let Some(set) = self.task.sets.iter().find(|set| set.set == Set::Test) else {
+            return Ok(Real::default());
+        };
+        let captions: Vec<String> = set.prompts.iter().map(|p| p.text.clone()).collect();
+        let pictures = self.judges(agreement, towers, set)?.real(&captions)?;
+        let whole = PromptScores { prompt: String::new(), scores: Scores::new(), pictures };
+        Ok(Real { scores: whole.means(), pictures: whole.pictures })
     }
 
     fn real_pictures(&self, kind: &str) -> Result<Vec<RgbImage>> {
@@ -329,7 +404,7 @@ impl Cell<'_> {
         &self,
         trained: Option<Trained>,
         evaluations: Vec<Evaluation>,
-        real: Scores,
+        real: Real,
         failure: Option<String>,
     ) -> Result<CellRecord> {
         let (budget, environment) = match trained {
@@ -342,7 +417,8 @@ impl Cell<'_> {
             budget,
             losses: self.losses()?,
             evaluations,
-            real,
+            real: real.scores,
+            real_pictures: real.pictures,
             failure,
             scored_with: self.task.scored_with.clone(),
             environment,
@@ -372,9 +448,11 @@ impl Cell<'_> {
 }
 
 /// The files that are needed to draw with what was trained.
-fn weight_files(run: &Path) -> [PathBuf; 5] {
-    let text = run.join(TEXT_ENCODER);
+fn weight_files(run: &Path) -> [PathBuf; 7] {
+    let (text, control) = (run.join(TEXT_ENCODER), run.join(CONTROL_ENCODER));
     [
+        control.join(format!("{FILE_STEM}.safetensors")),
+        control.join("config.json"),
         run.join(peft::WEIGHTS_FILE),
         run.join(peft::CONFIG_FILE),
         text.join(peft::WEIGHTS_FILE),

@@ -45,7 +45,12 @@ const CHOICES: [&[&str]; 2] = [&["dino", "dinov2", "clip_i"], &["clip_t"]];
 
 /// Fails for settings that leave nothing to score; for a look before the training.
 pub fn check(config: &TrainConfig, judges: &Judges) -> Result<()> {
-    if config.validation_prompt.is_empty() {
+    if config.is_control() {
+        return Err(Error::config(
+            "--score: expected a training on a subject, found one of control\nhint: `hra compare` scores control (docs/compare.md)",
+        ));
+    }
+    if config.validation_prompt.is_empty() || config.num_validation_images == 0 {
         return Err(Error::config(
             "--score: expected a --validation-prompt or more, which every checkpoint is drawn from",
         ));
@@ -71,7 +76,7 @@ pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
     let run = &config.output_dir;
     let compute = device::resolve(config.device, Some(config.dtype))?;
     let base = draw::load(config, &compute, None)?;
-    let resolution = config.resolution.unwrap_or(base.native_size() as u32);
+    let resolution = config.resolution.unwrap_or(base.model.native_size() as u32);
     let drawing = |prompts: &[String]| -> Result<Drawing> {
         let sampling = Sampling {
             seed: config.seed,
@@ -81,17 +86,18 @@ pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
         };
         Ok(Drawing {
             sampling,
-            model: base.fingerprint()?,
+            model: base.model.fingerprint()?,
             resolution,
             batch: config.sample_batch_size,
             prompts: prompts.to_vec(),
             num_images: config.num_validation_images,
+            pairs: None,
         })
     };
     let (own, drift) = (drawing(&config.validation_prompt)?, drawing(&judges.drift_prompts)?);
     let folder = run.join(FOLDER);
     let base_drift = folder.join("base");
-    drift.draw(&base, "", &base_drift)?;
+    drift.draw(&base, &[], "", &base_drift)?;
     drop(base);
 
     let towers = Towers::load(&judges.towers, compute.device)?;
@@ -114,10 +120,10 @@ pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
         let place = folder.join(format!("step-{step:06}"));
         let (pictures, unrelated) = (place.join(Set::Validation.name()), place.join("drift"));
         if !own.is_done(&pictures) || !drift.is_done(&unrelated) {
-            let model = draw::load(config, &compute, Some(&adapter))?;
+            let artist = draw::load(config, &compute, Some(&adapter))?;
             let by = format!("{} at step {step}", run.display());
-            own.draw(&model, &by, &pictures)?;
-            drift.draw(&model, &by, &unrelated)?;
+            own.draw(&artist, &[], &by, &pictures)?;
+            drift.draw(&artist, &[], &by, &unrelated)?;
         }
         let prompts = score::prompts(&towers, &subject, &own, &texts, &pictures, &folder)?;
         let drifts = score::drift(&towers, &drift, &unrelated, &base_drift, &folder)?;

@@ -1,6 +1,7 @@
 //! The settings of a comparison: a TOML file of a few tables. `[train]` takes every key of `hra train`, for all methods alike;
 //! a `[[method]]` takes the same keys for itself. No tensors and no paths opened here.
 
+use super::control::{self, ControlEntry};
 use crate::config::{TrainConfig, own_names};
 use crate::error::{Error, Result};
 use crate::evaluate::TowerPaths;
@@ -11,12 +12,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// What the keys of `[train]` and `[[method]]` may not be: the comparison sets them itself.
-const OURS: [&str; 11] = [
+const OURS: [&str; 13] = [
     "output_dir",
     "seed",
     "instance_data_dir",
     "instance_prompt",
     "held_out_data_dir",
+    "train_data_dir",
+    "validation_image",
     "class_prompt",
     "class_data_dir",
     "validation_prompt",
@@ -26,7 +29,7 @@ const OURS: [&str; 11] = [
 ];
 
 /// What a `[[method]]` may say: the method and what it is trained by. Everything else is the same for all.
-const METHODS_OWN: [&str; 17] = [
+const METHODS_OWN: [&str; 18] = [
     "method",
     "rank",
     "block_size",
@@ -44,6 +47,7 @@ const METHODS_OWN: [&str; 17] = [
     "train_text_encoder",
     "text_target_modules",
     "text_encoder_lr",
+    "control_lr",
 ];
 
 /// Scores that a search may be about, and the tower that each needs. Identity is not among them: its look-alikes hold the
@@ -60,6 +64,9 @@ const OBJECTIVES: [(&str, &str); 10] = [
     ("diversity_clip", "clip"),
     ("drift_clip", "clip"),
 ];
+
+/// Scores of control that a search may be about; they need no tower.
+const CONTROL_OBJECTIVES: [&str; 3] = ["edge_f1", "edge_iou", "subject_miou"];
 
 /// A whole comparison.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -99,6 +106,9 @@ pub struct CompareConfig {
     /// What is taught.
     #[serde(default, rename = "subject")]
     pub subjects: Vec<SubjectEntry>,
+    /// Pairs of picture and condition, in place of `[[subject]]`: control is taught.
+    #[serde(default, rename = "control")]
+    pub controls: Vec<ControlEntry>,
     /// Subjects and prompts of a folder like google/dreambooth's `dataset/`, in place of `[[subject]]`.
     pub dreambooth: Option<DreamBooth>,
     /// Rows of the table.
@@ -243,7 +253,7 @@ fn first_seed() -> Vec<u64> {
 fn one() -> usize {
     1
 }
-fn four() -> usize {
+pub(super) fn four() -> usize {
     4
 }
 fn thirty() -> usize {
@@ -289,6 +299,10 @@ impl CompareConfig {
         if !search.objective.is_empty() {
             return search.objective.clone();
         }
+        let agreement: Option<BTreeSet<&str>> = self.controls.iter().map(|c| c.agreement_score()).collect();
+        if let Some(keys) = agreement.filter(|keys| !keys.is_empty()) {
+            return keys.into_iter().map(|key| (key.to_string(), 1.0)).collect();
+        }
         let picture = if self.scores.dino.is_some() { "dino" } else { "clip_i" };
         BTreeMap::from([(picture.to_string(), 1.0), ("clip_t".to_string(), 1.0)])
     }
@@ -317,13 +331,15 @@ impl CompareConfig {
         );
         check(!self.seeds.is_empty(), "seeds: expected one or more, found none".into());
         check(!self.methods.is_empty(), "method: expected a [[method]] or more, found none".into());
+        let kinds = [!self.subjects.is_empty(), self.dreambooth.is_some(), !self.controls.is_empty()];
         check(
-            self.subjects.is_empty() == self.dreambooth.is_some(),
-            "expected either [[subject]] tables or a [dreambooth] table".into(),
+            kinds.iter().filter(|there| **there).count() == 1,
+            "expected either [[subject]] tables, a [dreambooth] table or [[control]] tables".into(),
         );
         for (what, names) in [
             ("method: label", self.methods.iter().map(|m| m.label.as_str()).collect::<Vec<_>>()),
             ("subject: name", self.subjects.iter().map(|s| s.name.as_str()).collect()),
+            ("control: name", self.controls.iter().map(|c| c.name.as_str()).collect()),
         ] {
             let unique: BTreeSet<&&str> = names.iter().collect();
             check(unique.len() == names.len(), format!("{what}: expected different ones, found {names:?}"));
@@ -333,11 +349,15 @@ impl CompareConfig {
             seeds.len() == self.seeds.len(),
             format!("seeds: expected different ones, found {:?}", self.seeds),
         );
-        for subject in &self.subjects {
+        let names = self.subjects.iter().map(|s| ("subject", &s.name));
+        for (what, name) in names.chain(self.controls.iter().map(|c| ("control", &c.name))) {
             check(
-                is_folder_name(&subject.name),
-                format!("subject: name: expected letters, digits, - and _, found `{}`", subject.name),
+                is_folder_name(name),
+                format!("{what}: name: expected letters, digits, - and _, found `{name}`"),
             );
+        }
+        if !self.controls.is_empty() {
+            control::problems(self).into_iter().for_each(|problem| check(false, problem));
         }
         for method in &self.methods {
             check(
@@ -360,7 +380,8 @@ impl CompareConfig {
                 check(false, format!("method `{}`: {key} {all}", method.label));
             }
         }
-        let validation = self.search.is_some() && self.draw.validation_prompts.is_empty();
+        let validation =
+            self.search.is_some() && self.draw.validation_prompts.is_empty() && self.controls.is_empty();
         check(!validation, "draw: a [search] needs validation_prompts, which no table uses".into());
         if let Some(search) = &self.search {
             check(
@@ -374,6 +395,9 @@ impl CompareConfig {
             );
             let towers = serde_json::to_value(&self.scores).unwrap_or_default();
             for key in self.objective().keys() {
+                if !self.controls.is_empty() && CONTROL_OBJECTIVES.contains(&key.as_str()) {
+                    continue;
+                }
                 let tower = OBJECTIVES.iter().find(|(score, _)| score == key).map(|(_, tower)| *tower);
                 let known: Vec<&str> = OBJECTIVES.iter().map(|(score, _)| *score).collect();
                 let found =
@@ -399,13 +423,20 @@ impl CompareConfig {
                 Err(e) => check(false, e.to_string()),
                 Ok(config) => {
                     // With words in the places that the comparison fills.
-                    let filled = TrainConfig {
-                        instance_data_dir: "folder".into(),
-                        instance_prompt: "prompt".into(),
-                        class_prompt: "prompt".into(),
-                        ..config
+                    let filled = match self.controls.is_empty() {
+                        true => TrainConfig {
+                            instance_data_dir: "folder".into(),
+                            instance_prompt: "prompt".into(),
+                            class_prompt: "prompt".into(),
+                            ..config
+                        },
+                        false => config,
                     };
-                    let wrong = filled.validate().err().map(|e| format!("method `{}`: {e}", method.label));
+                    let of_controls = self.controls.iter().map(|entry| entry.applied_to(filled.clone()));
+                    let trained: Vec<TrainConfig> =
+                        if self.controls.is_empty() { vec![filled.clone()] } else { of_controls.collect() };
+                    let wrong = trained.iter().find_map(|config| config.validate().err());
+                    let wrong = wrong.map(|e| format!("method `{}`: {e}", method.label));
                     check(wrong.is_none(), wrong.unwrap_or_default());
                     let every = filled.checkpointing_steps;
                     let all = every < 1

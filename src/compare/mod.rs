@@ -1,12 +1,13 @@
 //! Comparing methods under equal conditions: the same pictures, prompts, seeds, order of data, steps and batch for each, the
 //! same noise for what is drawn, one process for each training.
 //!
-//! `config` -> `subjects` (pictures divided) -> `plan` (cells) -> `pool` (processes) -> `cell` (train, `draw`, `score`) ->
+//! `config` -> `subjects` (pictures divided) or `control` (pairs) -> `plan` (cells) -> `pool` (processes) -> `cell` (train, `draw`, `score`) ->
 //! `crate::results` on disk -> `crate::report`.
 
 pub mod cell;
 pub mod checkpoints;
 pub mod config;
+pub mod control;
 pub mod draw;
 pub mod dreambooth;
 mod estimate;

@@ -1,7 +1,8 @@
 //! From the settings of a comparison to its cells.
 
 use super::config::{CompareConfig, MethodEntry, Protocol};
-use super::draw::Sampling;
+use super::control::shuffled;
+use super::draw::{Pairs, Sampling};
 use super::subjects::{Subject, hash, slug};
 use super::task::{Task, TaskSet};
 use crate::config::TrainConfig;
@@ -168,13 +169,18 @@ impl Planner<'_> {
             ("resolution".into(), train.resolution.map_or("the model's".into(), |r| r.to_string())),
             ("steps".into(), train.max_train_steps.to_string()),
             (
-                "subject pictures a step".into(),
+                if self.config.controls.is_empty() { "subject pictures a step" } else { "pairs a step" }
+                    .into(),
                 (train.train_batch_size * train.gradient_accumulation_steps).to_string(),
             ),
             ("learning-rate schedule".into(), self.schedule(train)?),
             ("pictures a prompt".into(), draw.num_images.to_string()),
             ("drawn with".into(), format!("{scheduler}, {} steps, guidance {}", draw.steps, draw.guidance)),
         ];
+        if !self.config.controls.is_empty() {
+            common.retain(|(key, _)| key != "pictures a prompt");
+            common.push(("captions left out".into(), train.proportion_empty_prompts.to_string()));
+        }
         if !self.config.methods.iter().any(|m| m.settings.contains_key("target_modules")) {
             common.push(("target modules of adapters".into(), train.target_modules.join(", ")));
         }
@@ -231,15 +237,19 @@ impl Planner<'_> {
             instance_prompt: subject.instance_prompt.clone(),
             class_prompt: subject.class_prompt.clone(),
             validation_prompt: Vec::new(),
+            // Without prompts control would preview held-out pairs, in the time that is measured.
+            num_validation_images: 0,
             validation_steps: (train.max_train_steps / HELD_OUT_LOOKS).max(1),
             checkpoints_total_limit: (self.steps.len() == 1).then_some(1),
             seed,
             ..train
         };
+        let train = self.with_pairs(subject, train);
         let id = match rate {
             None => self.base_id(subject),
             Some(rate) => {
-                let pictures: Vec<&str> = subject.train.iter().map(|p| p.hash.as_str()).collect();
+                let own = subject.control.as_ref().map(|control| control.train_hash.as_str());
+                let pictures: Vec<&str> = subject.train.iter().map(|p| p.hash.as_str()).chain(own).collect();
                 // Where it runs is not what it is.
                 let what = TrainConfig { device: DeviceChoice::Auto, threads: None, ..train.clone() };
                 let key = serde_json::to_string(&(method, what, &self.model, pictures, self.steps));
@@ -263,7 +273,8 @@ impl Planner<'_> {
         Ok(Task {
             class_folder: Path::new("class_images").join(class_folder),
             steps: if rate.is_some() { self.steps.to_vec() } else { vec![0] },
-            sets: sets.iter().map(|set| self.set(*set, subject)).collect(),
+            sets: sets.iter().map(|set| self.set(*set, subject, rate.is_some())).collect(),
+            control: subject.control.as_ref().map(|control| control.agreement.clone()),
             drift_prompts: if draws_drift { draw.drift_prompts.clone() } else { Vec::new() },
             drift_base: first,
             sampling: Sampling {
@@ -297,12 +308,32 @@ impl Planner<'_> {
         format!("{BASE}-{}-{}", subject.name, short(&format!("{} {counts:?}", self.class_settings())))
     }
 
-    fn set(&self, set: Set, subject: &Subject) -> TaskSet {
+    /// The settings of a training on a subject's pairs, where it has any.
+    fn with_pairs(&self, subject: &Subject, train: TrainConfig) -> TrainConfig {
+        let Some(control) = &subject.control else { return train };
+        let entry = self.config.controls.iter().find(|entry| entry.name == subject.name);
+        let train = match entry {
+            Some(entry) => entry.applied_to(train),
+            None => train,
+        };
+        let (train_data_dir, palette) =
+            (Some(control.train_data_dir.clone()), control.settings.palette.clone());
+        TrainConfig { train_data_dir, palette, ..train }
+    }
+
+    fn set(&self, set: Set, subject: &Subject, is_trained: bool) -> TaskSet {
         let (prompts, num_images) = match set {
             Set::Validation => (&subject.validation_prompts, self.config.draw.num_validation_images),
             Set::Test => (&subject.prompts, self.config.draw.num_images),
         };
-        TaskSet { set, prompts: prompts.clone(), num_images }
+        let Some(control) = &subject.control else {
+            return TaskSet { set, prompts: prompts.clone(), num_images, pairs: None };
+        };
+        // The base model is shown no condition, its own or another's.
+        let shuffled = if is_trained { shuffled(prompts.len()) } else { Vec::new() };
+        let conditions = control.hash(set).to_string();
+        let num_images = if shuffled.is_empty() { 1 } else { 2 };
+        TaskSet { set, prompts: prompts.clone(), num_images, pairs: Some(Pairs { conditions, shuffled }) }
     }
 
     /// What the scores of a task depend on beside its training, for each set.
@@ -319,7 +350,8 @@ impl Planner<'_> {
                 .collect();
             let drawn =
                 (&task.drift_prompts, task.num_drift_images, &task.sampling, task.train.sample_batch_size);
-            let key = (&self.identity, pictures, set, drawn, &task.steps, task.class_look_alikes);
+            let how = (task.class_look_alikes, &task.control);
+            let key = (&self.identity, pictures, set, drawn, &task.steps, how);
             (set.set, hash(format!("{key:?}").as_bytes())[..16].to_string())
         };
         task.sets.iter().map(identity).collect()
@@ -345,5 +377,6 @@ fn planned_subject(subject: &Subject) -> PlannedSubject {
         validation_pictures: place("validation", &subject.validation),
         test_pictures: place("test", &subject.test),
         notes: subject.notes.clone(),
+        control: subject.control.as_ref().map(|control| control.planned(&subject.name)),
     }
 }

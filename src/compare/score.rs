@@ -75,11 +75,11 @@ pub fn evaluation(step: i64, set: Set, prompts: Vec<PromptScores>, drift: Vec<Pr
     evaluation
 }
 
-fn drawn(drawing: &Drawing, folder: &Path, prompt: usize) -> Result<Vec<RgbImage>> {
+pub(super) fn drawn(drawing: &Drawing, folder: &Path, prompt: usize) -> Result<Vec<RgbImage>> {
     (0..drawing.num_images).map(|i| load_rgb(&folder.join(file_name(prompt, i)))).collect()
 }
 
-fn prompt_scores(
+pub(super) fn prompt_scores(
     drawing: &Drawing,
     prompt: usize,
     scores: Scores,
@@ -88,7 +88,7 @@ fn prompt_scores(
     root: &Path,
 ) -> PromptScores {
     let relative: PathBuf = folder.strip_prefix(root).unwrap_or(folder).into();
-    let pictures = drawing.seeds().into_iter().zip(each).enumerate().map(|(i, (seed, scores))| {
+    let pictures = drawing.seeds(prompt).into_iter().zip(each).enumerate().map(|(i, (seed, scores))| {
         let file = relative.join(file_name(prompt, i)).to_string_lossy().into_owned();
         PictureScores { seed, file, scores }
     });

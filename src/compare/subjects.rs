@@ -2,6 +2,7 @@
 //! comparison's folder, so that it is whole by itself and can lie where other machines see it.
 
 use super::config::{CompareConfig, Protocol, SubjectEntry};
+use super::control::{self, ControlSet};
 use super::dreambooth;
 use crate::data::ImageFolder;
 use crate::error::{Error, Result};
@@ -39,8 +40,8 @@ pub struct Picture {
     pub hash: String,
 }
 
-/// A subject, resolved.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A subject, resolved; or a set of pairs, whose captions are the prompts and which has no pictures of its own here.
+#[derive(Debug, Clone, Default)]
 pub struct Subject {
     /// Its name.
     pub name: String,
@@ -66,6 +67,8 @@ pub struct Subject {
     pub masks: Vec<Picture>,
     /// What a reader must know of it.
     pub notes: Vec<String>,
+    /// Its pairs, where control is taught.
+    pub control: Option<ControlSet>,
 }
 
 impl Subject {
@@ -82,6 +85,9 @@ impl Subject {
 
     /// Copies its pictures into the comparison's folder.
     pub fn copy_into(&self, comparison: &Path) -> Result<()> {
+        if let Some(control) = &self.control {
+            return control.copy_into(&comparison.join("subjects").join(&self.name));
+        }
         for (kind, pictures) in self.pictures() {
             let folder = comparison.join("subjects").join(&self.name).join(kind);
             if pictures.is_empty() {
@@ -111,6 +117,9 @@ impl Subject {
 
 /// The subjects of a comparison, and notes that the protocol brings with it.
 pub fn resolve(config: &CompareConfig) -> Result<(Vec<Subject>, Vec<String>)> {
+    if !config.controls.is_empty() {
+        return Ok((control::resolve(config)?, Vec::new()));
+    }
     let (entries, live_prompts) = match &config.dreambooth {
         Some(set) => dreambooth_entries(config, set)?,
         None => (config.subjects.clone(), Vec::new()),
@@ -311,6 +320,7 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
         look_alikes: look_alikes.transpose()?.unwrap_or_default(),
         masks,
         notes,
+        control: None,
     };
     if let Some(both) = subject.validation_prompts.iter().find(|p| subject.prompts.contains(p)) {
         return Err(Error::config(format!(

@@ -1,6 +1,7 @@
 //! What one process of a comparison is to do, as the parent writes it into the cell's folder: `cells/ID/task.json`.
 
-use super::draw::Sampling;
+use super::control::{self, Agreement};
+use super::draw::{Pairs, Sampling};
 use super::subjects::Prompt;
 use crate::config::TrainConfig;
 use crate::error::Result;
@@ -41,6 +42,9 @@ pub struct Task {
     pub scored_with: ScoredWith,
     /// Remove what was trained once it is scored.
     pub remove_weights: bool,
+    /// Where control is taught: how its pictures are scored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<Agreement>,
     /// Nothing else will be drawn from its checkpoints: they are removed when it is scored.
     pub is_final: bool,
     /// Cells that run at once.
@@ -56,6 +60,9 @@ pub struct TaskSet {
     pub prompts: Vec<Prompt>,
     /// Pictures for each.
     pub num_images: usize,
+    /// Where the prompts are captions of pairs: how they are drawn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pairs: Option<Pairs>,
 }
 
 impl Task {
@@ -74,11 +81,17 @@ impl Task {
     /// The settings of the training in this comparison's folder.
     pub fn train_config(&self, comparison: &Path) -> TrainConfig {
         let subject = comparison.join("subjects").join(&self.cell.subject);
+        let output_dir = results::cell_folder(comparison, &self.cell.id).join("run");
         // The same for the search and the tables; nothing is chosen by it.
-        let folders = ["validation", "test"].map(|kind| subject.join(kind));
-        let held_out = folders.into_iter().find(|folder| folder.is_dir());
+        let kinds = ["validation", "test"];
+        if self.control.is_some() {
+            let held_out = kinds.map(|kind| control::table(&subject, kind));
+            let held_out_data_dir = held_out.into_iter().find(|table| table.is_file());
+            return TrainConfig { output_dir, held_out_data_dir, ..self.train.clone() };
+        }
+        let held_out = kinds.map(|kind| subject.join(kind)).into_iter().find(|folder| folder.is_dir());
         TrainConfig {
-            output_dir: results::cell_folder(comparison, &self.cell.id).join("run"),
+            output_dir,
             instance_data_dir: subject.join("train"),
             class_data_dir: self.train.with_prior_preservation.then(|| comparison.join(&self.class_folder)),
             held_out_data_dir: held_out,

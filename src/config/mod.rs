@@ -276,7 +276,7 @@ pub struct TrainConfig {
     #[arg(long = "validation-prompt", value_name = "PROMPT", help_heading = "Previews and checkpoints")]
     #[serde(default)]
     pub validation_prompt: Vec<String>,
-    /// Pictures for each preview prompt
+    /// Pictures for each preview prompt; 0 for no previews
     #[arg(long, default_value_t = 4, help_heading = "Previews and checkpoints")]
     pub num_validation_images: usize,
     /// Steps between previews, and between measurements of the held-out loss

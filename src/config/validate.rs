@@ -108,7 +108,6 @@ impl TrainConfig {
             natural(self.lr_num_cycles) && natural(self.lr_power),
             "lr_num_cycles and lr_power: expected 0 or more",
         );
-        require(self.num_validation_images >= 1, "num_validation_images: expected 1 or more");
         require(self.validation_steps >= 1, "validation_steps: expected 1 or more");
         require(self.checkpointing_steps >= 1, "checkpointing_steps: expected 1 or more");
         require(self.checkpoints_total_limit != Some(0), "checkpoints_total_limit: expected 1 or more");

@@ -199,13 +199,7 @@ impl PairFolder {
     /// Resized pictures are kept in memory. An error if a file can no longer be read or has another size than before.
     pub fn prepare(&self, index: usize, resolution: u32, window: Window) -> Result<(RgbImage, RgbImage)> {
         let resized = self.resized(index, resolution)?;
-        let cut = |image: &RgbImage| crop(image, window.x, window.y, resolution);
-        let picture = cut(&resized.picture);
-        let condition = resized
-            .condition
-            .as_ref()
-            .map_or_else(|| self.conditions.make(&picture), |condition| cut(condition));
-        Ok((picture, condition))
+        Ok(self.cut(&resized, |image| crop(image, window.x, window.y, resolution)))
     }
 
     /// Picture and condition at `width` x `height`: resized until they cover it, and the middle cut out.
@@ -223,13 +217,15 @@ impl PairFolder {
         };
         let resized = self.resize(index, size)?;
         let (x, y) = (center_offset(size.0, width), center_offset(size.1, height));
-        let cut = |image: &RgbImage| ::image::imageops::crop_imm(image, x, y, width, height).to_image();
-        let picture = cut(&resized.picture);
-        let condition = resized
-            .condition
-            .as_ref()
-            .map_or_else(|| self.conditions.make(&picture), |condition| cut(condition));
-        Ok((picture, condition))
+        let middle = |image: &RgbImage| ::image::imageops::crop_imm(image, x, y, width, height).to_image();
+        Ok(self.cut(&resized, middle))
+    }
+
+    /// What is shown of picture and condition; edges are made of it.
+    fn cut(&self, resized: &Resized, shown: impl Fn(&RgbImage) -> RgbImage) -> (RgbImage, RgbImage) {
+        let picture = shown(&resized.picture);
+        let condition = resized.condition.as_ref().map_or_else(|| self.conditions.make(&picture), &shown);
+        (picture, condition)
     }
 
     fn resized_size(&self, index: usize, resolution: u32) -> (u32, u32) {

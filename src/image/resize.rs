@@ -273,21 +273,11 @@ pub fn crop(image: &RgbImage, x: u32, y: u32, size: u32) -> RgbImage {
 pub fn nearest_square<T: Copy>(values: &[T], width: u32, height: u32, size: u32) -> Vec<T> {
     assert_eq!(values.len(), width as usize * height as usize, "values of the size that is said");
     let (wide, high) = short_side_size(width, height, size);
-    let columns = middle_places(width, wide, size);
-    let rows = middle_places(height, high, size);
-    let row = |row: usize| columns.iter().map(move |column| values[row * width as usize + column]);
-    rows.into_iter().flat_map(row).collect()
-}
-
-/// For the middle `size` of `new` places the old place, of `old`, under the middle of each. Summed up step by step as Pillow's
-/// ImagingScaleAffine does (src/libImaging/Geometry.c): where a middle lies on a border, rounding decides.
-fn middle_places(old: u32, new: u32, size: u32) -> Vec<usize> {
-    let step = f64::from(old) / f64::from(new);
-    let mut at = 0.5 * step;
-    let places = (0..new).map(|_| {
-        let place = (at as usize).min(old as usize - 1);
-        at += step;
-        place
-    });
-    places.skip(center_offset(new, size) as usize).take(size as usize).collect()
+    let taken = |old: u32, new: u32| {
+        let start = center_offset(new, size) as usize;
+        middles(old, new).into_iter().skip(start).take(size as usize).map(|at| at as usize)
+    };
+    let columns: Vec<usize> = taken(width, wide).collect();
+    let rows = taken(height, high).map(|y| y * width as usize);
+    rows.flat_map(|row| columns.iter().map(move |column| values[row + column])).collect()
 }

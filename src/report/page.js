@@ -122,27 +122,45 @@
     return value === undefined || value === null ? [] : [[column.title, value.toFixed(column.digits)]];
   });
 
+  // What a pair was drawn from: the condition that was shown, its own or another pair's, and its picture.
+  const givenPictures = (pairs, row, number, prompt) => {
+    const shown = number > 0 ? pairs.shuffled[row] : row;
+    const entry = (what, address, scores) => {
+      const facts = scoreFacts(scores, []);
+      const hint = facts.map(([title, value]) => `${title} ${value}`).join(", ");
+      return { address, alt: `${what}: ${prompt}`, hint, prompt, facts: [["pair", row + 1], ...facts] };
+    };
+    const condition = shown === row ? "condition" : `condition of pair ${shown + 1}`;
+    return [entry(condition, pairs.conditions[shown], []), entry("real", pairs.pictures[row], pairs.scores[row] ?? [])];
+  };
+
   const showGrid = () => {
     const columns = columnsShown();
     const drawn = columns.map(promptsOf);
     const rows = Math.max(0, ...drawn.map((d) => d.prompts.length));
     const pictures = Math.max(1, ...drawn.flatMap((d) => d.prompts.map((prompt) => prompt[2].length)));
     const before = choice("picture");
-    offer("picture", Array.from({ length: pictures }, (_, i) => [i, String(i + 1)]), before);
+    const pairs = common.subjects[choice("subject")].pairs?.[choice("set")];
+    const ways = ["its condition", "another's condition"];
+    offer("picture", Array.from({ length: pictures }, (_, i) => [i, pairs ? ways[i] : String(i + 1)]), before);
     const number = Number(choice("picture"));
     const texts = Array.from({ length: rows }, (_, row) => drawn.map((d) => d.prompts[row]).find(Boolean)[0]);
     grid = texts.map((text, row) => columns.map(({ cell, label }, column) => {
       const prompt = drawn[column].prompts[row];
-      const picture = prompt && prompt[2][number];
+      // The base model sees no condition: its one picture stands beside both.
+      const own = pairs && cell.method === null ? 0 : number;
+      const picture = prompt && prompt[2][own];
       if (!picture) return null;
       const facts = [["method", label], ["subject", common.subjects[choice("subject")].name]];
       if (cell.rate !== null) facts.push(["learning rate", cell.rate], ["step", drawn[column].steps[row]], ["training seed", cell.seed]);
-      facts.push(["picture", `${number + 1}, seed ${picture[1]}`], ...scoreFacts(picture[2], prompt[1]));
+      facts.push(["picture", `${pairs ? row + 1 : number + 1}, seed ${picture[1]}`], ...scoreFacts(picture[2], prompt[1]));
       const hint = scoreFacts(picture[2], []).map(([title, value]) => `${title} ${value}`).join(", ");
       return { address: cell.folder + picture[0], alt: `${label}: ${prompt[0]}`, hint, prompt: prompt[0], facts };
     }));
-    const head = make("tr", {}, make("th", { scope: "col", textContent: "prompt" }),
-      ...columns.map(({ label }) => make("th", { scope: "col", textContent: label })));
+    if (pairs) grid = grid.map((row, r) => [...givenPictures(pairs, r, number, texts[r]), ...row]);
+    const given = pairs ? ["condition", "real"] : [];
+    const head = make("tr", {}, make("th", { scope: "col", textContent: pairs ? "caption" : "prompt" }),
+      ...[...given, ...columns.map(({ label }) => label)].map((label) => make("th", { scope: "col", textContent: label })));
     const body = grid.map((row, r) => make("tr", {}, make("th", { scope: "row", textContent: texts[r] }),
       ...row.map((picture, c) => make("td", {}, picture ? thumbnail(() => grid, r, c) : "\u2013"))));
     const nothing = make("p", { textContent: "Nothing was drawn for this choice." });

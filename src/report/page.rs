@@ -70,7 +70,7 @@ fn header(a: &Analysis) -> Markup {
                 p .facts {
                     span { (a.records.len()) " of " (counted(plan.cells.len(), "cell")) }
                     span { (counted(plan.methods.len(), "method")) }
-                    span { (counted(plan.subjects.len(), "subject")) }
+                    span { (counted(plan.subjects.len(), if a.control { "data set" } else { "subject" })) }
                     span { (counted(plan.seeds.len(), "seed")) }
                     span { "protocol " (plan.protocol) }
                 }
@@ -184,7 +184,11 @@ fn estimate(a: &Analysis, e: &Estimate, column: &Column) -> Markup {
     let digits = column.digits;
     html! {
         (format!("{:.digits$}", e.mean))
-        @if let Some(spread) = e.spread { span .spread { " ± " (format!("{spread:.digits$}")) } }
+        @if let Some(spread) = e.spread {
+            span .spread { " ± " (format!("{spread:.digits$}")) }
+        } @else if let Some(interval) = e.interval {
+            " " span .interval { (words::interval(interval, digits)) }
+        }
         @if a.few_subjects && e.seeds.len() > 1 { (seeds(&e.seeds, |v| format!("{v:.digits$}"))) }
     }
 }

@@ -3,7 +3,7 @@
 
 use super::table::{Analysis, RowKind};
 use super::values::Column;
-use crate::results::{BASE, CellRecord, PromptScores};
+use crate::results::{BASE, CellRecord, PlannedPairs, PromptScores, Scores};
 use serde_json::{Value, json};
 
 /// Titles of scores, methods, subjects with their own pictures, seeds, steps and sets.
@@ -25,6 +25,10 @@ pub fn common(a: &Analysis) -> String {
                     ["validation", addresses(&s.validation_pictures)],
                     ["test", addresses(&s.test_pictures)],
                 ],
+                "pairs": s.control.as_ref().map(|c| json!({
+                    "test": pairs(&c.test, real_scores(a, &s.name)),
+                    "validation": pairs(&c.validation, Vec::new()),
+                })),
             })
         })
         .collect();
@@ -49,6 +53,22 @@ pub fn common(a: &Analysis) -> String {
         "set": a.set.name(),
         "drift": drift,
     }))
+}
+
+/// Pictures and conditions of pairs, the number of the pair whose condition each is drawn with too, and the pictures' scores.
+fn pairs(pairs: &PlannedPairs, scores: Vec<Vec<Value>>) -> Value {
+    let addresses = |files: &[String]| files.iter().map(|f| address(f)).collect::<Vec<_>>();
+    json!({
+        "pictures": addresses(&pairs.pictures),
+        "conditions": addresses(&pairs.conditions),
+        "shuffled": pairs.shuffled,
+        "scores": scores,
+    })
+}
+
+fn real_scores(a: &Analysis, subject: &str) -> Vec<Vec<Value>> {
+    let of_subject = a.records.iter().filter(|r| r.cell.subject == subject);
+    of_subject.flat_map(|r| &r.real_pictures).map(|p| values(&a.columns, &p.scores)).collect()
 }
 
 /// The cells of one subject with every picture drawn in them.
@@ -87,23 +107,24 @@ fn cell(a: &Analysis, record: &CellRecord) -> Value {
 
 /// `[text, own scores, [[file, seed, scores], ..]]`; scores in the order of the columns, null for what is not there.
 fn prompt(columns: &[Column], prompt: &PromptScores) -> Value {
-    let values = |scores: &crate::results::Scores| -> Vec<Value> {
-        let mut values: Vec<Value> = columns
-            .iter()
-            // Rounded as it is shown, so that thousands of pictures stay small.
-            .map(|c| scores.get(&c.key).map_or(Value::Null, |v| rounded(*v, c.digits)))
-            .collect();
-        while values.last().is_some_and(Value::is_null) {
-            values.pop();
-        }
-        values
-    };
     let pictures: Vec<Value> = prompt
         .pictures
         .iter()
-        .map(|p| json!([relative(&p.file), p.seed.to_string(), values(&p.scores)]))
+        .map(|p| json!([relative(&p.file), p.seed.to_string(), values(columns, &p.scores)]))
         .collect();
-    json!([prompt.prompt, values(&prompt.scores), pictures])
+    json!([prompt.prompt, values(columns, &prompt.scores), pictures])
+}
+
+fn values(columns: &[Column], scores: &Scores) -> Vec<Value> {
+    let mut values: Vec<Value> = columns
+        .iter()
+        // Rounded as it is shown, so that thousands of pictures stay small.
+        .map(|c| scores.get(&c.key).map_or(Value::Null, |v| rounded(*v, c.digits)))
+        .collect();
+    while values.last().is_some_and(Value::is_null) {
+        values.pop();
+    }
+    values
 }
 
 fn rounded(value: f64, digits: usize) -> Value {

@@ -8,8 +8,8 @@ use super::words;
 use crate::results::{CellRecord, Evaluation, Set};
 use std::collections::BTreeMap;
 
-/// Scores that say how much a picture is like the subject, the first that there is.
-const SIMILARITY: [&str; 4] = ["dino", "dinov2", "clip_i", "clip_t"];
+/// Scores that say how much a picture is like its condition or the subject, the first that there is.
+const SIMILARITY: [&str; 6] = ["edge_f1", "subject_miou", "dino", "dinov2", "clip_i", "clip_t"];
 /// Scores that say how much was forgotten, the first that there is.
 const DRIFT: [&str; 2] = ["drift_clip", "drift"];
 /// A curve has at most this many points.

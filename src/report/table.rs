@@ -3,7 +3,7 @@
 use super::search::{BestRate, best_rates};
 use super::statistics::{Bootstrap, MANY_SUBJECTS, mean, mean_of_means, spread};
 use super::values::{self, CellValues, Column};
-use super::{paper, values::PAPER};
+use super::{paper, values::PAPER, words};
 use crate::results::{BASE, CellRecord, Plan, PlannedCell, Set};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,13 +36,15 @@ pub struct Analysis<'a> {
     pub resampled: &'static str,
     /// Whether each seed's own value is told.
     pub few_subjects: bool,
+    /// Whether control is compared, on pairs.
+    pub control: bool,
 }
 
 /// What a row of the table stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RowKind {
-    /// Test pictures scored against training pictures.
+    /// Test pictures scored against training pictures; of control, the pairs' own pictures scored as drawn ones.
     Real,
     /// The base model.
     Base,
@@ -99,6 +101,9 @@ pub struct Estimate {
     pub mean: f64,
     /// Sample standard deviation over seeds of [`Self::seeds`]; `None` of one seed.
     pub spread: Option<f64>,
+    /// 95 % interval over the pairs of a comparison of control, where there is one seed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval: Option<(f64, f64)>,
     /// Each seed's mean over subjects.
     pub seeds: Vec<(u64, f64)>,
     /// Cells that have the score.
@@ -144,6 +149,7 @@ impl<'a> Analysis<'a> {
         let counts = |c: &&PlannedCell| scored.contains(c.id.as_str()) || elsewhere.contains(c.id.as_str());
         let unscored = plan.cells.iter().filter(|c| there.contains(c.id.as_str()) && !counts(c));
         let few_subjects = plan.subjects.len() < MANY_SUBJECTS;
+        let control = plan.subjects.iter().any(|s| s.control.is_some());
         let mut analysis = Self {
             plan,
             records,
@@ -154,8 +160,13 @@ impl<'a> Analysis<'a> {
             unscored: unscored.collect(),
             chosen_steps: BTreeMap::new(),
             notes: notes(plan),
-            resampled: if few_subjects { "pairs of prompt and seed within each subject" } else { "subjects" },
+            resampled: match (few_subjects, control) {
+                (true, true) => "pairs of picture and condition, with the seed, within each set",
+                (true, false) => "pairs of prompt and seed within each subject",
+                (false, _) => "subjects",
+            },
             few_subjects,
+            control,
             columns,
             rates,
         };
@@ -168,6 +179,7 @@ impl<'a> Analysis<'a> {
     }
 
     fn fill(&mut self, values: &[CellValues]) {
+        let mut bootstrap = Bootstrap::default();
         let mut rows: Vec<(Row, Vec<&CellValues>)> = Vec::new();
         let of = |label: &str, rate: Option<f64>| -> Vec<&CellValues> {
             values
@@ -175,10 +187,11 @@ impl<'a> Analysis<'a> {
                 .filter(|v| v.record.cell.method == label && v.record.cell.learning_rate == rate)
                 .collect()
         };
-        rows.extend(self.real_row().map(|row| (row, Vec::new())));
+        rows.extend(self.real_row(&mut bootstrap).map(|row| (row, Vec::new())));
         let base = of(BASE, None);
         if self.plan.cells.iter().any(|c| c.method == BASE) {
-            rows.push((self.row(BASE, BASE, RowKind::Base, None, &base), base));
+            let label = if self.control { words::FLOOR } else { BASE };
+            rows.push((self.row(label, BASE, RowKind::Base, None, &base), base));
         }
         for (number, method) in self.plan.methods.iter().enumerate() {
             let chosen = self.rates.iter().find(|r| r.method == method.label).map(|r| vec![r.rate]);
@@ -195,7 +208,6 @@ impl<'a> Analysis<'a> {
         if let Some(first) = rows.iter().position(|(row, _)| row.kind == RowKind::Method) {
             let reference = rows[first].1.clone();
             self.reference = Some(rows[first].0.label.clone());
-            let mut bootstrap = Bootstrap::default();
             for (number, (row, cells)) in rows.iter_mut().enumerate() {
                 if number != first {
                     for column in &self.columns {
@@ -205,11 +217,19 @@ impl<'a> Analysis<'a> {
                 }
             }
         }
+        if self.control {
+            for (row, cells) in &mut rows {
+                for (key, estimate) in row.scores.iter_mut().filter(|(_, e)| e.seeds.len() == 1) {
+                    let groups: Vec<Vec<f64>> = cells.iter().map(|cell| cell.values(key)).collect();
+                    estimate.interval = bootstrap.interval(&groups);
+                }
+            }
+        }
         self.rows = rows.into_iter().map(|(row, _)| row).collect();
     }
 
-    /// The test pictures against the training pictures, from the base model's records.
-    fn real_row(&self) -> Option<Row> {
+    /// The test pictures against the training pictures, or the pairs' own pictures, from the base model's records.
+    fn real_row(&self, bootstrap: &mut Bootstrap) -> Option<Row> {
         let records: Vec<_> = self.records.iter().filter(|r| !r.real.is_empty()).collect();
         let scores: BTreeMap<String, Estimate> = self
             .columns
@@ -218,14 +238,20 @@ impl<'a> Analysis<'a> {
                 let found: Vec<f64> =
                     records.iter().filter_map(|r| r.real.get(&column.key).copied()).collect();
                 let mean = mean(found.iter().copied())?;
+                let of_record = |r: &&CellRecord| -> Vec<f64> {
+                    r.real_pictures.iter().filter_map(|p| p.scores.get(&column.key).copied()).collect()
+                };
+                let groups: Vec<Vec<f64>> = records.iter().map(of_record).collect();
+                let interval = bootstrap.interval(&groups);
+                let cells = found.len();
                 Some((
                     column.key.clone(),
-                    Estimate { mean, spread: None, seeds: Vec::new(), cells: found.len() },
+                    Estimate { mean, spread: None, interval, seeds: Vec::new(), cells },
                 ))
             })
             .collect();
         (!scores.is_empty()).then(|| Row {
-            label: "real training pictures".into(),
+            label: if self.control { words::CEILING } else { "real training pictures" }.into(),
             kind: RowKind::Real,
             method: None,
             rate: None,
@@ -338,6 +364,7 @@ fn estimate(cells: &[&CellValues], key: &str) -> Option<Estimate> {
     Some(Estimate {
         mean: mean(found.iter().map(|(_, v)| *v))?,
         spread: spread(&of_seeds),
+        interval: None,
         seeds,
         cells: found.len(),
     })

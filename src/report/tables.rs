@@ -4,7 +4,7 @@
 use super::table::Analysis;
 use super::values::{Column, prompt_value};
 use crate::error::{Error, Result};
-use crate::results::{CellRecord, Evaluation, PlannedCell, PromptScores};
+use crate::results::{CellRecord, Evaluation, PlannedCell, PromptScores, Set};
 use csv::Writer;
 use std::path::Path;
 
@@ -30,7 +30,8 @@ pub fn pictures(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
     writer.write_record(headings).map_err(|e| fail(path, &e))?;
     for record in a.records {
         for evaluation in &record.evaluations {
-            let kinds = [("subject", &evaluation.prompts), ("drift", &evaluation.drift)];
+            let kind = if a.control { "pair" } else { "subject" };
+            let kinds = [(kind, &evaluation.prompts), ("drift", &evaluation.drift)];
             for (kind, prompts) in kinds {
                 for (number, prompt) in prompts.iter().enumerate() {
                     for row in prompt_rows(record, evaluation, kind, number, prompt, &a.columns) {
@@ -38,6 +39,20 @@ pub fn pictures(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
                     }
                 }
             }
+        }
+    }
+    for record in a.records.iter().filter(|record| !record.real_pictures.is_empty()) {
+        let captions = record.evaluations.iter().find(|e| e.set == Set::Test).map(|e| &e.prompts);
+        for (number, picture) in record.real_pictures.iter().enumerate() {
+            let caption = captions.and_then(|all| Some(all.get(number)?.prompt.clone())).unwrap_or_default();
+            let cell = &record.cell;
+            let empty = String::new;
+            let mut row =
+                vec![cell.id.clone(), "real".into(), cell.subject.clone(), empty(), empty(), empty()];
+            row.extend([Set::Test.name().into(), "real".into(), number.to_string(), caption]);
+            row.extend(["0".into(), empty(), picture.file.clone()]);
+            row.extend(a.columns.iter().map(|column| text(picture.scores.get(&column.key))));
+            writer.write_record(&row).map_err(|e| fail(path, &e))?;
         }
     }
     writer.into_inner().map_err(|e| fail(path, &e))
@@ -54,6 +69,8 @@ fn prompt_rows(
     let pictures = prompt.pictures.iter().enumerate();
     pictures
         .map(|(index, picture)| {
+            // A pair's second picture has another pair's condition.
+            let kind = if kind == "pair" && index > 0 { "shuffled" } else { kind };
             let mut row = of_cell(&record.cell, evaluation);
             let file = format!("cells/{}/{}", record.cell.id, picture.file);
             row.extend([kind.into(), number.to_string(), prompt.prompt.clone()]);

@@ -109,6 +109,11 @@ impl<'a> CellValues<'a> {
         of_prompts.or_else(of_drift).or_else(|| self.whole.scores.get(key).copied())
     }
 
+    /// A score of each prompt with the subject that has it.
+    pub fn values(&self, key: &str) -> Vec<f64> {
+        self.prompts.iter().filter_map(|(_, p)| prompt_value(p, key)).collect()
+    }
+
     /// Differences of a score from another cell's, one for each prompt that both have, of the pictures that both have.
     pub fn differences(&self, other: &Self, key: &str) -> Vec<f64> {
         let subject = self.prompts.iter().zip(&other.prompts).map(|((_, a), (_, b))| (*a, *b));

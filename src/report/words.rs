@@ -8,10 +8,21 @@ use crate::results::{PlannedCell, Set};
 /// For what a row does not have.
 pub const NONE: &str = "-";
 
-/// `0.612 ± 0.010`, or without a spread the mean alone.
+/// The row of the pairs' own pictures, in a comparison of control.
+pub const CEILING: &str = "real pictures (ceiling)";
+/// The row of the base model, in a comparison of control.
+pub const FLOOR: &str = "base, no condition (floor)";
+
+/// `0.612 ± 0.010` or `0.612 [0.590, 0.634]`; without spread and interval the mean alone.
 pub fn estimate(estimate: &Estimate, digits: usize) -> String {
-    let spread = estimate.spread.map(|s| format!(" ± {s:.digits$}")).unwrap_or_default();
-    format!("{:.digits$}{spread}", estimate.mean)
+    let spread = estimate.spread.map(|s| format!(" ± {s:.digits$}"));
+    let interval = || Some(format!(" {}", interval(estimate.interval?, digits)));
+    format!("{:.digits$}{}", estimate.mean, spread.or_else(interval).unwrap_or_default())
+}
+
+/// `[0.590, 0.634]`.
+pub fn interval((low, high): (f64, f64), digits: usize) -> String {
+    format!("[{low:.digits$}, {high:.digits$}]")
 }
 
 /// `+0.012`.
@@ -151,14 +162,7 @@ impl Analysis<'_> {
     /// How means, spreads and intervals were made, a sentence each.
     pub fn method_notes(&self) -> Vec<String> {
         let plan = self.plan;
-        let mut notes = vec![format!(
-            "{} subject{}, {} seed{}; a value is the mean over subjects and seeds of the mean over prompts, ± the sample standard \
-             deviation over seeds of each seed's mean",
-            plan.subjects.len(),
-            if plan.subjects.len() == 1 { "" } else { "s" },
-            plan.seeds.len(),
-            if plan.seeds.len() == 1 { "" } else { "s" },
-        )];
+        let mut notes = if self.control { self.control_notes() } else { self.subject_notes() };
         for method in &plan.methods {
             let settings: Vec<String> = method
                 .settings
@@ -174,12 +178,6 @@ impl Analysis<'_> {
                 rates.join(", ")
             ));
         }
-        if self.rows.iter().any(|row| row.kind == RowKind::Real) {
-            notes.push(
-                "real training pictures: the pictures that are trained on, scored against the test pictures"
-                    .into(),
-            );
-        }
         let ways = self.environments().len();
         if ways > 1 {
             notes.push(format!(
@@ -190,12 +188,22 @@ impl Analysis<'_> {
             let intervals =
                 self.rows.iter().flat_map(|r| r.differences.values()).filter(|d| d.interval.is_some());
             let intervals = intervals.count();
+            let paired = if self.control {
+                "pair of picture and condition, seed and picture"
+            } else {
+                "subject, prompt, seed and picture"
+            };
             notes.push(format!(
-                "differences are to {reference}, paired by subject, prompt, seed and picture, with the 95 % interval of a percentile \
+                "differences are to {reference}, paired by {paired}, with the 95 % interval of a percentile \
                  bootstrap (10,000 resamples of {}); where the interval holds 0 no difference was seen",
                 self.resampled
             ));
-            if self.few_subjects {
+            if self.control {
+                notes.push(
+                    "the intervals are over pairs: they say nothing of other trainings, for which there are seeds, or other data"
+                        .into(),
+                );
+            } else if self.few_subjects {
                 notes.push(
                     "with fewer than five subjects the intervals say nothing of other subjects, and pictures of one training \
                      are not independent: look at each seed's own value too"
@@ -214,6 +222,59 @@ impl Analysis<'_> {
                 "learning rates were chosen by validation prompts and pictures alone ({}), never by test pictures",
                 self.objective()
             ));
+        }
+        notes
+    }
+
+    /// What the rows and values of a comparison of subjects are.
+    fn subject_notes(&self) -> Vec<String> {
+        let plan = self.plan;
+        let mut notes = vec![format!(
+            "{}, {}; a value is the mean over subjects and seeds of the mean over prompts, ± the sample standard deviation over \
+             seeds of each seed's mean",
+            counted(plan.subjects.len(), "subject"),
+            counted(plan.seeds.len(), "seed"),
+        )];
+        if self.rows.iter().any(|row| row.kind == RowKind::Real) {
+            notes.push(
+                "real training pictures: the pictures that are trained on, scored against the test pictures"
+                    .into(),
+            );
+        }
+        notes
+    }
+
+    /// What the rows and values of a comparison of control are.
+    fn control_notes(&self) -> Vec<String> {
+        let plan = self.plan;
+        let controls = plan.subjects.iter().filter_map(|s| Some((&s.name, s.control.as_ref()?)));
+        let mut notes = vec![format!(
+            "{}, {}; a value is the mean over pairs, with its 95 % interval of a percentile bootstrap over pairs where there is one \
+             seed, else ± the sample standard deviation over seeds; where the intervals of two rows are apart, so are their means",
+            counted(plan.subjects.len(), "set of pairs"),
+            counted(plan.seeds.len(), "seed"),
+        )];
+        notes.extend(controls.map(|(name, control)| {
+            format!(
+                "{name}: condition {}, trained on {}, {} for the tables",
+                control.condition,
+                counted(control.trained_pairs, "pair"),
+                counted(control.test.pictures.len(), "pair")
+            )
+        }));
+        notes.push(
+            "every pair is drawn with its caption and its condition, and once more with the condition of another pair (shuffled); \
+             the noise belongs to the pair, for all methods alike"
+                .into(),
+        );
+        if self.rows.iter().any(|row| row.kind == RowKind::Real) {
+            notes.push(format!(
+                "{CEILING}: the pairs' own pictures scored as drawn ones; shuffled, the picture of the other pair: what pictures \
+                 agree by chance"
+            ));
+        }
+        if self.rows.iter().any(|row| row.kind == RowKind::Base) {
+            notes.push(format!("{FLOOR}: the captions drawn by the base model, which sees no condition"));
         }
         notes
     }
@@ -301,11 +362,10 @@ impl Analysis<'_> {
             Some(step) => format!(", after {step} steps"),
             None => String::new(),
         };
+        let what = if self.control { "pairs" } else { "pictures and prompts" };
         match self.set {
-            Set::Test => format!("Test pictures and prompts{step}"),
-            Set::Validation => {
-                format!("Validation pictures and prompts{step}; nothing was scored on the test set")
-            }
+            Set::Test => format!("Test {what}{step}"),
+            Set::Validation => format!("Validation {what}{step}; nothing was scored on the test set"),
         }
     }
 }
@@ -319,6 +379,12 @@ pub fn tried(rate: &TriedRate) -> String {
 pub fn rate_line(best: &BestRate) -> String {
     let all: Vec<String> = best.rates.iter().map(tried).collect();
     format!("{}: {:e}; {}", best.method, best.rate, all.join(", "))
+}
+
+/// `1 pair`, `3 pairs`; of `set of pairs` it is the sets that are several.
+fn counted(count: usize, what: &str) -> String {
+    let (first, rest) = what.split_once(' ').map_or((what, String::new()), |(a, b)| (a, format!(" {b}")));
+    format!("{count} {first}{}{rest}", if count == 1 { "" } else { "s" })
 }
 
 /// A count with its thousands apart by narrow spaces.

@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! plan.json                 Plan: methods, subjects, seeds, cells; written again when a search has chosen
-//! subjects/NAME/KIND/       the subject's pictures (KIND: train, validation, test, look_alikes, masks)
+//! subjects/NAME/KIND/       the subject's pictures (KIND: train, validation, test, look_alikes, masks); of control those of
+//!                           the pairs at the drawn size (KIND: test, test_conditions; test.jsonl beside them is their table)
 //! class_images/NAME/        shared class pictures
 //! cells/ID/run/             the run folder of the cell's training
 //! cells/ID/step-000300/test/00-01.png   prompt 0, picture 1, drawn after step 300
@@ -103,6 +104,33 @@ pub struct PlannedSubject {
     pub test_pictures: Vec<String>,
     /// What a reader must know of it.
     pub notes: Vec<String>,
+    /// Where control is taught, on pairs; then the prompts are their captions, and the lists of pictures above are empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<PlannedControl>,
+}
+
+/// Pairs of picture and condition.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlannedControl {
+    /// What the conditions are, such as `canny`.
+    pub condition: String,
+    /// How many pairs are trained on.
+    pub trained_pairs: usize,
+    /// Those of the tables, one for each prompt.
+    pub test: PlannedPairs,
+    /// Those to choose by, one for each validation prompt.
+    pub validation: PlannedPairs,
+}
+
+/// Pairs that are drawn from, in the order of their prompts.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PlannedPairs {
+    /// Pictures relative to the comparison's folder.
+    pub pictures: Vec<String>,
+    /// Their conditions.
+    pub conditions: Vec<String>,
+    /// For each pair the number of the one whose condition it is drawn with once more.
+    pub shuffled: Vec<usize>,
 }
 
 /// One training, or the base model on one subject.
@@ -136,6 +164,10 @@ pub struct CellRecord {
     /// Scores of the test pictures against the training pictures, in the base model's record: what a perfect likeness
     /// may look like. Empty elsewhere.
     pub real: Scores,
+    /// Of control, in the base model's record: each test pair's own picture scored as a drawn one. Its file is relative to
+    /// the comparison's folder, its seed is 0.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub real_pictures: Vec<PictureScores>,
     /// Why there is no result, such as a loss that is not a finite number; then [`Self::evaluations`] is empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,

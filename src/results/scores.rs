@@ -30,7 +30,7 @@ pub struct ScoreKind {
 }
 
 /// Every score, in the order of tables.
-pub const SCORES: [ScoreKind; 25] = [
+pub const SCORES: [ScoreKind; 27] = [
     score(
         "dino",
         "DINO",
@@ -147,10 +147,24 @@ pub const SCORES: [ScoreKind; 25] = [
         "intersection over union of the picture's Canny edges and those of the picture that its condition was made of",
     ),
     score(
+        "edge_f1_shuffled",
+        "shuffled edge F1",
+        Better::Neither,
+        "edge F1 of a picture drawn with another pair's condition, with the edges of its own pair's picture: what agreement is \
+         left where the condition has no part in it",
+    ),
+    score(
         "subject_miou",
         "subject mIoU",
         Better::Higher,
         "mean IoU of subject and background, told apart by the colour of the picture's border, with the segmentation map",
+    ),
+    score(
+        "subject_miou_shuffled",
+        "shuffled subject mIoU",
+        Better::Neither,
+        "subject mIoU of a picture drawn with another pair's condition, with its own pair's map: what agreement is left where \
+         the condition has no part in it",
     ),
     score(
         "seg_miou",
@@ -179,7 +193,8 @@ pub const SCORES: [ScoreKind; 25] = [
 ];
 
 /// Scores of one picture and its own condition: their mean is over all pictures, whatever the prompts.
-pub const OF_CONDITIONS: [&str; 4] = ["edge_f1", "edge_iou", "subject_miou", "landmark_error"];
+pub const OF_CONDITIONS: [&str; 6] =
+    ["edge_f1", "edge_iou", "edge_f1_shuffled", "subject_miou", "subject_miou_shuffled", "landmark_error"];
 
 const fn score(key: &'static str, title: &'static str, better: Better, about: &'static str) -> ScoreKind {
     ScoreKind { key, title, better, about }

@@ -108,6 +108,64 @@ impl Comparison {
         Self { plan, records }
     }
 
+    /// Makes the first subject a set of pairs, one for each prompt, and the others vanish; with scores of edges, of pictures
+    /// with their own and with shuffled conditions. Prompts are the same twice.
+    pub fn into_control(mut self) -> Self {
+        self.plan.subjects.truncate(1);
+        let subject = &mut self.plan.subjects[0];
+        let count = subject.prompts.len();
+        subject.prompts[1] = subject.prompts[0].clone();
+        (subject.train_pictures, subject.test_pictures) = (Vec::new(), Vec::new());
+        let places = |folder: &str| {
+            (0..count).map(|i| format!("subjects/{}/{folder}/{i:05}.png", subject.name)).collect()
+        };
+        subject.control = Some(PlannedControl {
+            condition: "canny".into(),
+            trained_pairs: 450,
+            test: PlannedPairs {
+                pictures: places("test"),
+                conditions: places("test_conditions"),
+                shuffled: (0..count).map(|i| (i + 1) % count).collect(),
+            },
+            validation: PlannedPairs::default(),
+        });
+        let (name, prompts) = (subject.name.clone(), subject.prompts.clone());
+        self.plan.cells.retain(|cell| cell.subject == name);
+        self.records.retain(|record| record.cell.subject == name);
+        self.plan.drift_prompts.clear();
+        for record in &mut self.records {
+            let base = record.cell.method == BASE;
+            record.evaluations.retain(|e| e.set == Set::Test);
+            for evaluation in &mut record.evaluations {
+                evaluation.drift.clear();
+                for (i, prompt) in evaluation.prompts.iter_mut().enumerate() {
+                    prompt.prompt = prompts[i].clone();
+                    prompt.scores.clear();
+                    prompt.pictures.truncate(if base { 1 } else { 2 });
+                    for (which, picture) in prompt.pictures.iter_mut().enumerate() {
+                        let key = ["edge_f1", "edge_f1_shuffled"][which];
+                        let value = picture.scores.values().next().copied().unwrap() / (which + 1) as f64;
+                        picture.scores = BTreeMap::from([(key.to_string(), value)]);
+                        picture.seed = i as u64;
+                    }
+                }
+                evaluation.summarise();
+            }
+            record.real.clear();
+            if base {
+                let picture = |i: usize| PictureScores {
+                    seed: 0,
+                    file: format!("subjects/{name}/test/{i:05}.png"),
+                    scores: BTreeMap::from([("edge_f1".to_string(), 0.9 + 0.01 * i as f64)]),
+                };
+                record.real_pictures = (0..count).map(picture).collect();
+                let mean = 0.9 + 0.01 * (count - 1) as f64 / 2.0;
+                record.real = BTreeMap::from([("edge_f1".to_string(), mean)]);
+            }
+        }
+        self
+    }
+
     /// Writes plan and records, without pictures.
     pub fn write(&self, dir: &Path) {
         write_json(&dir.join(PLAN_FILE), &self.plan).unwrap();
@@ -121,6 +179,10 @@ impl Comparison {
     /// Draws every picture that plan and records name.
     pub fn draw(&self, dir: &Path) {
         for file in self.plan.subjects.iter().flat_map(|s| s.train_pictures.iter().chain(&s.test_pictures)) {
+            plain(&dir.join(file), file);
+        }
+        let pairs = self.plan.subjects.iter().filter_map(|s| Some(&s.control.as_ref()?.test));
+        for file in pairs.flat_map(|pairs| pairs.pictures.iter().chain(&pairs.conditions)) {
             plain(&dir.join(file), file);
         }
         for record in &self.records {
@@ -154,6 +216,7 @@ fn subject(number: usize, prompts: usize) -> PlannedSubject {
         validation_pictures: Vec::new(),
         test_pictures: (0..2).map(|i| file("test", i)).collect(),
         notes: Vec::new(),
+        control: None,
         name,
     }
 }
@@ -184,6 +247,7 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
         losses: if trained { losses(steps[steps.len() - 1], cell) } else { Vec::new() },
         evaluations,
         failure: None,
+        real_pictures: Vec::new(),
         scored_with: Default::default(),
         real: shape
             .keys
