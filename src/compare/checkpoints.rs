@@ -14,6 +14,7 @@ use crate::image::RgbImage;
 use crate::interrupt;
 use crate::report::{best_step, steps_plot};
 use crate::results::{self, Evaluation, Set};
+use crate::sample::Strength;
 use std::path::{Path, PathBuf};
 
 const FOLDER: &str = "scores";
@@ -83,6 +84,7 @@ pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
             scheduler: config.validation_scheduler,
             steps: config.validation_inference_steps,
             guidance: config.validation_guidance,
+            control: Strength::default(),
         };
         Ok(Drawing {
             sampling,

@@ -6,6 +6,8 @@ use crate::config::{TrainConfig, own_names};
 use crate::error::{Error, Result};
 use crate::evaluate::TowerPaths;
 use crate::files;
+use crate::model::control::Passes;
+use crate::sample::Strength;
 use crate::sampler::SamplerKind;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -162,6 +164,19 @@ pub struct Draw {
     /// Classifier-free guidance.
     #[serde(default = "usual_guidance")]
     pub guidance: f64,
+    /// What a control adds is multiplied by this.
+    #[serde(default = "whole")]
+    pub control_scale: f64,
+    /// Which of guidance's passes see the condition.
+    #[serde(default)]
+    pub control_passes: Passes,
+}
+
+impl Draw {
+    /// How conditions steer.
+    pub fn control(&self) -> Strength {
+        Strength { scale: self.control_scale, passes: self.control_passes, ..Strength::default() }
+    }
 }
 
 /// The same search for every method, on validation prompts and pictures.
@@ -261,6 +276,9 @@ fn thirty() -> usize {
 }
 fn usual_guidance() -> f64 {
     7.5
+}
+fn whole() -> f64 {
+    1.0
 }
 fn usual_token() -> String {
     "sks".into()

@@ -29,6 +29,8 @@ pub struct Sampling {
     pub steps: usize,
     /// Classifier-free guidance.
     pub guidance: f64,
+    /// How conditions steer.
+    pub control: Strength,
 }
 
 /// What the pictures of a folder depend on beside the network that drew them.
@@ -149,7 +151,7 @@ impl Drawing {
         let pictures: Vec<&RgbImage> = own.take(self.num_images).map(|pair| &shown[pair]).collect();
         let side = i64::from(self.resolution);
         let conditions = conditions(&pictures, side, side);
-        Some(Steering { control, conditions, strength: Strength::default() })
+        Some(Steering { control, conditions, strength: self.sampling.control })
     }
 
     fn is_the_same(&self, folder: &Path) -> bool {

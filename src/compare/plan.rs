@@ -10,6 +10,7 @@ use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::evaluate::{TowerPaths, towers};
 use crate::hub::{self, Wanted};
+use crate::model::control::Passes;
 use crate::model::source::Source;
 use crate::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, ScoredWith, Set};
 use std::collections::BTreeMap;
@@ -178,6 +179,11 @@ impl Planner<'_> {
             ("drawn with".into(), format!("{scheduler}, {} steps, guidance {}", draw.steps, draw.guidance)),
         ];
         if !self.config.controls.is_empty() {
+            let passes = match draw.control_passes {
+                Passes::Both => "both passes of guidance",
+                Passes::Conditional => "the prompt's pass of guidance",
+            };
+            common.push(("condition".into(), format!("in {passes}, scale {}", draw.control_scale)));
             common.retain(|(key, _)| key != "pictures a prompt");
             common.push(("captions left out".into(), train.proportion_empty_prompts.to_string()));
         }
@@ -282,6 +288,7 @@ impl Planner<'_> {
                 scheduler: draw.scheduler,
                 steps: draw.steps,
                 guidance: draw.guidance,
+                control: draw.control(),
             },
             num_drift_images: draw.num_drift_images,
             towers: self.towers.clone(),

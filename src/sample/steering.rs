@@ -17,7 +17,7 @@ pub struct Steering<'a> {
 }
 
 /// How strongly a condition steers, and where.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Strength {
     /// What the control adds is multiplied by this.
     pub scale: f64,

@@ -37,7 +37,10 @@ impl Signals {
 }
 
 /// Which of guidance's two passes see the condition.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
 pub enum Passes {
     /// Both, as the HRA authors' and ControlNet's scripts do
     #[default]
