@@ -4,13 +4,16 @@ PYTHON ?= python3
 CARGO ?= cargo
 export HRA_CUDA TORCH_WHEEL WHEELS
 
+TASK ?= canny
+
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo compare compare-quick test test-python test-cuda lint bench
+.PHONY: help setup build demo demo-control compare compare-quick test test-python test-cuda lint bench
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "variables: PYTHON=python3.12     the Python that runs the set-up"
+	@echo "           TASK=canny|segmentation  what make demo-control teaches"
 	@echo "           HRA_CUDA=yes|no       whether NVIDIA's libraries are installed (default: where there is a driver)"
 	@echo "           WHEELS=DIR            take wheels from this folder before pip downloads them"
 	@echo "           TORCH_WHEEL=FILE      take libtorch from this wheel"
@@ -27,6 +30,9 @@ demo: build ## train on the embedded model and compare samples, in runs/demo/
 	rm -rf runs/demo
 	target/release/hra train configs/demo.toml --output_dir runs/demo
 	target/release/hra sample --model assets/tiny-sd --adapter runs/demo --with-base --prompt-file assets/demo-prompts.txt --num-images 2 --steps 30 --guidance 4 --seed 7 --output runs/demo/compare
+
+demo-control: build ## control by edges (or TASK=segmentation) on the embedded model, in runs/control-$(TASK)/ (goes on where it stopped)
+	target/release/hra compare configs/control-$(TASK).toml
 
 compare: build ## compare seven methods on the embedded model, in runs/compare/ (goes on where it stopped)
 	target/release/hra compare configs/compare.toml

@@ -179,4 +179,6 @@ fn the_grid_shows_condition_and_real_picture_beside_the_drawn_ones() {
     assert_eq!(browser.eval(facts)["shuffled edge F1"], format!("{score:.3}"));
     assert_eq!(browser.eval(facts)["picture"], "3, seed 2");
     assert!(browser.complaints().is_empty(), "{:#?}", browser.complaints());
+    let asked = browser.requests();
+    assert!(!asked.is_empty() && asked.iter().all(|url| url.starts_with("file://")), "{asked:?}");
 }

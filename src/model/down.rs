@@ -122,10 +122,8 @@ impl DownPath {
         if self.config.center_input_sample {
             x = x * 2.0 - 1.0;
         }
-        let mut x = self.conv_in.forward(&x);
-        if let Some(hint) = hint {
-            x = x + hint.to_kind(self.kind);
-        }
+        let x = self.conv_in.forward(&x);
+        let mut x = hint.map_or_else(|| x.shallow_clone(), |hint| &x + hint.to_kind(self.kind));
         let mut skips = vec![x.shallow_clone()];
         for block in &self.down_blocks {
             for i in 0..block.resnets.len() {

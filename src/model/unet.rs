@@ -79,13 +79,14 @@ impl UNet {
     ) -> Tensor {
         let context = context.to_kind(self.kind);
         let time = self.down.time(timesteps);
-        let (mut x, mut skips) = self.down.forward(sample, &time, &context, signals.hint.as_ref());
+        let (middle, mut skips) = self.down.forward(sample, &time, &context, signals.hint.as_ref());
         for (skip, signal) in skips.iter_mut().zip(&signals.skips) {
             *skip = &*skip + signal.to_kind(self.kind);
         }
-        if let Some(signal) = &signals.middle {
-            x = x + signal.to_kind(self.kind);
-        }
+        let mut x = match &signals.middle {
+            Some(signal) => middle + signal.to_kind(self.kind),
+            None => middle,
+        };
         for block in &self.up_blocks {
             for i in 0..block.resnets.len() {
                 let skip = skips.pop().expect("as many skips are taken as were made");
