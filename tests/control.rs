@@ -304,10 +304,7 @@ fn a_control_of_another_model_is_refused() {
     assert_eq!(random_encoder(first).misfit(&model.unet, 4), None);
     let told = |control: Control, factor| control.misfit(&model.unet, factor).unwrap();
     let net = told(controlnet(second), 4);
-    assert!(
-        net.contains("skip connections of [12, 12, 12, 20] channels, found one for [8, "),
-        "{net}"
-    );
+    assert!(net.contains("skip connections of [12, 12, 12, 20] channels, found one for [8, "), "{net}");
     let encoder = told(random_encoder(second), 4);
     assert!(encoder.contains("for 12 channels and 4 pixels a latent, found one for 8 and 4"), "{encoder}");
     assert!(told(random_encoder(first), 8).contains("8 pixels a latent, found one for 12 and 4"));
