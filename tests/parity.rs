@@ -5,14 +5,16 @@ mod support;
 use hra::StableDiffusion;
 use hra::adapter::Method;
 use hra::adapter::lora::LoraConfig;
-use hra::adapter::peft::AdapterFile;
+use hra::adapter::peft::{AdapterFile, Bias};
+use hra::adapter::target::TargetRule;
 use hra::model::attach;
-use hra::model::control::{Control, ControlNet, Passes};
+use hra::model::control::{CONTROL_ENCODER, ConditionEncoder, Control, ControlNet, Passes, Signals};
 use hra::model::fixed::attach_fixed;
 use hra::model::layers::Layers;
 use hra::model::loaded::{LayerNames, LoadedAdapter};
 use hra::noise::NoiseSchedule;
 use hra::optim::{AdamW, AdamWConfig, clip_factor};
+use hra::tensor_file::TensorFile;
 use hra::train::loss::{Batch, training_loss};
 use std::collections::BTreeSet;
 use support::{Case, cases, relative_error};
@@ -231,24 +233,73 @@ fn three_training_steps_are_the_same() {
     }
 }
 
+/// A case with the tensors of control: they lie beside its own (make_control_fixtures.py) or among them.
+fn control_case(case: &Case) -> Case {
+    let path = case.dir.join("control.safetensors");
+    let path = if path.is_file() { path } else { case.dir.join("expected.safetensors") };
+    Case { name: case.name.clone(), dir: case.dir.clone(), expected: TensorFile::open(&path).unwrap() }
+}
+
 #[test]
 fn controlnets_give_the_same_tensors() {
-    for case in cases().iter().filter(|case| case.has("control.out")) {
-        let model = load(case);
+    let mut stored = 0;
+    for case in cases() {
+        let control_case = control_case(&case);
+        if !control_case.has("control.out") {
+            continue;
+        }
+        stored += usize::from(case.dir.starts_with(support::root().join("tests/fixtures")));
+        let model = load(&case);
         let _guard = tch::no_grad_guard();
         let (net, unused) = ControlNet::load(&case.dir.join("controlnet"), Kind::Float, Device::Cpu).unwrap();
         assert!(unused.is_empty(), "{}: {unused:?}", case.name);
         let control = Control::Net(Box::new(net));
         assert_eq!(control.misfit(&model.unet, model.vae.factor()), None);
-        let features = control.features(&case.get("control.image"));
-        case.check("control.hint", &features, 1e-5);
+        let features = control.features(&control_case.get("control.image"));
+        control_case.check("control.hint", &features, 1e-5);
         let call = [case.get("unet.sample"), case.get("unet.timestep"), case.get("unet.context")];
         let [sample, timesteps, context] = &call;
         let signals = |scale| control.signals(&features, scale, Passes::Both, (sample, timesteps, context));
         let unscaled = signals(1.0);
         // The case's single residuals have the scale of its call, 0.8.
-        case.check("control.down.last", &(unscaled.skips.last().unwrap() * 0.8), 1e-5);
-        case.check("control.mid", &(unscaled.middle.as_ref().unwrap() * 0.8), 1e-5);
-        case.check("control.out", &model.unet.controlled(sample, timesteps, context, &signals(0.8)), 1e-5);
+        control_case.check("control.down.last", &(unscaled.skips.last().unwrap() * 0.8), 1e-5);
+        control_case.check("control.mid", &(unscaled.middle.as_ref().unwrap() * 0.8), 1e-5);
+        let out = model.unet.controlled(sample, timesteps, context, &signals(0.8));
+        control_case.check("control.out", &out, 1e-5);
+        assert!(relative_error(&out, &case.get("unet.out")) > 1e-2, "{}: it steers", case.name);
     }
+    assert_eq!(stored, 2, "both kinds of stored cases have a ControlNet");
+}
+
+#[test]
+fn control_encoders_give_the_same_output_and_gradients() {
+    let mut compared = 0;
+    for case in cases() {
+        let expected = control_case(&case);
+        if !expected.has("encoder.out") {
+            continue;
+        }
+        let model = load(&case);
+        let dir = case.dir.join(CONTROL_ENCODER);
+        let (mut encoder, unused) = ConditionEncoder::load(&dir, Device::Cpu).unwrap();
+        assert!(unused.is_empty(), "{}: {unused:?}", case.name);
+        let everything = TargetRule::from_words(&[".*".to_string()]).unwrap();
+        attach::attach_new(&mut encoder, &everything, &Method::Full, Bias::None, 0).unwrap();
+        let parameters = attach::pack_parameters(&mut [&mut encoder]);
+        let out = encoder.forward(&expected.get("control.image"));
+        expected.check("encoder.out", &out, 1e-5);
+        out.square().mean(Kind::Float).backward();
+        let keys = expected.expected.names().iter().filter(|key| key.starts_with("encoder.grad.")).count();
+        assert_eq!(keys, parameters.views().len(), "{}: as many tensors train", case.name);
+        for (name, view) in parameters.views() {
+            expected.check(&format!("encoder.grad.{name}"), &view.grad(), 2e-5);
+        }
+        let _guard = tch::no_grad_guard();
+        let signals = Signals { hint: Some(out), ..Signals::default() };
+        let (sample, timesteps) = (case.get("unet.sample"), case.get("unet.timestep"));
+        let out = model.unet.controlled(&sample, &timesteps, &case.get("unet.context"), &signals);
+        expected.check("encoder.unet.out", &out, 1e-5);
+        compared += 1;
+    }
+    assert!(compared >= 2, "both kinds of stored cases have a control encoder");
 }

@@ -273,6 +273,11 @@ impl Pairs {
                 twice[0]
             )));
         }
+        if names.iter().any(|name| name == "grid") {
+            return Err(Error::Data(
+                "--pairs: a picture called `grid` would be in the way of grid.png".into(),
+            ));
+        }
         Ok(names)
     }
 
