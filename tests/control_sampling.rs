@@ -84,7 +84,7 @@ fn pairs_are_drawn_under_their_names_with_their_conditions_or_the_next_ones() {
         assert!(relative_error(&row(&shuffled), &control(i, (i + 1) % 3)) < 1e-5, "pair {i} shuffled");
         assert!(relative_error(&row(&shuffled), &control(i, i)) > 1e-3, "pair {i}: its own is another");
     }
-    pairs("several", &["--num-pairs", "1", "--num-images", "2"]);
+    let _ = pairs("several", &["--num-pairs", "1", "--num-images", "2"]);
     assert_eq!(names(&scratch.path("several")), ["0000-0000.png", "0000-0001.png", "grid.png"]);
 
     // Settings are in the pictures, and the condition stands beside them.
@@ -108,10 +108,10 @@ fn edges_are_made_of_pairs_and_of_pictures() {
     table(&scratch, "set", &["0000.png", "0001.png"]);
     fs::create_dir(scratch.path("photos")).unwrap();
     fs::copy(asset("0001.png"), scratch.path("photos/0001.png")).unwrap();
-    scratch.ok(&["prepare", "canny", "photos", "--low", "30", "--high", "90"]);
+    scratch.ok(&["prepare", "canny", "photos", "--low", "300", "--high", "700"]);
     let draw =
         |out: &str, more: &[&str]| draw(&scratch, out, &[more, &SQUARE, &["--controlnet", &net]].concat()).0;
-    let made = ["--condition", "canny", "--make-conditions", "--canny-low", "30", "--canny-high", "90"];
+    let made = ["--condition", "canny", "--make-conditions", "--canny-low", "300", "--canny-high", "700"];
     let prompt = ["--prompt", "1 red apples"];
     let prepared = draw("prepared", &[&prompt[..], &["--control", "photos/canny/0001.png"]].concat());
     let picture = draw("picture", &[&prompt[..], &["--control", "photos/0001.png"], &made].concat());
@@ -130,7 +130,7 @@ fn a_controlnet_steers_the_base_model_too() {
     let (net, adapter, map) =
         (case("sd15", "controlnet"), case("sd15", "hra-r4"), asset("segmentation/0000.png"));
     let control = ["--prompt", "x", "--controlnet", &net, "--control", &map];
-    draw(&scratch, "both", &[&control[..], &["--adapter", &adapter, "--with-base"]].concat());
+    let _ = draw(&scratch, "both", &[&control[..], &["--adapter", &adapter, "--with-base"]].concat());
     let (steered, _) = draw(&scratch, "base", &control);
     let (plain, _) = draw(&scratch, "plain", &[&["--prompt", "x"], &SQUARE[..]].concat());
     let pixels = |name: &str| load_rgb(&scratch.path(name)).unwrap();

@@ -231,9 +231,6 @@ fn a_caption_that_is_left_out_is_an_empty_caption() {
         assert!(same(file, &all, &empty), "{file}");
         assert!(!same(file, &all, &none) && !same(file, &half, &plain), "{file}");
     }
-    // Which captions are left out, and nothing else, is another draw: samples that kept theirs have the loss they had.
-    let losses = |run: &Path| records(run).iter().map(|r| r["loss"].as_f64().unwrap()).collect::<Vec<_>>();
-    assert_eq!(losses(&all)[0], losses(&empty)[0]);
 }
 
 #[test]

@@ -52,6 +52,8 @@ def controlnet(tmp_path_factory, folder):
                     if parameter.abs().max() == 0:
                         spread = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
                         parameter += spread * torch.randn(parameter.shape)
+                for parameter in net.controlnet_cond_embedding.parameters():
+                    parameter *= 4 if parameter.dim() > 1 else 1  # or else all conditions would be nearly one
             cases.shake(net)
             made[key] = tmp_path_factory.mktemp("controlnet")
             net.save_pretrained(made[key])
@@ -107,8 +109,9 @@ def test_a_controlnet_gives_pythons_latents(hra, folder, adapter, controlnet, tm
         controlnet_conditioning_scale=0.7, control_guidance_start=0.15, control_guidance_end=0.8)
     assert found.shape == reference.shape
     assert cases.relative(found, reference) <= 1e-4
-    without = run(hra, tmp_path, case, folder(case), scheduler, *words[4:], noise=noise)
-    assert cases.relative(without, reference) > 1e-2, "the control steers"
+    saved(picture(case.width, case.height, seed=6), tmp_path / "condition.png")
+    other = run(hra, tmp_path, case, folder(case), scheduler, *words, noise=noise)
+    assert cases.relative(other, reference) > 1e-2, "another condition gives another picture"
 
 
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
@@ -122,6 +125,9 @@ def test_a_condition_of_another_size_is_resized_as_python_does(hra, folder, cont
                 saved(image, tmp_path / "condition.png"), noise=noise)
     reference = python(case, folder(case), net, "ddim", image=image, latents=noise, height=case.height, width=case.width)
     assert cases.relative(found, reference) <= 1e-4
+    nearest = image.resize((case.width, case.height), Image.Resampling.NEAREST)
+    other = python(case, folder(case), net, "ddim", image=nearest, latents=noise)
+    assert cases.relative(found, other) > 1e-3, "how it is resized matters"
 
 
 def test_without_a_size_the_condition_gives_it(hra, folder, controlnet, tmp_path):
@@ -153,6 +159,10 @@ def test_several_prompts_and_pictures_have_their_conditions(hra, folder, control
         case, folder(case), controlnet(case), "pndm", prompt=prompts, image=images if conditions > 1 else images[0],
         num_images_per_prompt=3, latents=torch.cat([noise, noise]))
     assert cases.relative(found, reference) <= 1e-4
+    swapped = python(
+        case, folder(case), controlnet(case), "pndm", prompt=prompts, image=[images[-1], images[0]],
+        num_images_per_prompt=3, latents=torch.cat([noise, noise]))
+    assert conditions == 1 or cases.relative(found, swapped) > 1e-2, "which condition is whose matters"
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler"])
