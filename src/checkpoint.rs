@@ -28,8 +28,8 @@ pub const TEXT_CLASS: (&str, &str) = ("CLIPTextModel", "transformers.models.clip
 pub enum TrainedPart {
     /// A PEFT folder: at the top (`""`) or in a folder below it.
     Peft { place: &'static str, config: AdapterConfig, class: (&'static str, &'static str) },
-    /// A whole network in a folder of its own, as diffusers saves it, with its `config.json`.
-    Network { folder: &'static str, config: String },
+    /// A whole network in a folder of its own, as diffusers saves it, with its `config.json` and whatever belongs to it.
+    Network { folder: &'static str, files: Vec<(&'static str, String)> },
 }
 
 impl TrainedPart {
@@ -64,9 +64,11 @@ impl TrainedPart {
             Self::Peft { place, config, class } => {
                 peft::write(&dir.join(place), config, *class, tensors, Kind::Float, text)
             }
-            Self::Network { folder, config } => {
+            Self::Network { folder, files: beside } => {
                 tensor_file::write(&self.weights(dir), tensors, text)?;
-                files::write_atomic(&dir.join(folder).join("config.json"), config.as_bytes())
+                beside.iter().try_for_each(|(name, content)| {
+                    files::write_atomic(&dir.join(folder).join(name), content.as_bytes())
+                })
             }
         }
     }

@@ -1,10 +1,12 @@
 //! The flags by which `hra sample` is given conditions, and what they lead to.
 
-use crate::data::pairs::{ConditionKind, PairFolder, PairSettings};
+use crate::data::pairs::{ConditionFiles, ConditionKind, PairFolder, PairSettings};
 use crate::device::Compute;
 use crate::error::{Error, Result};
-use crate::image::{Filter, RgbImage, Thresholds, canny, load_rgb, resize};
-use crate::model::control::{ConditionEncoder, Control, ControlNet, EncoderConfig, Passes, encoder_of};
+use crate::image::{RgbImage, Thresholds};
+use crate::model::control::{
+    ConditionEncoder, Control, ControlNet, EncoderConfig, PALETTE_FILE, Passes, encoder_of,
+};
 use crate::sample::{Settings, Steering, Strength, conditions};
 use crate::tensor_file;
 use clap::Args;
@@ -26,10 +28,10 @@ pub struct ControlArgs {
     #[arg(long, value_name = "PATH", conflicts_with_all = ["control", "prompt", "prompt_file", "latents"])]
     pairs: Option<PathBuf>,
     /// The first so many pairs [default: all]
-    #[arg(long, value_name = "N", requires = "pairs")]
+    #[arg(long, value_name = "N")]
     num_pairs: Option<usize>,
     /// Each caption with the condition of the pair after it: what of a score is chance
-    #[arg(long, requires = "pairs")]
+    #[arg(long)]
     shuffle_conditions: bool,
     /// What the conditions are [default: what the adapter was trained with, else other]
     #[arg(long, value_enum)]
@@ -43,8 +45,8 @@ pub struct ControlArgs {
     /// Upper threshold of edges that are made [default: the adapter's, else 200]
     #[arg(long, value_name = "N")]
     canny_high: Option<f64>,
-    /// Colours of the classes (JSON), by which label maps become conditions
-    #[arg(long, value_name = "FILE", requires = "pairs")]
+    /// Colours of the classes (JSON), by which label maps become conditions [default: the adapter's]
+    #[arg(long, value_name = "FILE")]
     palette: Option<PathBuf>,
     /// Column of the pictures
     #[arg(long, default_value = "file_name", value_name = "NAME")]
@@ -75,6 +77,15 @@ pub struct ControlArgs {
     control_passes: Passes,
 }
 
+/// What was asked for, looked at; nothing is loaded yet.
+pub struct Asked<'a> {
+    args: &'a ControlArgs,
+    encoders: Vec<Trained>,
+    settings: PairSettings,
+    /// Pairs whose captions are drawn.
+    pub pairs: Option<Pairs>,
+}
+
 /// Pairs whose captions are drawn.
 pub struct Pairs {
     folder: PairFolder,
@@ -84,10 +95,10 @@ pub struct Pairs {
 
 /// A control, and the conditions that it is shown.
 pub struct Controlled<'a> {
-    args: &'a ControlArgs,
+    asked: &'a Asked<'a>,
     control: Control,
     conditions: Conditions<'a>,
-    thresholds: Thresholds,
+    strength: Strength,
     /// The control encoder of an adapter, which the base model is drawn without.
     pub of_adapter: bool,
 }
@@ -95,7 +106,7 @@ pub struct Controlled<'a> {
 /// Where conditions come from.
 enum Conditions<'a> {
     /// One for all prompts, or one for each.
-    Pictures(Vec<RgbImage>),
+    Files(ConditionFiles, Vec<RgbImage>),
     Pairs(&'a Pairs),
 }
 
@@ -103,30 +114,60 @@ enum Conditions<'a> {
 struct Trained {
     dir: PathBuf,
     config: EncoderConfig,
-}
-
-impl Trained {
-    fn find(adapters: &[PathBuf]) -> Result<Vec<Self>> {
-        let there = adapters.iter().filter_map(|path| encoder_of(path));
-        there.map(|dir| Ok(Self { config: EncoderConfig::read(&dir)?, dir })).collect()
-    }
+    /// Of its adapter.
+    strength: f64,
 }
 
 impl ControlArgs {
-    /// The pairs that are to be drawn, where any are named.
-    pub fn read_pairs(&self, adapters: &[PathBuf]) -> Result<Option<Pairs>> {
-        let Some(path) = &self.pairs else { return Ok(None) };
-        let trained = Trained::find(adapters)?;
+    /// Looks at what was asked for, with these adapters and their strengths. Reads the pairs, where any are named.
+    pub fn look(&self, adapters: &[(PathBuf, f64)]) -> Result<Asked<'_>> {
+        let encoders = adapters.iter().filter_map(|(path, strength)| Some((encoder_of(path)?, *strength)));
+        let encoders = encoders
+            .map(|(dir, strength)| Ok(Trained { config: EncoderConfig::read(&dir)?, dir, strength }))
+            .collect::<Result<Vec<_>>>()?;
+        self.refuse_idle_flags()?;
+        self.strength().validate()?;
+        let kind = self.kind(encoders.first());
+        if self.make_conditions && kind != ConditionKind::Canny {
+            return Err(Error::config(format!(
+                "--make-conditions: only edges can be made, found conditions `{kind}`\nhint: give --condition canny if they are edges"
+            )));
+        }
+        let own = encoders.first().map(|encoder| encoder.dir.join(PALETTE_FILE));
+        let own = own.filter(|path| kind == ConditionKind::Segmentation && path.is_file());
         let settings = PairSettings {
             image_column: self.image_column.clone(),
             caption_column: self.caption_column.clone(),
             conditioning_image_column: self.conditioning_image_column.clone(),
-            condition: self.kind(&trained)?,
+            condition: kind,
             make_conditions: self.make_conditions,
-            thresholds: self.thresholds(&trained)?,
-            palette: self.palette.clone(),
+            thresholds: self.thresholds(encoders.first())?,
+            palette: self.palette.clone().or(own),
         };
-        let folder = PairFolder::read(path, &settings)?;
+        let pairs = self.pairs.as_deref().map(|path| self.read_pairs(path, &settings)).transpose()?;
+        Ok(Asked { args: self, encoders, settings, pairs })
+    }
+
+    /// clap's own `requires` does not hold for what conflicts with a flag that is there.
+    fn refuse_idle_flags(&self) -> Result<()> {
+        if self.pairs.is_none() && (self.num_pairs.is_some() || self.shuffle_conditions) {
+            return Err(Error::config("--num-pairs and --shuffle-conditions: only with --pairs"));
+        }
+        let plain = Strength::default() == self.strength()
+            && !self.make_conditions
+            && self.palette.is_none()
+            && self.condition.is_none()
+            && self.canny_low.or(self.canny_high).is_none();
+        if self.pairs.is_none() && self.control.is_empty() && !plain {
+            return Err(Error::config(
+                "flags of control have no effect without conditions\nhint: give --control IMAGE or --pairs PATH",
+            ));
+        }
+        Ok(())
+    }
+
+    fn read_pairs(&self, path: &Path, settings: &PairSettings) -> Result<Pairs> {
+        let folder = PairFolder::read(path, settings)?;
         if !folder.bad().is_empty() {
             eprintln!("warning: {}", folder.report(1));
         }
@@ -134,102 +175,23 @@ impl ControlArgs {
         if count == 0 || self.shuffle_conditions && count < 2 {
             return Err(Error::config("--num-pairs: expected 1 or more, and 2 or more to shuffle them"));
         }
-        Ok(Some(Pairs { folder, count, shuffled: self.shuffle_conditions }))
-    }
-
-    /// Loads the control that was asked for; `None` where there are no conditions. `adapters` are the paths of adapters,
-    /// `prompts` their number.
-    pub fn load<'a>(
-        &'a self,
-        adapters: &[PathBuf],
-        pairs: Option<&'a Pairs>,
-        prompts: usize,
-        compute: &Compute,
-    ) -> Result<Option<Controlled<'a>>> {
-        let trained = Trained::find(adapters)?;
-        if self.control.is_empty() && pairs.is_none() {
-            if self.controlnet.is_some() {
-                return Err(Error::config(
-                    "--controlnet: expected a condition, found none\nhint: give --control IMAGE",
-                ));
-            }
-            for encoder in &trained {
-                eprintln!("note: {} is not used: no --control IMAGE is given", encoder.dir.display());
-            }
-            return Ok(None);
-        }
-        if pairs.is_none() && self.control.len() != 1 && self.control.len() != prompts {
-            let found = self.control.len();
-            return Err(Error::config(format!(
-                "--control: expected one condition, or one for each of {prompts} prompts, found {found}"
-            )));
-        }
-        let (control, unused) = match (&self.controlnet, &trained[..]) {
-            (Some(dir), []) => {
-                let (net, unused) = ControlNet::load(dir, compute.kind, compute.device)?;
-                (Control::Net(Box::new(net)), unused)
-            }
-            (None, [encoder]) => {
-                let (encoder, unused) = ConditionEncoder::load(&encoder.dir, compute.device)?;
-                (Control::Encoder(encoder), unused)
-            }
-            (None, []) if pairs.is_some() => {
-                eprintln!("note: nothing reads the conditions; the captions are drawn without them");
-                return Ok(None);
-            }
-            (None, []) => {
-                return Err(Error::config(
-                    "--control: nothing reads the condition\nhint: give --controlnet DIR, or an --adapter that was trained with \
-                     conditions (its folder has control_encoder/)",
-                ));
-            }
-            _ => {
-                let encoders = trained.iter().map(|encoder| &encoder.dir);
-                let found: Vec<String> =
-                    self.controlnet.iter().chain(encoders).map(|p| p.display().to_string()).collect();
-                let found = found.join(" and ");
-                return Err(Error::config(format!("--control: expected one control, found {found}")));
-            }
-        };
-        if !unused.is_empty() {
-            eprintln!("note: control: tensors that were not used: {}", tensor_file::list(&unused));
-        }
-        let kind = self.kind(&trained)?;
-        if self.make_conditions && kind != ConditionKind::Canny {
-            return Err(Error::config(format!(
-                "--make-conditions: only edges can be made, found conditions `{kind}`\nhint: give --condition canny if they are edges"
-            )));
-        }
-        let conditions = match pairs {
-            Some(pairs) => Conditions::Pairs(pairs),
-            None => {
-                Conditions::Pictures(self.control.iter().map(|path| load_rgb(path)).collect::<Result<_>>()?)
-            }
-        };
-        Ok(Some(Controlled {
-            args: self,
-            conditions,
-            thresholds: self.thresholds(&trained)?,
-            of_adapter: matches!(control, Control::Encoder(_)),
-            control,
-        }))
+        Ok(Pairs { folder, count, shuffled: self.shuffle_conditions })
     }
 
     /// What the conditions are, as the user or else the adapter says.
-    fn kind(&self, trained: &[Trained]) -> Result<ConditionKind> {
-        let own = trained.first().and_then(|encoder| {
-            <ConditionKind as clap::ValueEnum>::from_str(&encoder.config.condition, true).ok()
-        });
+    fn kind(&self, encoder: Option<&Trained>) -> ConditionKind {
+        let own = encoder
+            .and_then(|e| <ConditionKind as clap::ValueEnum>::from_str(&e.config.condition, true).ok());
         if let (Some(asked), Some(own)) = (self.condition, own)
             && asked != own
         {
             eprintln!("warning: --condition {asked}: the adapter was trained with conditions `{own}`");
         }
-        Ok(self.condition.or(own).unwrap_or_default())
+        self.condition.or(own).unwrap_or_default()
     }
 
-    fn thresholds(&self, trained: &[Trained]) -> Result<Thresholds> {
-        let own = trained.first().and_then(|encoder| encoder.config.canny_thresholds);
+    fn thresholds(&self, encoder: Option<&Trained>) -> Result<Thresholds> {
+        let own = encoder.and_then(|encoder| encoder.config.canny_thresholds);
         let own = own.map_or_else(Thresholds::default, |[low, high]| Thresholds { low, high });
         let thresholds =
             Thresholds { low: self.canny_low.unwrap_or(own.low), high: self.canny_high.unwrap_or(own.high) };
@@ -249,6 +211,82 @@ impl ControlArgs {
             end: self.control_end,
             passes: self.control_passes,
         }
+    }
+}
+
+impl Asked<'_> {
+    /// Every file that is read, which nothing may be written over.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let mut files = self.args.control.clone();
+        for pair in self.pairs.iter().flat_map(|pairs| pairs.folder.pairs()) {
+            files.push(pair.image.clone());
+            files.extend(pair.condition.path().map(Path::to_path_buf));
+        }
+        files
+    }
+
+    /// Loads the control; `None` where there are no conditions, or nothing that reads those of pairs. `prompts` is their number.
+    pub fn load(&self, prompts: usize, compute: &Compute) -> Result<Option<Controlled<'_>>> {
+        let args = self.args;
+        if args.control.is_empty() && self.pairs.is_none() {
+            if args.controlnet.is_some() {
+                return Err(Error::config(
+                    "--controlnet: expected a condition, found none\nhint: give --control IMAGE",
+                ));
+            }
+            for encoder in &self.encoders {
+                eprintln!("note: {} is not used: no --control IMAGE is given", encoder.dir.display());
+            }
+            return Ok(None);
+        }
+        if self.pairs.is_none() && args.control.len() != 1 && args.control.len() != prompts {
+            let found = args.control.len();
+            return Err(Error::config(format!(
+                "--control: expected one condition, or one for each of {prompts} prompts, found {found}"
+            )));
+        }
+        let mut strength = args.strength();
+        let (control, unused) = match (&args.controlnet, &self.encoders[..]) {
+            (Some(dir), []) => {
+                let (net, unused) = ControlNet::load(dir, compute.kind, compute.device)?;
+                (Control::Net(Box::new(net)), unused)
+            }
+            (None, [encoder]) => {
+                strength.scale *= encoder.strength;
+                let (encoder, unused) = ConditionEncoder::load(&encoder.dir, compute.device)?;
+                (Control::Encoder(encoder), unused)
+            }
+            (None, []) if self.pairs.is_some() => {
+                eprintln!("note: nothing reads the conditions; the captions are drawn without them");
+                return Ok(None);
+            }
+            (None, []) => {
+                return Err(Error::config(
+                    "--control: nothing reads the condition\nhint: give --controlnet DIR, or an --adapter that was trained with \
+                     conditions (its folder has control_encoder/)",
+                ));
+            }
+            _ => {
+                let encoders = self.encoders.iter().map(|encoder| &encoder.dir);
+                let found: Vec<String> =
+                    args.controlnet.iter().chain(encoders).map(|p| p.display().to_string()).collect();
+                let found = found.join(" and ");
+                return Err(Error::config(format!("--control: expected one control, found {found}")));
+            }
+        };
+        if !unused.is_empty() {
+            eprintln!("note: control: tensors that were not used: {}", tensor_file::list(&unused));
+        }
+        let conditions = match &self.pairs {
+            Some(pairs) => Conditions::Pairs(pairs),
+            None => {
+                let files = ConditionFiles::new(&self.settings)?;
+                let pictures = args.control.iter().map(|path| files.load(path)).collect::<Result<_>>()?;
+                Conditions::Files(files, pictures)
+            }
+        };
+        let of_adapter = matches!(control, Control::Encoder(_));
+        Ok(Some(Controlled { asked: self, control, conditions, strength, of_adapter }))
     }
 }
 
@@ -290,51 +328,81 @@ impl Pairs {
         Ok(self.folder.at_size(self.source(p), width, height)?.1)
     }
 
-    fn path(&self, p: usize) -> &Path {
-        &self.folder.pairs()[self.source(p)].image
+    /// What the condition of pair `p` is, in words.
+    fn condition_of(&self, p: usize) -> String {
+        let pair = &self.folder.pairs()[self.source(p)];
+        match pair.condition.path() {
+            Some(path) => path.display().to_string(),
+            None => format!("edges of {}", pair.image.display()),
+        }
     }
 }
 
 impl Controlled<'_> {
     /// Width and height of the first condition, each cut to a multiple of `factor`: what is drawn where no size is given, unless
     /// there are pairs, which are cut to what is drawn.
-    pub fn size(&self, factor: i64) -> Option<[i64; 2]> {
-        let Conditions::Pictures(pictures) = &self.conditions else { return None };
+    pub fn size(&self, factor: i64) -> Result<Option<[i64; 2]>> {
+        let Conditions::Files(_, pictures) = &self.conditions else { return Ok(None) };
         let (width, height) = pictures[0].dimensions();
-        Some([width, height].map(|n| i64::from(n) / factor * factor))
+        let size = [width, height].map(i64::from);
+        if size.iter().any(|side| *side < factor) {
+            return Err(Error::config(format!(
+                "--control: expected {factor} pixels or more on each side (one latent of this model), found {width}x{height}"
+            )));
+        }
+        Ok(Some(size.map(|side| side / factor * factor)))
     }
 
-    /// The steering of prompt `p`, and its condition as it is shown.
-    pub fn steering(&self, p: usize, settings: &Settings) -> Result<(Steering<'_>, RgbImage)> {
+    /// The condition of prompt `p` as it is shown.
+    pub fn condition(&self, p: usize, settings: &Settings) -> Result<RgbImage> {
         let (width, height) = (settings.width as u32, settings.height as u32);
-        let condition = match &self.conditions {
-            Conditions::Pairs(pairs) => pairs.condition(p, width, height)?,
-            Conditions::Pictures(pictures) => {
-                let picture = resize(&pictures[p.min(pictures.len() - 1)], width, height, Filter::Lanczos);
-                if self.args.make_conditions { canny(&picture, self.thresholds).to_rgb() } else { picture }
+        match &self.conditions {
+            Conditions::Pairs(pairs) => pairs.condition(p, width, height),
+            Conditions::Files(files, pictures) => {
+                Ok(files.shown(&pictures[p.min(pictures.len() - 1)], width, height))
             }
-        };
-        let conditions = conditions(&[&condition], settings.width, settings.height);
-        Ok((Steering { control: &self.control, conditions, strength: self.args.strength() }, condition))
+        }
+    }
+
+    /// How a condition that [`Self::condition`] gave steers.
+    pub fn steering(&self, condition: &RgbImage) -> Steering<'_> {
+        let (width, height) = condition.dimensions();
+        let conditions = conditions(&[condition], width.into(), height.into());
+        Steering { control: &self.control, conditions, strength: self.strength }
     }
 
     /// What the pictures of prompt `p` say of their control.
     pub fn text(&self, p: usize) -> Vec<(String, String)> {
-        let args = self.args;
+        let Asked { args, settings, .. } = self.asked;
         let file = match &self.conditions {
-            Conditions::Pictures(_) => &args.control[p.min(args.control.len() - 1)],
-            Conditions::Pairs(pairs) => pairs.path(p),
+            Conditions::Pairs(pairs) => pairs.condition_of(p),
+            Conditions::Files(..) => {
+                let path = args.control[p.min(args.control.len() - 1)].display();
+                if args.make_conditions { format!("edges of {path}") } else { path.to_string() }
+            }
         };
-        let made = if args.make_conditions { "edges of " } else { "" };
+        let mut text = vec![("control".to_string(), file)];
+        text.extend(self.about());
+        if settings.condition == ConditionKind::Canny {
+            let Thresholds { low, high } = settings.thresholds;
+            text.push(("canny_thresholds".into(), format!("{low}, {high}")));
+        }
+        text
+    }
+
+    /// What is the same for all pictures.
+    pub fn about(&self) -> Vec<(String, String)> {
+        let Asked { args, settings, encoders, .. } = self.asked;
+        let by = args.controlnet.as_deref().or(encoders.first().map(|encoder| encoder.dir.as_path()));
         let passes = if args.control_passes == Passes::Both { "both" } else { "conditional" };
-        let net = args.controlnet.as_ref().map(|dir| ("controlnet", dir.display().to_string()));
         let own = [
-            ("control", format!("{made}{}", file.display())),
-            ("control_scale", args.control_scale.to_string()),
+            ("control_network", by.map_or_else(String::new, |dir| dir.display().to_string())),
+            ("condition", settings.condition.to_string()),
+            ("control_scale", self.strength.scale.to_string()),
             ("control_start", args.control_start.to_string()),
             ("control_end", args.control_end.to_string()),
             ("control_passes", passes.to_string()),
         ];
-        own.into_iter().chain(net).map(|(key, value)| (key.to_string(), value)).collect()
+        own.map(|(key, value)| (key.to_string(), value)).into()
     }
 }

@@ -6,6 +6,7 @@ mod evaluate;
 mod export;
 mod inspect;
 mod merge;
+mod output;
 mod prepare;
 mod sample;
 mod start;

@@ -1,10 +1,10 @@
 //! `hra sample`.
 
 use super::control::{ControlArgs, Controlled, Pairs};
+use super::output::Output;
 use super::start::{Pictures, StartArgs};
 use crate::device::{self, DeviceChoice, Precision};
 use crate::error::{Error, Result};
-use crate::files;
 use crate::hub::{self, Wanted};
 use crate::image::grid::{Grid, GridRow};
 use crate::image::png;
@@ -18,6 +18,7 @@ use crate::stable_diffusion::StableDiffusion;
 use crate::tensor_file::{self, TensorFile};
 use clap::Args;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
@@ -37,7 +38,8 @@ pub struct SampleArgs {
     /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json
     #[arg(long, alias = "model-config", value_name = "DIR")]
     config: Option<PathBuf>,
-    /// Adapter folder, LoRA file or hub id, with a strength: 1 is as trained, 0 the base model. Several act in their order
+    /// Adapter folder, LoRA file or hub id, with a strength, of its control encoder too: 1 is as trained, 0 the base model. Several
+    /// act in their order
     #[arg(long, value_name = "DIR[=STRENGTH]")]
     adapter: Vec<String>,
     /// What to draw; may be given several times
@@ -65,10 +67,10 @@ pub struct SampleArgs {
     /// Seed of the first picture of each prompt
     #[arg(long, default_value_t = 0, help_heading = "Pictures")]
     seed: u64,
-    /// Width in pixels [default: what the model was trained at]
+    /// Width in pixels [default: that of --image, --latents or --control, else what the model was trained at]
     #[arg(long, value_name = "PIXELS", help_heading = "Pictures")]
     width: Option<i64>,
-    /// Height in pixels [default: what the model was trained at]
+    /// Height in pixels [default: that of --image, --latents or --control, else what the model was trained at]
     #[arg(long, value_name = "PIXELS", help_heading = "Pictures")]
     height: Option<i64>,
 
@@ -118,6 +120,9 @@ pub struct SampleArgs {
     save_latents: Option<PathBuf>,
 }
 
+/// Rows of the contact sheet: a sheet of thousands of pictures is of no use, and does not fit into memory.
+const MAX_ROWS: usize = 100;
+
 /// Where the noise comes from.
 enum Source {
     Seeds(Vec<u64>),
@@ -148,10 +153,9 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         .map(|(word, strength)| Ok((hub::resolve(&word, Wanted::Adapter)?, strength)))
         .collect::<Result<_>>()?;
 
-    let paths: Vec<PathBuf> = adapters.iter().map(|(path, _)| path.clone()).collect();
-    let pairs = args.control.read_pairs(&paths)?;
-    let prompts = prompts(args, pairs.as_ref())?;
-    let names = pairs.as_ref().map(Pairs::names).transpose()?;
+    let asked = args.control.look(&adapters)?;
+    let prompts = prompts(args, asked.pairs.as_ref())?;
+    let names = asked.pairs.as_ref().map(Pairs::names).transpose()?;
 
     let config = args.config.as_deref();
     let mut model = StableDiffusion::load_with(&dir, config, compute.kind, compute.device)?;
@@ -173,14 +177,15 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         reports = fixed::attach_fixed(&mut model, adapters, args.with_base)?;
         reports.iter().for_each(|report| eprintln!("{report}"));
     }
-    let control = args.control.load(&paths, pairs.as_ref(), prompts.len(), &compute)?;
+    let control = asked.load(prompts.len(), &compute)?;
     let settings = settings(args, &model, given.as_ref(), pictures.as_ref(), control.as_ref())?;
     settings.validate(&model)?;
     let start = pictures.map(|pictures| pictures.start(settings.width, settings.height)).transpose()?;
-    let steering = control.as_ref().map(|control| control.steering(0, &settings)).transpose()?;
-    let guides = Guides { start: start.as_ref(), control: steering.map(|(steering, _)| steering) };
+    let first = control.as_ref().map(|control| control.condition(0, &settings)).transpose()?;
+    let steering = control.as_ref().zip(first.as_ref()).map(|(control, first)| control.steering(first));
+    let guides = Guides { start: start.as_ref(), control: steering };
     guides.validate(&settings, &model)?;
-    args.start.note_of_size(&settings, &model);
+    note_of_size(args, &settings, &model);
     let source = source(args, &model, &settings, &guides, given)?;
     let all: Vec<&str> = prompts
         .iter()
@@ -189,7 +194,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         .filter(|p| !p.is_empty())
         .collect();
     if !all.is_empty() {
-        model.encode_prompts(&all)?.1.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        model.prompt_ids(&all)?.1.iter().for_each(|warning| eprintln!("warning: {warning}"));
     }
 
     let count = source.count();
@@ -203,7 +208,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         )));
     }
     let output = Output { dir: &args.output, names, count };
-    output.prepare(args.with_base, prompts.len())?;
+    let read = [args.start.files(), asked.files()].concat();
+    output.prepare(args.with_base, prompts.len(), &read)?;
     let passes = if args.with_base { 2 } else { 1 };
     let calls =
         sample::model_calls(&model, &settings, &guides, count, args.batch_size)? * prompts.len() * passes;
@@ -215,10 +221,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     for (p, prompt) in prompts.iter().enumerate() {
         let settings = Settings { prompt: prompt.clone(), ..settings.clone() };
         let noise = source.noise(&settings, &model, &guides)?;
-        let mut images = Vec::new();
-        if let Some(control) = &control {
-            images.push(control.steering(p, &settings)?.1);
-        }
+        let condition = control.as_ref().map(|control| control.condition(p, &settings)).transpose()?;
+        let mut images: Vec<_> = condition.iter().cloned().collect();
         for base in if args.with_base { &[true, false][..] } else { &[false] } {
             attach::set_enabled(&mut model, !base);
             let mut tick = || {
@@ -227,8 +231,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             };
             // An adapter's control encoder is not the base model's.
             let control = control.as_ref().filter(|control| !(*base && control.of_adapter));
-            let steering = control.map(|control| control.steering(p, &settings)).transpose()?;
-            let guides = Guides { start: start.as_ref(), control: steering.map(|(steering, _)| steering) };
+            let steering = control.zip(condition.as_ref()).map(|(control, image)| control.steering(image));
+            let guides = Guides { start: start.as_ref(), control: steering };
             let mut pictures =
                 sample::sample(&model, &settings, &noise, &guides, args.batch_size, &mut tick)?;
             source.name(&mut pictures);
@@ -241,7 +245,8 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             };
             output.save(p, &pictures, *base, &text)?;
             if !base {
-                latents.extend(pictures.iter().map(|p| p.latents.shallow_clone()));
+                let wanted = pictures.iter().filter(|_| args.save_latents.is_some());
+                latents.extend(wanted.map(|p| p.latents.shallow_clone()));
                 drawn.extend(pictures.iter().enumerate().map(|(i, picture)| {
                     let base = args.with_base.then(|| output.file(p, i, true));
                     json!({"file": output.file(p, i, false), "base": base, "prompt": prompt, "seed": picture.seed})
@@ -249,9 +254,14 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             }
             images.extend(pictures.into_iter().map(|p| p.image));
         }
-        rows.push(GridRow { label: prompt.clone(), images });
+        if rows.len() < MAX_ROWS {
+            rows.push(GridRow { label: prompt.clone(), images });
+        }
     }
     progress.finish();
+    if prompts.len() > MAX_ROWS {
+        eprintln!("note: grid.png holds the first {MAX_ROWS} of {} prompts", prompts.len());
+    }
     let columns = (0..passes).flat_map(|pass| {
         let what = if passes == 1 { "" } else { ["base, ", "tuned, "][pass] };
         source.labels().into_iter().map(move |label| format!("{what}{label}"))
@@ -264,12 +274,13 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let all = Settings { prompt: prompts.join("\n"), ..settings };
     let mut text = all.to_text(Some(args.seed), &model.name(), &args.adapter.join(", "));
     args.start.add_to(&mut text);
+    text.extend(control.iter().flat_map(Controlled::about));
     let sheet = args.output.join("grid.png");
     png::save_png(&sheet, &grid.render(), &text)?;
     if args.json {
         return super::print_json(&json!({
             "output": args.output, "pictures": drawn, "grid": sheet, "latents": args.save_latents, "adapters": reports,
-            "start": args.start.to_json(),
+            "start": args.start.to_json(), "control": control.map(|c| c.about().into_iter().collect::<BTreeMap<_, _>>()),
         }));
     }
     let total = prompts.len() * count;
@@ -277,6 +288,17 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         if args.with_base { format!(", and {total} of the base model in base/") } else { String::new() };
     println!("{total} picture{} in {}{base}", if total == 1 { "" } else { "s" }, args.output.display());
     Ok(())
+}
+
+/// Says so where a picture is drawn much larger than the model knows pictures, which costs time and coherence, unless asked for.
+fn note_of_size(args: &SampleArgs, settings: &Settings, model: &StableDiffusion) {
+    let (width, height, native) = (settings.width, settings.height, model.native_size());
+    if args.width.or(args.height).is_none() && width * height > 2 * native * native {
+        eprintln!(
+            "note: drawing at {width}x{height}, but the model was trained at {native}x{native}; --width and --height make the \
+             picture smaller"
+        );
+    }
 }
 
 fn prompts(args: &SampleArgs, pairs: Option<&Pairs>) -> Result<Vec<String>> {
@@ -350,8 +372,8 @@ fn settings(
     let factor = model.vae.factor();
     let of_picture = pictures.map(|pictures| pictures.size(factor)).transpose()?;
     let of_noise = given.map(|noise| [3, 2].map(|dim| noise.latents.size()[dim] * factor));
-    let of_condition = || control.and_then(|control| control.size(factor));
-    let own = of_picture.or(of_noise).or_else(of_condition).unwrap_or([model.native_size(); 2]);
+    let of_condition = control.map(|control| control.size(factor)).transpose()?.flatten();
+    let own = of_picture.or(of_noise).or(of_condition).unwrap_or([model.native_size(); 2]);
     let (sampler, note) = match args.scheduler {
         Some(kind) => (kind, None),
         None => SamplerKind::from_config(&model.scheduler)?,
@@ -432,62 +454,5 @@ impl Source {
             Self::Seeds(seeds) => seeds.iter().map(|seed| format!("seed {seed}")).collect(),
             Self::Given(_) => (0..self.count()).map(|i| format!("latents {i}")).collect(),
         }
-    }
-}
-
-/// The folder that pictures go into.
-struct Output<'a> {
-    dir: &'a Path,
-    /// What the pictures of a prompt are called, where it is not the prompt's number.
-    names: Option<Vec<String>>,
-    /// Pictures of each prompt.
-    count: usize,
-}
-
-impl Output<'_> {
-    /// Makes the folder. Pictures that hra drew there before are replaced; any other file of that name is not touched.
-    fn prepare(&self, with_base: bool, prompts: usize) -> Result<()> {
-        for base in if with_base { &[false, true][..] } else { &[false] } {
-            files::create_dir_all(&self.folder(*base))?;
-            let pictures = (0..prompts).flat_map(|p| (0..self.count).map(move |i| (p, i)));
-            let pictures = pictures.map(|(prompt, picture)| self.file(prompt, picture, *base));
-            for path in pictures.chain([self.dir.join("grid.png")]) {
-                let ours =
-                    || png::read_png_text(&path).is_ok_and(|text| text.iter().any(|(k, _)| k == "software"));
-                if path.exists() && !ours() {
-                    return Err(Error::Run(format!(
-                        "{}: a file that hra did not draw is in the way\nhint: give another --output",
-                        path.display()
-                    )));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn folder(&self, base: bool) -> PathBuf {
-        if base { self.dir.join("base") } else { self.dir.to_path_buf() }
-    }
-
-    fn file(&self, prompt: usize, picture: usize, base: bool) -> PathBuf {
-        let name = match &self.names {
-            None => format!("{prompt:04}-{picture:04}.png"),
-            Some(names) if self.count == 1 => format!("{}.png", names[prompt]),
-            Some(names) => format!("{}-{picture:04}.png", names[prompt]),
-        };
-        self.folder(base).join(name)
-    }
-
-    fn save(
-        &self,
-        prompt: usize,
-        pictures: &[Picture],
-        base: bool,
-        text: &dyn Fn(Option<u64>) -> Vec<(String, String)>,
-    ) -> Result<()> {
-        for (i, picture) in pictures.iter().enumerate() {
-            png::save_png(&self.file(prompt, i, base), &picture.image, &text(picture.seed))?;
-        }
-        Ok(())
     }
 }

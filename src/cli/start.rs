@@ -2,8 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::image::{self, RgbImage};
-use crate::sample::{Settings, Start};
-use crate::stable_diffusion::StableDiffusion;
+use crate::sample::Start;
 use clap::Args;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -45,15 +44,9 @@ impl StartArgs {
         Ok(Some(Pictures { args: self, image: image::load_rgb(path)?, mask }))
     }
 
-    /// Says so where a picture is drawn much larger than the model knows pictures, which costs time and coherence.
-    pub fn note_of_size(&self, settings: &Settings, model: &StableDiffusion) {
-        let (width, height, native) = (settings.width, settings.height, model.native_size());
-        if self.image.is_some() && width * height > 2 * native * native {
-            eprintln!(
-                "note: drawing at {width}x{height}, but the model was trained at {native}x{native}; --width and --height make \
-                 the picture smaller"
-            );
-        }
+    /// The files that are read.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.image.iter().chain(&self.mask).cloned().collect()
     }
 
     fn strength(&self) -> f64 {

@@ -8,11 +8,13 @@ use super::{load_unchanged, load_usable, reason, unchanged};
 use crate::image::edges::{Thresholds, canny};
 use crate::image::landmarks::{self, Point};
 use crate::image::palette::{LabelMap, MapFile, Palette};
-use crate::image::{Filter, RgbImage, resize, resize_nearest};
+use crate::image::{Filter, RgbImage, load_rgb, resize, resize_nearest};
 use crate::{Error, Result};
 
 /// Endings of files of points; other conditions are pictures.
 const POINT_FILES: [&str; 3] = ["pts", "json", "txt"];
+/// A picture all of whose values are below this may be a map of classes.
+const FEW_CLASSES: u8 = 32;
 /// The class of pixels that have none in COCO, ADE20K and Pascal VOC; they are black, unless the palette goes so far.
 const VOID: u16 = 255;
 
@@ -76,6 +78,16 @@ pub enum ConditionSource {
     },
 }
 
+impl ConditionSource {
+    /// Its file; `None` where it is made.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Made => None,
+            Self::Picture { path, .. } | Self::Labels { path, .. } | Self::Points { path, .. } => Some(path),
+        }
+    }
+}
+
 /// How conditions are read, made and drawn.
 #[derive(Debug)]
 pub(super) struct Conditions {
@@ -124,9 +136,7 @@ impl Conditions {
             }
             Some(path) => path,
         };
-        let is_point_file =
-            path.extension().is_some_and(|e| POINT_FILES.iter().any(|p| e.eq_ignore_ascii_case(p)));
-        if self.kind == ConditionKind::Landmarks && is_point_file {
+        if self.kind == ConditionKind::Landmarks && is_point_file(&path) {
             let points = landmarks::read_points(&path).map_err(reason)?;
             if points.is_empty() {
                 return Err("expected points, found none".into());
@@ -191,6 +201,58 @@ impl Conditions {
         let ignored = (palette.colours().len() <= usize::from(VOID)).then_some(VOID);
         palette.colour(&map, ignored).map_err(|problem| Error::format(path, problem))
     }
+}
+
+/// Reads conditions that are given alone, without the pictures that they belong to.
+#[derive(Debug)]
+pub struct ConditionFiles {
+    conditions: Conditions,
+}
+
+impl ConditionFiles {
+    /// As the conditions of pairs with these settings.
+    pub fn new(settings: &PairSettings) -> Result<Self> {
+        Conditions::new(settings).map(|conditions| Self { conditions })
+    }
+
+    /// The condition in a file at its own size, label maps in colours; where conditions are made, the picture that they are made of.
+    ///
+    /// Errors: a file that is no picture, points (whose picture's size nobody says), labels outside the palette.
+    pub fn load(&self, path: &Path) -> Result<RgbImage> {
+        let own = &self.conditions;
+        if is_point_file(path) {
+            return Err(Error::format(
+                path,
+                "expected a picture, found a file of points\nhint: `hra prepare landmarks` draws them for the pictures they belong to",
+            ));
+        }
+        if own.palette.is_some() && !matches!(MapFile::read(path)?, MapFile::Colours(_)) {
+            return own.coloured(path);
+        }
+        let picture = load_rgb(path)?;
+        if own.kind == ConditionKind::Segmentation && picture.iter().all(|v| *v < FEW_CLASSES) {
+            eprintln!(
+                "warning: {} is nearly black: if it holds numbers of classes, a palette makes colours of them",
+                path.display()
+            );
+        }
+        Ok(picture)
+    }
+
+    /// What [`Self::load`] gave as the model is shown it: stretched as diffusers does, classes by nearest pixels; edges are made of
+    /// that where conditions are made.
+    pub fn shown(&self, picture: &RgbImage, width: u32, height: u32) -> RgbImage {
+        let own = &self.conditions;
+        let stretched = match own.kind {
+            ConditionKind::Segmentation => resize_nearest(picture, width, height),
+            _ => resize(picture, width, height, Filter::Lanczos),
+        };
+        if own.make { own.make(&stretched) } else { stretched }
+    }
+}
+
+fn is_point_file(path: &Path) -> bool {
+    path.extension().is_some_and(|e| POINT_FILES.iter().any(|p| e.eq_ignore_ascii_case(p)))
 }
 
 /// Whether one of the two pictures, resized to the width of the other, has its height within a pixel.

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::cache::Cache;
 use super::condition::Conditions;
-pub use super::condition::{ConditionKind, ConditionSource};
+pub use super::condition::{ConditionFiles, ConditionKind, ConditionSource};
 use super::table::{self, Entry, Row};
 use super::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, one_line, windows};
 use crate::image::edges::Thresholds;

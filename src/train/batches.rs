@@ -2,10 +2,12 @@
 //! uninterrupted one would have seen, and nothing else that draws random numbers can disturb it.
 
 use super::loss::Batch;
-use super::pictures::Pictures;
+use super::pictures::{Pictures, encode};
 use crate::config::TrainConfig;
 use crate::data::{Crop, Window};
 use crate::error::Result;
+use crate::image::RgbImage;
+use crate::sample::conditions;
 use crate::seed;
 use crate::stable_diffusion::StableDiffusion;
 use std::collections::HashMap;
@@ -226,7 +228,19 @@ impl Source {
         let (latent_seed, noise_seed) = (purpose("latent"), purpose("noise"));
         let timestep = (purpose("timestep") % draws.train_timesteps) as i64;
 
-        let (mean, deviation) = self.latent_moments(model, image, window, draws.resolution)?;
+        let known = self.moments.get(&(image, window)).map(|(m, d)| (m.shallow_clone(), d.shallow_clone()));
+        // Pixels are read where something is to be made of them.
+        let prepared = match &known {
+            Some(_) if !self.pictures.has_conditions() => None,
+            _ => Some(self.pictures.prepare(image, draws.resolution, window)?),
+        };
+        let (mean, deviation) = match (known, &prepared) {
+            (Some(known), _) => known,
+            (None, Some((pixels, _))) => self.latent_moments(model, (image, window), pixels),
+            (None, None) => unreachable!("pixels are read where moments are not known"),
+        };
+        let side = i64::from(draws.resolution);
+        let condition = prepared.and_then(|(_, condition)| condition);
         let shape = mean.size();
         let draw_unit = |seed: u64| {
             tch::manual_seed(seed as i64);
@@ -237,25 +251,21 @@ impl Source {
             latents: latents * model.vae.scaling_factor(),
             noise: draw_unit(noise_seed),
             timestep,
-            condition: self.pictures.condition(image, draws.resolution, window)?,
+            condition: condition.map(|c| conditions(&[&c], side, side)),
         })
     }
 
     fn latent_moments(
         &mut self,
         model: &StableDiffusion,
-        image: usize,
-        window: Window,
-        resolution: u32,
-    ) -> Result<(Tensor, Tensor)> {
-        if let Some((mean, deviation)) = self.moments.get(&(image, window)) {
-            return Ok((mean.shallow_clone(), deviation.shallow_clone()));
-        }
-        let (mean, log_variance) = self.pictures.encode(model, image, resolution, window)?;
+        place: (usize, Window),
+        pixels: &RgbImage,
+    ) -> (Tensor, Tensor) {
+        let (mean, log_variance) = encode(model, pixels);
         let deviation = (log_variance * 0.5).exp();
         if self.cache {
-            self.moments.insert((image, window), (mean.shallow_clone(), deviation.shallow_clone()));
+            self.moments.insert(place, (mean.shallow_clone(), deviation.shallow_clone()));
         }
-        Ok((mean, deviation))
+        (mean, deviation)
     }
 }

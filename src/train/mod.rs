@@ -180,7 +180,7 @@ impl Trainer {
                 layers += attach::attach_new(network, &text_targets, method, config.bias, seed)?;
             }
         }
-        let mut encoder = setup::control_encoder(&config, &model)?;
+        let mut encoder = setup::control_encoder(&config, &model, &instance)?;
         if config.train_text_encoder {
             setup::warn_of_idle_words("text_target_modules", &text_targets, &mut model.text_encoder);
         }

@@ -1,11 +1,10 @@
 //! What a run is shown: a folder of pictures with one prompt, or pairs of picture and condition with captions.
 
 use crate::config::TrainConfig;
-use crate::data::pairs::PairFolder;
+use crate::data::pairs::{ConditionSource, PairFolder};
 use crate::data::{Crop, ImageFolder, Window, to_chw_f32};
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
-use crate::sample::conditions;
 use crate::stable_diffusion::StableDiffusion;
 use std::path::Path;
 use tch::Tensor;
@@ -66,29 +65,33 @@ impl Pictures {
         }
     }
 
-    /// Mean and log-variance of the latents of one crop, each `(1, c, h, w)`.
-    pub fn encode(
+    /// One crop, and its condition; `None` of a folder.
+    pub fn prepare(
         &self,
-        model: &StableDiffusion,
         index: usize,
         resolution: u32,
         window: Window,
-    ) -> Result<(Tensor, Tensor)> {
-        let pixels = match self {
-            Self::Folder(folder) => folder.prepare(index, resolution, window)?,
-            Self::Pairs(pairs) => pairs.prepare(index, resolution, window)?.0,
-        };
-        let size = i64::from(resolution);
-        let pixels = Tensor::from_slice(&to_chw_f32(&pixels)).view([1, 3, size, size]);
-        Ok(model.vae.encode(&pixels))
+    ) -> Result<(RgbImage, Option<RgbImage>)> {
+        match self {
+            Self::Folder(folder) => Ok((folder.prepare(index, resolution, window)?, None)),
+            Self::Pairs(pairs) => {
+                let (picture, condition) = pairs.prepare(index, resolution, window)?;
+                Ok((picture, Some(condition)))
+            }
+        }
     }
 
-    /// The condition of one crop `(1, 3, resolution, resolution)` in [0, 1], CPU; `None` of a folder.
-    pub fn condition(&self, index: usize, resolution: u32, window: Window) -> Result<Option<Tensor>> {
-        let Self::Pairs(pairs) = self else { return Ok(None) };
-        let (_, condition) = pairs.prepare(index, resolution, window)?;
-        let size = i64::from(resolution);
-        Ok(Some(conditions(&[&condition], size, size)))
+    /// Whether every picture has a condition.
+    pub fn has_conditions(&self) -> bool {
+        matches!(self, Self::Pairs(_))
+    }
+
+    /// Whether edges are made for some pair.
+    pub fn makes_conditions(&self) -> bool {
+        match self {
+            Self::Folder(_) => false,
+            Self::Pairs(pairs) => pairs.pairs().iter().any(|pair| pair.condition == ConditionSource::Made),
+        }
     }
 
     /// The caption of a pair; `None` of a folder.
@@ -106,4 +109,11 @@ impl Pictures {
         let (_, condition) = pairs.prepare(index, resolution, window)?;
         Ok(Some((pairs.caption(index).to_string(), condition)))
     }
+}
+
+/// Mean and log-variance of the latents of a square picture, each `(1, c, h, w)`.
+pub fn encode(model: &StableDiffusion, pixels: &RgbImage) -> (Tensor, Tensor) {
+    let size = i64::from(pixels.width());
+    let pixels = Tensor::from_slice(&to_chw_f32(pixels)).view([1, 3, size, size]);
+    model.vae.encode(&pixels)
 }

@@ -2,13 +2,14 @@
 //! Neither draws from anything that training draws from.
 
 use super::loss::{Batch, training_loss};
-use super::pictures::Pictures;
+use super::pictures::{Pictures, encode};
 use crate::config::TrainConfig;
 use crate::data::Crop;
+use crate::data::pairs::ConditionFiles;
 use crate::error::Result;
 use crate::files;
 use crate::image::grid::{Grid, GridRow};
-use crate::image::{Filter, RgbImage, load_rgb, png, resize};
+use crate::image::{RgbImage, center_crop, png};
 use crate::model::control::Control;
 use crate::noise::NoiseSchedule;
 use crate::sample::{self, Guides, Noise, Settings, Steering, Strength};
@@ -39,10 +40,15 @@ impl Previews {
         held_out: Option<&Pictures>,
     ) -> Result<Self> {
         let images = &config.validation_image;
+        let files = ConditionFiles::new(&config.pair_settings())?;
         let mut wanted: Vec<(String, Option<RgbImage>)> = Vec::new();
         for (i, prompt) in config.validation_prompt.iter().enumerate() {
-            let condition = images.get(i).or(images.last()).map(|path| load_rgb(path)).transpose()?;
-            let square = |c: RgbImage| resize(&c, resolution, resolution, Filter::Lanczos);
+            let condition = images.get(i).or(images.last()).map(|path| files.load(path)).transpose()?;
+            // The middle square, as of pairs.
+            let square = |c: RgbImage| {
+                let side = c.width().min(c.height());
+                files.shown(&center_crop(&c, side), resolution, resolution)
+            };
             wanted.push((prompt.clone(), condition.map(square)));
         }
         if config.num_validation_images == 0 {
@@ -147,20 +153,23 @@ impl HeldOut {
         let mut batches = Vec::new();
         for image in 0..pictures.len().min(most) {
             let window = pictures.crop_window(image, resolution, Crop::Center);
-            let (mean, _) = pictures.encode(model, image, resolution, window)?;
+            let (pixels, condition) = pictures.prepare(image, resolution, window)?;
+            let (mean, _) = encode(model, &pixels);
             let latents = mean * model.vae.scaling_factor(); // [1, c, h, w]
             tch::manual_seed(seed::derive(config.seed, "held-out noise", image as u64) as i64);
             let mut shape = latents.size();
             shape[0] = HELD_OUT_TIMESTEPS;
             let noise = Tensor::randn(&shape[..], (Kind::Float, tch::Device::Cpu)).to_device(device);
             let (ids, _) = model.prompt_ids(&[pictures.caption(image).unwrap_or(&config.instance_prompt)])?;
-            let condition = pictures.condition(image, resolution, window)?;
+            let side = i64::from(resolution);
+            // Equal rows share their memory.
+            let condition = condition.map(|c| sample::conditions(&[&c], side, side).to_device(device));
             let batch = Batch {
                 latents: latents.repeat([HELD_OUT_TIMESTEPS, 1, 1, 1]),
                 noise,
                 timesteps: Tensor::from_slice(&timesteps).to_device(device),
                 context: model.text_states(&ids).repeat([HELD_OUT_TIMESTEPS, 1, 1]),
-                conditions: condition.map(|c| c.repeat([HELD_OUT_TIMESTEPS, 1, 1, 1]).to_device(device)),
+                conditions: condition.map(|c| c.expand([HELD_OUT_TIMESTEPS, -1, -1, -1], false)),
                 class_half: false,
             };
             batches.push((batch, ids));

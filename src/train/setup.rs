@@ -1,16 +1,17 @@
 //! What a run needs before its first step: its files, its pictures, where it goes on, and where it starts.
 
 use super::Resume;
+use super::pictures::Pictures;
 use crate::adapter::Method;
 use crate::adapter::peft::{AdapterConfig, AdapterFile, Bias, Exceptions};
 use crate::adapter::target::TargetRule;
 use crate::checkpoint::{self, Loaded, TEXT_CLASS, TrainedPart, UNET_CLASS};
 use crate::config::TrainConfig;
-use crate::data::pairs::ConditionKind;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::hub::{self, Wanted};
 use crate::model::attach;
-use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM};
+use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, PALETTE_FILE};
 use crate::model::layers::Layers;
 use crate::model::loaded::TEXT_ENCODER;
 use crate::optim::Parameters;
@@ -32,12 +33,17 @@ pub(super) fn trained_parts(
     let mut parts = match config.method() {
         None => Vec::new(),
         Some(Method::Full) => {
-            vec![TrainedPart::Network { folder: "unet", config: model.unet_config()? }]
+            let files = vec![("config.json", model.unet_config()?)];
+            vec![TrainedPart::Network { folder: "unet", files }]
         }
         Some(method) => adapter_parts(config, &method, targets, text_targets),
     };
     if let Some(encoder) = control {
-        parts.push(TrainedPart::Network { folder: CONTROL_ENCODER, config: encoder.to_json()? });
+        let mut beside = vec![("config.json", encoder.to_json()?)];
+        if let Some(palette) = &config.palette {
+            beside.push((PALETTE_FILE, files::read_to_string(palette)?));
+        }
+        parts.push(TrainedPart::Network { folder: CONTROL_ENCODER, files: beside });
     }
     Ok(parts)
 }
@@ -67,12 +73,12 @@ fn adapter_parts(
 pub(super) fn control_encoder(
     config: &TrainConfig,
     model: &StableDiffusion,
+    pictures: &Pictures,
 ) -> Result<Option<ConditionEncoder>> {
     if !config.is_control() {
         return Ok(None);
     }
-    let made = config.condition == ConditionKind::Canny;
-    let thresholds = made.then_some([config.canny_low, config.canny_high]);
+    let thresholds = pictures.makes_conditions().then_some([config.canny_low, config.canny_high]);
     let name = config.condition.to_string();
     let own = EncoderConfig::new(&model.unet, model.vae.factor(), &name, thresholds);
     let seed = seed::derive(config.seed, "control encoder", 0);

@@ -398,7 +398,7 @@ pub fn run(scratch: &Path, input: &[u8]) {
         let mut parameters = Parameters::pack(&[vec![(name.to_string(), weight)]]);
         let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let (mut adam, mut ema) = (AdamW::new(config, &parameters), Ema::new(0.9, &parameters));
-        let parts = [TrainedPart::Network { folder: "unet", config: String::new() }];
+        let parts = [TrainedPart::Network { folder: "unet", files: Vec::new() }];
         if loaded.restore(&parts, &mut parameters, &mut adam, Some(&mut ema)).is_ok() {
             adam.step(&mut parameters, &Tensor::from(1f32), &[1e-3]);
             ema.update(&parameters, adam.steps);

@@ -13,6 +13,8 @@ use tch::{Device, Kind, Tensor};
 
 /// The control encoder's folder in a run or checkpoint.
 pub const CONTROL_ENCODER: &str = "control_encoder";
+/// The colours of the classes of its conditions, beside its weights, where label maps are coloured.
+pub const PALETTE_FILE: &str = "palette.json";
 /// Name of its weight file, and of diffusers' ControlNets', without ending.
 pub const FILE_STEM: &str = "diffusion_pytorch_model";
 
@@ -42,7 +44,7 @@ pub struct EncoderConfig {
     pub conditioning_embedding_channels: i64,
     /// What the conditions are, such as `canny`.
     pub condition: String,
-    /// Thresholds of Canny, where conditions are its edges.
+    /// Thresholds of Canny, where its edges were made for the training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canny_thresholds: Option<[f64; 2]>,
 }

@@ -7,7 +7,7 @@
 mod encoder;
 mod net;
 
-pub use encoder::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, encoder_of};
+pub use encoder::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, PALETTE_FILE, encoder_of};
 pub use net::ControlNet;
 
 use super::UNet;

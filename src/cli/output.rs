@@ -1,0 +1,79 @@
+//! The folder that `hra sample` draws into, and what it does not write over.
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::image::png;
+use crate::sample::Picture;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+/// The folder that pictures go into.
+pub struct Output<'a> {
+    /// Where it is.
+    pub dir: &'a Path,
+    /// What the pictures of a prompt are called, where it is not the prompt's number.
+    pub names: Option<Vec<String>>,
+    /// Pictures of each prompt.
+    pub count: usize,
+}
+
+impl Output<'_> {
+    /// Makes the folder. Pictures that hra drew there before are replaced; any other file of that name is not touched.
+    /// `read` are files that are read, which are none to write over whoever made them.
+    pub fn prepare(&self, with_base: bool, prompts: usize, read: &[PathBuf]) -> Result<()> {
+        let read: HashSet<PathBuf> = read.iter().filter_map(|path| path.canonicalize().ok()).collect();
+        for base in if with_base { &[false, true][..] } else { &[false] } {
+            files::create_dir_all(&self.folder(*base))?;
+            let pictures = (0..prompts).flat_map(|p| (0..self.count).map(move |i| (p, i)));
+            let pictures = pictures.map(|(prompt, picture)| self.file(prompt, picture, *base));
+            for path in pictures.chain([self.dir.join("grid.png")]) {
+                if path.canonicalize().is_ok_and(|path| read.contains(&path)) {
+                    return Err(Error::Run(format!(
+                        "{}: a picture of this name would be written over one that is read\nhint: give another --output",
+                        path.display()
+                    )));
+                }
+                // `hra prepare` names the software too, but no seed.
+                let drawn = |text: Vec<(String, String)>| {
+                    ["software", "seed"].iter().all(|key| text.iter().any(|(k, _)| k == key))
+                };
+                let ours = || png::read_png_text(&path).is_ok_and(drawn);
+                if path.exists() && !ours() {
+                    return Err(Error::Run(format!(
+                        "{}: a file that hra did not draw is in the way\nhint: give another --output",
+                        path.display()
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn folder(&self, base: bool) -> PathBuf {
+        if base { self.dir.join("base") } else { self.dir.to_path_buf() }
+    }
+
+    /// The picture's path.
+    pub fn file(&self, prompt: usize, picture: usize, base: bool) -> PathBuf {
+        let name = match &self.names {
+            None => format!("{prompt:04}-{picture:04}.png"),
+            Some(names) if self.count == 1 => format!("{}.png", names[prompt]),
+            Some(names) => format!("{}-{picture:04}.png", names[prompt]),
+        };
+        self.folder(base).join(name)
+    }
+
+    /// Writes the pictures of a prompt, each with its texts.
+    pub fn save(
+        &self,
+        prompt: usize,
+        pictures: &[Picture],
+        base: bool,
+        text: &dyn Fn(Option<u64>) -> Vec<(String, String)>,
+    ) -> Result<()> {
+        for (i, picture) in pictures.iter().enumerate() {
+            png::save_png(&self.file(prompt, i, base), &picture.image, &text(picture.seed))?;
+        }
+        Ok(())
+    }
+}
