@@ -310,6 +310,25 @@ fn adapters_come_with_a_strength_and_from_a_revision() {
 }
 
 #[test]
+fn controlnets_are_downloaded_too() {
+    let scratch = Scratch::new();
+    let case = support::root().join("tests/fixtures/cases/sd15");
+    let server = HubServer::of("someone/controlnet", &case.join("controlnet"));
+    let (model, local) = (case.join("pipeline"), case.join("controlnet"));
+    let condition = support::root().join("assets/control/held_out/segmentation/0000.png");
+    let draw = |net: &str| {
+        let file = scratch.path("latents.safetensors");
+        let words = ["sample", "--prompt", "a cat", "--steps", "2", "--output", "out", "--model"];
+        let more = [model.to_str().unwrap(), "--control", condition.to_str().unwrap(), "--controlnet", net];
+        let save = ["--save-latents", file.to_str().unwrap()];
+        let done = run(&scratch, &server, &[&words[..], &more[..], &save[..]].concat(), &[]);
+        assert_eq!(done.code, 0, "{}", done.err);
+        fs::read(&file).unwrap()
+    };
+    assert_eq!(draw("someone/controlnet"), draw(local.to_str().unwrap()));
+}
+
+#[test]
 fn a_run_keeps_the_id_as_typed() {
     let scratch = Scratch::new();
     let server = HubServer::of(NAME, &support::tiny_sd());

@@ -3,6 +3,7 @@
 use crate::data::pairs::{ConditionFiles, ConditionKind, PairFolder, PairSettings};
 use crate::device::Compute;
 use crate::error::{Error, Result};
+use crate::hub::{self, Wanted};
 use crate::image::{RgbImage, Thresholds};
 use crate::model::control::{
     ConditionEncoder, Control, ControlNet, EncoderConfig, PALETTE_FILE, Passes, encoder_of,
@@ -20,7 +21,7 @@ pub struct ControlArgs {
     /// or one for each
     #[arg(long, value_name = "IMAGE")]
     control: Vec<PathBuf>,
-    /// ControlNet in the Hugging Face layout
+    /// ControlNet: folder in the Hugging Face layout, or hub id owner/name[@revision]
     #[arg(long, value_name = "DIR")]
     controlnet: Option<PathBuf>,
     /// Draw the captions and conditions of pairs: a folder with metadata.jsonl or metadata.csv, or a .jsonl, .json or .csv file.
@@ -248,7 +249,8 @@ impl Asked<'_> {
         let mut strength = args.strength();
         let (control, unused) = match (&args.controlnet, &self.encoders[..]) {
             (Some(dir), []) => {
-                let (net, unused) = ControlNet::load(dir, compute.kind, compute.device)?;
+                let dir = hub::resolve(dir, Wanted::ControlNet)?;
+                let (net, unused) = ControlNet::load(&dir, compute.kind, compute.device)?;
                 (Control::Net(Box::new(net)), unused)
             }
             (None, [encoder]) => {

@@ -95,8 +95,9 @@ pub struct TrainConfig {
     /// Cut the middle out of pictures that are not square, instead of a random square
     #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Subject")]
     pub center_crop: bool,
-    /// Pictures of the subject that are not trained on: their loss is measured with fixed noise
-    #[arg(long, value_name = "DIR", help_heading = "Subject")]
+    /// Pictures of the subject (with --train_data_dir: pairs, of which 32 are measured) that are not trained on: their loss is
+    /// measured with fixed noise
+    #[arg(long, value_name = "PATH", help_heading = "Subject")]
     pub held_out_data_dir: Option<PathBuf>,
 
     /// Train control, on pairs of picture and condition: a folder with metadata.jsonl or metadata.csv, or a .jsonl, .json or .csv file

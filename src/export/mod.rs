@@ -80,6 +80,12 @@ pub fn export(model: &mut StableDiffusion, request: &Request) -> Result<Written>
     let _guard = tch::no_grad_guard();
     files::refuse_existing(&request.output)?;
     let adapters = read(model, &request.adapters)?;
+    if let Some((alone, _)) = adapters.iter().find(|(adapter, _)| adapter.is_control_alone) {
+        return Err(Error::config(format!(
+            "{}: a control encoder alone changes nothing of the model; there is nothing to write",
+            alone.path.display()
+        )));
+    }
     let fingerprint = model.fingerprint()?;
     let warnings = adapters.iter().filter_map(|(adapter, _)| adapter.other_base(&fingerprint)).collect();
     let (goals, adapters) = goals(model, adapters)?;

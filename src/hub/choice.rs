@@ -29,6 +29,7 @@ pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<Choice, String
         Wanted::Model => model(names),
         Wanted::Adapter => adapter(names),
         Wanted::Tower => tower(names),
+        Wanted::ControlNet => controlnet(names),
     }
 }
 
@@ -123,9 +124,13 @@ fn adapter(names: &BTreeSet<String>) -> Result<Choice, String> {
     const WEIGHTS: &str = "adapter_model.safetensors";
     let pair = |folder: &str| [CONFIG, WEIGHTS].map(|name| format!("{folder}{name}"));
     let has = |files: &[String]| files.iter().all(|file| names.contains(file));
-    if has(&pair("")) {
-        let parts = ["", "text_encoder/"].map(pair).into_iter().filter(|files| has(files));
-        return Ok(Choice { files: parts.flatten().collect(), entry: PathBuf::new() });
+    const CONTROL: [&str; 2] =
+        ["control_encoder/config.json", "control_encoder/diffusion_pytorch_model.safetensors"];
+    let control = CONTROL.map(String::from);
+    if has(&pair("")) || has(&control) {
+        let parts = ["", "text_encoder/"].map(pair).into_iter().chain([control]).filter(|files| has(files));
+        let palette = names.get("control_encoder/palette.json").cloned();
+        return Ok(Choice { files: parts.flatten().chain(palette).collect(), entry: PathBuf::new() });
     }
     let single = single_files(names);
     let lora = "pytorch_lora_weights.safetensors";
@@ -152,6 +157,16 @@ fn adapter(names: &BTreeSet<String>) -> Result<Choice, String> {
         }
     };
     Ok(Choice { files: vec![file.to_string()], entry: PathBuf::from(file) })
+}
+
+fn controlnet(names: &BTreeSet<String>) -> Result<Choice, String> {
+    match weights(names, "", "diffusion_pytorch_model").filter(|_| names.contains("config.json")) {
+        Some(mut files) => {
+            files.insert(0, "config.json".into());
+            Ok(Choice { files, entry: PathBuf::new() })
+        }
+        None => Err("a ControlNet: config.json with diffusion_pytorch_model.safetensors".into()),
+    }
 }
 
 /// One set of weight files of a part (its folder; empty: the top): full precision before fp16, a single file before shards.
@@ -304,6 +319,10 @@ mod tests {
             Choice { files: [peft, text].concat().iter().map(|n| n.to_string()).collect(), entry: "".into() }
         );
         assert_eq!(chosen(&[peft[0], peft[1], text[0]]).unwrap().files, peft);
+        let control = ["control_encoder/config.json", "control_encoder/diffusion_pytorch_model.safetensors"];
+        let with_control = chosen(&[peft[0], peft[1], control[0], control[1], "control_encoder/x"]).unwrap();
+        assert_eq!(with_control.files, [peft, control].concat());
+        assert_eq!(chosen(&control).unwrap().files, control, "a control encoder alone");
         let lora = chosen(&["pytorch_lora_weights.safetensors", "a.safetensors"]).unwrap();
         assert_eq!(lora.entry, PathBuf::from("pytorch_lora_weights.safetensors"));
         assert_eq!(

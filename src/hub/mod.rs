@@ -30,10 +30,12 @@ const MAIN: &str = "main";
 pub enum Wanted {
     /// A Stable Diffusion folder.
     Model,
-    /// A PEFT folder, or a single LoRA file.
+    /// A PEFT folder, with a control encoder where there is one, or a single LoRA file.
     Adapter,
     /// A tower that scores pictures: CLIP, DINO, DINOv2.
     Tower,
+    /// A ControlNet folder.
+    ControlNet,
 }
 
 /// The local path that `word` means: itself if something is there, otherwise the hub's files in the cache, downloaded if
@@ -55,6 +57,10 @@ pub fn resolve(word: &Path, wanted: Wanted) -> Result<PathBuf> {
             Wanted::Tower => (
                 "a vision tower",
                 "give a folder with config.json, preprocessor_config.json and model.safetensors, or a hub id",
+            ),
+            Wanted::ControlNet => (
+                "a ControlNet",
+                "give a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id",
             ),
         };
         return Err(Error::Hub(format!(

@@ -2,7 +2,7 @@
 //! files, and fully fine-tuned networks. By layer name; a layer's adapter is taken out when it is used, and what is left
 //! fitted nothing.
 
-use super::control::{EncoderConfig, encoder_of};
+use super::control::{EncoderConfig, FILE_STEM, encoder_of};
 use super::source::refuse_pickle;
 use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
@@ -90,6 +90,8 @@ impl LoadedAdapter {
         if let Some(control) = encoder_of(path).filter(|_| !unet) {
             let condition = EncoderConfig::read(&control)?.condition;
             loaded.what = format!("control encoder ({condition}) alone");
+            let weights = TensorFile::open(&control.join(format!("{FILE_STEM}.safetensors")))?;
+            loaded.base_fingerprint = weights.texts().remove("base_fingerprint");
             loaded.is_control_alone = true;
             return Ok(loaded);
         }
@@ -211,15 +213,16 @@ fn refuse_controlnet(path: &Path) -> Result<()> {
         return Ok(());
     }
     let value: serde_json::Value = serde_json::from_str(&files::read_to_string(&config)?).unwrap_or_default();
-    match value["_class_name"].as_str() {
-        Some(class) if class.contains("Control") || class.contains("Adapter") => Err(Error::format(
-            path,
-            format!(
-                "expected an adapter, found {class}\nhint: a ControlNet goes with --controlnet DIR --control IMAGE"
-            ),
-        )),
-        _ => Ok(()),
-    }
+    let class = value["_class_name"].as_str().unwrap_or_default();
+    let hint = match class {
+        "ControlNetModel" => "it goes with --controlnet DIR --control IMAGE",
+        "ControlNetConditioningEmbedding" => "this is the control encoder of a run: give the run's folder",
+        _ if class.contains("Control") || class.contains("Adapter") => {
+            "this kind of control is not supported"
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::format(path, format!("expected an adapter, found {class}\nhint: {hint}")))
 }
 
 /// The LoRA file that `path` is, or that is in the folder `path` as diffusers puts it there.

@@ -120,7 +120,10 @@ impl Previews {
             let pictures = sample::sample(model, settings, &noise, &guides, batch, &mut || {})?;
             for (i, picture) in pictures.iter().enumerate() {
                 let by = format!("{} at step {step}", config.output_dir.display());
-                let text = settings.to_text(Some(seeds[i]), &name, &by);
+                let mut text = settings.to_text(Some(seeds[i]), &name, &by);
+                text.extend(
+                    condition.iter().map(|_| ("condition".to_string(), config.condition.to_string())),
+                );
                 png::save_png(&dir.join(format!("{p:04}-{i:04}.png")), &picture.image, &text)?;
             }
             let images = condition.iter().cloned().chain(pictures.into_iter().map(|p| p.image)).collect();
