@@ -91,7 +91,7 @@ fn pairs_are_drawn_under_their_names_with_their_conditions_or_the_next_ones() {
     let text = read_png_text(&scratch.path("shuffled/0001.png")).unwrap();
     let get = |key: &str| text.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str());
     assert_eq!((get("prompt"), get("control_scale")), (Some("1 red apples"), Some("1")));
-    assert_eq!((get("controlnet"), get("control_passes")), (Some(net.as_str()), Some("both")));
+    assert_eq!((get("control_network"), get("control_passes")), (Some(net.as_str()), Some("both")));
     let row = |i: usize| {
         let drawn = load_rgb(&scratch.path(&format!("shuffled/000{i}.png"))).unwrap();
         let condition = load_rgb(Path::new(&maps[(i + 1) % 3])).unwrap();
@@ -277,5 +277,56 @@ fn what_cannot_be_steered_is_refused_with_its_reason() {
         assert_eq!(done.code, 2, "{more:?}: {}", done.err);
         assert!(done.err.contains(text), "{more:?}: {}", done.err);
         assert!(!scratch.path("out").exists(), "{more:?}");
+    }
+}
+
+/// Conditions that `hra prepare` made, and pictures that `hra sample` drew, are inputs here.
+#[test]
+fn nothing_that_is_read_is_written_over() {
+    let scratch = Scratch::new();
+    let net = case("sd15", "controlnet");
+    fs::create_dir(scratch.path("photos")).unwrap();
+    fs::copy(asset("0001.png"), scratch.path("photos/0001.png")).unwrap();
+    fs::write(scratch.path("photos/metadata.jsonl"), r#"{"file_name": "0001.png", "text": "a cat"}"#)
+        .unwrap();
+    scratch.ok(&["prepare", "canny", "photos"]);
+    let edges = fs::read(scratch.path("photos/canny/0001.png")).unwrap();
+    let done = run(&scratch, "photos/canny", &["--controlnet", &net, "--pairs", "photos/canny"]);
+    assert_eq!((done.code, done.err.contains("written over one that is read")), (2, true), "{}", done.err);
+    // Made by hra, but no drawing of its.
+    fs::copy(scratch.path("photos/canny/0001.png"), scratch.path("photos/canny/0000-0000.png")).unwrap();
+    let done = run(&scratch, "photos/canny", &["--prompt", "a cat"]);
+    assert_eq!((done.code, done.err.contains("did not draw")), (2, true), "{}", done.err);
+    assert_eq!(fs::read(scratch.path("photos/canny/0001.png")).unwrap(), edges);
+
+    let _ = draw(&scratch, "drawn", &["--prompt", "a cat"]);
+    let before = fs::read(scratch.path("drawn/0000-0000.png")).unwrap();
+    let control = ["--controlnet", &net, "--control", "drawn/0000-0000.png"];
+    for from in [&control[..], &["--image", "drawn/0000-0000.png"]] {
+        let done = run(&scratch, "drawn", &[&["--prompt", "a dog"], from].concat());
+        assert_eq!(
+            (done.code, done.err.contains("written over one that is read")),
+            (2, true),
+            "{}",
+            done.err
+        );
+    }
+    assert_eq!(fs::read(scratch.path("drawn/0000-0000.png")).unwrap(), before);
+}
+
+#[test]
+fn flags_without_an_effect_are_refused() {
+    let scratch = Scratch::new();
+    let idle = "no effect without conditions";
+    for (flags, reason) in [
+        (&["--num-pairs", "3"][..], "only with --pairs"),
+        (&["--shuffle-conditions"], "only with --pairs"),
+        (&["--control-scale", "0.5"], idle),
+        (&["--make-conditions"], idle),
+        (&["--palette", "nothing.json"], idle),
+        (&["--control-start", "0.5"], idle),
+    ] {
+        let done = run(&scratch, "out", &[&["--prompt", "a cat"], flags].concat());
+        assert_eq!((done.code, done.err.contains(reason)), (2, true), "{flags:?}: {}", done.err);
     }
 }

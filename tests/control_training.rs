@@ -5,7 +5,7 @@ mod support;
 
 use hra::data::pairs::{ConditionKind, PairFolder, PairSettings};
 use hra::data::{Crop, Window};
-use hra::image::{Filter, Grid, GridRow, RgbImage, load_rgb, resize};
+use hra::image::{Grid, GridRow, RgbImage, load_rgb, resize_nearest};
 use hra::tensor_file::TensorFile;
 use serde_json::{Value, json};
 use std::fs;
@@ -279,7 +279,8 @@ fn previews_stand_beside_their_conditions_and_disturb_nothing() {
         assert!(same(ENCODER, run, &plain) && same(ADAPTER, run, &plain), "{}", run.display());
     }
 
-    let asked = |path: &str| resize(&load_rgb(Path::new(path)).unwrap(), SIZE, SIZE, Filter::Lanczos);
+    // Classes keep their colours.
+    let asked = |path: &str| resize_nearest(&load_rgb(Path::new(path)).unwrap(), SIZE, SIZE);
     let of_held_out = (0..4).map(|i| (captions[i], shown(&place, i))).collect::<Vec<_>>();
     let of_images = vec![("a cat", asked(first)), ("a dog", asked(second))];
     let of_one = vec![("a cat", asked(first)), ("a dog", asked(first))];
@@ -446,4 +447,37 @@ fn settings_that_contradict_each_other_are_refused_before_anything_is_written() 
         let done = scratch.run(&[&own[..], more].concat());
         assert!(done.code == 2 && done.err.replace('\n', " ").contains(idle), "{more:?}: {}", done.err);
     }
+}
+
+/// Maps of class numbers are coloured in training and in drawing, alone and in pairs, by the palette that the run keeps.
+#[test]
+fn a_run_keeps_the_palette_of_its_conditions_and_its_strength() {
+    let scratch = Scratch::new();
+    fs::write(scratch.path("palette.json"), "[[0, 0, 0], [250, 30, 30]]").unwrap();
+    let labels = image::GrayImage::from_fn(64, 64, |x, _| image::Luma([u8::from(x > 20)]));
+    labels.save(scratch.path("labels.png")).unwrap();
+    let coloured = RgbImage::from_fn(64, 64, |x, _| image::Rgb(if x > 20 { [250, 30, 30] } else { [0; 3] }));
+    coloured.save(scratch.path("coloured.png")).unwrap();
+    let mut pairs = rows("train", 2);
+    pairs.iter_mut().for_each(|row| row["conditioning_image"] = json!(scratch.path("labels.png")));
+    let set = table(&scratch, "labels", &pairs);
+    let more = ["--train_data_dir", word(&set), "--palette", "palette.json"];
+    let run = train(&scratch, "run", &more);
+    let again = table(&scratch, "coloured", &{
+        pairs.iter_mut().for_each(|row| row["conditioning_image"] = json!(scratch.path("coloured.png")));
+        pairs
+    });
+    let other = train(&scratch, "other", &["--train_data_dir", word(&again)]);
+    assert!(same(ENCODER, &run, &other), "the same colours");
+    fs::remove_file(scratch.path("palette.json")).unwrap();
+
+    let own = |out: &str, map: &str| draw(&scratch, out, &["--adapter", "run", "--control", map]);
+    assert_eq!(own("a", "labels.png"), own("b", "coloured.png"));
+    let base = draw(&scratch, "base", &[]);
+    let none = draw(
+        &scratch,
+        "none",
+        &["--adapter", "run=0", "--control", "labels.png", "--width", "32", "--height", "32"],
+    );
+    assert!(relative_error(&none, &base) < 1e-6, "at strength 0 the control encoder is silent too");
 }
