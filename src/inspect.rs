@@ -4,7 +4,8 @@ use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::adapter::{Adapter, Form};
 use crate::error::{Error, Result};
-use crate::model::control::{EncoderConfig, FILE_STEM, encoder_of};
+use crate::files;
+use crate::model::control::{CONTROL_ENCODER, EncoderConfig, FILE_STEM, encoder_of};
 use crate::model::layers::Layers;
 use crate::model::loaded::{self, FULL_UNET, LoadedAdapter, TEXT_ENCODER};
 use crate::model::source::{Part, Source, refuse_pickle};
@@ -89,6 +90,15 @@ pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<V
     }
     if let Some(dir) = encoder_of(path) {
         reports.push(control_encoder(&dir)?);
+    } else if reports.is_empty() && path.file_name().is_some_and(|name| name == CONTROL_ENCODER) {
+        reports.push(control_encoder(path)?);
+    }
+    let alone = path.join(format!("{FILE_STEM}.safetensors"));
+    if reports.is_empty() && alone.is_file() {
+        // One network of diffusers by itself: a ControlNet, a UNet.
+        let config = files::read_to_string(&path.join("config.json")).unwrap_or_default();
+        let config: serde_json::Value = serde_json::from_str(&config).unwrap_or_default();
+        reports.push(tensors(config["_class_name"].as_str().unwrap_or("a network of diffusers"), &alone)?);
     }
     if reports.is_empty() {
         return Err(Error::format(path, "expected an adapter, a run or a model, found neither"));

@@ -4,6 +4,7 @@ use crate::data::pairs::{ConditionFiles, ConditionKind, PairFolder, PairSettings
 use crate::device::Compute;
 use crate::error::{Error, Result};
 use crate::hub::{self, Wanted};
+use crate::image::edges::may_be_edges;
 use crate::image::{RgbImage, Thresholds};
 use crate::model::control::{
     ConditionEncoder, Control, ControlNet, EncoderConfig, PALETTE_FILE, Passes, encoder_of,
@@ -358,11 +359,21 @@ impl Controlled<'_> {
     /// The condition of prompt `p` as it is shown.
     pub fn condition(&self, p: usize, settings: &Settings) -> Result<RgbImage> {
         let (width, height) = (settings.width as u32, settings.height as u32);
-        match &self.conditions {
-            Conditions::Pairs(pairs) => pairs.condition(p, width, height),
+        let condition = match &self.conditions {
+            Conditions::Pairs(pairs) => pairs.condition(p, width, height)?,
             Conditions::Files(files, pictures) => {
-                Ok(files.shown(&pictures[p.min(pictures.len() - 1)], width, height))
+                files.shown(&pictures[p.min(pictures.len() - 1)], width, height)
             }
+        };
+        Ok(condition)
+    }
+
+    /// Says so where a condition that should be edges is a picture of another kind.
+    pub fn warn_of_no_edges(&self, condition: &RgbImage) {
+        if self.asked.settings.condition == ConditionKind::Canny && !may_be_edges(condition) {
+            eprintln!(
+                "warning: the condition is no picture of edges (white on black)\nhint: --make-conditions makes edges of pictures"
+            );
         }
     }
 

@@ -46,6 +46,15 @@ impl Output<'_> {
                 }
             }
         }
+        let own: HashSet<PathBuf> =
+            (0..prompts).flat_map(|p| (0..self.count).map(move |i| self.file(p, i, false))).collect();
+        let is_other = |path: &Path| {
+            path.extension().is_some_and(|e| e == "png") && !own.contains(path) && !path.ends_with("grid.png")
+        };
+        let others = files::list_dir(self.dir)?.iter().filter(|entry| is_other(&entry.path)).count();
+        if others > 0 {
+            eprintln!("note: {} holds {others} other pictures, which stay there", self.dir.display());
+        }
         Ok(())
     }
 

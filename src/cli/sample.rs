@@ -186,6 +186,9 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let guides = Guides { start: start.as_ref(), control: steering };
     guides.validate(&settings, &model)?;
     note_of_size(args, &settings, &model);
+    if let (Some(control), Some(first)) = (&control, &first) {
+        control.warn_of_no_edges(first);
+    }
     let source = source(args, &model, &settings, &guides, given)?;
     let all: Vec<&str> = prompts
         .iter()

@@ -142,3 +142,15 @@ fn gradients(image: &RgbImage) -> Vec<Gradient> {
     }
     gradients
 }
+
+/// Whether a picture may be one of edges: grey, and for the most part black.
+pub fn may_be_edges(image: &RgbImage) -> bool {
+    let (mut grey, mut black) = (0, 0);
+    for pixel in image.pixels() {
+        let [r, g, b] = pixel.0;
+        grey += usize::from(r.abs_diff(g).max(g.abs_diff(b)) <= 8);
+        black += usize::from(r.max(g).max(b) < 64);
+    }
+    let total = image.pixels().len();
+    100 * grey >= 99 * total && 2 * black >= total
+}

@@ -158,6 +158,7 @@ impl Trainer {
             report += &format!("{held_out_what}: {}\n", pictures.report(resolution));
         }
         eprint!("{report}");
+        instance.warn_of_no_edges(&config, resolution)?;
 
         if !config.with_prior_preservation
             && (config.class_data_dir.is_some() || !config.class_prompt.is_empty())

@@ -1,13 +1,17 @@
 //! What a run is shown: a folder of pictures with one prompt, or pairs of picture and condition with captions.
 
 use crate::config::TrainConfig;
-use crate::data::pairs::{ConditionSource, PairFolder};
+use crate::data::pairs::{ConditionKind, ConditionSource, PairFolder};
 use crate::data::{Crop, ImageFolder, Window, to_chw_f32};
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
+use crate::image::edges::may_be_edges;
 use crate::stable_diffusion::StableDiffusion;
 use std::path::Path;
 use tch::Tensor;
+
+/// So many conditions are looked at.
+const LOOKED_AT: usize = 8;
 
 /// Pictures that were scanned.
 pub enum Pictures {
@@ -92,6 +96,25 @@ impl Pictures {
             Self::Folder(_) => false,
             Self::Pairs(pairs) => pairs.pairs().iter().any(|pair| pair.condition == ConditionSource::Made),
         }
+    }
+
+    /// Says so where conditions that should be edges are pictures of another kind, looking at the first few.
+    pub fn warn_of_no_edges(&self, config: &TrainConfig, resolution: u32) -> Result<()> {
+        if config.condition != ConditionKind::Canny {
+            return Ok(());
+        }
+        for i in 0..self.len().min(LOOKED_AT) {
+            let window = self.crop_window(i, resolution, Crop::Center);
+            if self.prepare(i, resolution, window)?.1.is_some_and(|condition| !may_be_edges(&condition)) {
+                eprintln!(
+                    "warning: the condition of pair {} is no picture of edges (white on black)\nhint: --make_conditions makes edges of \
+                     the pictures; --condition says what the conditions are",
+                    i + 1
+                );
+                return Ok(());
+            }
+        }
+        Ok(())
     }
 
     /// The caption of a pair; `None` of a folder.

@@ -7,7 +7,7 @@ use super::super::layers::Layer;
 use super::super::source::Text;
 use super::super::weights::Weights;
 use super::Signals;
-use super::encoder::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM};
+use super::encoder::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, encoder_of};
 use crate::error::{Error, Result};
 use crate::files;
 use serde_json::Value;
@@ -92,14 +92,19 @@ impl ControlNet {
 fn read_config(dir: &Path) -> Result<(UNetConfig, EncoderConfig, bool)> {
     let path = dir.join("config.json");
     if !dir.is_dir() || !path.is_file() {
-        let what = if dir.is_file() { "a file" } else { "no config.json" };
-        return Err(Error::format(
-            dir,
-            format!(
-                "expected a ControlNet's Hugging Face folder, found {what}\nhint: the folder holds config.json and \
-                 {FILE_STEM}.safetensors; diffusers converts a single file: ControlNetModel.from_single_file(FILE).save_pretrained(DIR)"
-            ),
-        ));
+        let holds = format!("the folder holds config.json and {FILE_STEM}.safetensors");
+        let (what, hint) = if dir.is_file() {
+            let convert = "ControlNetModel.from_single_file(FILE).save_pretrained(DIR)";
+            ("a file", format!("{holds}; diffusers converts a single file: {convert}"))
+        } else if !dir.exists() {
+            ("nothing", holds)
+        } else if encoder_of(dir).is_some() {
+            ("a run with a control encoder", "give it with --adapter".to_string())
+        } else {
+            ("no config.json", holds)
+        };
+        let problem = format!("expected a ControlNet's Hugging Face folder, found {what}\nhint: {hint}");
+        return Err(Error::format(dir, problem));
     }
     let problem = |text: String| Error::format(&path, text);
     let mut value: Value = serde_json::from_str(&files::read_to_string(&path)?)
