@@ -73,7 +73,7 @@ pub enum ConditionSource {
     Points {
         /// Path of the file.
         path: PathBuf,
-        /// The points, at least one.
+        /// The points, at least one of them in the picture.
         points: Vec<Point>,
     },
 }
@@ -140,6 +140,13 @@ impl Conditions {
             let points = landmarks::read_points(&path).map_err(reason)?;
             if points.is_empty() {
                 return Err("expected points, found none".into());
+            }
+            let (width, height) = size;
+            if landmarks::inside(&points, width, height) == 0 {
+                let found = points.len();
+                return Err(format!(
+                    "expected points in the picture of {width}x{height}, found {found} outside"
+                ));
             }
             return Ok(ConditionSource::Points { path, points });
         }

@@ -9,7 +9,7 @@
 mod cache;
 pub mod condition;
 pub mod pairs;
-mod table;
+pub mod table;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;

@@ -20,7 +20,7 @@ use super::table::{self, Entry, Row};
 use super::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, one_line, windows};
 use crate::image::edges::Thresholds;
 use crate::image::resize::{center_offset, short_side_size};
-use crate::image::{Filter, RgbImage, crop, resize};
+use crate::image::{Filter, RgbImage, crop, landmarks, resize};
 use crate::progress::Progress;
 use crate::{Error, Result, interrupt};
 
@@ -111,7 +111,7 @@ impl PairFolder {
         let conditions = Conditions::new(settings)?;
         let table = table::read(path, settings)?;
         let (mut pairs, mut bad) = (Vec::new(), Vec::new());
-        for found in look_at_all(table.rows, &table.root, &conditions)? {
+        for found in look_at_all(&table.rows, table.root(), &conditions)? {
             match found {
                 Ok(pair) => pairs.push(pair),
                 Err(skipped) => bad.push(skipped),
@@ -166,6 +166,12 @@ impl PairFolder {
         for pair in &self.pairs {
             *seen.entry(&pair.image).or_insert(0) += 1;
         }
+        let partly_outside = |pair: &Pair| match &pair.condition {
+            ConditionSource::Points { points, .. } => {
+                landmarks::inside(points, pair.width, pair.height) < points.len()
+            }
+            _ => false,
+        };
         let notes = [
             (count(&|pair| pair.width.min(pair.height) < resolution), {
                 format!("with a picture smaller than {resolution} pixels, which is enlarged")
@@ -176,6 +182,7 @@ impl PairFolder {
                 "with several captions, of which the first is used".into(),
             ),
             (total - seen.len(), "with the picture of another pair".into()),
+            (count(&partly_outside), "with points outside the picture, which are not drawn".into()),
         ];
         for (n, note) in notes.iter().filter(|(n, _)| *n > 0) {
             let _ = write!(text, "\n  {n} pair{} {note}", plural(*n));
@@ -267,11 +274,19 @@ impl PairFolder {
     }
 }
 
+/// For each of these pictures the next one that is another, the first following the last: whose condition a caption is drawn with
+/// to see what of a score is chance. Empty where all are the same, or there is one.
+pub fn shuffled<T: PartialEq>(pictures: &[T]) -> Vec<usize> {
+    let count = pictures.len();
+    let next = |i: usize| (1..count).map(|by| (i + by) % count).find(|other| pictures[*other] != pictures[i]);
+    (0..count).map(next).collect::<Option<_>>().unwrap_or_default()
+}
+
 /// A pair, or the row that is none.
 type Found = std::result::Result<Pair, Skipped>;
 
 /// Looks at every row, on several threads, and gives them in their order.
-fn look_at_all(rows: Vec<Row>, root: &Path, conditions: &Conditions) -> Result<Vec<Found>> {
+fn look_at_all(rows: &[Row], root: &Path, conditions: &Conditions) -> Result<Vec<Found>> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
     let next = AtomicUsize::new(0);
     let work = |mut progress: Option<Progress>| {

@@ -3,7 +3,7 @@
 mod sources;
 
 use crate::error::{Error, Result};
-use crate::image::landmarks::{self, Point};
+use crate::image::landmarks;
 use crate::image::{
     Filter, LabelMap, Palette, RgbImage, Thresholds, canny, center_crop, load_rgb, read_png_text,
     resize_short_side, save_png,
@@ -28,6 +28,8 @@ const PICTURES: &str = "pictures";
 const NO_CLASS: u16 = 255;
 /// Of a strip longer than this many times its width no square is cut out.
 const MAX_ASPECT: u32 = 16;
+/// A scale beyond this is none between sizes of pictures.
+const MAX_SCALE: f64 = 1000.0;
 /// So many reasons are shown.
 const MAX_REASONS: usize = 20;
 
@@ -262,12 +264,14 @@ impl Maker {
                 let ignored = args.ignore_label.or_else(|| (!has(NO_CLASS)).then_some(NO_CLASS));
                 Self::Segmentation { palette, ignored }
             }
-            What::Landmarks(args) if args.scale.is_finite() && args.scale > 0.0 => {
+            What::Landmarks(args) if args.scale > 0.0 && args.scale <= MAX_SCALE => {
                 Self::Landmarks { scale: args.scale }
             }
             What::Landmarks(args) => {
                 let found = args.scale;
-                return Err(Error::config(format!("--scale: expected a number above 0, found {found}")));
+                return Err(Error::config(format!(
+                    "--scale: expected a number above 0, at most {MAX_SCALE}, found {found}"
+                )));
             }
         })
     }
@@ -313,16 +317,13 @@ impl Maker {
             Self::Landmarks { scale } => {
                 let (width, height) = size.expect("points are in a picture");
                 let points = landmarks::read_points(&source.path)?;
-                let points: Vec<Point> =
-                    points.iter().map(|p| Point { x: p.x * scale, y: p.y * scale }).collect();
+                let points = landmarks::scaled(&points, *scale)
+                    .map_err(|problem| Error::format(&source.path, format!("times {scale}: {problem}")))?;
                 let (points, width, height) = match resolution {
                     Some(side) => (landmarks::square(&points, width, height, side), side, side),
                     None => (points, width, height),
                 };
-                let inside = |p: &Point| {
-                    (0.0..f64::from(width)).contains(&p.x) && (0.0..f64::from(height)).contains(&p.y)
-                };
-                if !points.iter().any(inside) {
+                if landmarks::inside(&points, width, height) == 0 {
                     let problem = format!(
                         "expected points in the picture of {width}x{height}, found {} outside; --scale changes their size",
                         points.len()
