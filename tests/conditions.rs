@@ -465,9 +465,9 @@ fn maps_and_points_are_prepared_for_their_pictures() {
     );
     refused(&scratch.run(&[&words[..5], &["--scale", "1e300"]].concat()), "at most 1000, found ");
     write(&scratch.path("points/two.b.json"), "[[1e6, 10], [4, 4]]");
-    let told = parsed(&scratch.run(&[&words[..5], &["--scale", "2", "--json"]].concat()));
+    let told = parsed(&scratch.run(&[&words[..5], &["--scale", "1.5", "--json"]].concat()));
     let skipped = told["skipped"].to_string();
-    assert!(skipped.contains("times 2: expected coordinates between -1000000 and 1000000"), "{skipped}");
+    assert!(skipped.contains("times 1.5: expected coordinates between -1000000 and 1000000"), "{skipped}");
 }
 
 #[test]

@@ -155,7 +155,7 @@ fn captions_may_be_lists_or_nothing() {
             "expected a text as caption, found an object"
         ]
     );
-    let report = pairs.report(32);
+    let report = pairs.report(Some(32));
     for words in [
         ": 5 pairs used, 3 bad\n  conditions: other; 5 pictures\n",
         "\n  5 pairs with a picture smaller than 32 pixels, which is enlarged\n",
@@ -226,7 +226,7 @@ fn bad_pairs_are_told_and_the_others_used() {
         assert!(told.starts_with(expected), "expected {expected}, found {told}");
     }
     assert_eq!(pairs.pairs().len(), 3);
-    assert!(pairs.report(16).contains(": 3 pairs used, 17 bad\n"), "{}", pairs.report(16));
+    assert!(pairs.report(Some(16)).contains(": 3 pairs used, 17 bad\n"), "{}", pairs.report(Some(16)));
 }
 
 #[test]
@@ -324,7 +324,7 @@ fn edges_are_made_of_the_square_that_is_shown() {
     let settings = PairSettings { thresholds, ..kind(ConditionKind::Canny) };
     let pairs = set.read(&settings);
     assert_eq!(rows(&pairs).iter().map(|row| row.2.as_str()).collect::<Vec<_>>(), ["made", "b.png"]);
-    assert!(pairs.report(16).contains("\n  conditions: canny; 1 made from the pictures, 1 pictures"));
+    assert!(pairs.report(Some(16)).contains("\n  conditions: canny; 1 made from the pictures, 1 pictures"));
     let window = pairs.crop_window(0, 24, Crop::Random(3));
     let (shown, edges) = pairs.prepare(0, 24, window).unwrap();
     assert!(edges == canny(&shown, thresholds).to_rgb());
@@ -408,7 +408,7 @@ fn maps_of_class_numbers_are_coloured_by_the_palette() {
     let (_, condition) = pairs.at_size(0, 40, 30).unwrap();
     let expected = RgbImage::from_fn(40, 30, |x, _| if x < 20 { [0, 0, 0] } else { [9, 200, 7] }.into());
     assert!(condition == expected);
-    assert!(pairs.report(30).contains("segmentation; 1 coloured by the palette, 1 pictures"));
+    assert!(pairs.report(Some(30)).contains("segmentation; 1 coloured by the palette, 1 pictures"));
 }
 
 #[test]
@@ -427,14 +427,14 @@ fn points_are_drawn_where_they_are_in_the_picture() {
         pairs.bad()[2].reason,
         "condition far.json: expected points in the picture of 40x30, found 2 outside"
     );
-    let told = pairs.report(30);
+    let told = pairs.report(Some(30));
     assert!(told.contains("\n  1 pair with points outside the picture, which are not drawn"), "{told}");
     assert_eq!(pairs.bad()[1].reason, "condition none.json: expected points, found none");
     assert!(
         pairs.bad()[0].name == "line 3, a.png"
             && pairs.bad()[0].reason.starts_with("condition broken.json: ")
     );
-    assert!(pairs.report(30).contains("landmarks; 2 drawn from points, 1 pictures"));
+    assert!(pairs.report(Some(30)).contains("landmarks; 2 drawn from points, 1 pictures"));
     // At twice the size, the middle of pixel 10 is between pixels 20 and 21.
     let (_, condition) = pairs.at_size(0, 80, 60).unwrap();
     for (x, y, white) in [(20, 11, true), (61, 51, true), (40, 11, false)] {

@@ -172,7 +172,7 @@ impl ControlArgs {
     fn read_pairs(&self, path: &Path, settings: &PairSettings) -> Result<Pairs> {
         let folder = PairFolder::read(path, settings)?;
         if !folder.bad().is_empty() {
-            eprintln!("warning: {}", folder.report(1));
+            eprintln!("warning: {}", folder.report(None));
         }
         let count = folder.pairs().len().min(self.num_pairs.unwrap_or(usize::MAX));
         let sources = if self.shuffle_conditions {

@@ -12,11 +12,11 @@ use crate::image::{Filter, RgbImage, load_rgb, resize, resize_nearest};
 use crate::{Error, Result};
 
 /// Endings of files of points; other conditions are pictures.
-const POINT_FILES: [&str; 3] = ["pts", "json", "txt"];
+pub const POINT_FILES: [&str; 3] = ["pts", "json", "txt"];
 /// A picture all of whose values are below this may be a map of classes.
 const FEW_CLASSES: u8 = 32;
 /// The class of pixels that have none in COCO, ADE20K and Pascal VOC; they are black, unless the palette goes so far.
-const VOID: u16 = 255;
+pub const VOID: u16 = 255;
 
 /// What the conditions of a data set are.
 #[derive(
@@ -262,8 +262,8 @@ fn is_point_file(path: &Path) -> bool {
     path.extension().is_some_and(|e| POINT_FILES.iter().any(|p| e.eq_ignore_ascii_case(p)))
 }
 
-/// Whether one of the two pictures, resized to the width of the other, has its height within a pixel.
-fn same_aspect(picture: (u32, u32), condition: (u32, u32)) -> std::result::Result<(), String> {
+/// An error unless one of the two pictures, resized to the width of the other, has its height within a pixel.
+pub fn same_aspect(picture: (u32, u32), condition: (u32, u32)) -> std::result::Result<(), String> {
     let off = |(width, height): (u32, u32), (other_width, other_height): (u32, u32)| {
         (f64::from(width) * f64::from(other_height) / f64::from(other_width) - f64::from(height)).abs()
     };

@@ -15,11 +15,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::cache::Cache;
 use super::condition::Conditions;
-pub use super::condition::{ConditionFiles, ConditionKind, ConditionSource};
+pub use super::condition::{ConditionFiles, ConditionKind, ConditionSource, POINT_FILES, VOID, same_aspect};
 use super::table::{self, Entry, Row};
 use super::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, one_line, windows};
 use crate::image::edges::Thresholds;
-use crate::image::resize::{center_offset, short_side_size};
+use crate::image::resize::{center_offset, covering_size, short_side_size};
 use crate::image::{Filter, RgbImage, crop, landmarks, resize};
 use crate::progress::Progress;
 use crate::{Error, Result, interrupt};
@@ -141,8 +141,9 @@ impl PairFolder {
         &self.pairs[index].caption
     }
 
-    /// What the user is told before training: how many pairs there are and of what, and which are not used and why.
-    pub fn report(&self, resolution: u32) -> String {
+    /// What the user is told before training: how many pairs there are and of what, and which are not used and why; with the
+    /// resolution also what resizing does to them.
+    pub fn report(&self, resolution: Option<u32>) -> String {
         let count = |what: &dyn Fn(&Pair) -> bool| self.pairs.iter().filter(|pair| what(pair)).count();
         let plural = |n: usize| if n == 1 { "" } else { "s" };
         let total = self.pairs.len();
@@ -166,6 +167,14 @@ impl PairFolder {
         for pair in &self.pairs {
             *seen.entry(&pair.image).or_insert(0) += 1;
         }
+        let resolution_text = resolution.map_or(String::new(), |r| r.to_string());
+        let shrunk = |pair: &Pair| match pair.condition {
+            ConditionSource::Picture { width, height, .. } => {
+                self.conditions.kind() == ConditionKind::Canny
+                    && resolution.is_some_and(|r| width.min(height) > r)
+            }
+            _ => false,
+        };
         let partly_outside = |pair: &Pair| match &pair.condition {
             ConditionSource::Points { points, .. } => {
                 landmarks::inside(points, pair.width, pair.height) < points.len()
@@ -173,8 +182,14 @@ impl PairFolder {
             _ => false,
         };
         let notes = [
-            (count(&|pair| pair.width.min(pair.height) < resolution), {
-                format!("with a picture smaller than {resolution} pixels, which is enlarged")
+            (count(&|pair| resolution.is_some_and(|r| pair.width.min(pair.height) < r)), {
+                format!("with a picture smaller than {resolution_text} pixels, which is enlarged")
+            }),
+            (count(&shrunk), {
+                format!(
+                    "with edges larger than {resolution_text} pixels, which become grey and thin: make them at that size \
+                     (hra prepare canny --resolution {resolution_text}, or make_conditions)"
+                )
             }),
             (count(&|pair| pair.caption.is_empty()), "without a caption".to_string()),
             (
@@ -214,14 +229,7 @@ impl PairFolder {
     /// An error if a file can no longer be read or has another size than before.
     pub fn at_size(&self, index: usize, width: u32, height: u32) -> Result<(RgbImage, RgbImage)> {
         let pair = &self.pairs[index];
-        let (full_width, full_height) = (u64::from(pair.width), u64::from(pair.height));
-        let (wide, high) = (u64::from(width), u64::from(height));
-        // The axis that fits decides, and the other one has at least as many pixels as are wanted.
-        let size = if wide * full_height >= high * full_width {
-            (width, (full_height * wide / full_width) as u32)
-        } else {
-            ((full_width * high / full_height) as u32, height)
-        };
+        let size = covering_size((pair.width, pair.height), (width, height));
         let resized = self.resize(index, size)?;
         let (x, y) = (center_offset(size.0, width), center_offset(size.1, height));
         let middle = |image: &RgbImage| ::image::imageops::crop_imm(image, x, y, width, height).to_image();

@@ -3,13 +3,19 @@
 use crate::data::table::{self, Row};
 use crate::error::Result;
 use crate::files::{self, Kind};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
 /// Endings of files that describe pictures and are none.
-const TEXTS: [&str; 5] = ["txt", "json", "jsonl", "csv", "toml"];
+const TEXTS: [&str; 6] = ["txt", "json", "jsonl", "csv", "toml", "pts"];
+
+/// Whether a file of this ending, in lower case, may be a picture or a map.
+pub fn is_picture(ending: &str) -> bool {
+    !TEXTS.contains(&ending)
+}
 
 /// A file that a condition is made of.
 pub struct Source {
@@ -74,18 +80,17 @@ impl Sources {
             }
             return Ok(found);
         }
-        for path in listed(dir, |end| !TEXTS.contains(&end))? {
+        for path in listed(dir, is_picture)? {
             let name = inside(Path::new(path.file_name().unwrap_or_default()));
             found.sources.push(Source { name, picture: Some(path.clone()), path, caption: None });
         }
         Ok(found)
     }
 
-    /// The files of `dir`, maps or points, each with the picture of its name; a folder in the picture's name is one of `dir`
-    /// where that has it.
-    pub fn beside(dir: &Path, pictures: Option<&Path>) -> Result<Self> {
-        // Points may be in text files, metadata is not about points.
-        let listed = |dir: &Path| listed(dir, |end| !["jsonl", "csv", "toml"].contains(&end));
+    /// The files of `dir`, maps or points as `wanted` says of their endings, each with the picture of its name; a folder in the
+    /// picture's name is one of `dir` where that has it.
+    pub fn beside(dir: &Path, pictures: Option<&Path>, wanted: impl Fn(&str) -> bool) -> Result<Self> {
+        let listed = |dir: &Path| listed(dir, &wanted);
         let Some(pictures) = pictures else {
             let source = |path: PathBuf| {
                 let name = inside(Path::new(path.file_name().unwrap_or_default()));
@@ -102,8 +107,21 @@ impl Sources {
             let within = parent.map(|parent| dir.join(parent)).filter(|path| path.is_dir());
             let folder = within.unwrap_or_else(|| dir.to_path_buf());
             if !folders.contains_key(&folder) {
-                let stem = |path: PathBuf| (path.file_stem().unwrap_or_default().to_os_string(), path);
-                folders.insert(folder.clone(), listed(&folder)?.into_iter().map(stem).collect());
+                let mut files: BTreeMap<OsString, PathBuf> = BTreeMap::new();
+                for path in listed(&folder)? {
+                    match files.entry(path.file_stem().unwrap_or_default().to_os_string()) {
+                        Entry::Vacant(place) => {
+                            place.insert(path);
+                        }
+                        Entry::Occupied(first) => {
+                            let first = first.get().display();
+                            let reason =
+                                format!("expected one file of a name, found {first} too, which is used");
+                            found.bad.push(Bad::new(&path, reason));
+                        }
+                    }
+                }
+                folders.insert(folder.clone(), files);
             }
             let stem = picture.name.file_name().unwrap_or_default();
             match folders.get(&folder).and_then(|files| files.get(stem)) {

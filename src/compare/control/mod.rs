@@ -31,8 +31,8 @@ pub struct Agreement {
     pub condition: ConditionKind,
     /// Of the edges that are compared.
     pub thresholds: Thresholds,
-    /// The background's colour in segmentation maps.
-    pub background: [u8; 3],
+    /// The background's colours in segmentation maps.
+    pub background: Vec<[u8; 3]>,
 }
 
 /// Pairs of a subject of a comparison, looked at.
@@ -142,7 +142,7 @@ fn subject(config: &CompareConfig, entry: &ControlEntry, resolution: u32) -> Res
             agreement: Agreement {
                 condition: entry.condition,
                 thresholds: settings.thresholds,
-                background: palette.and_then(|p| p.colours().first().copied()).unwrap_or_default(),
+                background: palette.map_or(vec![[0; 3]], |palette| palette.background()),
             },
             settings,
             test,

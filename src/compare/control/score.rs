@@ -48,7 +48,7 @@ impl<'a> Judges<'a> {
         let truth = |(picture, condition): (&RgbImage, &RgbImage)| match agreement.condition {
             ConditionKind::Canny => Truth::Edges(canny(picture, agreement.thresholds)),
             ConditionKind::Segmentation => {
-                Truth::Subject(Mask::of(condition, |colour| colour != agreement.background))
+                Truth::Subject(Mask::of(condition, |colour| !agreement.background.contains(&colour)))
             }
             ConditionKind::Landmarks | ConditionKind::Other => Truth::Nothing,
         };
