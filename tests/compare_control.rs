@@ -3,7 +3,7 @@
 mod support;
 
 use hra::compare::CompareConfig;
-use hra::compare::control::shuffled;
+use hra::compare::control::{ControlSet, resolve};
 use hra::evaluate::control::{overlap, subject_mask, subject_miou};
 use hra::image::edges::{Thresholds, canny};
 use hra::image::{Mask, RgbImage, load_rgb, resize_nearest, resize_short_side};
@@ -111,8 +111,7 @@ fn pairs_are_drawn_and_scored_with_both_conditions() {
     let (plan, records) = records(&out);
     let control = plan.subjects[0].control.as_ref().unwrap();
     assert_eq!((control.condition.as_str(), control.trained_pairs), ("canny", 12));
-    assert_eq!((control.test.pictures.len(), &control.test.shuffled), (6, &shuffled(6)));
-    assert!(shuffled(6).iter().enumerate().all(|(i, other)| i != *other), "each another's");
+    assert_eq!((control.test.pictures.len(), &control.test.shuffled[..]), (6, &[1, 2, 3, 4, 5, 0][..]));
 
     let thresholds = Thresholds { low: 80.0, high: 160.0 };
     for record in &records {
@@ -227,6 +226,68 @@ fn maps_are_scored_by_subject_and_searches_use_other_pairs() {
 }
 
 #[test]
+fn pairs_are_rendered_again_where_they_are_read_otherwise() {
+    let read = |control: &str, palette: &str| -> ControlSet {
+        let text = config(control, "[search]\nlearning_rates = [1e-3, 1e-2]");
+        // One map of class numbers is the condition of all.
+        let text =
+            text.replace("[[control]]", "[[control]]\nvalidation_data_dir = \"train/validation.jsonl\"");
+        let held_out = root().join("assets/control/held_out");
+        let scratch = scratch(&text.replace(held_out.to_str().unwrap(), "train/test.jsonl"));
+        let map = std::fs::read(root().join("tests/fixtures/conditions/palette2-4.png")).unwrap();
+        std::fs::write(scratch.path("train/map.png"), map).unwrap();
+        std::fs::write(scratch.path("palette.json"), palette).unwrap();
+        let table = std::fs::read_to_string(scratch.path("train/metadata.jsonl")).unwrap();
+        let lines: Vec<String> = table
+            .lines()
+            .map(|line| {
+                let mut row: serde_json::Value = serde_json::from_str(line).unwrap();
+                let (width, height) = load_rgb(&scratch.path("train/map.png")).unwrap().dimensions();
+                let name = row["file_name"].as_str().unwrap().to_string();
+                let picture = load_rgb(&scratch.path("train").join(&name)).unwrap();
+                let picture = hra::image::resize(&picture, width, height, hra::image::Filter::Bilinear);
+                hra::image::save_png(&scratch.path("train").join(&name), &picture, &[]).unwrap();
+                row["conditioning_image"] = "map.png".into();
+                row.to_string()
+            })
+            .collect();
+        for (name, lines) in [("metadata", &lines[..6]), ("test", &lines[6..9]), ("validation", &lines[9..])]
+        {
+            std::fs::write(scratch.path(&format!("train/{name}.jsonl")), lines.join("\n")).unwrap();
+        }
+        let mut config = CompareConfig::read(&scratch.path("c.toml")).unwrap();
+        for entry in &mut config.controls {
+            for path in [&mut entry.data_dir, &mut entry.test_data_dir] {
+                *path = scratch.path("train").join(path.strip_prefix("train").unwrap());
+            }
+            let other = entry.validation_data_dir.as_mut().unwrap();
+            *other = scratch.path("train").join(other.strip_prefix("train").unwrap());
+            entry.palette = entry.palette.as_ref().map(|name| scratch.path("").join(name));
+        }
+        resolve(&config).unwrap().pop().unwrap().control.unwrap()
+    };
+    let hashes = |set: &ControlSet| {
+        [set.train_hash.clone(), set.hash(Set::Test).to_string(), set.hash(Set::Validation).to_string()]
+    };
+    let coloured = "condition = \"segmentation\"\npalette = \"palette.json\"";
+    let one = hashes(&read(coloured, "[[0, 0, 0], [9, 9, 9], [1, 1, 1], [2, 2, 2]]"));
+    assert_eq!(
+        one,
+        hashes(&read(coloured, "{\"a\": [0, 0, 0], \"b\": [9, 9, 9], \"c\": [1, 1, 1], \"d\": [2, 2, 2]}"))
+    );
+    let others = [
+        hashes(&read(coloured, "[[0, 0, 0], [9, 9, 8], [1, 1, 1], [2, 2, 2]]")),
+        hashes(&read("condition = \"segmentation\"", "")),
+        hashes(&read("condition = \"canny\"", "")),
+    ];
+    let all: Vec<_> = std::iter::once(&one).chain(&others).collect();
+    for i in 0..3 {
+        let different: std::collections::BTreeSet<_> = all.iter().map(|hashes| &hashes[i]).collect();
+        assert_eq!(different.len(), all.len(), "train, test or validation: {i}");
+    }
+}
+
+#[test]
 fn what_means_nothing_with_control_is_refused() {
     let refused = |text: &str| {
         let scratch = scratch(text);
@@ -279,6 +340,16 @@ fn pairs_that_are_trained_on_are_no_test() {
     let told = scratch.run(&["compare", "c.toml", "--dry-run"]).err;
     assert!(
         told.contains("control `emoji`: test_data_dir: ") && told.contains("is trained on too"),
+        "{told}"
+    );
+    // A search must not choose by the pairs of the tables.
+    let control = format!("{CANNY}\nvalidation_data_dir = \"{}\"", held_out.display());
+    let search = config(&control, "[search]\nlearning_rates = [1e-3, 1e-2]");
+    std::fs::write(scratch.path("c.toml"), search).unwrap();
+    let told = scratch.run(&["compare", "c.toml", "--dry-run"]).err;
+    assert!(
+        told.contains("control `emoji`: validation_data_dir: ")
+            && told.contains("is among the pairs of the tables too, as"),
         "{told}"
     );
     // What cannot be read is told with the table's name; a bad pair is a note.

@@ -243,6 +243,16 @@ fn landmarks_are_drawn_as_discs_and_parts_of_a_face() {
     let eye = landmarks::draw(&eye, 552, 80);
     assert_eq!(eye.get_pixel(15, 55).0, [255; 3], "from the last point to the first");
 
+    // Ends far outside: only what crosses the picture is walked. The lines are those of the jaw, down and then up.
+    let mut far = vec![Point { x: -1e15, y: -1e15 }; 68];
+    (far[0], far[1]) = (Point { x: 20.0, y: -1e15 }, Point { x: 20.0, y: 1e15 });
+    (far[2], far[3]) = (Point { x: 1e15, y: 1e15 }, Point { x: -1e15, y: -1e15 });
+    let far = white(&landmarks::draw(&far, 64, 48));
+    let mut expected: Vec<(u32, u32)> =
+        (0..48).flat_map(|y| if y < 20 { [(y, y), (20, y)] } else { [(20, y), (y, y)] }).collect();
+    expected.dedup();
+    assert_eq!(far, expected);
+
     // 100 x 50 to 20: x' = (x + 0.5) * 40 / 100 - 0.5 - 10, y' = (y + 0.5) * 20 / 50 - 0.5.
     let found = landmarks::square(&points(&[(49.5, 24.5), (0.0, 0.0)]), 100, 50, 20);
     for (found, expected) in found.iter().zip([(9.5, 9.5), (-10.3, -0.3)]) {
@@ -300,7 +310,7 @@ fn canny_is_prepared_with_pairs_and_reasons() {
     assert_eq!(skipped.len(), 3, "{skipped:?}");
     for (bad, parts) in skipped.iter().zip([
         ["photos/gone.png: ", "line 5 of photos/metadata.jsonl"],
-        ["photos/metadata.jsonl: line 6", "expected a JSON object"],
+        ["photos/metadata.jsonl: line 6", "broken JSON"],
         ["photos/broken.png: ", "PNG"],
     ]) {
         assert!(parts.iter().all(|part| bad.contains(part)), "{bad}");
@@ -380,7 +390,18 @@ fn pictures_without_metadata_have_conditions_and_no_pairs() {
     write(&scratch.path("photos/metadata.csv"), "name,text\none.png,a\n");
     refused(
         &scratch.run(&["prepare", "canny", "photos", "--output", "out"]),
-        "expected columns file_name and text, found name, text",
+        "line 2: expected a column `file_name`, found name, text",
+    );
+    write(&scratch.path("photos/metadata.csv"), "file_name,text\none.png,\"a\ntwo.b.png,b\n");
+    refused(
+        &scratch.run(&["prepare", "canny", "photos", "--output", "out"]),
+        "a quote that line 2 opens is never closed",
+    );
+    fs::remove_file(scratch.path("photos/metadata.csv")).unwrap();
+    write(&scratch.path("photos/metadata.jsonl"), "{\"file_name\": \"one.png\"}\n");
+    refused(
+        &scratch.run(&["prepare", "canny", "photos", "--output", "out"]),
+        "line 1: expected a column `text`, found file_name",
     );
 
     fs::create_dir(scratch.path("empty")).unwrap();
@@ -440,8 +461,13 @@ fn maps_and_points_are_prepared_for_their_pictures() {
     assert_eq!(load_rgb(&scratch.path("points/landmarks/one.png")).unwrap(), expected);
     refused(
         &scratch.run(&[&words[..5], &["--scale", "0"]].concat()),
-        "--scale: expected a number above 0, found 0",
+        "--scale: expected a number above 0, at most 1000, found 0",
     );
+    refused(&scratch.run(&[&words[..5], &["--scale", "1e300"]].concat()), "at most 1000, found ");
+    write(&scratch.path("points/two.b.json"), "[[1e6, 10], [4, 4]]");
+    let told = parsed(&scratch.run(&[&words[..5], &["--scale", "1.5", "--json"]].concat()));
+    let skipped = told["skipped"].to_string();
+    assert!(skipped.contains("times 1.5: expected coordinates between -1000000 and 1000000"), "{skipped}");
 }
 
 #[test]

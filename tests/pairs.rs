@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use hra::Error;
-use hra::data::pairs::{ConditionKind, ConditionSource, PairFolder, PairSettings};
+use hra::data::pairs::{ConditionKind, ConditionSource, PairFolder, PairSettings, shuffled};
 use hra::data::{Crop, Window};
 use hra::image::edges::{Thresholds, canny};
 use hra::image::{Filter, RgbImage, center_crop, resize, resize_nearest, resize_short_side, save_png};
@@ -155,7 +155,7 @@ fn captions_may_be_lists_or_nothing() {
             "expected a text as caption, found an object"
         ]
     );
-    let report = pairs.report(32);
+    let report = pairs.report(Some(32));
     for words in [
         ": 5 pairs used, 3 bad\n  conditions: other; 5 pictures\n",
         "\n  5 pairs with a picture smaller than 32 pixels, which is enlarged\n",
@@ -226,7 +226,7 @@ fn bad_pairs_are_told_and_the_others_used() {
         assert!(told.starts_with(expected), "expected {expected}, found {told}");
     }
     assert_eq!(pairs.pairs().len(), 3);
-    assert!(pairs.report(16).contains(": 3 pairs used, 17 bad\n"), "{}", pairs.report(16));
+    assert!(pairs.report(Some(16)).contains(": 3 pairs used, 17 bad\n"), "{}", pairs.report(Some(16)));
 }
 
 #[test]
@@ -324,7 +324,7 @@ fn edges_are_made_of_the_square_that_is_shown() {
     let settings = PairSettings { thresholds, ..kind(ConditionKind::Canny) };
     let pairs = set.read(&settings);
     assert_eq!(rows(&pairs).iter().map(|row| row.2.as_str()).collect::<Vec<_>>(), ["made", "b.png"]);
-    assert!(pairs.report(16).contains("\n  conditions: canny; 1 made from the pictures, 1 pictures"));
+    assert!(pairs.report(Some(16)).contains("\n  conditions: canny; 1 made from the pictures, 1 pictures"));
     let window = pairs.crop_window(0, 24, Crop::Random(3));
     let (shown, edges) = pairs.prepare(0, 24, window).unwrap();
     assert!(edges == canny(&shown, thresholds).to_rgb());
@@ -408,25 +408,33 @@ fn maps_of_class_numbers_are_coloured_by_the_palette() {
     let (_, condition) = pairs.at_size(0, 40, 30).unwrap();
     let expected = RgbImage::from_fn(40, 30, |x, _| if x < 20 { [0, 0, 0] } else { [9, 200, 7] }.into());
     assert!(condition == expected);
-    assert!(pairs.report(30).contains("segmentation; 1 coloured by the palette, 1 pictures"));
+    assert!(pairs.report(Some(30)).contains("segmentation; 1 coloured by the palette, 1 pictures"));
 }
 
 #[test]
 fn points_are_drawn_where_they_are_in_the_picture() {
     let set = two();
     set.text("points.json", "[[10, 5], [30, 25]]").text("broken.json", "[[10, ").text("none.json", "[]");
+    set.text("far.json", "[[40, 5], [3, 30]]").text("partly.json", "[[39, 29], [40, 29]]");
     set.text(
         "metadata.csv",
-        "file_name,text,conditioning_image\na.png,x,points.json\na.png,y,broken.json\na.png,z,c/a.png\na.png,n,none.json\n",
+        "file_name,text,conditioning_image\na.png,x,points.json\na.png,y,broken.json\na.png,z,c/a.png\na.png,n,none.json\n\
+         a.png,f,far.json\na.png,p,partly.json\n",
     );
     let pairs = set.read(&kind(ConditionKind::Landmarks));
-    assert_eq!(pairs.bad().len(), 2);
+    assert_eq!(pairs.bad().len(), 3);
+    assert_eq!(
+        pairs.bad()[2].reason,
+        "condition far.json: expected points in the picture of 40x30, found 2 outside"
+    );
+    let told = pairs.report(Some(30));
+    assert!(told.contains("\n  1 pair with points outside the picture, which are not drawn"), "{told}");
     assert_eq!(pairs.bad()[1].reason, "condition none.json: expected points, found none");
     assert!(
         pairs.bad()[0].name == "line 3, a.png"
             && pairs.bad()[0].reason.starts_with("condition broken.json: ")
     );
-    assert!(pairs.report(30).contains("landmarks; 1 drawn from points, 1 pictures"));
+    assert!(pairs.report(Some(30)).contains("landmarks; 2 drawn from points, 1 pictures"));
     // At twice the size, the middle of pixel 10 is between pixels 20 and 21.
     let (_, condition) = pairs.at_size(0, 80, 60).unwrap();
     for (x, y, white) in [(20, 11, true), (61, 51, true), (40, 11, false)] {
@@ -456,6 +464,15 @@ fn sampling_sizes_are_covered_and_cut_in_the_middle() {
 }
 
 /// Indices that Pillow 13's `resize(.., NEAREST)` takes; half of the cases differ from exact arithmetic.
+#[test]
+fn shuffled_pairs_are_of_other_pictures() {
+    assert_eq!(shuffled(&["a", "b", "c"]), [1, 2, 0]);
+    assert_eq!(shuffled(&["a", "a", "b", "a"]), [2, 2, 3, 2]);
+    for same in [&[][..], &["a"], &["a", "a"]] {
+        assert!(shuffled(same).is_empty(), "{same:?}");
+    }
+}
+
 #[test]
 fn nearest_pixels_are_pillows() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/nearest.json");

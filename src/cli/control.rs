@@ -1,17 +1,19 @@
 //! The flags by which `hra sample` is given conditions, and what they lead to.
 
-use crate::data::pairs::{ConditionFiles, ConditionKind, PairFolder, PairSettings};
+use crate::data::pairs::{ConditionFiles, ConditionKind, PairFolder, PairSettings, shuffled};
 use crate::device::Compute;
 use crate::error::{Error, Result};
 use crate::hub::{self, Wanted};
+use crate::image::decode::MAX_FILE_BYTES;
 use crate::image::edges::may_be_edges;
 use crate::image::{RgbImage, Thresholds};
 use crate::model::control::{
     ConditionEncoder, Control, ControlNet, EncoderConfig, PALETTE_FILE, Passes, encoder_of,
 };
 use crate::sample::{Settings, Steering, Strength, conditions};
-use crate::tensor_file;
+use crate::{files, tensor_file};
 use clap::Args;
+use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
 /// Flags of controlled drawing.
@@ -32,7 +34,7 @@ pub struct ControlArgs {
     /// The first so many pairs [default: all]
     #[arg(long, value_name = "N")]
     num_pairs: Option<usize>,
-    /// Each caption with the condition of the pair after it: what of a score is chance
+    /// Each caption with the condition of the next pair of another picture: what of a score is chance
     #[arg(long)]
     shuffle_conditions: bool,
     /// What the conditions are [default: what the adapter was trained with, else other]
@@ -92,7 +94,8 @@ pub struct Asked<'a> {
 pub struct Pairs {
     folder: PairFolder,
     count: usize,
-    shuffled: bool,
+    /// The pair whose condition is drawn with each caption.
+    sources: Vec<usize>,
 }
 
 /// A control, and the conditions that it is shown.
@@ -171,13 +174,22 @@ impl ControlArgs {
     fn read_pairs(&self, path: &Path, settings: &PairSettings) -> Result<Pairs> {
         let folder = PairFolder::read(path, settings)?;
         if !folder.bad().is_empty() {
-            eprintln!("warning: {}", folder.report(1));
+            eprintln!("warning: {}", folder.report(None));
         }
         let count = folder.pairs().len().min(self.num_pairs.unwrap_or(usize::MAX));
-        if count == 0 || self.shuffle_conditions && count < 2 {
-            return Err(Error::config("--num-pairs: expected 1 or more, and 2 or more to shuffle them"));
+        let sources = if self.shuffle_conditions {
+            let read = |i: usize| files::read(&folder.pairs()[i].image, MAX_FILE_BYTES);
+            let hashed = |i| read(i).map(|bytes| Sha256::digest(bytes));
+            shuffled(&(0..count).map(hashed).collect::<Result<Vec<_>>>()?)
+        } else {
+            (0..count).collect()
+        };
+        if sources.is_empty() {
+            return Err(Error::config(
+                "--num-pairs: expected 1 or more, and 2 different pictures to shuffle them",
+            ));
         }
-        Ok(Pairs { folder, count, shuffled: self.shuffle_conditions })
+        Ok(Pairs { folder, count, sources })
     }
 
     /// What the conditions are, as the user or else the adapter says.
@@ -322,18 +334,13 @@ impl Pairs {
         Ok(names)
     }
 
-    /// The pair whose condition the caption of pair `p` is drawn with.
-    fn source(&self, p: usize) -> usize {
-        if self.shuffled { (p + 1) % self.count } else { p }
-    }
-
     fn condition(&self, p: usize, width: u32, height: u32) -> Result<RgbImage> {
-        Ok(self.folder.at_size(self.source(p), width, height)?.1)
+        Ok(self.folder.at_size(self.sources[p], width, height)?.1)
     }
 
     /// What the condition of pair `p` is, in words.
     fn condition_of(&self, p: usize) -> String {
-        let pair = &self.folder.pairs()[self.source(p)];
+        let pair = &self.folder.pairs()[self.sources[p]];
         match pair.condition.path() {
             Some(path) => path.display().to_string(),
             None => format!("edges of {}", pair.image.display()),

@@ -1,7 +1,6 @@
 //! From the settings of a comparison to its cells.
 
 use super::config::{CompareConfig, MethodEntry, Protocol};
-use super::control::shuffled;
 use super::draw::{Pairs, Sampling};
 use super::subjects::{Subject, hash, slug};
 use super::task::{Task, TaskSet};
@@ -337,7 +336,7 @@ impl Planner<'_> {
             return TaskSet { set, prompts: prompts.clone(), num_images, pairs: None };
         };
         // The base model is shown no condition, its own or another's.
-        let shuffled = if is_trained { shuffled(prompts.len()) } else { Vec::new() };
+        let shuffled = if is_trained { control.shuffled(set).to_vec() } else { Vec::new() };
         let conditions = control.hash(set).to_string();
         let num_images = if shuffled.is_empty() { 1 } else { 2 };
         TaskSet { set, prompts: prompts.clone(), num_images, pairs: Some(Pairs { conditions, shuffled }) }

@@ -12,11 +12,11 @@ use crate::image::{Filter, RgbImage, load_rgb, resize, resize_nearest};
 use crate::{Error, Result};
 
 /// Endings of files of points; other conditions are pictures.
-const POINT_FILES: [&str; 3] = ["pts", "json", "txt"];
+pub const POINT_FILES: [&str; 3] = ["pts", "json", "txt"];
 /// A picture all of whose values are below this may be a map of classes.
 const FEW_CLASSES: u8 = 32;
 /// The class of pixels that have none in COCO, ADE20K and Pascal VOC; they are black, unless the palette goes so far.
-const VOID: u16 = 255;
+pub const VOID: u16 = 255;
 
 /// What the conditions of a data set are.
 #[derive(
@@ -73,7 +73,7 @@ pub enum ConditionSource {
     Points {
         /// Path of the file.
         path: PathBuf,
-        /// The points, at least one.
+        /// The points, at least one of them in the picture.
         points: Vec<Point>,
     },
 }
@@ -140,6 +140,13 @@ impl Conditions {
             let points = landmarks::read_points(&path).map_err(reason)?;
             if points.is_empty() {
                 return Err("expected points, found none".into());
+            }
+            let (width, height) = size;
+            if landmarks::inside(&points, width, height) == 0 {
+                let found = points.len();
+                return Err(format!(
+                    "expected points in the picture of {width}x{height}, found {found} outside"
+                ));
             }
             return Ok(ConditionSource::Points { path, points });
         }
@@ -255,8 +262,8 @@ fn is_point_file(path: &Path) -> bool {
     path.extension().is_some_and(|e| POINT_FILES.iter().any(|p| e.eq_ignore_ascii_case(p)))
 }
 
-/// Whether one of the two pictures, resized to the width of the other, has its height within a pixel.
-fn same_aspect(picture: (u32, u32), condition: (u32, u32)) -> std::result::Result<(), String> {
+/// An error unless one of the two pictures, resized to the width of the other, has its height within a pixel.
+pub fn same_aspect(picture: (u32, u32), condition: (u32, u32)) -> std::result::Result<(), String> {
     let off = |(width, height): (u32, u32), (other_width, other_height): (u32, u32)| {
         (f64::from(width) * f64::from(other_height) / f64::from(other_width) - f64::from(height)).abs()
     };

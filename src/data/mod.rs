@@ -9,7 +9,7 @@
 mod cache;
 pub mod condition;
 pub mod pairs;
-mod table;
+pub mod table;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -255,10 +255,16 @@ fn load_usable(path: &Path) -> std::result::Result<Picture, String> {
     let bytes = files::read(path, MAX_FILE_BYTES).map_err(reason)?;
     let picture = decode::decode(&bytes)?;
     let (width, height) = picture.pixels.dimensions();
-    if width.max(height) > MAX_ASPECT * width.min(height) {
-        return Err(format!("a strip of {width}x{height} pixels: no square of it shows the picture"));
-    }
+    no_strip((width, height))?;
     Ok(picture)
+}
+
+/// An error for pictures so long and narrow that they are not trained on.
+pub fn no_strip((width, height): (u32, u32)) -> std::result::Result<(), String> {
+    if width.max(height) <= MAX_ASPECT.saturating_mul(width.min(height)) {
+        return Ok(());
+    }
+    Err(format!("a strip of {width}x{height} pixels: no square of it shows the picture"))
 }
 
 /// The pixels of a file that had this size when it was looked at.

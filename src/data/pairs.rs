@@ -15,12 +15,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::cache::Cache;
 use super::condition::Conditions;
-pub use super::condition::{ConditionFiles, ConditionKind, ConditionSource};
+pub use super::condition::{ConditionFiles, ConditionKind, ConditionSource, POINT_FILES, VOID, same_aspect};
 use super::table::{self, Entry, Row};
 use super::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, one_line, windows};
 use crate::image::edges::Thresholds;
-use crate::image::resize::{center_offset, short_side_size};
-use crate::image::{Filter, RgbImage, crop, resize};
+use crate::image::resize::{center_offset, covering_size, short_side_size};
+use crate::image::{Filter, RgbImage, crop, landmarks, resize};
 use crate::progress::Progress;
 use crate::{Error, Result, interrupt};
 
@@ -111,7 +111,7 @@ impl PairFolder {
         let conditions = Conditions::new(settings)?;
         let table = table::read(path, settings)?;
         let (mut pairs, mut bad) = (Vec::new(), Vec::new());
-        for found in look_at_all(table.rows, &table.root, &conditions)? {
+        for found in look_at_all(&table.rows, table.root(), &conditions)? {
             match found {
                 Ok(pair) => pairs.push(pair),
                 Err(skipped) => bad.push(skipped),
@@ -141,8 +141,9 @@ impl PairFolder {
         &self.pairs[index].caption
     }
 
-    /// What the user is told before training: how many pairs there are and of what, and which are not used and why.
-    pub fn report(&self, resolution: u32) -> String {
+    /// What the user is told before training: how many pairs there are and of what, and which are not used and why; with the
+    /// resolution also what resizing does to them.
+    pub fn report(&self, resolution: Option<u32>) -> String {
         let count = |what: &dyn Fn(&Pair) -> bool| self.pairs.iter().filter(|pair| what(pair)).count();
         let plural = |n: usize| if n == 1 { "" } else { "s" };
         let total = self.pairs.len();
@@ -166,9 +167,29 @@ impl PairFolder {
         for pair in &self.pairs {
             *seen.entry(&pair.image).or_insert(0) += 1;
         }
+        let resolution_text = resolution.map_or(String::new(), |r| r.to_string());
+        let shrunk = |pair: &Pair| match pair.condition {
+            ConditionSource::Picture { width, height, .. } => {
+                self.conditions.kind() == ConditionKind::Canny
+                    && resolution.is_some_and(|r| width.min(height) > r)
+            }
+            _ => false,
+        };
+        let partly_outside = |pair: &Pair| match &pair.condition {
+            ConditionSource::Points { points, .. } => {
+                landmarks::inside(points, pair.width, pair.height) < points.len()
+            }
+            _ => false,
+        };
         let notes = [
-            (count(&|pair| pair.width.min(pair.height) < resolution), {
-                format!("with a picture smaller than {resolution} pixels, which is enlarged")
+            (count(&|pair| resolution.is_some_and(|r| pair.width.min(pair.height) < r)), {
+                format!("with a picture smaller than {resolution_text} pixels, which is enlarged")
+            }),
+            (count(&shrunk), {
+                format!(
+                    "with edges larger than {resolution_text} pixels, which become grey and thin: make them at that size \
+                     (hra prepare canny --resolution {resolution_text}, or make_conditions)"
+                )
             }),
             (count(&|pair| pair.caption.is_empty()), "without a caption".to_string()),
             (
@@ -176,6 +197,7 @@ impl PairFolder {
                 "with several captions, of which the first is used".into(),
             ),
             (total - seen.len(), "with the picture of another pair".into()),
+            (count(&partly_outside), "with points outside the picture, which are not drawn".into()),
         ];
         for (n, note) in notes.iter().filter(|(n, _)| *n > 0) {
             let _ = write!(text, "\n  {n} pair{} {note}", plural(*n));
@@ -207,14 +229,7 @@ impl PairFolder {
     /// An error if a file can no longer be read or has another size than before.
     pub fn at_size(&self, index: usize, width: u32, height: u32) -> Result<(RgbImage, RgbImage)> {
         let pair = &self.pairs[index];
-        let (full_width, full_height) = (u64::from(pair.width), u64::from(pair.height));
-        let (wide, high) = (u64::from(width), u64::from(height));
-        // The axis that fits decides, and the other one has at least as many pixels as are wanted.
-        let size = if wide * full_height >= high * full_width {
-            (width, (full_height * wide / full_width) as u32)
-        } else {
-            ((full_width * high / full_height) as u32, height)
-        };
+        let size = covering_size((pair.width, pair.height), (width, height));
         let resized = self.resize(index, size)?;
         let (x, y) = (center_offset(size.0, width), center_offset(size.1, height));
         let middle = |image: &RgbImage| ::image::imageops::crop_imm(image, x, y, width, height).to_image();
@@ -267,11 +282,19 @@ impl PairFolder {
     }
 }
 
+/// For each of these pictures the next one that is another, the first following the last: whose condition a caption is drawn with
+/// to see what of a score is chance. Empty where all are the same, or there is one.
+pub fn shuffled<T: PartialEq>(pictures: &[T]) -> Vec<usize> {
+    let count = pictures.len();
+    let next = |i: usize| (1..count).map(|by| (i + by) % count).find(|other| pictures[*other] != pictures[i]);
+    (0..count).map(next).collect::<Option<_>>().unwrap_or_default()
+}
+
 /// A pair, or the row that is none.
 type Found = std::result::Result<Pair, Skipped>;
 
 /// Looks at every row, on several threads, and gives them in their order.
-fn look_at_all(rows: Vec<Row>, root: &Path, conditions: &Conditions) -> Result<Vec<Found>> {
+fn look_at_all(rows: &[Row], root: &Path, conditions: &Conditions) -> Result<Vec<Found>> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
     let next = AtomicUsize::new(0);
     let work = |mut progress: Option<Progress>| {

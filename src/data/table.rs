@@ -25,27 +25,48 @@ pub(super) const COLUMNS: [&str; 3] = ["file_name", "text", "conditioning_image"
 const OTHER_NAMES: [&[&str]; 3] = [&["target", "image"], &["prompt"], &["source"]];
 
 /// A table and its rows.
-pub(super) struct Table {
-    /// The folder to which its paths are relative.
-    pub(super) root: PathBuf,
-    pub(super) rows: Vec<Row>,
+pub struct Table {
+    /// Its file; paths are relative to the folder of that.
+    pub file: PathBuf,
+    /// In their order.
+    pub rows: Vec<Row>,
 }
 
 /// A line of a table.
-pub(super) struct Row {
+pub struct Row {
     /// Where it is, such as `line 3`.
-    pub(super) place: String,
+    pub place: String,
     /// What it says, or why that is no pair.
-    pub(super) entry: std::result::Result<Entry, String>,
+    pub entry: std::result::Result<Entry, String>,
 }
 
 /// What a row says.
-pub(super) struct Entry {
-    pub(super) image: String,
-    pub(super) caption: String,
-    pub(super) condition: Option<String>,
+pub struct Entry {
+    /// Path of the picture.
+    pub image: String,
+    /// Empty where the row has nothing in its column.
+    pub caption: String,
+    /// Path of the condition.
+    pub condition: Option<String>,
     /// Whether its caption is the first of several.
-    pub(super) first_of_several: bool,
+    pub first_of_several: bool,
+}
+
+impl Table {
+    /// The folder to which its paths are relative.
+    pub fn root(&self) -> &Path {
+        self.file.parent().unwrap_or(Path::new(""))
+    }
+}
+
+/// The table of a folder of pictures, by the usual columns; `None` where the folder has none.
+///
+/// Errors: two tables, an empty one, one that cannot be trusted as a whole.
+pub fn of_pictures(dir: &Path) -> Result<Option<Table>> {
+    if !NAMES.iter().any(|name| dir.join(name).is_file()) {
+        return Ok(None);
+    }
+    read(dir, &PairSettings::default()).map(Some)
 }
 
 /// Reads the table at `path`, or that of the folder at `path`.
@@ -73,8 +94,7 @@ pub(super) fn read(path: &Path, settings: &PairSettings) -> Result<Table> {
     if rows.is_empty() {
         return Err(Error::format(&file, "expected pairs of picture and condition, found an empty table"));
     }
-    let root = file.parent().map(Path::to_path_buf).unwrap_or_default();
-    Ok(Table { root, rows })
+    Ok(Table { file, rows })
 }
 
 fn has_ending(path: &Path, ending: &str) -> bool {

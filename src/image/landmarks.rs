@@ -72,13 +72,31 @@ pub fn read_points(path: &Path) -> Result<Vec<Point>> {
         parse_lines(text.lines())
     };
     let points = points.map_err(wrong)?;
+    bounded(&points).map_err(wrong)?;
+    Ok(points)
+}
+
+fn bounded(points: &[Point]) -> std::result::Result<(), String> {
     let bad = |p: &&Point| !(p.x.abs() <= MAX_COORDINATE && p.y.abs() <= MAX_COORDINATE);
     match points.iter().find(bad) {
-        Some(Point { x, y }) => Err(wrong(format!(
+        Some(Point { x, y }) => Err(format!(
             "expected coordinates between -{MAX_COORDINATE} and {MAX_COORDINATE}, found ({x}, {y})"
-        ))),
-        None => Ok(points),
+        )),
+        None => Ok(()),
     }
+}
+
+/// The points times `scale`. The error is a sentence: coordinates that become too large.
+pub fn scaled(points: &[Point], scale: f64) -> std::result::Result<Vec<Point>, String> {
+    let points: Vec<Point> = points.iter().map(|p| Point { x: p.x * scale, y: p.y * scale }).collect();
+    bounded(&points).map(|()| points)
+}
+
+/// How many of the points lie in a `width` x `height` picture.
+pub fn inside(points: &[Point], width: u32, height: u32) -> usize {
+    let inside =
+        |p: &&Point| (0.0..f64::from(width)).contains(&p.x) && (0.0..f64::from(height)).contains(&p.y);
+    points.iter().filter(inside).count()
 }
 
 fn parse_json(text: &str) -> std::result::Result<Vec<Point>, String> {
@@ -176,9 +194,19 @@ fn dot(picture: &mut RgbImage, x: i64, y: i64) {
 fn line(picture: &mut RgbImage, (x, y): (i64, i64), (to_x, to_y): (i64, i64)) {
     let (wide, high) = (to_x - x, to_y - y);
     let steps = wide.abs().max(high.abs()).max(1);
+    // Ends may be far outside: only the steps in the picture's columns, or rows, are taken. Each is one pixel long.
+    let (start, ahead, side) = if wide.abs() == steps {
+        (x, wide > 0, i64::from(picture.width()))
+    } else {
+        (y, high > 0, i64::from(picture.height()))
+    };
+    let (first, last) = if ahead { (-start, side - 1 - start) } else { (start - side + 1, start) };
     // Integers, so that every machine draws the same: rounds i * length / steps, halves upwards.
-    let share = |length: i64, i: i64| (2 * i * length + steps).div_euclid(2 * steps);
-    for i in 0..=steps {
+    let share = |length: i64, i: i64| {
+        let [length, i, steps] = [length, i, steps].map(i128::from);
+        (2 * i * length + steps).div_euclid(2 * steps) as i64
+    };
+    for i in first.max(0)..=last.min(steps) {
         dot(picture, x + share(wide, i), y + share(high, i));
     }
 }

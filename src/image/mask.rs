@@ -2,7 +2,7 @@
 
 use ::image::{Rgb, RgbImage};
 
-use super::resize::nearest_square;
+use super::resize::nearest_covering;
 
 /// A picture of yes and no.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,9 +43,10 @@ impl Mask {
         self.pixels.iter().filter(|yes| **yes).count()
     }
 
-    /// The mask of a picture whose shorter side is resized to `side` and whose middle square is cut out; the nearest pixels'.
-    pub fn square(&self, side: u32) -> Self {
-        Self::new(side, side, nearest_square(&self.pixels, self.width, self.height, side))
+    /// The mask of a picture that is resized until it covers `width` x `height` and whose middle is cut out; the nearest pixels'.
+    pub fn covering(&self, width: u32, height: u32) -> Self {
+        let pixels = nearest_covering(&self.pixels, (self.width, self.height), (width, height));
+        Self::new(width, height, pixels)
     }
 
     /// White where yes, black elsewhere.

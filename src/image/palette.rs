@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::decode::{MAX_FILE_BYTES, MAX_PIXELS, load_rgb};
 use super::mask::Mask;
-use super::resize::nearest_square;
+use super::resize::nearest_covering;
 use crate::{Error, Result, files};
 
 /// The longest palette file.
@@ -78,6 +78,12 @@ impl Palette {
         &self.names
     }
 
+    /// The colours of what is no subject: the first class's, and black, which pixels without a class have, where it is no class's.
+    pub fn background(&self) -> Vec<[u8; 3]> {
+        let void = (!self.colours.contains(&[0; 3])).then_some([0; 3]);
+        std::iter::once(self.colours[0]).chain(void).collect()
+    }
+
     /// The class whose colour is nearest (squared distance; of equally near ones the first).
     pub fn nearest(&self, colour: [u8; 3]) -> u16 {
         let distance = |other: &[u8; 3]| -> u32 {
@@ -111,12 +117,15 @@ impl Palette {
     }
 
     /// The classes of a coloured picture: each pixel's nearest colour.
-    pub fn classes(&self, picture: &RgbImage) -> LabelMap {
+    /// Black, where no class has it, is `void` if that is given.
+    pub fn classes(&self, picture: &RgbImage, void: Option<u16>) -> LabelMap {
+        let void = void.filter(|_| !self.colours.contains(&[0; 3]));
+        let class = |colour| void.filter(|_| colour == [0; 3]).unwrap_or_else(|| self.nearest(colour));
         // Neighbours mostly have one colour.
-        let mut last = ([0; 3], self.nearest([0; 3]));
+        let mut last = ([0; 3], class([0; 3]));
         let labels = picture.pixels().map(|Rgb(colour)| {
             if *colour != last.0 {
-                last = (*colour, self.nearest(*colour));
+                last = (*colour, class(*colour));
             }
             last.1
         });
@@ -136,16 +145,21 @@ impl MapFile {
         }
     }
 
-    /// Where the subject is: what has not the palette's first colour, or without a palette is not black. Of grey values all but 0.
+    /// Where the subject is: what has no colour of [`Palette::background`], or without a palette is not black; of classes, read as
+    /// [`LabelMap::read`] does, all but 0.
     pub fn subject(&self, palette: Option<&Palette>) -> Mask {
-        let background = palette.map_or([0; 3], |palette| palette.colours[0]);
-        let mask = |map: &LabelMap, is_in: &dyn Fn(u16) -> bool| {
-            Mask::new(map.width, map.height, map.labels.iter().map(|label| is_in(*label)).collect())
+        let all_but_0 = |map: &LabelMap| {
+            Mask::new(map.width, map.height, map.labels.iter().map(|label| *label != 0).collect())
         };
         match self {
-            Self::Grey(map) => mask(map, &|label| label != 0),
-            Self::Indexed(map, own) => mask(map, &|label| own.get(usize::from(label)) != Some(&background)),
-            Self::Colours(picture) => Mask::of(picture, |colour| colour != background),
+            Self::Grey(map) => all_but_0(map),
+            Self::Indexed(map, own) => all_but_0(
+                palette.and_then(|palette| map.by_colour(own, palette, None)).as_ref().unwrap_or(map),
+            ),
+            Self::Colours(picture) => {
+                let background = palette.map_or(vec![[0; 3]], Palette::background);
+                Mask::of(picture, |colour| !background.contains(&colour))
+            }
         }
     }
 }
@@ -163,10 +177,21 @@ impl LabelMap {
     /// Reads a map of classes. Grey values are classes; colours become the nearest of `palette`, and are an error without one;
     /// indices become the palette's classes by their colours where all these are the palette's, else they are the classes.
     pub fn read(path: &Path, palette: Option<&Palette>) -> Result<Self> {
+        Self::read_with(path, palette, None)
+    }
+
+    /// [`Self::read`] of a true map: in colours, black that is no class's is the label `void`.
+    pub fn read_truth(path: &Path, palette: Option<&Palette>, void: u16) -> Result<Self> {
+        Self::read_with(path, palette, Some(void))
+    }
+
+    fn read_with(path: &Path, palette: Option<&Palette>, void: Option<u16>) -> Result<Self> {
         match (MapFile::read(path)?, palette) {
             (MapFile::Grey(map), _) | (MapFile::Indexed(map, _), None) => Ok(map),
-            (MapFile::Indexed(map, own), Some(palette)) => Ok(map.by_colour(&own, palette).unwrap_or(map)),
-            (MapFile::Colours(picture), Some(palette)) => Ok(palette.classes(&picture)),
+            (MapFile::Indexed(map, own), Some(palette)) => {
+                Ok(map.by_colour(&own, palette, void).unwrap_or(map))
+            }
+            (MapFile::Colours(picture), Some(palette)) => Ok(palette.classes(&picture, void)),
             (MapFile::Colours(_), None) => Err(Error::format(
                 path,
                 "expected a PNG of classes (grey values or a palette), found colours\nhint: --palette FILE says which classes they are",
@@ -187,15 +212,19 @@ impl LabelMap {
     /// The map at the size at which a picture of its size is shown to a model: shorter side at `resolution`, the middle square
     /// cut out. Each pixel takes the class of the nearest one.
     pub fn square(&self, resolution: u32) -> Self {
-        let labels = nearest_square(&self.labels, self.width, self.height, resolution);
+        let side = (resolution, resolution);
+        let labels = nearest_covering(&self.labels, (self.width, self.height), side);
         Self { width: resolution, height: resolution, labels }
     }
 
-    /// The classes of indices whose colours are all in the palette.
-    fn by_colour(&self, own: &[[u8; 3]], palette: &Palette) -> Option<Self> {
-        let class = |colour: &[u8; 3]| palette.colours.iter().position(|other| other == colour);
-        let classes: Vec<Option<usize>> = own.iter().map(class).collect();
-        let labels = self.labels.iter().map(|&index| Some((*classes.get(usize::from(index))?)? as u16));
+    /// The classes of indices whose colours are all in the palette; black may be `void` instead.
+    fn by_colour(&self, own: &[[u8; 3]], palette: &Palette, void: Option<u16>) -> Option<Self> {
+        let class = |colour: &[u8; 3]| {
+            let class = palette.colours.iter().position(|other| other == colour).map(|class| class as u16);
+            class.or(void.filter(|_| *colour == [0; 3]))
+        };
+        let classes: Vec<Option<u16>> = own.iter().map(class).collect();
+        let labels = self.labels.iter().map(|&index| *classes.get(usize::from(index))?);
         Some(Self { labels: labels.collect::<Option<_>>()?, ..*self })
     }
 }

@@ -265,19 +265,47 @@ pub fn crop(image: &RgbImage, x: u32, y: u32, size: u32) -> RgbImage {
     imageops::crop_imm(image, x, y, size, size).to_image()
 }
 
-/// [`resize_short_side`] and [`center_crop`] in one for values that must not be blended, row by row from the top: each new one is
-/// that under its middle, as Pillow's NEAREST. `size` x `size` values.
+/// The least size of a `width` x `height` picture that covers `to`, a width and a height, with its aspect; for a square that of
+/// [`short_side_size`].
 ///
 /// # Panics
-/// If a side or `size` is 0, or the values are not `width` x `height`.
-pub fn nearest_square<T: Copy>(values: &[T], width: u32, height: u32, size: u32) -> Vec<T> {
+/// If a side is 0.
+pub fn covering_size((width, height): (u32, u32), to: (u32, u32)) -> (u32, u32) {
+    assert!(width > 0 && height > 0, "an image has pixels");
+    let [width, height, wide, high] = [width, height, to.0, to.1].map(u64::from);
+    // The axis that fits decides, and the other one has at least as many pixels as are wanted.
+    if wide * height >= high * width {
+        (to.0, (height * wide / width) as u32)
+    } else {
+        ((width * high / height) as u32, to.1)
+    }
+}
+
+/// `image` resized until it covers `to`, a width and a height, and the middle of that cut out.
+///
+/// # Panics
+/// If a side is 0.
+pub fn resize_covering(image: &RgbImage, to: (u32, u32), filter: Filter) -> RgbImage {
+    let (wide, high) = covering_size(image.dimensions(), to);
+    let resized = resize(image, wide, high, filter);
+    let (x, y) = (center_offset(wide, to.0), center_offset(high, to.1));
+    imageops::crop_imm(&resized, x, y, to.0, to.1).to_image()
+}
+
+/// [`resize_covering`] for `size.0` x `size.1` values that must not be blended, row by row from the top: each new one is that
+/// under its middle, as Pillow's NEAREST.
+///
+/// # Panics
+/// If a side is 0, or the values have not that size.
+pub fn nearest_covering<T: Copy>(values: &[T], size: (u32, u32), to: (u32, u32)) -> Vec<T> {
+    let (width, height) = size;
     assert_eq!(values.len(), width as usize * height as usize, "values of the size that is said");
-    let (wide, high) = short_side_size(width, height, size);
-    let taken = |old: u32, new: u32| {
-        let start = center_offset(new, size) as usize;
-        middles(old, new).into_iter().skip(start).take(size as usize).map(|at| at as usize)
+    let (wide, high) = covering_size(size, to);
+    let taken = |old: u32, new: u32, shown: u32| {
+        let start = center_offset(new, shown) as usize;
+        middles(old, new).into_iter().skip(start).take(shown as usize).map(|at| at as usize)
     };
-    let columns: Vec<usize> = taken(width, wide).collect();
-    let rows = taken(height, high).map(|y| y * width as usize);
+    let columns: Vec<usize> = taken(width, wide, to.0).collect();
+    let rows = taken(height, high, to.1).map(|y| y * width as usize);
     rows.flat_map(|row| columns.iter().map(move |column| values[row + column])).collect()
 }

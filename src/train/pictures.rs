@@ -49,7 +49,7 @@ impl Pictures {
     pub fn report(&self, resolution: u32) -> String {
         match self {
             Self::Folder(folder) => folder.report(resolution),
-            Self::Pairs(pairs) => pairs.report(resolution),
+            Self::Pairs(pairs) => pairs.report(Some(resolution)),
         }
     }
 

@@ -515,7 +515,7 @@ pub fn pairs(scratch: &Path, input: &[u8]) {
         put(scratch, name, table);
         let settings = PairSettings { condition, palette, ..PairSettings::default() };
         let Ok(pairs) = PairFolder::read(&scratch.join(name), &settings) else { continue };
-        let _ = pairs.report(64);
+        let _ = pairs.report(Some(64));
         for index in 0..pairs.pairs().len().min(3) {
             let window = pairs.crop_window(index, 24, Crop::Random(7 << 32 | 7));
             let _ = (pairs.prepare(index, 24, window), pairs.at_size(index, 16, 24));

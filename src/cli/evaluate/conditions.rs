@@ -1,7 +1,7 @@
 //! How well pictures keep to their conditions: edges and subjects of the pictures themselves, segmentation and landmarks from what
 //! another program predicted. Files are paired by their names without the ending.
 
-use crate::cli::prepare::{no_strip, square, thresholds};
+use crate::cli::prepare::{no_strip, thresholds};
 use crate::error::{Error, Result};
 use crate::evaluate::control::{
     Confusion, Labels, Segmentation, landmark_error, overlap, subject_mask, subject_miou,
@@ -9,9 +9,10 @@ use crate::evaluate::control::{
 use crate::files::{self, Kind};
 use crate::image::landmarks::read_points;
 use crate::image::palette::MapFile;
-use crate::image::{LabelMap, Mask, Palette, RgbImage, Thresholds, canny, load_rgb};
+use crate::image::resize::resize_covering;
+use crate::image::{Filter, LabelMap, Mask, Palette, RgbImage, Thresholds, canny, load_rgb};
 use crate::interrupt;
-use crate::results::{Evaluation, PictureScores, PromptScores, Scores};
+use crate::results::{PictureScores, PromptScores, Scores};
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -36,7 +37,8 @@ pub struct ConditionArgs {
     /// Upper threshold of the edges
     #[arg(long, value_name = "N", default_value_t = 200.0, requires = "edges_of")]
     canny_high: f64,
-    /// Segmentation maps or masks with the same names: agreement of subject (neither the palette's first colour nor black) and background
+    /// Segmentation maps or masks with the same names: agreement of subject and background (the
+    /// palette's first colour, and black where it is no class's; of class numbers 0)
     #[arg(long, value_name = "DIR", requires = "pictures")]
     subject_masks: Option<PathBuf>,
     /// True segmentation maps
@@ -48,7 +50,7 @@ pub struct ConditionArgs {
     /// Colours of the classes: JSON, {"name": [r, g, b], ..} or [[r, g, b], ..]
     #[arg(long, value_name = "FILE")]
     palette: Option<PathBuf>,
-    /// True label of pixels that do not count
+    /// True label of pixels that do not count; in colours they are black, where that is no class's
     #[arg(long, value_name = "N", default_value_t = 255, requires = "segmentation_truth")]
     ignore_label: u16,
     /// True label 0 does not count and the others are one less (ADE20K); predictions count from 0
@@ -106,7 +108,7 @@ impl Conditions {
         })
     }
 
-    /// The scores of the picture that was read from `path`.
+    /// The scores of the picture that was read from `path`. Counterparts of another size are resized and cut as conditions are.
     pub fn score(&self, path: &Path, picture: &RgbImage) -> Result<Scores> {
         let counterpart = |files: &'_ Named| files.get(path.file_stem().unwrap_or_default()).cloned();
         let mut scores = Scores::new();
@@ -114,9 +116,12 @@ impl Conditions {
             && let Some(source) = counterpart(files)
         {
             let truth = load_rgb(&source)?;
-            let truth = match fit(path, picture, &source, truth.dimensions())? {
-                Some(side) => square(&source, &truth, side)?,
-                None => truth,
+            let shown = picture.dimensions();
+            let truth = if truth.dimensions() == shown {
+                truth
+            } else {
+                no_strip(&source, truth.dimensions())?;
+                resize_covering(&truth, shown, Filter::Bilinear)
             };
             let edges = overlap(&canny(&truth, *thresholds), &canny(picture, *thresholds));
             scores.extend([("edge_f1".to_string(), edges.f1), ("edge_iou".to_string(), edges.iou)]);
@@ -125,27 +130,12 @@ impl Conditions {
             && let Some(source) = counterpart(files)
         {
             let truth: Mask = MapFile::read(&source)?.subject(self.palette.as_ref());
-            let truth = match fit(path, picture, &source, truth.dimensions())? {
-                Some(side) => truth.square(side),
-                None => truth,
-            };
+            no_strip(&source, truth.dimensions())?;
+            let (width, height) = picture.dimensions();
+            let truth = truth.covering(width, height);
             scores.insert("subject_miou".to_string(), subject_miou(&truth, &subject_mask(picture)));
         }
         Ok(scores)
-    }
-}
-
-/// The side at which a counterpart is shown to a model for a square picture; `None` where it has the picture's size already.
-/// An error where it cannot be brought to the picture's size.
-fn fit(path: &Path, picture: &RgbImage, other: &Path, size: (u32, u32)) -> Result<Option<u32>> {
-    let (width, height) = picture.dimensions();
-    match size {
-        same if same == (width, height) => Ok(None),
-        size if width == height => no_strip(other, size).map(|()| Some(width)),
-        (wide, high) => Err(Error::format(
-            other,
-            format!("expected {width}x{height} pixels as {}, found {wide}x{high}", path.display()),
-        )),
     }
 }
 
@@ -154,13 +144,22 @@ fn fit(path: &Path, picture: &RgbImage, other: &Path, size: (u32, u32)) -> Resul
 pub struct FileScores {
     /// With the number of maps and the names of classes.
     segmentation: Option<(Segmentation, usize, Vec<String>)>,
-    /// How many true files there are, and which have no prediction.
-    landmarks: Option<(usize, Vec<String>)>,
+    landmarks: Option<Landmarks>,
+}
+
+/// Files of landmarks, each with its error or named among those that have none.
+#[derive(Default)]
+struct Landmarks {
+    pictures: Vec<PictureScores>,
+    /// Without a prediction: no file, or a file without points.
+    missing: Vec<String>,
+    /// Without points in the true file.
+    pointless: Vec<String>,
 }
 
 impl FileScores {
-    /// Reads and scores all files; each landmark file becomes a picture of `found`.
-    pub fn of(args: &ConditionArgs, found: &mut Evaluation) -> Result<Self> {
+    /// Reads and scores all files.
+    pub fn of(args: &ConditionArgs) -> Result<Self> {
         let segmentation =
             match args.segmentation_truth.as_deref().zip(args.segmentation_predictions.as_deref()) {
                 Some((truth, predictions)) => Some(segmentation(args, truth, predictions)?),
@@ -176,11 +175,15 @@ impl FileScores {
                     "--truth-scale: expected a number above 0, found {scale}"
                 )));
             }
-            let (pictures, missing) = landmark_errors(truth, predictions, args.truth_scale)?;
-            landmarks = Some((pictures.len() + missing.len(), missing));
-            found.prompts.push(PromptScores { prompt: String::new(), scores: Scores::new(), pictures });
+            landmarks = Some(landmark_errors(truth, predictions, args.truth_scale)?);
         }
         Ok(Self { segmentation, landmarks })
+    }
+
+    /// Each landmark file that has an error, as a picture.
+    pub fn pictures(&self) -> Option<PromptScores> {
+        let pictures = self.landmarks.as_ref()?.pictures.clone();
+        Some(PromptScores { prompt: String::new(), scores: Scores::new(), pictures })
     }
 
     /// Those of all maps together.
@@ -197,8 +200,15 @@ impl FileScores {
 
     /// What a reader of the table must know.
     pub fn note(&self) -> Option<String> {
-        let (all, missing) = self.landmarks.as_ref()?;
-        Some(format!("landmarks: {} of {all} pictures have a prediction", all - missing.len()))
+        let Landmarks { pictures, missing, pointless } = self.landmarks.as_ref()?;
+        let (scored, pointless) = (pictures.len(), pointless.len());
+        let all = scored + missing.len() + pointless;
+        let none = if pointless > 0 {
+            format!("; {pointless} left out: no points in the truth")
+        } else {
+            String::new()
+        };
+        Some(format!("landmarks: {scored} of {all} pictures have a prediction{none}"))
     }
 
     /// IoU of each class.
@@ -210,9 +220,9 @@ impl FileScores {
 
     /// Which pictures have no prediction.
     pub fn landmarks_json(&self) -> Value {
-        let landmarks = self.landmarks.as_ref();
-        landmarks
-            .map_or(Value::Null, |(all, missing)| json!({"pictures": all, "without_prediction": missing}))
+        let Some(Landmarks { pictures, missing, pointless }) = &self.landmarks else { return Value::Null };
+        let all = pictures.len() + missing.len() + pointless.len();
+        json!({"pictures": all, "without_prediction": missing, "without_truth": pointless})
     }
 }
 
@@ -234,8 +244,8 @@ fn segmentation(
     for (stem, path) in &truth {
         interrupt::check(|| "stopped; nothing was written".to_string())?;
         let Some(predicted) = found.get(stem) else { continue };
-        let [true_map, map] = [path, predicted].map(|path| LabelMap::read(path, palette.as_ref()));
-        let counted = confusion.add(&true_map?, &map?, labels);
+        let true_map = LabelMap::read_truth(path, palette.as_ref(), args.ignore_label)?;
+        let counted = confusion.add(&true_map, &LabelMap::read(predicted, palette.as_ref())?, labels);
         counted
             .map_err(|problem| Error::format(predicted, format!("{problem} (truth: {})", path.display())))?;
     }
@@ -246,22 +256,21 @@ fn segmentation(
     Ok((scores, truth.len(), palette.map(|palette| palette.names().to_vec()).unwrap_or_default()))
 }
 
-/// The error of each file with a prediction, and the names of those without one: no file, or a file without points.
-fn landmark_errors(
-    truth: &Path,
-    predictions: &Path,
-    scale: f64,
-) -> Result<(Vec<PictureScores>, Vec<String>)> {
+fn landmark_errors(truth: &Path, predictions: &Path, scale: f64) -> Result<Landmarks> {
     let not_points = ["jsonl", "csv", "png", "jpg", "jpeg"];
     let (truth_dir, truth, found) = (truth, named(truth, &not_points)?, named(predictions, &not_points)?);
-    let (mut pictures, mut missing) = (Vec::new(), Vec::new());
+    let Landmarks { mut pictures, mut missing, mut pointless } = Landmarks::default();
     for (stem, path) in &truth {
+        let points = read_points(path)?;
+        if points.is_empty() {
+            pointless.push(stem.to_string_lossy().into_owned());
+            continue;
+        }
         let predicted = found.get(stem).map(|path| Ok::<_, Error>((path, read_points(path)?))).transpose()?;
         let Some((file, predicted)) = predicted.filter(|(_, points)| !points.is_empty()) else {
             missing.push(stem.to_string_lossy().into_owned());
             continue;
         };
-        let points = read_points(path)?;
         let error = landmark_error(&points, &predicted, scale).ok_or_else(|| {
             let (expected, found) = (points.len(), predicted.len());
             Error::format(file, format!("expected {expected} points as {}, found {found}", path.display()))
@@ -277,7 +286,7 @@ fn landmark_errors(
             truth.len()
         )));
     }
-    Ok((pictures, missing))
+    Ok(Landmarks { pictures, missing, pointless })
 }
 
 /// The files of a folder by their names without the ending, but those with these endings.

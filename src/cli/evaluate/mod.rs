@@ -114,6 +114,8 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
     interrupt::install()?;
     let drawn = if args.pictures.is_empty() { Vec::new() } else { drawn(args)? };
     let conditions = Conditions::of(&args.conditions, drawn.iter().map(|drawn| drawn.path.as_path()))?;
+    // What is wrong with these files is told before the slow part.
+    let files = FileScores::of(&args.conditions)?;
     let real = args.real.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let look_alikes = args.look_alikes.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let masks = args.masks.as_deref().map(|dir| masks(dir, &real.paths)).transpose()?;
@@ -175,7 +177,7 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
         progress.set(done, "");
     }
     progress.finish();
-    let files = FileScores::of(&args.conditions, &mut found)?;
+    found.prompts.extend(files.pictures());
     found.summarise();
     found.scores.extend(files.scores());
     if found.scores.is_empty() {

@@ -2,8 +2,10 @@
 
 mod sources;
 
+use crate::data;
+use crate::data::pairs::{POINT_FILES, VOID, same_aspect};
 use crate::error::{Error, Result};
-use crate::image::landmarks::{self, Point};
+use crate::image::landmarks;
 use crate::image::{
     Filter, LabelMap, Palette, RgbImage, Thresholds, canny, center_crop, load_rgb, read_png_text,
     resize_short_side, save_png,
@@ -12,7 +14,7 @@ use crate::progress::Progress;
 use crate::{files, interrupt};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use sources::{Bad, Source, Sources};
+use sources::{Bad, Source, Sources, is_picture};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -24,10 +26,8 @@ const MADE_BY: &str = "made_by";
 const METADATA_FILE: &str = "metadata.jsonl";
 /// Folder in that of the conditions for the pictures that --resolution has changed too.
 const PICTURES: &str = "pictures";
-/// Label that means "of no class" in COCO and ADE20K files.
-const NO_CLASS: u16 = 255;
-/// Of a strip longer than this many times its width no square is cut out.
-const MAX_ASPECT: u32 = 16;
+/// A scale beyond this is none between sizes of pictures.
+const MAX_SCALE: f64 = 1000.0;
 /// So many reasons are shown.
 const MAX_REASONS: usize = 20;
 
@@ -140,7 +140,10 @@ pub fn run(args: &PrepareArgs) -> Result<()> {
     interrupt::install()?;
     let sources = match &args.what {
         What::Canny(args) => Sources::of_pictures(&args.dir)?,
-        What::Segmentation(_) | What::Landmarks(_) => Sources::beside(dir, pictures.map(PathBuf::as_path))?,
+        What::Segmentation(args) => Sources::beside(dir, args.pictures.as_deref(), is_picture)?,
+        What::Landmarks(args) => {
+            Sources::beside(dir, Some(&args.pictures), |ending| POINT_FILES.contains(&ending))?
+        }
     };
     let output = Output { dir: common.output.clone().unwrap_or_else(|| dir.join(kind)) };
     for folder in [Some(dir), pictures].into_iter().flatten() {
@@ -259,15 +262,17 @@ impl Maker {
             What::Segmentation(args) => {
                 let palette = Palette::read(&args.palette)?;
                 let has = |label: u16| usize::from(label) < palette.colours().len();
-                let ignored = args.ignore_label.or_else(|| (!has(NO_CLASS)).then_some(NO_CLASS));
+                let ignored = args.ignore_label.or_else(|| (!has(VOID)).then_some(VOID));
                 Self::Segmentation { palette, ignored }
             }
-            What::Landmarks(args) if args.scale.is_finite() && args.scale > 0.0 => {
+            What::Landmarks(args) if args.scale > 0.0 && args.scale <= MAX_SCALE => {
                 Self::Landmarks { scale: args.scale }
             }
             What::Landmarks(args) => {
                 let found = args.scale;
-                return Err(Error::config(format!("--scale: expected a number above 0, found {found}")));
+                return Err(Error::config(format!(
+                    "--scale: expected a number above 0, at most {MAX_SCALE}, found {found}"
+                )));
             }
         })
     }
@@ -299,7 +304,8 @@ impl Maker {
             Self::Segmentation { palette, ignored } => {
                 let map = LabelMap::read(&source.path, Some(palette))?;
                 if let Some(size) = size {
-                    same_shape(&source.path, map.dimensions(), size)?;
+                    same_aspect(size, map.dimensions())
+                        .map_err(|problem| Error::format(&source.path, problem))?;
                 }
                 let map = match resolution {
                     Some(side) => {
@@ -313,16 +319,13 @@ impl Maker {
             Self::Landmarks { scale } => {
                 let (width, height) = size.expect("points are in a picture");
                 let points = landmarks::read_points(&source.path)?;
-                let points: Vec<Point> =
-                    points.iter().map(|p| Point { x: p.x * scale, y: p.y * scale }).collect();
+                let points = landmarks::scaled(&points, *scale)
+                    .map_err(|problem| Error::format(&source.path, format!("times {scale}: {problem}")))?;
                 let (points, width, height) = match resolution {
                     Some(side) => (landmarks::square(&points, width, height, side), side, side),
                     None => (points, width, height),
                 };
-                let inside = |p: &Point| {
-                    (0.0..f64::from(width)).contains(&p.x) && (0.0..f64::from(height)).contains(&p.y)
-                };
-                if !points.iter().any(inside) {
+                if landmarks::inside(&points, width, height) == 0 {
                     let problem = format!(
                         "expected points in the picture of {width}x{height}, found {} outside; --scale changes their size",
                         points.len()
@@ -354,23 +357,8 @@ pub(super) fn square(path: &Path, picture: &RgbImage, side: u32) -> Result<RgbIm
 }
 
 /// Fails for pictures that training does not take either.
-pub(super) fn no_strip(path: &Path, (width, height): (u32, u32)) -> Result<()> {
-    if width.max(height) <= MAX_ASPECT.saturating_mul(width.min(height)) {
-        return Ok(());
-    }
-    Err(Error::format(path, format!("a strip of {width}x{height} pixels: no square of it shows the picture")))
-}
-
-/// Fails if a map would not lie on its picture: another aspect, by more than a pixel.
-fn same_shape(path: &Path, (width, height): (u32, u32), (wide, high): (u32, u32)) -> Result<()> {
-    let expected = f64::from(high) * f64::from(width) / f64::from(wide);
-    if (expected - f64::from(height)).abs() <= 1.0 {
-        return Ok(());
-    }
-    Err(Error::format(
-        path,
-        format!("expected the aspect of its picture, {wide}x{high}, found a map of {width}x{height}"),
-    ))
+pub(super) fn no_strip(path: &Path, size: (u32, u32)) -> Result<()> {
+    data::no_strip(size).map_err(|problem| Error::format(path, problem))
 }
 
 /// The folder that conditions go into.

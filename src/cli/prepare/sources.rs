@@ -1,15 +1,21 @@
 //! Which files conditions are made of: those of a folder, or those that its metadata names, with their captions.
 
-use crate::error::{Error, Result};
+use crate::data::table::{self, Row};
+use crate::error::Result;
 use crate::files::{self, Kind};
-use serde::Deserialize;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
 /// Endings of files that describe pictures and are none.
-const TEXTS: [&str; 5] = ["txt", "json", "jsonl", "csv", "toml"];
+const TEXTS: [&str; 6] = ["txt", "json", "jsonl", "csv", "toml", "pts"];
+
+/// Whether a file of this ending, in lower case, may be a picture or a map.
+pub fn is_picture(ending: &str) -> bool {
+    !TEXTS.contains(&ending)
+}
 
 /// A file that a condition is made of.
 pub struct Source {
@@ -50,48 +56,23 @@ pub struct Sources {
     pub bad: Vec<Bad>,
 }
 
-/// A row of a folder's metadata.
-#[derive(Deserialize)]
-struct Row {
-    file_name: String,
-    text: Option<Caption>,
-}
-
-/// Some data sets have several captions of a picture; the first is taken.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Caption {
-    One(String),
-    Several(Vec<String>),
-}
-
-impl Row {
-    fn caption(self) -> String {
-        match self.text {
-            Some(Caption::One(text)) => text,
-            Some(Caption::Several(texts)) => texts.into_iter().next().unwrap_or_default(),
-            None => String::new(),
-        }
-    }
-}
-
 impl Sources {
     /// The pictures of a folder: those that its metadata names, or else all.
     pub fn of_pictures(dir: &Path) -> Result<Self> {
         let mut found = Self::default();
-        if let Some((metadata, rows)) = metadata(dir)? {
-            for (line, row) in rows {
-                match row {
-                    Err(problem) => found.bad.push(Bad::new(&metadata, format!("line {line}: {problem}"))),
+        if let Some(table) = table::of_pictures(dir)? {
+            for Row { place, entry } in table.rows {
+                match entry {
+                    Err(problem) => found.bad.push(Bad::new(&table.file, format!("{place}: {problem}"))),
                     Ok(row) => {
-                        let path = dir.join(&row.file_name);
-                        let name = inside(Path::new(&row.file_name));
+                        let path = dir.join(&row.image);
+                        let name = inside(Path::new(&row.image));
                         if path.is_file() {
-                            let caption = Some(row.caption());
+                            let caption = Some(row.caption);
                             found.sources.push(Source { name, picture: Some(path.clone()), path, caption });
                         } else {
                             let reason =
-                                format!("named in line {line} of {}, is not there", metadata.display());
+                                format!("named in {place} of {}, is not there", table.file.display());
                             found.bad.push(Bad::new(&path, reason));
                         }
                     }
@@ -99,18 +80,17 @@ impl Sources {
             }
             return Ok(found);
         }
-        for path in listed(dir, |end| !TEXTS.contains(&end))? {
+        for path in listed(dir, is_picture)? {
             let name = inside(Path::new(path.file_name().unwrap_or_default()));
             found.sources.push(Source { name, picture: Some(path.clone()), path, caption: None });
         }
         Ok(found)
     }
 
-    /// The files of `dir`, maps or points, each with the picture of its name; a folder in the picture's name is one of `dir`
-    /// where that has it.
-    pub fn beside(dir: &Path, pictures: Option<&Path>) -> Result<Self> {
-        // Points may be in text files, metadata is not about points.
-        let listed = |dir: &Path| listed(dir, |end| !["jsonl", "csv", "toml"].contains(&end));
+    /// The files of `dir`, maps or points as `wanted` says of their endings, each with the picture of its name; a folder in the
+    /// picture's name is one of `dir` where that has it.
+    pub fn beside(dir: &Path, pictures: Option<&Path>, wanted: impl Fn(&str) -> bool) -> Result<Self> {
+        let listed = |dir: &Path| listed(dir, &wanted);
         let Some(pictures) = pictures else {
             let source = |path: PathBuf| {
                 let name = inside(Path::new(path.file_name().unwrap_or_default()));
@@ -127,8 +107,21 @@ impl Sources {
             let within = parent.map(|parent| dir.join(parent)).filter(|path| path.is_dir());
             let folder = within.unwrap_or_else(|| dir.to_path_buf());
             if !folders.contains_key(&folder) {
-                let stem = |path: PathBuf| (path.file_stem().unwrap_or_default().to_os_string(), path);
-                folders.insert(folder.clone(), listed(&folder)?.into_iter().map(stem).collect());
+                let mut files: BTreeMap<OsString, PathBuf> = BTreeMap::new();
+                for path in listed(&folder)? {
+                    match files.entry(path.file_stem().unwrap_or_default().to_os_string()) {
+                        Entry::Vacant(place) => {
+                            place.insert(path);
+                        }
+                        Entry::Occupied(first) => {
+                            let first = first.get().display();
+                            let reason =
+                                format!("expected one file of a name, found {first} too, which is used");
+                            found.bad.push(Bad::new(&path, reason));
+                        }
+                    }
+                }
+                folders.insert(folder.clone(), files);
             }
             let stem = picture.name.file_name().unwrap_or_default();
             match folders.get(&folder).and_then(|files| files.get(stem)) {
@@ -166,43 +159,4 @@ fn listed(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
         entry.kind == Kind::File && !name.starts_with('.') && wanted(&end)
     });
     Ok(usable.map(|entry| entry.path).collect())
-}
-
-type Rows = Vec<(usize, std::result::Result<Row, String>)>;
-
-/// The rows of `metadata.jsonl` or `metadata.csv` with their lines, as Hugging Face's image folders have them.
-fn metadata(dir: &Path) -> Result<Option<(PathBuf, Rows)>> {
-    let path = dir.join("metadata.jsonl");
-    if path.is_file() {
-        let text = files::read_to_string(&path)?;
-        let lines = text.trim_start_matches('\u{feff}').lines().enumerate();
-        let rows = lines.filter(|(_, line)| !line.trim().is_empty()).map(|(i, line)| {
-            let row = serde_json::from_str(line);
-            (i + 1, row.map_err(|e| format!("expected a JSON object with file_name and text: {e}")))
-        });
-        return Ok(Some((path, rows.collect())));
-    }
-    let path = dir.join("metadata.csv");
-    if !path.is_file() {
-        return Ok(None);
-    }
-    let text = files::read_to_string(&path)?;
-    let mut reader = csv::Reader::from_reader(text.trim_start_matches('\u{feff}').as_bytes());
-    let heads = reader.headers().map_err(|e| Error::format(&path, e.to_string()))?.clone();
-    let column = |name: &str| heads.iter().position(|head| head.trim() == name);
-    let (Some(file), Some(text)) = (column("file_name"), column("text")) else {
-        let found: Vec<&str> = heads.iter().collect();
-        let problem = format!("expected columns file_name and text, found {}", found.join(", "));
-        return Err(Error::format(&path, problem));
-    };
-    let rows = reader.records().map(|record| match record {
-        Err(e) => (e.position().map_or(0, |at| at.line() as usize), Err(e.to_string())),
-        Ok(record) => {
-            let value = |column: usize| record.get(column).unwrap_or_default().to_string();
-            let row = Row { file_name: value(file), text: Some(Caption::One(value(text))) };
-            (record.position().map_or(0, |at| at.line() as usize), Ok(row))
-        }
-    });
-    let rows = rows.collect();
-    Ok(Some((path, rows)))
 }

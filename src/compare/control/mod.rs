@@ -10,7 +10,7 @@ use super::config::CompareConfig;
 use super::subjects::{Prompt, Subject, hash};
 use crate::config::TrainConfig;
 use crate::data::Crop;
-use crate::data::pairs::{ConditionKind, ConditionSource, PairFolder, PairSettings};
+use crate::data::pairs::{ConditionKind, ConditionSource, PairFolder, PairSettings, shuffled};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::image::decode::MAX_FILE_BYTES;
@@ -31,8 +31,8 @@ pub struct Agreement {
     pub condition: ConditionKind,
     /// Of the edges that are compared.
     pub thresholds: Thresholds,
-    /// The background's colour in segmentation maps.
-    pub background: [u8; 3],
+    /// The background's colours in segmentation maps.
+    pub background: Vec<[u8; 3]>,
 }
 
 /// Pairs of a subject of a comparison, looked at.
@@ -64,12 +64,8 @@ pub struct DrawnPairs {
     resolution: u32,
     /// Of their files and how they are rendered.
     pub hash: String,
-}
-
-/// For each of `count` pairs the one whose condition it is drawn with too: the next one, as `hra sample --shuffle-conditions`
-/// takes. Empty for a single pair.
-pub fn shuffled(count: usize) -> Vec<usize> {
-    if count < 2 { Vec::new() } else { (0..count).map(|i| (i + 1) % count).collect() }
+    /// For each pair the one whose condition it is drawn with too; see [`shuffled`].
+    pub shuffled: Vec<usize>,
 }
 
 /// Subjects of a comparison of control.
@@ -94,24 +90,30 @@ fn subject(config: &CompareConfig, entry: &ControlEntry, resolution: u32) -> Res
         PairFolder::read(path, &settings).map_err(named)
     };
     let train = read("data_dir", &entry.data_dir)?;
-    let of_train = hashes(&train, train.pairs().len())?;
+    // The same files are other conditions where they are read as another kind, or coloured otherwise.
+    let read_as = format!("{} {:?}", entry.condition, palette.as_ref().map(Palette::colours));
+    let of_train = hashes(&train, train.pairs().len(), &read_as)?;
     let mut bad = vec![train.bad().len()];
+    // What a picture, by its hash, must not be used for a second time.
+    let mut taken = HashMap::new();
+    let why = "is trained on too, as";
+    take(&mut taken, &train, &of_train, |name| format!("{why} {name}; a score on it would mean nothing"));
     let mut drawn = |what: &str, path: &Path, most: Option<usize>| -> Result<DrawnPairs> {
         let folder = read(what, path)?;
         bad.push(folder.bad().len());
         let count = most.unwrap_or(usize::MAX).min(folder.pairs().len());
-        let own = hashes(&folder, count)?;
-        if let Some((name, twin)) =
-            own.pictures.iter().find_map(|(h, name)| Some((name, of_train.pictures.get(h)?)))
-        {
-            return Err(Error::Data(format!(
-                "{}: {name} is trained on too, as {twin}; a score on it would mean nothing",
-                place(what)
-            )));
+        let own = hashes(&folder, count, &read_as)?;
+        let mut hashed = own.pictures.iter().zip(folder.pairs());
+        if let Some((name, twin)) = hashed.find_map(|(hash, pair)| Some((&pair.name, taken.get(hash)?))) {
+            return Err(Error::Data(format!("{}: {name} {twin}", place(what))));
         }
+        let why = "is among the pairs of the tables too, as";
+        take(&mut taken, &folder, &own, |name| format!("{why} {name}; a search must not choose by them"));
         let key = format!("{} {resolution} {:?}", own.all, settings.thresholds);
-        Ok(DrawnPairs { folder: Arc::new(folder), count, resolution, hash: hash(key.as_bytes()) })
+        let shuffled = shuffled(&own.pictures);
+        Ok(DrawnPairs { folder: Arc::new(folder), count, resolution, hash: hash(key.as_bytes()), shuffled })
     };
+    // Those of the tables first: pairs to choose by must be none of them.
     let test = drawn("test_data_dir", &entry.test_data_dir, entry.num_test)?;
     let searched = config.search.as_ref().and(entry.validation_data_dir.as_deref());
     let validation =
@@ -140,7 +142,7 @@ fn subject(config: &CompareConfig, entry: &ControlEntry, resolution: u32) -> Res
             agreement: Agreement {
                 condition: entry.condition,
                 thresholds: settings.thresholds,
-                background: palette.and_then(|p| p.colours().first().copied()).unwrap_or_default(),
+                background: palette.map_or(vec![[0; 3]], |palette| palette.background()),
             },
             settings,
             test,
@@ -156,24 +158,32 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 
 struct Hashes {
     all: String,
-    /// Name of the first pair with this picture.
-    pictures: HashMap<String, String>,
+    /// Of the picture of each pair.
+    pictures: Vec<String>,
 }
 
-/// Of everything that the first `count` pairs are.
-fn hashes(pairs: &PairFolder, count: usize) -> Result<Hashes> {
-    let mut text = String::new();
-    let mut pictures = HashMap::new();
+/// Notes why the pictures of pairs must not be used again; `why` is told their names.
+fn take(taken: &mut HashMap<String, String>, pairs: &PairFolder, own: &Hashes, why: impl Fn(&str) -> String) {
+    for (hash, pair) in own.pictures.iter().zip(pairs.pairs()) {
+        taken.entry(hash.clone()).or_insert_with(|| why(&pair.name));
+    }
+}
+
+/// Of everything that the first `count` pairs are, and of how they are read.
+fn hashes(pairs: &PairFolder, count: usize, read_as: &str) -> Result<Hashes> {
+    let mut text = format!("{read_as}\n");
+    let mut pictures = Vec::new();
     let of_file = |path: &Path| files::read(path, MAX_FILE_BYTES).map(|bytes| hash(&bytes));
     for pair in &pairs.pairs()[..count] {
         let picture = of_file(&pair.image)?;
         let condition = match &pair.condition {
             ConditionSource::Made => "made".to_string(),
-            ConditionSource::Picture { path, .. } | ConditionSource::Labels { path, .. } => of_file(path)?,
-            ConditionSource::Points { points, .. } => format!("{points:?}"),
+            ConditionSource::Picture { path, .. } => format!("picture {}", of_file(path)?),
+            ConditionSource::Labels { path, .. } => format!("labels {}", of_file(path)?),
+            ConditionSource::Points { points, .. } => format!("points {points:?}"),
         };
         text += &format!("{picture} {condition} {:?}\n", pair.caption);
-        pictures.entry(picture).or_insert_with(|| pair.name.clone());
+        pictures.push(picture);
     }
     Ok(Hashes { all: hash(text.as_bytes()), pictures })
 }
@@ -223,7 +233,7 @@ impl DrawnPairs {
         PlannedPairs {
             pictures: picture_places(name, kind, self.count),
             conditions: picture_places(name, &format!("{kind}_conditions"), self.count),
-            shuffled: shuffled(self.count),
+            shuffled: self.shuffled.clone(),
         }
     }
 }
@@ -263,6 +273,14 @@ impl ControlSet {
         match set {
             Set::Test => &self.test.hash,
             Set::Validation => self.validation.as_ref().map_or("", |pairs| &pairs.hash),
+        }
+    }
+
+    /// For each pair of a set the one whose condition it is drawn with too.
+    pub fn shuffled(&self, set: Set) -> &[usize] {
+        match set {
+            Set::Test => &self.test.shuffled,
+            Set::Validation => self.validation.as_ref().map_or(&[], |pairs| &pairs.shuffled),
         }
     }
 

@@ -1,9 +1,9 @@
 //! Scores of pictures that were drawn from pairs: each against its own pair's picture or map, and those of the towers.
 
-use super::{Agreement, shuffled};
+use super::Agreement;
 use crate::compare::draw::Drawing;
 use crate::compare::score::{drawn, prompt_scores, subject};
-use crate::data::pairs::ConditionKind;
+use crate::data::pairs::{ConditionKind, shuffled};
 use crate::error::{Error, Result};
 use crate::evaluate::control::{overlap, subject_mask, subject_miou};
 use crate::evaluate::{Subject, Towers};
@@ -48,7 +48,7 @@ impl<'a> Judges<'a> {
         let truth = |(picture, condition): (&RgbImage, &RgbImage)| match agreement.condition {
             ConditionKind::Canny => Truth::Edges(canny(picture, agreement.thresholds)),
             ConditionKind::Segmentation => {
-                Truth::Subject(Mask::of(condition, |colour| colour != agreement.background))
+                Truth::Subject(Mask::of(condition, |colour| !agreement.background.contains(&colour)))
             }
             ConditionKind::Landmarks | ConditionKind::Other => Truth::Nothing,
         };
@@ -94,7 +94,7 @@ impl<'a> Judges<'a> {
     /// The pairs' own pictures as if they had been drawn; with shuffled conditions, the picture that the other pair has.
     pub fn real(&self, captions: &[String]) -> Result<Vec<PictureScores>> {
         let text_only = subject(self.towers, &[], &[], &[])?;
-        let others = shuffled(self.pictures.len());
+        let others = shuffled(&self.pictures);
         let mut all = Vec::new();
         for (p, picture) in self.pictures.iter().enumerate() {
             let own = std::slice::from_ref(picture);
