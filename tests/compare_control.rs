@@ -318,6 +318,8 @@ fn what_means_nothing_with_control_is_refused() {
         let told = refused(&good.replacen(from, to, 1));
         assert!(told.contains(expected), "{expected} is not in\n{told}");
     }
+    let once = refused(&good.replacen("threads = 1", "train_data_dir = \"x\"", 1));
+    assert_eq!(once.matches("train_data_dir").count(), 1, "told once: {once}");
     let subject = "[[subject]]\nname = \"cat\"\nclass = \"cat\"\ndata_dir = \"x\"\ninstance_prompt = \"x\"\n[[control]]";
     let both = refused(&good.replacen("[[control]]", subject, 1));
     assert!(

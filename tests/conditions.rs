@@ -116,7 +116,7 @@ fn maps_in_every_form_of_png_are_read() {
     // And back: a coloured map has the classes that it was made of.
     let few = LabelMap::new(13, 7, turned);
     let picture = palette.colour(&few, None).unwrap();
-    assert_eq!(palette.classes(&picture), few);
+    assert_eq!(palette.classes(&picture, None), few);
     let ignored = palette.colour(&few, Some(2)).unwrap();
     for (label, pixel) in few.labels().iter().zip(ignored.pixels()) {
         assert_eq!(pixel.0 == [0; 3], *label == 2);
@@ -131,12 +131,22 @@ fn subjects_are_what_is_not_background() {
     let path = write(&folder.path().join("p.json"), r#"{"sky": [1, 254, 3], "b": [0, 0, 0]}"#);
     let palette = Palette::read(&path).unwrap();
     assert_eq!(palette.names(), ["sky", "b"]);
+    assert_eq!(palette.background(), [[1, 254, 3]]);
+    let path = write(&folder.path().join("own.json"), "[[1, 254, 3], [0, 255, 0], [2, 253, 6], [3, 252, 9]]");
+    let own = Palette::read(&path).unwrap();
+    assert_eq!(own.background(), [[1, 254, 3], [0; 3]], "no class is black");
     let maps = map(&fixtures()["labels.maps"]);
     let read = |name: &str| MapFile::read(&root().join("tests/fixtures/conditions").join(name)).unwrap();
     let where_is =
         |wanted: &dyn Fn(u16) -> bool| -> Vec<bool> { maps.labels().iter().map(|l| wanted(*l)).collect() };
     assert_eq!(read("grey16.png").subject(None).pixels(), where_is(&|label| label != 0));
-    assert_eq!(read("palette2-4.png").subject(Some(&palette)).pixels(), where_is(&|label| label % 4 != 1));
+    assert_eq!(read("palette2-4.png").subject(Some(&own)).pixels(), where_is(&|label| label % 4 != 1));
+    // Colours of its own say nothing: its indices are the classes.
+    assert_eq!(read("palette2-4.png").subject(Some(&palette)).pixels(), where_is(&|label| label % 4 != 0));
+    let dots = RgbImage::from_raw(3, 1, vec![0, 0, 0, 1, 254, 3, 0, 255, 0]).unwrap();
+    let dots = MapFile::Colours(dots);
+    assert_eq!(dots.subject(Some(&own)).pixels(), [false, false, true], "black is of no class");
+    assert_eq!(dots.subject(Some(&palette)).pixels(), [true, false, true], "black is a class");
     assert_eq!(read("colours-4.png").subject(Some(&palette)).pixels(), where_is(&|label| label % 4 != 1));
     assert!(read("colours-4.png").subject(None).pixels().iter().all(|yes| *yes), "no pixel is black");
 
@@ -428,13 +438,17 @@ fn maps_and_points_are_prepared_for_their_pictures() {
     grey("maps/three.png", 5, &[7; 15]);
     grey("maps/extra.png", 5, &labels);
     let palette = palette.to_str().unwrap();
+    // Of the pictures' aspect seen from the picture: 248 of 400 is 24.8 of 40.
+    grey("large/one.png", 400, &[1; 400 * 248]);
+    let words = ["prepare", "segmentation", "large", "--palette", palette, "--pictures", "photos", "--json"];
+    assert_eq!(parsed(&scratch.run(&words))["conditions"], json!(["large/segmentation/one.png"]));
     let words = ["prepare", "segmentation", "maps", "--palette", palette];
     let told =
         parsed(&scratch.run(&[&words[..], &["--pictures", "photos", "--output", "out", "--json"]].concat()));
     assert_eq!(told["conditions"], json!(["out/one.png"]));
     let skipped = told["skipped"].to_string();
     for part in [
-        "expected the aspect of its picture, 40x24, found a map of 3x5",
+        "expected the aspect of the picture, 40x24, found 3x5",
         "expected a picture of its name in photos, found none",
         "expected classes 0 to 1 as in the palette, found 7 at (0, 0)",
         "expected a file of its name in maps, found none",
@@ -464,6 +478,18 @@ fn maps_and_points_are_prepared_for_their_pictures() {
         "--scale: expected a number above 0, at most 1000, found 0",
     );
     refused(&scratch.run(&[&words[..5], &["--scale", "1e300"]].concat()), "at most 1000, found ");
+    // Pictures and points in one folder, one picture with two files of points.
+    fs::create_dir(scratch.path("both")).unwrap();
+    save_png(&scratch.path("both/one.png"), &RgbImage::new(40, 24), &[]).unwrap();
+    write(&scratch.path("both/one.pts"), "version: 1\nn_points: 1\n{\n9 9\n}");
+    write(&scratch.path("both/one.txt"), "a caption");
+    let told = parsed(&scratch.run(&["prepare", "landmarks", "both", "--pictures", "both", "--json"]));
+    assert_eq!(told["conditions"], json!(["both/landmarks/one.png"]));
+    let twice = json!([{
+        "file": "both/one.txt",
+        "reason": "expected one file of a name, found both/one.pts too, which is used",
+    }]);
+    assert_eq!(told["skipped"], twice);
     write(&scratch.path("points/two.b.json"), "[[1e6, 10], [4, 4]]");
     let told = parsed(&scratch.run(&[&words[..5], &["--scale", "1.5", "--json"]].concat()));
     let skipped = told["skipped"].to_string();
@@ -537,9 +563,21 @@ fn pictures_are_scored_against_their_conditions() {
     }
     let done = scratch.run(&words);
     refused(&done, "2 have none:\n  drawn/1.png\n  drawn/4.png");
-    save_png(&scratch.path("drawn/0.png"), &RgbImage::new(32, 31), &[]).unwrap();
-    let done = scratch.run(&["evaluate", "drawn/0.png", "--edges-of", "photos", "--device", "cpu"]);
-    refused(&done, "photos/0.png: expected 32x31 pixels as drawn/0.png, found 32x32");
+    // A drawing that is no square: the source covers it, and the middle is cut out as of pairs.
+    let wide = RgbImage::from_fn(64, 48, |x, y| {
+        image::Rgb([(x * 3) as u8, (y * 5) as u8, if x > 30 { 255 } else { 0 }])
+    });
+    let middle = image::imageops::crop_imm(&wide, 0, 8, 64, 32).to_image();
+    save_png(&scratch.path("photos/0.png"), &wide, &[]).unwrap();
+    save_png(&scratch.path("maps/0.png"), &wide, &[]).unwrap();
+    save_png(&scratch.path("drawn/0.png"), &middle, &[]).unwrap();
+    let words =
+        ["evaluate", "drawn/0.png", "--edges-of", "photos", "--subject-masks", "maps", "--device", "cpu"];
+    let told = parsed(&scratch.run(&[&words[..], &["--json"]].concat()));
+    assert_eq!(told["scores"]["edge_f1"], 1.0, "the very edges of the middle");
+    let truth = Mask::of(&middle, |colour| colour != [0; 3]);
+    let expected = subject_miou(&truth, &subject_mask(&middle));
+    assert_eq!(told["scores"]["subject_miou"], json!(expected));
 }
 
 #[test]
@@ -554,6 +592,8 @@ fn predictions_are_scored_from_files() {
         ("found/a.json", "[[3, 4], [20, 41]]"),
         ("found/b.txt", "0 1\n1 2"),
         ("found/c.json", "[]"),
+        ("truth/e.json", "[]"),
+        ("found/e.json", "[[1, 1]]"),
     ] {
         write(&scratch.path(name), content);
     }
@@ -561,11 +601,20 @@ fn predictions_are_scored_from_files() {
         ["evaluate", "--landmarks-truth", "truth", "--landmarks-predictions", "found", "--device", "cpu"];
     let told = parsed(&scratch.run(&[&words[..], &["--truth-scale", "0.5", "--json"]].concat()));
     assert_eq!(told["scores"]["landmark_error"], 2.0);
-    assert_eq!(told["landmarks"], json!({"pictures": 4, "without_prediction": ["c", "d"]}));
+    assert_eq!(
+        told["landmarks"],
+        json!({"pictures": 5, "without_prediction": ["c", "d"], "without_truth": ["e"]})
+    );
     let done = scratch.ok(&words);
-    assert!(done.out.contains("landmarks: 2 of 4 pictures have a prediction"), "{}", done.out);
+    assert!(
+        done.out.contains("landmarks: 2 of 5 pictures have a prediction; 1 left out: no points in the truth"),
+        "{}",
+        done.out
+    );
     write(&scratch.path("found/b.txt"), "0 1");
     refused(&scratch.run(&words), "found/b.txt: expected 2 points as truth/b.json, found 1");
+    // Before anything slow, such as reading a tower.
+    refused(&scratch.run(&[&words[..], &["--clip", "nowhere"]].concat()), "found/b.txt: expected 2 points");
     refused(
         &scratch.run(&[&words[..], &["--truth-scale", "0"]].concat()),
         "--truth-scale: expected a number above 0",
@@ -585,6 +634,25 @@ fn predictions_are_scored_from_files() {
     let right = labels.iter().filter(|label| **label < 4).count() as f64 / labels.len() as f64;
     assert_eq!(told["scores"]["seg_aacc"], json!(right));
     assert_eq!((&told["counts"]["seg_miou"], &told["segmentation"]["maps"]), (&json!(1), &json!(1)));
+    // In colours: black of no class is not counted; the others are right, wrong and right.
+    let colours = |name: &str, bytes: Vec<u8>| {
+        save_png(&scratch.path(name), &RgbImage::from_raw(4, 1, bytes).unwrap(), &[]).unwrap();
+    };
+    for folder in ["ct", "cp"] {
+        fs::create_dir(scratch.path(folder)).unwrap();
+    }
+    colours("ct/x.png", vec![0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 200, 0]);
+    colours("cp/x.png", vec![200, 0, 0, 200, 0, 0, 200, 0, 0, 0, 200, 0]);
+    let [dark, plain] =
+        [("dark", "[[200, 0, 0], [0, 200, 0], [0, 0, 0]]"), ("plain", "[[200, 0, 0], [0, 200, 0]]")]
+            .map(|(name, palette)| write(&scratch.path(&format!("{name}.json")), palette));
+    for (palette, right) in [(plain, 2.0 / 3.0), (dark, 2.0 / 4.0)] {
+        let coloured =
+            ["evaluate", "--segmentation-truth", "ct", "--segmentation-predictions", "cp", "--device", "cpu"];
+        let more = ["--json", "--palette", palette.to_str().unwrap()];
+        let told = parsed(&scratch.run(&[&coloured[..], &more].concat()));
+        assert_eq!(told["scores"]["seg_aacc"], json!(right), "{palette:?}");
+    }
     let palette = write(&scratch.path("p.json"), "[[1, 2, 3], [4, 5, 6]]");
     let done = scratch.run(&[&words[..], &["--palette", palette.to_str().unwrap()]].concat());
     refused(&done, "expected classes 0 to 1 in the truth, found ");

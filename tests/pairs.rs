@@ -465,6 +465,20 @@ fn sampling_sizes_are_covered_and_cut_in_the_middle() {
 
 /// Indices that Pillow 13's `resize(.., NEAREST)` takes; half of the cases differ from exact arithmetic.
 #[test]
+fn edges_that_would_be_shrunk_are_told() {
+    let set = two();
+    set.text("metadata.csv", "file_name,text,conditioning_image\na.png,x,c/a.png\nsub/b.png,y,\n");
+    let pairs = set.read(&kind(ConditionKind::Canny));
+    let note = "\n  1 pair with edges larger than 29 pixels";
+    assert!(pairs.report(Some(29)).contains(note), "{}", pairs.report(Some(29)));
+    for told in
+        [pairs.report(Some(30)), pairs.report(None), set.read(&kind(ConditionKind::Other)).report(Some(8))]
+    {
+        assert!(!told.contains("edges larger"), "{told}");
+    }
+}
+
+#[test]
 fn shuffled_pairs_are_of_other_pictures() {
     assert_eq!(shuffled(&["a", "b", "c"]), [1, 2, 0]);
     assert_eq!(shuffled(&["a", "a", "b", "a"]), [2, 2, 3, 2]);

@@ -179,7 +179,7 @@ impl ControlArgs {
         let count = folder.pairs().len().min(self.num_pairs.unwrap_or(usize::MAX));
         let sources = if self.shuffle_conditions {
             let read = |i: usize| files::read(&folder.pairs()[i].image, MAX_FILE_BYTES);
-            let hashed = |i| read(i).map(|bytes| Sha256::digest(bytes));
+            let hashed = |i| read(i).map(Sha256::digest);
             shuffled(&(0..count).map(hashed).collect::<Result<Vec<_>>>()?)
         } else {
             (0..count).collect()

@@ -145,4 +145,4 @@ def test_scores_of_landmarks(hra, tmp_path):
     told = json.loads(hra("evaluate", "--landmarks-truth", tmp_path / "truth", "--landmarks-predictions", tmp_path / "found",
                           "--truth-scale", 0.5, "--device", "cpu", "--json").stdout)
     assert told["scores"]["landmark_error"] == pytest.approx(np.mean(errors), abs=1e-9)
-    assert told["landmarks"] == {"pictures": 7, "without_prediction": ["6"]}
+    assert told["landmarks"] == {"pictures": 7, "without_prediction": ["6"], "without_truth": []}

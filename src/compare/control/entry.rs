@@ -9,9 +9,8 @@ use crate::image::edges::Thresholds;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// Keys of `[train]` that each `[[control]]` says itself.
-const OWN_KEYS: [&str; 9] = [
-    "train_data_dir",
+/// Keys of `[train]` that each `[[control]]` says itself; those that no comparison takes are refused elsewhere.
+const OWN_KEYS: [&str; 8] = [
     "condition",
     "make_conditions",
     "canny_low",
