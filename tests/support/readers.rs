@@ -440,7 +440,7 @@ pub fn palette(scratch: &Path, input: &[u8]) {
     let Ok(palette) = Palette::read(&scratch.join("palette.json")) else { return };
     assert!(palette.names().is_empty() || palette.names().len() == palette.colours().len());
     let _ = palette.colour(&LabelMap::new(2, 1, vec![0, u16::MAX]), None);
-    let _ = palette.classes(&RgbImage::new(3, 2), Some(255));
+    let _ = palette.classes(&RgbImage::new(3, 2), None);
 }
 
 /// A segmentation map in any form, and a palette.
