@@ -268,7 +268,7 @@ fn what_cannot_be_steered_is_refused_with_its_reason() {
         (
             &["--pairs", "set"],
             &["--num-pairs", "1", "--shuffle-conditions"],
-            "--num-pairs: expected 1 or more, and 2 or more to shuffle",
+            "--num-pairs: expected 1 or more, and 2 different pictures to shuffle",
         ),
         (&["--pairs", "set"], &["--control", &map], "cannot be used with"),
     ];
