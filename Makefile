@@ -2,12 +2,12 @@
 
 PYTHON ?= python3
 CARGO ?= cargo
-export HRA_CUDA TORCH_WHEEL WHEELS
+export HRA_CUDA TORCH_WHEEL WHEELS HRA_TEST_THREADS HRA_TEST_CPU
 
 TASK ?= canny
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-control compare compare-quick test test-python test-cuda lint bench
+.PHONY: help setup build demo demo-control compare compare-quick test test-everywhere test-python test-cuda lint bench
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -17,6 +17,8 @@ help: ## list these targets
 	@echo "           HRA_CUDA=yes|no       whether NVIDIA's libraries are installed (default: where there is a driver)"
 	@echo "           WHEELS=DIR            take wheels from this folder before pip downloads them"
 	@echo "           TORCH_WHEEL=FILE      take libtorch from this wheel"
+	@echo "           HRA_TEST_THREADS=2    threads that tests compute with (default 1)"
+	@echo "           HRA_TEST_CPU=avx2     make test as on a processor with no more: default (SSE), avx2, avx512"
 
 setup: ## install libtorch into .libtorch/ (unless LIBTORCH is set)
 	@$(PYTHON) tools/setup.py
@@ -41,7 +43,10 @@ compare-quick: build ## compare two methods in a minute or two, in runs/compare-
 	target/release/hra compare configs/compare-quick.toml
 
 test: setup ## run the Rust tests
-	OMP_NUM_THREADS=1 $(CARGO) test --locked
+	@CARGO=$(CARGO) $(PYTHON) tools/run_tests.py
+
+test-everywhere: setup ## run them as on older processors too, on one and on two threads
+	@CARGO=$(CARGO) $(PYTHON) tools/run_tests.py --everywhere
 
 test-python: build ## compare with the Python peers (installs them into .venv/)
 	@$(PYTHON) tools/setup.py venv

@@ -278,7 +278,7 @@ fn fault(reader: readers::Reader, scratch: &Path, input: &[u8]) -> Option<String
 
 #[test]
 fn no_reader_falls_over_hostile_files() {
-    tch::set_num_threads(1);
+    support::pin_threads();
     let rounds: usize = std::env::var("HRA_FUZZ_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
     let only = std::env::var("HRA_FUZZ_READER").ok();
     let folder = tempfile::tempdir().unwrap();

@@ -1,6 +1,8 @@
 //! Samplers against Python diffusers 0.42.1 (`fixtures/make_sampler_fixtures.py` made the numbers) and against the
 //! `diffusers` crate.
 
+mod support;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -88,7 +90,7 @@ fn tolerance(group: &str, kind: SamplerKind, steps: usize) -> f64 {
 /// Every case, or none where diffusers gives no usable latents: then the plan must refuse.
 #[test]
 fn final_latents_are_those_of_python() {
-    tch::set_num_threads(1);
+    support::pin_threads();
     let text = std::fs::read_to_string(fixture("samplers.json")).unwrap();
     let groups: std::collections::BTreeMap<String, Group> = serde_json::from_str(&text).unwrap();
     let expected = tensors("samplers.safetensors");
@@ -140,7 +142,7 @@ fn final_latents_are_those_of_python() {
 /// keep what the mask leaves out (`fixtures/make_start_fixtures.py`).
 #[test]
 fn starts_from_a_picture_are_those_of_python() {
-    tch::set_num_threads(1);
+    support::pin_threads();
     let path = fixture("starts.safetensors");
     let configs = hra::tensor_file::TensorFile::open(&path).unwrap().text("configs").unwrap().to_string();
     let configs: Map<String, Value> = serde_json::from_str(&configs).unwrap();

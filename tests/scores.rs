@@ -225,7 +225,7 @@ fn expected() -> serde_json::Value {
 
 #[test]
 fn lpips_distances_are_those_of_the_package() {
-    tch::set_num_threads(1);
+    support::pin_threads();
     let dir = tempfile::tempdir().unwrap();
     let expected = expected();
     let numbers = |value: &serde_json::Value| -> Vec<u32> {
@@ -252,7 +252,7 @@ fn lpips_distances_are_those_of_the_package() {
 
 #[test]
 fn lpips_scores_are_means_over_real_pictures_and_over_pairs_of_a_prompt() {
-    tch::set_num_threads(1);
+    support::pin_threads();
     let dir = tempfile::tempdir().unwrap();
     let paths = TowerPaths { lpips_alex: Some(file(dir.path(), Net::Alex)), ..Default::default() };
     let loaded = Towers::load(&paths, Device::Cpu).unwrap();

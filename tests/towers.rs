@@ -27,7 +27,7 @@ const TEXTS: [&str; 4] = [
 ];
 
 fn towers() -> PathBuf {
-    tch::set_num_threads(1);
+    support::pin_threads();
     support::root().join("tests/fixtures/towers")
 }
 

@@ -9,6 +9,19 @@ use hra::tensor_file::TensorFile;
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 
+/// How many threads the tests compute with: `HRA_TEST_THREADS`, or one, as the references were made. Parallel tests would
+/// also fight for cores.
+pub fn threads() -> i32 {
+    let Some(text) = std::env::var_os("HRA_TEST_THREADS").filter(|text| !text.is_empty()) else { return 1 };
+    let count = text.to_str().and_then(|text| text.parse().ok()).filter(|count| *count >= 1);
+    count.unwrap_or_else(|| panic!("HRA_TEST_THREADS: expected a number of threads, found {text:?}"))
+}
+
+/// Lets libtorch compute with [`threads`] in this process.
+pub fn pin_threads() {
+    tch::set_num_threads(threads());
+}
+
 /// The repository's root.
 pub fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -23,9 +36,7 @@ pub struct Case {
 
 /// The cases of this repository, those beside it in `../shared/cases`, and those in the folders of `HRA_CASES`.
 pub fn cases() -> Vec<Case> {
-    // As the references were made: sums on more threads are rounded in another order, and DDIM with clipping makes 1e-4
-    // of that. Parallel tests would also fight for cores.
-    tch::set_num_threads(1);
+    pin_threads();
     let mut folders = vec![root().join("tests/fixtures/cases"), root().join("../shared/cases")];
     folders.extend(std::env::var_os("HRA_CASES").map(PathBuf::from));
     let mut cases = Vec::new();

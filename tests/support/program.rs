@@ -25,10 +25,11 @@ impl Scratch {
         self.dir.path().join(name)
     }
 
-    /// The program with `args`, one thread, so that parallel tests do not fight for cores.
+    /// The program with `args`, on as many threads as the tests.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hra"));
-        command.args(args).current_dir(self.dir.path()).env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
+        command.args(args).current_dir(self.dir.path()).stdin(Stdio::null());
+        command.env("OMP_NUM_THREADS", super::threads().to_string());
         command
     }
 
