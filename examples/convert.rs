@@ -7,8 +7,8 @@
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use hra::model::source::Source;
-use hra::single_file::{self, Replaced};
+use hra::convert::single_file::{self, Replaced};
+use hra::weights::source::Source;
 use tch::Kind;
 
 #[derive(Parser)]

@@ -5,11 +5,11 @@
 use std::path::Path;
 
 use anyhow::bail;
-use hra::evaluate::clip::Clip;
-use hra::evaluate::processor::Processor;
-use hra::evaluate::vit::Vit;
-use hra::image::{RgbImage, load_rgb};
-use hra::tensor_file;
+use hra::data::image::{RgbImage, load_rgb};
+use hra::lab::evaluate::clip::Clip;
+use hra::lab::evaluate::processor::Processor;
+use hra::lab::evaluate::vit::Vit;
+use hra::weights::tensor_file;
 use tch::Device;
 
 fn main() -> anyhow::Result<()> {

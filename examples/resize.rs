@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use hra::image::{Filter, center_crop, load_rgb, resize, resize_short_side, save_png};
+use hra::data::image::{Filter, center_crop, load_rgb, resize, resize_short_side, save_png};
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -1,57 +1,34 @@
 //! Householder Reflection Adaptation (HRA) for Stable Diffusion: training on a few pictures, sampling, and the parts of
 //! both, on libtorch.
 //!
-//! Data flows one way; a module imports only from those to the right of it and below (`tests/layers.rs` checks it):
+//! Data flows one way; a room (a folder) imports only from those below it, and no files import in a circle (`tests/layers.rs`):
 //!
 //! ```text
-//! cli        train, sample, prepare, evaluate, compare, export, merge, inspect, doctor: what the user typed
-//! compare    methods under equal conditions: plan -> cells as processes -> results;  report: pages and tables from results
-//! evaluate   towers (CLIP, DINO, LPIPS) and scores of pictures;  results: the files of a comparison
-//! export     adapters in other programs' forms;  inspect: what a file is
-//! report     a comparison's files (results) -> tables, plots, a page
-//! train      config -> data -> model + adapter -> loss -> optim -> checkpoint, run (metrics)
-//! sample     prompts, seeds, a picture to start from -> text -> sampler -> model -> pictures
-//! model      unet, vae and the layers that carry an adapter;  text: tokenizer, CLIP;  stable_diffusion: a whole model
-//! single_file  whole models written: one checkpoint or a folder
-//! adapter    hra, lora, oft .. and their algebra, PEFT folders, LoRA files: knows a weight and an input, no network
-//! noise      beta table, targets, SNR weights;  sampler: schedulers;  optim: AdamW;  image, data: pictures
-//! hub        owner/name on the Hugging Face hub -> files in its cache
-//! device     cuda, tensor_file, files, seed, interrupt, progress, tensorboard, error: what everything stands on
+//! cli/        what the user typed, turned into calls; how progress looks
+//! lab/        methods under equal conditions (compare), scores (evaluate), their files (results), pages and tables (report)
+//! convert/    adapters and models in other programs' forms (export, single_file); what a file is (inspect)
+//! train/      config -> data -> model + adapter -> loss -> optim -> checkpoint, run (metrics), previews, class pictures
+//! diffusion/  a whole model; prompts, seeds, a picture to start from -> sampler -> pictures; noise schedule
+//! attach/     adapters on networks: for training, for drawing (fixed), from files (loaded); the tensors that train
+//! model/      networks: layers that may carry an adapter, unet, text tower and tokenizer, vae, control networks
+//! adapter/    hra, lora, oft .. and their algebra, PEFT folders, LoRA files: knows a weight and an input, no network
+//! weights/    tensors from and to files: parts, names, sizes
+//! data/       pictures, folders, pairs, tables, conditions
+//! platform/   device, cuda, doctor, hub, files, seed, progress, interrupt: what everything stands on
 //! ```
 
 pub mod adapter;
-pub mod checkpoint;
+pub mod attach;
 pub mod cli;
-pub mod compare;
-pub mod config;
-pub mod cuda;
+pub mod convert;
 pub mod data;
-pub mod device;
-pub mod doctor;
+pub mod diffusion;
 pub mod error;
-pub mod evaluate;
-pub mod export;
-pub mod files;
-pub mod hub;
-pub mod image;
-pub mod inspect;
-pub mod interrupt;
+pub mod lab;
 pub mod model;
-pub mod noise;
-pub mod optim;
-pub mod progress;
-pub mod report;
-pub mod results;
-pub mod run;
-pub mod sample;
-pub mod sampler;
-pub mod seed;
-pub mod single_file;
-pub mod stable_diffusion;
-pub mod tensor_file;
-pub mod tensorboard;
-pub mod text;
+pub mod platform;
 pub mod train;
+pub mod weights;
 
+pub use diffusion::stable_diffusion::StableDiffusion;
 pub use error::{Error, Result};
-pub use stable_diffusion::StableDiffusion;

@@ -1,7 +1,8 @@
 //! The `hra` program: start-up, the command line, and how it ends: 0 done, 2 error, 130 stopped by the user.
 
+use hra::Error;
 use hra::cli::{self, Early};
-use hra::{Error, device, interrupt};
+use hra::platform::{device, interrupt};
 use std::process::ExitCode;
 
 /// Exit code of every error that is the user's to mend.

@@ -229,9 +229,9 @@ fn no_bytes_are_spent_on_a_matrix_of_the_weights_size_nor_on_its_gradient() {
         Hra::from_vectors(v.shallow_clone(), false).forward(&frozen, &x).square().sum(Kind::Float).backward()
     };
     step(); // the first call makes the libraries' own buffers
-    let before = hra::device::peak_process_memory().unwrap();
+    let before = hra::platform::device::peak_process_memory().unwrap();
     step();
-    let grown = hra::device::peak_process_memory().unwrap() - before;
+    let grown = hra::platform::device::peak_process_memory().unwrap() - before;
     assert!(grown < 16 << 20, "the step needed {} MiB more than before", grown >> 20);
     assert!(!weight.requires_grad() && !weight.grad().defined());
 }

@@ -55,7 +55,7 @@ fn every_config_in_the_folder_validates_and_is_printed_whole() {
         }
         let table: toml::Table = toml::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         if table.contains_key("title") {
-            hra::compare::CompareConfig::read(&path).unwrap();
+            hra::lab::compare::CompareConfig::read(&path).unwrap();
             comparisons += 1;
             continue;
         }
@@ -63,7 +63,7 @@ fn every_config_in_the_folder_validates_and_is_printed_whole() {
         let table: toml::Table = toml::from_str(&printed).unwrap();
         assert_eq!(table["seed"].as_integer(), Some(5));
         assert!(table.len() > 40, "every effective value: {}", table.len());
-        let config: hra::config::TrainConfig = table.try_into().unwrap();
+        let config: hra::train::config::TrainConfig = table.try_into().unwrap();
         config.validate().unwrap();
         count += 1;
     }
@@ -274,7 +274,7 @@ fn bad_requests_to_sample_are_refused_before_the_folder_is_made() {
 
 #[test]
 fn cuda_that_is_not_there_is_refused_with_what_is_missing() {
-    if hra::device::resolve("cuda".parse().unwrap(), None).is_ok() {
+    if hra::platform::device::resolve("cuda".parse().unwrap(), None).is_ok() {
         return;
     }
     let scratch = Scratch::new();

@@ -137,7 +137,7 @@ fn the_program_writes_what_sampling_with_all_of_them_draws() {
         args.extend(adapters.iter().flat_map(|a| ["--adapter", a]));
         args.extend(["--save-latents", &file, "--output", name]);
         scratch.ok(&args);
-        hra::tensor_file::TensorFile::open(file.as_ref()).unwrap().read("latents").unwrap()
+        hra::weights::tensor_file::TensorFile::open(file.as_ref()).unwrap().read("latents").unwrap()
     };
     let one = latents("one", &[&merged]);
     let two = latents("two", &[&weights[0], &weights[1]]);

@@ -2,8 +2,8 @@
 
 mod support;
 
-use hra::compare::{CompareConfig, Shard};
-use hra::results::{BASE, CellRecord, Plan, Set};
+use hra::lab::compare::{CompareConfig, Shard};
+use hra::lab::results::{BASE, CellRecord, Plan, Set};
 use serde_json::Value;
 use std::path::Path;
 use std::process::Child;
@@ -323,7 +323,7 @@ fn every_checkpoint_of_a_run_is_scored_after_the_training() {
     for i in 0..2 {
         let ours = scratch.path(&format!("run/scores/step-000004/validation/00-{i:02}.png"));
         let again = scratch.path(&format!("again/0000-{i:04}.png"));
-        let pixels = |path| hra::image::load_rgb(path).unwrap();
+        let pixels = |path| hra::data::image::load_rgb(path).unwrap();
         assert!(pixels(&ours) == pixels(&again), "picture {i}");
     }
 }
@@ -407,7 +407,7 @@ fn shares_come_from_flags_or_the_environment() {
 
 #[test]
 fn the_dreambooth_folder_is_read_where_it_is_there() {
-    use hra::compare::subjects::resolve;
+    use hra::lab::compare::subjects::resolve;
     let dataset = root().join("../shared/dreambooth/dataset");
     if !dataset.is_dir() {
         eprintln!("skipped: no {}", dataset.display());

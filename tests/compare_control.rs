@@ -2,12 +2,12 @@
 
 mod support;
 
-use hra::compare::CompareConfig;
-use hra::compare::control::{ControlSet, resolve};
-use hra::evaluate::control::{overlap, subject_mask, subject_miou};
-use hra::image::edges::{Thresholds, canny};
-use hra::image::{Mask, RgbImage, load_rgb, resize_nearest, resize_short_side};
-use hra::results::{BASE, CellRecord, Plan, Set, cell_folder};
+use hra::data::image::edges::{Thresholds, canny};
+use hra::data::image::{Mask, RgbImage, load_rgb, resize_nearest, resize_short_side};
+use hra::lab::compare::CompareConfig;
+use hra::lab::compare::control::{ControlSet, resolve};
+use hra::lab::evaluate::control::{overlap, subject_mask, subject_miou};
+use hra::lab::results::{BASE, CellRecord, Plan, Set, cell_folder};
 use std::path::{Path, PathBuf};
 use support::program::Scratch;
 use support::root;
@@ -89,7 +89,7 @@ fn given(i: usize, key: &str) -> RgbImage {
     let row: serde_json::Value = serde_json::from_str(table.lines().nth(i).unwrap()).unwrap();
     let image = load_rgb(&held_out.join(row[key].as_str().unwrap())).unwrap();
     match key {
-        "file_name" => resize_short_side(&image, 64, hra::image::Filter::Bilinear),
+        "file_name" => resize_short_side(&image, 64, hra::data::image::Filter::Bilinear),
         _ => resize_nearest(&image, 64, 64),
     }
 }
@@ -245,8 +245,9 @@ fn pairs_are_rendered_again_where_they_are_read_otherwise() {
                 let (width, height) = load_rgb(&scratch.path("train/map.png")).unwrap().dimensions();
                 let name = row["file_name"].as_str().unwrap().to_string();
                 let picture = load_rgb(&scratch.path("train").join(&name)).unwrap();
-                let picture = hra::image::resize(&picture, width, height, hra::image::Filter::Bilinear);
-                hra::image::save_png(&scratch.path("train").join(&name), &picture, &[]).unwrap();
+                let picture =
+                    hra::data::image::resize(&picture, width, height, hra::data::image::Filter::Bilinear);
+                hra::data::image::save_png(&scratch.path("train").join(&name), &picture, &[]).unwrap();
                 row["conditioning_image"] = "map.png".into();
                 row.to_string()
             })

@@ -4,10 +4,10 @@
 
 mod support;
 
-use hra::evaluate::control::{overlap, subject_mask, subject_miou};
-use hra::image::landmarks::{self, Point, read_points};
-use hra::image::palette::MapFile;
-use hra::image::{LabelMap, Mask, Palette, RgbImage, Thresholds, canny, load_rgb, save_png};
+use hra::data::image::landmarks::{self, Point, read_points};
+use hra::data::image::palette::MapFile;
+use hra::data::image::{LabelMap, Mask, Palette, RgbImage, Thresholds, canny, load_rgb, save_png};
+use hra::lab::evaluate::control::{overlap, subject_mask, subject_miou};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;

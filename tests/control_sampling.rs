@@ -4,8 +4,9 @@
 
 mod support;
 
-use hra::image::{Grid, GridRow, load_rgb, png::read_png_text, save_png};
-use hra::tensor_file::TensorFile;
+use hra::data::image::png::read_png_text;
+use hra::data::image::{Grid, GridRow, load_rgb, save_png};
+use hra::weights::tensor_file::TensorFile;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};

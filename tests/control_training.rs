@@ -3,10 +3,10 @@
 
 mod support;
 
+use hra::data::image::{Grid, GridRow, RgbImage, load_rgb, resize_nearest};
 use hra::data::pairs::{ConditionKind, PairFolder, PairSettings};
 use hra::data::{Crop, Window};
-use hra::image::{Grid, GridRow, RgbImage, load_rgb, resize_nearest};
-use hra::tensor_file::TensorFile;
+use hra::weights::tensor_file::TensorFile;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use hra::Error;
+use hra::data::image::{Filter, RgbImage, center_crop, resize_short_side, save_png};
 use hra::data::{Crop, ImageFolder, Window, to_chw_f32};
-use hra::image::{Filter, RgbImage, center_crop, resize_short_side, save_png};
 use proptest::prelude::*;
 
 fn fixture(name: &str) -> PathBuf {
@@ -103,7 +103,7 @@ fn random_squares_reach_every_place_equally_often() {
     let folder = ImageFolder::scan(dir.path()).unwrap();
     let mut counts = [0; 5];
     for index in 0..5000 {
-        let window = folder.crop_window(0, 16, Crop::Random(hra::seed::derive(3, "crop", index)));
+        let window = folder.crop_window(0, 16, Crop::Random(hra::platform::seed::derive(3, "crop", index)));
         assert_eq!(window.y, 0);
         counts[window.x as usize] += 1;
     }

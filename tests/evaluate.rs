@@ -3,7 +3,7 @@
 
 mod support;
 
-use hra::image::{RgbImage, load_rgb, save_png};
+use hra::data::image::{RgbImage, load_rgb, save_png};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -3,7 +3,7 @@
 
 mod support;
 
-use hra::tensor_file::TensorFile;
+use hra::weights::tensor_file::TensorFile;
 use std::path::Path;
 use support::program::Scratch;
 use support::{Case, cases, relative_error};
@@ -213,7 +213,7 @@ fn inspect_says_what_things_are_and_what_is_odd() {
     let mut tensors: Vec<(String, Tensor)> =
         file.names().into_iter().map(|n| (n.clone(), file.read(&n).unwrap())).collect();
     tensors[0].1 = &tensors[0].1 * f64::NAN;
-    hra::tensor_file::write(&broken.join("adapter_model.safetensors"), &tensors, &[]).unwrap();
+    hra::weights::tensor_file::write(&broken.join("adapter_model.safetensors"), &tensors, &[]).unwrap();
     let odd = json(&["broken"])[0]["odd"].to_string();
     assert!(odd.contains("not finite") && odd.contains("cannot be used"), "{odd}");
     assert_eq!(bench.scratch.run(&["inspect", "nothing"]).code, 2);

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use hra::files::{self, Kind, LEFTOVER_PREFIX};
+use hra::platform::files::{self, Kind, LEFTOVER_PREFIX};
 use hra::{Error, Result};
 
 fn names(dir: &Path) -> Vec<String> {

@@ -3,9 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use hra::image::decode::{self, decode};
+use hra::data::image::decode::{self, decode};
 
-use hra::image::{
+use hra::data::image::{
     Filter, Grid, GridRow, RgbImage, center_crop, crop, load_rgb, read_png_text, resize, save_png,
 };
 use safetensors::SafeTensors;
@@ -108,7 +108,7 @@ fn a_jpeg_that_ends_in_its_pixels_is_refused() {
 fn damaged_files_do_not_panic() {
     let mut state = 1_u64;
     let mut draw = |below: usize| {
-        state = hra::seed::derive(state, "damage", 0);
+        state = hra::platform::seed::derive(state, "damage", 0);
         state as usize % below
     };
     for (name, _) in pictures("images/expected.safetensors") {

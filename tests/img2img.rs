@@ -3,10 +3,11 @@
 
 mod support;
 
-use hra::image::{Filter, RgbImage, load_rgb, png::read_png_text, png::save_png, resize};
-use hra::model::source::Source;
-use hra::single_file::{Replaced, write_checkpoint};
-use hra::tensor_file::{self, TensorFile};
+use hra::convert::single_file::{Replaced, write_checkpoint};
+use hra::data::image::png::{read_png_text, save_png};
+use hra::data::image::{Filter, RgbImage, load_rgb, resize};
+use hra::weights::source::Source;
+use hra::weights::tensor_file::{self, TensorFile};
 use std::path::{Path, PathBuf};
 use support::program::{Finished, Scratch};
 use support::{relative_error, root, tiny_sd};

@@ -10,10 +10,10 @@
 
 mod support;
 
-use hra::model::source::{Part, Source};
+use hra::model::text::TextEncoder;
 use hra::model::{UNet, Vae};
-use hra::tensor_file::{self, TensorFile};
-use hra::text::TextEncoder;
+use hra::weights::source::{Part, Source};
+use hra::weights::tensor_file::{self, TensorFile};
 use hra::{Error, Result};
 use serde_json::{Value, json};
 use std::os::unix::process::ExitStatusExt;

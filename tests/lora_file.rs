@@ -6,7 +6,7 @@ mod support;
 use hra::StableDiffusion;
 use hra::adapter::lora_file::{Change, LoraFile, LoraLayer, Part, Style, canonical, write};
 use hra::model::layers::Layers;
-use hra::tensor_file::{self, TensorFile};
+use hra::weights::tensor_file::{self, TensorFile};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use support::relative_error;

@@ -2,7 +2,7 @@
 
 mod support;
 
-use hra::tensor_file::TensorFile;
+use hra::weights::tensor_file::TensorFile;
 use sha2::Digest;
 use std::path::Path;
 use support::program::{Scratch, records};

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use hra::noise::{NoiseSchedule, SchedulerConfig};
+use hra::diffusion::noise::{NoiseSchedule, SchedulerConfig};
 use tch::{Device, Kind, Tensor};
 
 const KINDS: [&str; 2] = ["sd15", "sd21"];

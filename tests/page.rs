@@ -8,7 +8,7 @@ mod comparison;
 
 use browser::Browser;
 use comparison::{Comparison, Shape};
-use hra::report;
+use hra::lab::report;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -308,7 +308,7 @@ fn the_plot_of_one_run_is_an_svg_file() {
     let comparison = Comparison::new(&Shape { steps: vec![100, 200, 300], ..Shape::small() });
     let record = comparison.records.iter().find(|r| r.cell.method == "HRA").unwrap();
     let test: Vec<_> =
-        record.evaluations.iter().filter(|e| e.set == hra::results::Set::Test).cloned().collect();
+        record.evaluations.iter().filter(|e| e.set == hra::lab::results::Set::Test).cloned().collect();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("scores.svg");
     std::fs::write(&path, report::steps_plot("run <\"dog\" & cat>", &test, Some(200))).unwrap();

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use hra::Error;
+use hra::data::image::edges::{Thresholds, canny};
+use hra::data::image::{Filter, RgbImage, center_crop, resize, resize_nearest, resize_short_side, save_png};
 use hra::data::pairs::{ConditionKind, ConditionSource, PairFolder, PairSettings, shuffled};
 use hra::data::{Crop, Window};
-use hra::image::edges::{Thresholds, canny};
-use hra::image::{Filter, RgbImage, center_crop, resize, resize_nearest, resize_short_side, save_png};
 use tempfile::TempDir;
 
 /// `width` x `height` pixels that tell their place.
@@ -383,7 +383,7 @@ fn segmentation_maps_keep_their_colours() {
 #[test]
 fn maps_of_class_numbers_are_coloured_by_the_palette() {
     let set = two();
-    let labels = hra::image::RgbImage::from_fn(40, 30, |x, _| [(x / 20) as u8; 3].into());
+    let labels = hra::data::image::RgbImage::from_fn(40, 30, |x, _| [(x / 20) as u8; 3].into());
     let gray = ::image::DynamicImage::ImageRgb8(labels).to_luma8();
     gray.save(set.at("labels.png")).unwrap();
     ::image::GrayImage::from_pixel(40, 30, ::image::Luma([2])).save(set.at("outside.png")).unwrap();

@@ -10,7 +10,7 @@ use hra::adapter::hra::{HraConfig, HraInit};
 use hra::adapter::lora::{LoraConfig, LoraInit};
 use hra::adapter::oft::{Coft, OftConfig};
 use hra::adapter::peft::{self, AdapterConfig, AdapterFile, Bias, CONFIG_FILE, Exceptions, WEIGHTS_FILE};
-use hra::tensor_file;
+use hra::weights::tensor_file;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;

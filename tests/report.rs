@@ -5,8 +5,8 @@
 mod comparison;
 
 use comparison::{Comparison, Shape, Written, close, each_score};
-use hra::report;
-use hra::results::*;
+use hra::lab::report;
+use hra::lab::results::*;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -4,8 +4,8 @@
 mod comparison;
 
 use comparison::{Comparison, Shape, Written, close, each_score};
-use hra::report;
-use hra::results::*;
+use hra::lab::report;
+use hra::lab::results::*;
 
 #[test]
 fn rates_are_chosen_by_validation_alone() {

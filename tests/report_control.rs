@@ -7,9 +7,9 @@ mod comparison;
 
 use browser::Browser;
 use comparison::{Comparison, Shape, Written, close};
-use hra::report;
-use hra::report::statistics::Bootstrap;
-use hra::results::{BASE, CellRecord};
+use hra::lab::report;
+use hra::lab::report::statistics::Bootstrap;
+use hra::lab::results::{BASE, CellRecord};
 use serde_json::{Value, json};
 
 const CEILING: &str = "real pictures (ceiling)";

@@ -2,8 +2,9 @@
 
 mod support;
 
-use hra::image::{load_rgb, png::read_png_text};
-use hra::tensor_file::TensorFile;
+use hra::data::image::load_rgb;
+use hra::data::image::png::read_png_text;
+use hra::weights::tensor_file::TensorFile;
 use std::path::Path;
 use support::program::Scratch;
 use support::{relative_error, tiny_sd};
@@ -131,7 +132,7 @@ fn given_noise_is_used_for_every_prompt_and_a_prompt_file_is_read() {
     let scratch = Scratch::new();
     let noise = Tensor::randn([2, 4, 10, 14], (tch::Kind::Float, tch::Device::Cpu));
     let file = [("latents".to_string(), noise.shallow_clone())];
-    hra::tensor_file::write(&scratch.path("noise.safetensors"), &file, &[]).unwrap();
+    hra::weights::tensor_file::write(&scratch.path("noise.safetensors"), &file, &[]).unwrap();
     std::fs::write(scratch.path("prompts.txt"), "# a comment\n\na red apple\na red apple\n").unwrap();
     let more = [
         "--prompt-file",
@@ -180,7 +181,7 @@ fn adapters_that_do_not_fit_the_model_are_refused_with_every_problem() {
         file.names().iter().map(|n| (n.clone(), file.read(n).unwrap())).collect();
     let refuse = |change: &dyn Fn(&str, &Tensor) -> Tensor, parts: &[&str]| {
         let changed: Vec<_> = tensors.iter().map(|(n, t)| (n.clone(), change(n, t))).collect();
-        hra::tensor_file::write(&path, &changed, &[]).unwrap();
+        hra::weights::tensor_file::write(&path, &changed, &[]).unwrap();
         let args = [
             "sample",
             "--model",

@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use diffusers::schedulers::{PredictionType, ddim, pndm};
-use hra::noise::SchedulerConfig;
-use hra::sampler::{Plan, SamplerKind};
+use hra::diffusion::noise::SchedulerConfig;
+use hra::diffusion::sampler::{Plan, SamplerKind};
 use hra::{Error, Result};
 use serde_json::{Map, Value, json};
 use tch::Tensor;
@@ -144,7 +144,8 @@ fn final_latents_are_those_of_python() {
 fn starts_from_a_picture_are_those_of_python() {
     support::pin_threads();
     let path = fixture("starts.safetensors");
-    let configs = hra::tensor_file::TensorFile::open(&path).unwrap().text("configs").unwrap().to_string();
+    let configs =
+        hra::weights::tensor_file::TensorFile::open(&path).unwrap().text("configs").unwrap().to_string();
     let configs: Map<String, Value> = serde_json::from_str(&configs).unwrap();
     let expected = tensors("starts.safetensors");
     let [clean, noise, step_noise, mask] =

@@ -4,8 +4,8 @@ mod support;
 
 use clap::ValueEnum;
 use hra::StableDiffusion;
-use hra::sample::{Guides, Noise, Settings, sample};
-use hra::sampler::{Plan, SamplerKind};
+use hra::diffusion::sample::{Guides, Noise, Settings, sample};
+use hra::diffusion::sampler::{Plan, SamplerKind};
 use support::{cases, relative_error};
 use tch::{Device, Kind, Tensor};
 

@@ -2,15 +2,15 @@
 
 mod support;
 
-use hra::evaluate::lpips::{Lpips, Net};
-use hra::evaluate::scores::{
+use hra::data::image::RgbImage;
+use hra::lab::evaluate::lpips::{Lpips, Net};
+use hra::lab::evaluate::scores::{
     References, Subject, average_precision, cosines, cover, drift, mean_of_pairs, pixel_difference, top1,
     without_token,
 };
-use hra::evaluate::{TowerPaths, Towers, towers};
-use hra::image::RgbImage;
-use hra::results::SCORES;
-use hra::tensor_file;
+use hra::lab::evaluate::{TowerPaths, Towers, towers};
+use hra::lab::results::SCORES;
+use hra::weights::tensor_file;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 

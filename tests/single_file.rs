@@ -3,10 +3,10 @@
 mod support;
 
 use hra::StableDiffusion;
+use hra::convert::single_file::{Replaced, write_checkpoint, write_folder};
 use hra::model::layers::Layers;
-use hra::model::source::{Part, TEXT_FILES};
-use hra::single_file::{Replaced, write_checkpoint, write_folder};
-use hra::tensor_file::{self, Planned, TensorFile};
+use hra::weights::source::{Part, TEXT_FILES};
+use hra::weights::tensor_file::{self, Planned, TensorFile};
 use serde_json::Value;
 use std::fs;
 use support::cases;

@@ -2,14 +2,14 @@
 
 mod support;
 
+use hra::convert::single_file::{Replaced, write_checkpoint, write_folder};
 use hra::model::UNet;
-use hra::model::config::{TextConfig, UNetConfig, VaeConfig};
 use hra::model::layers::Layers;
-use hra::model::ldm::Form;
-use hra::model::source::{Part, Source, TEXT_FILES};
-use hra::single_file::{Replaced, write_checkpoint, write_folder};
-use hra::tensor_file::{self, TensorFile};
-use hra::text::TextEncoder;
+use hra::model::text::TextEncoder;
+use hra::weights::config::{TextConfig, UNetConfig, VaeConfig};
+use hra::weights::ldm::Form;
+use hra::weights::source::{Part, Source, TEXT_FILES};
+use hra::weights::tensor_file::{self, TensorFile};
 use hra::{Error, StableDiffusion};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;

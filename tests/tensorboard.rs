@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use hra::tensorboard::EventWriter;
+use hra::train::tensorboard::EventWriter;
 
 #[test]
 fn a_resumed_run() {

@@ -3,11 +3,11 @@
 
 mod support;
 
-use hra::evaluate::clip::Clip;
-use hra::evaluate::processor::Processor;
-use hra::evaluate::vit::Vit;
-use hra::image::RgbImage;
-use hra::tensor_file::TensorFile;
+use hra::data::image::RgbImage;
+use hra::lab::evaluate::clip::Clip;
+use hra::lab::evaluate::processor::Processor;
+use hra::lab::evaluate::vit::Vit;
+use hra::weights::tensor_file::TensorFile;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::fs;
@@ -149,7 +149,7 @@ fn support_pictures(dir: &Path) -> Vec<RgbImage> {
         if path.is_dir() {
             found.extend(support_pictures(&path));
         } else if path.extension().is_some_and(|e| e == "png") {
-            found.push(hra::image::load_rgb(&path).unwrap());
+            found.push(hra::data::image::load_rgb(&path).unwrap());
         }
     }
     found
@@ -319,11 +319,11 @@ fn broken_weights_are_refused() {
     let norm = tensors.iter_mut().find(|(name, _)| name == "layernorm.weight").unwrap();
     let whole = norm.1.copy();
     norm.1 = &whole * f64::NAN;
-    hra::tensor_file::write(&path, &tensors, &[]).unwrap();
+    hra::weights::tensor_file::write(&path, &tensors, &[]).unwrap();
     let broken = Vit::load(dir.path(), Device::Cpu).unwrap();
     refused(broken.images(&references(&pictures())).unwrap_err(), &["expected embeddings of finite numbers"]);
     tensors.retain(|(name, _)| name != "layernorm.weight");
-    hra::tensor_file::write(&path, &tensors, &[]).unwrap();
+    hra::weights::tensor_file::write(&path, &tensors, &[]).unwrap();
     refused(vit(dir.path()), &["`layernorm.weight` [16] is missing"]);
     fs::remove_file(&path).unwrap();
     refused(vit(dir.path()), &["expected model.safetensors"]);

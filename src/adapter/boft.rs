@@ -4,8 +4,8 @@
 //! rotations by the exact Cayley transform, and a scale for each output, which leaves the bias alone. One factor is OFT
 //! with dense raw blocks and that scale; PEFT makes more only with its CUDA extension.
 
-use super::blocks::{self, Cayley, Partition};
-use super::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
+use crate::adapter::blocks::{self, Cayley, Partition};
+use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 

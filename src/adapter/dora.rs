@@ -7,8 +7,8 @@
 //! |W_i + s (B A)_i|^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 <B_i (A A^T), B_i>
 //! ```
 
-use super::lora::{Lora, LoraConfig};
-use super::{Adapter, Change, Form, Frozen};
+use crate::adapter::lora::{Lora, LoraConfig};
+use crate::adapter::{Adapter, Change, Form, Frozen};
 use tch::{Device, Kind, Tensor};
 
 /// The DoRA adapter of one layer.

@@ -1,6 +1,6 @@
 //! Full fine-tuning as an adapter: the trained weight itself, in the place of the frozen one.
 
-use super::{Adapter, Change, Form, Frozen};
+use crate::adapter::{Adapter, Change, Form, Frozen};
 use tch::{Device, Kind, Tensor};
 
 /// A whole weight.

@@ -10,8 +10,8 @@
 //! The Gram-Schmidt variant (paper section 3.3, lambda = infinity) is `H = I - 2 Q Q^T` with orthonormal `Q`.
 //! Raw vectors, norms and `T` are f32; products with activations are in the activations' dtype.
 
-use super::reflections::{Reflections, wy_factor};
-use super::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
+use crate::adapter::reflections::{Reflections, wy_factor};
+use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 

@@ -3,7 +3,7 @@
 //! A convolution's A is a convolution with r filters and its B a 1x1 one after it, as PEFT stores them; no layer ever has
 //! a dense `B A`. DoRA, which is built on it, is in [`super::dora`].
 
-use super::{Adapter, Change, Form, Frozen, matrix_shape};
+use crate::adapter::{Adapter, Change, Form, Frozen, matrix_shape};
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 

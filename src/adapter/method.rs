@@ -1,11 +1,11 @@
 //! The methods and their settings, and a new adapter by them.
 
-use super::blocks::Cayley;
-use super::boft::BoftConfig;
-use super::hra::HraConfig;
-use super::lora::LoraConfig;
-use super::oft::{Coft, OftConfig};
-use super::{Adapter, Boft, Dora, Full, Hra, Lora, Oft, matrix_shape};
+use crate::adapter::blocks::Cayley;
+use crate::adapter::boft::BoftConfig;
+use crate::adapter::hra::HraConfig;
+use crate::adapter::lora::LoraConfig;
+use crate::adapter::oft::{Coft, OftConfig};
+use crate::adapter::{Adapter, Boft, Dora, Full, Hra, Lora, Oft, matrix_shape};
 use crate::error::Result;
 use tch::{Kind, Tensor};
 

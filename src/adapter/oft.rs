@@ -10,8 +10,8 @@
 //! opposite sign at `ij` and `ji`), weight decay and the projection, which scales it; then `S = P`. Training the upper
 //! triangle, whose gradient is twice that, is the same path for Adam, which divides the factor away.
 
-use super::blocks::{self, Cayley, Partition};
-use super::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
+use crate::adapter::blocks::{self, Cayley, Partition};
+use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 

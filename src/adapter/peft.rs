@@ -5,21 +5,21 @@
 //! `save_pretrained`). What PEFT's config has no field for goes into the metadata of the tensor file, which PEFT ignores
 //! silently; unknown config fields make it warn.
 
-use super::boft::BoftConfig;
-use super::lora::LoraConfig;
-use super::oft::{Coft, MOST_EPS, OftConfig};
-use super::peft_config::ReadConfig;
-use super::peft_patterns::Patterns;
-use super::{Adapter, Boft, Dora, Hra, Lora, Method, Oft};
+use crate::adapter::boft::BoftConfig;
+use crate::adapter::lora::LoraConfig;
+use crate::adapter::oft::{Coft, MOST_EPS, OftConfig};
+use crate::adapter::peft_config::ReadConfig;
+use crate::adapter::peft_patterns::Patterns;
+use crate::adapter::{Adapter, Boft, Dora, Hra, Lora, Method, Oft};
 use crate::error::{Error, Result};
-use crate::files;
-use crate::tensor_file::{self, TensorFile};
+use crate::platform::files;
+use crate::weights::tensor_file::{self, TensorFile};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
-pub use super::peft_config::{AdapterConfig, Bias};
-pub use super::peft_patterns::Exceptions;
+pub use crate::adapter::peft_config::{AdapterConfig, Bias};
+pub use crate::adapter::peft_patterns::Exceptions;
 
 /// File names in an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";

@@ -3,13 +3,13 @@
 //! A field that changes what the tensors mean is honoured or refused; fields of training alone (dropout, the start of the
 //! weights) are ignored, and so are names of layers, which the tensors' names tell.
 
-use super::Method;
-use super::blocks::{Cayley, Partition};
-use super::boft::BoftConfig;
-use super::hra::{HraConfig, HraInit};
-use super::lora::{LoraConfig, LoraInit};
-use super::oft::{Coft, MOST_EPS, OftConfig};
-use super::peft_patterns::{Exceptions, Patterns};
+use crate::adapter::Method;
+use crate::adapter::blocks::{Cayley, Partition};
+use crate::adapter::boft::BoftConfig;
+use crate::adapter::hra::{HraConfig, HraInit};
+use crate::adapter::lora::{LoraConfig, LoraInit};
+use crate::adapter::oft::{Coft, MOST_EPS, OftConfig};
+use crate::adapter::peft_patterns::{Exceptions, Patterns};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::path::Path;

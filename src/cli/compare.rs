@@ -1,10 +1,10 @@
 //! `hra compare`.
 
-use crate::compare::{self, CompareConfig, Estimate, Outcome, Shard, duration};
 use crate::error::{Error, Result};
-use crate::interrupt;
-use crate::report;
-use crate::results::Plan;
+use crate::lab::compare::{self, CompareConfig, Estimate, Outcome, Shard, duration};
+use crate::lab::report;
+use crate::lab::results::Plan;
+use crate::platform::interrupt;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -113,7 +113,10 @@ fn finish(config: &CompareConfig, outcome: &Outcome, json: bool) -> Result<()> {
             );
             return Ok(());
         }
-        println!("when they are: hra compare report {}", crate::files::shell_word(&folder.to_string_lossy()));
+        println!(
+            "when they are: hra compare report {}",
+            crate::platform::files::shell_word(&folder.to_string_lossy())
+        );
         return Ok(());
     }
     report(folder, json)?;

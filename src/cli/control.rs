@@ -1,17 +1,18 @@
 //! The flags by which `hra sample` is given conditions, and what they lead to.
 
+use crate::data::image::decode::MAX_FILE_BYTES;
+use crate::data::image::edges::may_be_edges;
+use crate::data::image::{RgbImage, Thresholds};
 use crate::data::pairs::{ConditionFiles, ConditionKind, PairFolder, PairSettings, shuffled};
-use crate::device::Compute;
+use crate::diffusion::sample::{Settings, Steering, Strength, conditions};
 use crate::error::{Error, Result};
-use crate::hub::{self, Wanted};
-use crate::image::decode::MAX_FILE_BYTES;
-use crate::image::edges::may_be_edges;
-use crate::image::{RgbImage, Thresholds};
 use crate::model::control::{
     ConditionEncoder, Control, ControlNet, EncoderConfig, PALETTE_FILE, Passes, encoder_of,
 };
-use crate::sample::{Settings, Steering, Strength, conditions};
-use crate::{files, tensor_file};
+use crate::platform::device::Compute;
+use crate::platform::files;
+use crate::platform::hub::{self, Wanted};
+use crate::weights::tensor_file;
 use clap::Args;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};

@@ -1,12 +1,12 @@
 //! `hra export`.
 
-use super::adapter_with_strength;
-use crate::device::{self, Precision};
+use crate::attach;
+use crate::cli::adapter_with_strength;
+use crate::convert::export::{self, Request, Target};
+use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::export::{self, Request, Target};
-use crate::hub::{self, Wanted};
-use crate::model::attach;
-use crate::stable_diffusion::StableDiffusion;
+use crate::platform::device::{self, Precision};
+use crate::platform::hub::{self, Wanted};
 use clap::Args;
 use std::path::PathBuf;
 use tch::{Device, Kind};

@@ -1,10 +1,10 @@
 //! `hra inspect`.
 
-use crate::device;
+use crate::convert::inspect::{self, LayerReport, Report};
+use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
-use crate::hub::{self, Wanted};
-use crate::inspect::{self, LayerReport, Report};
-use crate::stable_diffusion::StableDiffusion;
+use crate::platform::device;
+use crate::platform::hub::{self, Wanted};
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;

@@ -1,13 +1,13 @@
 //! `hra merge`.
 
-use super::adapter_with_strength;
 use crate::adapter::combine::{How, combine};
 use crate::adapter::peft::{self, AdapterFile};
-use crate::checkpoint::{TEXT_CLASS, UNET_CLASS};
+use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
+use crate::attach::loaded::{TEXT_CLASS, UNET_CLASS};
+use crate::cli::adapter_with_strength;
 use crate::error::{Error, Result};
-use crate::files;
-use crate::hub::{self, Wanted};
-use crate::model::loaded::{FULL_UNET, TEXT_ENCODER};
+use crate::platform::files;
+use crate::platform::hub::{self, Wanted};
 use clap::Args;
 use serde::Serialize;
 use serde_json::json;

@@ -90,7 +90,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
         Verb::Export(args) => export::run(&args),
         Verb::Merge(args) => merge::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
-        Verb::Doctor(args) => crate::doctor::run(args.json),
+        Verb::Doctor(args) => crate::platform::doctor::run(args.json),
     }?)
 }
 
@@ -121,7 +121,7 @@ fn note_control_left_out<'a>(adapters: impl IntoIterator<Item = &'a std::path::P
 
 /// The prompts of a file: a line each, without empty ones and those that begin with #.
 fn prompt_lines(path: &std::path::Path) -> Result<Vec<String>> {
-    let text = crate::files::read_to_string(path)?;
+    let text = crate::platform::files::read_to_string(path)?;
     let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
     Ok(lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_string).collect())
 }

@@ -1,9 +1,9 @@
 //! The folder that `hra sample` draws into, and what it does not write over.
 
+use crate::data::image::png;
+use crate::diffusion::sample::Picture;
 use crate::error::{Error, Result};
-use crate::files;
-use crate::image::png;
-use crate::sample::Picture;
+use crate::platform::files;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 

@@ -1,21 +1,21 @@
 //! `hra sample`.
 
-use super::control::{ControlArgs, Controlled, Pairs};
-use super::output::Output;
-use super::start::{Pictures, StartArgs};
-use crate::device::{self, DeviceChoice, Precision};
+use crate::attach::loaded::LoadedAdapter;
+use crate::attach::{self, fixed};
+use crate::cli::control::{ControlArgs, Controlled, Pairs};
+use crate::cli::output::Output;
+use crate::cli::start::{Pictures, StartArgs};
+use crate::data::image::grid::{Grid, GridRow};
+use crate::data::image::png;
+use crate::diffusion::sample::{self, Guides, Noise, Picture, Settings};
+use crate::diffusion::sampler::{SamplerKind, Spacing};
+use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::hub::{self, Wanted};
-use crate::image::grid::{Grid, GridRow};
-use crate::image::png;
-use crate::interrupt;
-use crate::model::loaded::LoadedAdapter;
-use crate::model::{attach, fixed};
-use crate::progress::Progress;
-use crate::sample::{self, Guides, Noise, Picture, Settings};
-use crate::sampler::{SamplerKind, Spacing};
-use crate::stable_diffusion::StableDiffusion;
-use crate::tensor_file::{self, TensorFile};
+use crate::platform::device::{self, DeviceChoice, Precision};
+use crate::platform::hub::{self, Wanted};
+use crate::platform::interrupt;
+use crate::platform::progress::Progress;
+use crate::weights::tensor_file::{self, TensorFile};
 use clap::Args;
 use serde_json::json;
 use std::collections::BTreeMap;

@@ -1,8 +1,8 @@
 //! The flags of `hra sample` for a picture to start from.
 
+use crate::data::image::{self, RgbImage};
+use crate::diffusion::sample::Start;
 use crate::error::{Error, Result};
-use crate::image::{self, RgbImage};
-use crate::sample::Start;
 use clap::Args;
 use serde_json::{Value, json};
 use std::path::PathBuf;

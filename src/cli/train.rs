@@ -1,17 +1,17 @@
 //! `hra train`.
 
 use crate::adapter::Method;
-use crate::checkpoint;
-use crate::compare::checkpoints::{self, Judges, Scored};
-use crate::config::TrainConfig;
-use crate::device::peak_process_memory;
 use crate::error::{Error, Result};
-use crate::evaluate::TowerPaths;
-use crate::files::shell_word;
-use crate::interrupt;
-use crate::results::{SCORES, ScoreKind};
-use crate::run::{CONFIG_FILE, RunFolder};
-use crate::train::{self, Outcome, Resume};
+use crate::lab::compare::checkpoints::{self, Judges, Scored};
+use crate::lab::evaluate::TowerPaths;
+use crate::lab::results::{SCORES, ScoreKind};
+use crate::platform::device::peak_process_memory;
+use crate::platform::files::shell_word;
+use crate::platform::interrupt;
+use crate::train::config::TrainConfig;
+use crate::train::run::{CONFIG_FILE, RunFolder};
+use crate::train::{self, checkpoint};
+use crate::train::{Outcome, Resume};
 use clap::{ArgMatches, Args};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;

@@ -3,12 +3,12 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::pairs::PairSettings;
-use super::{load_unchanged, load_usable, reason, unchanged};
-use crate::image::edges::{Thresholds, canny};
-use crate::image::landmarks::{self, Point};
-use crate::image::palette::{LabelMap, MapFile, Palette};
-use crate::image::{Filter, RgbImage, load_rgb, resize, resize_nearest};
+use crate::data::image::edges::{Thresholds, canny};
+use crate::data::image::landmarks::{self, Point};
+use crate::data::image::palette::{LabelMap, MapFile, Palette};
+use crate::data::image::{Filter, RgbImage, load_rgb, resize, resize_nearest};
+use crate::data::pairs::PairSettings;
+use crate::data::{load_unchanged, load_usable, reason, unchanged};
 use crate::{Error, Result};
 
 /// Endings of files of points; other conditions are pictures.

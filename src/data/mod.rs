@@ -8,6 +8,7 @@
 
 mod cache;
 pub mod condition;
+pub mod image;
 pub mod pairs;
 pub mod table;
 
@@ -20,10 +21,10 @@ use sha2::{Digest, Sha256};
 
 use cache::Cache;
 
-use crate::files::{self, Kind};
-use crate::image::decode::{self, MAX_FILE_BYTES, Picture};
-use crate::image::resize::{center_offset, short_side_size};
-use crate::image::{Filter, RgbImage, crop, load_rgb, resize};
+use crate::data::image::decode::{self, MAX_FILE_BYTES, Picture};
+use crate::data::image::resize::{center_offset, short_side_size};
+use crate::data::image::{Filter, RgbImage, crop, load_rgb, resize};
+use crate::platform::files::{self, Kind};
 use crate::{Error, Result};
 
 /// A picture whose longer side is more than this many times the shorter is skipped: a square of it shows nothing, and with

@@ -13,16 +13,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::cache::Cache;
-use super::condition::Conditions;
-pub use super::condition::{ConditionFiles, ConditionKind, ConditionSource, POINT_FILES, VOID, same_aspect};
-use super::table::{self, Entry, Row};
-use super::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, one_line, windows};
-use crate::image::edges::Thresholds;
-use crate::image::resize::{center_offset, covering_size, short_side_size};
-use crate::image::{Filter, RgbImage, crop, landmarks, resize};
-use crate::progress::Progress;
-use crate::{Error, Result, interrupt};
+use crate::data::cache::Cache;
+use crate::data::condition::Conditions;
+pub use crate::data::condition::{
+    ConditionFiles, ConditionKind, ConditionSource, POINT_FILES, VOID, same_aspect,
+};
+use crate::data::image::edges::Thresholds;
+use crate::data::image::resize::{center_offset, covering_size, short_side_size};
+use crate::data::image::{Filter, RgbImage, crop, landmarks, resize};
+use crate::data::table::{self, Entry, Row};
+use crate::data::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, one_line, windows};
+use crate::platform::interrupt;
+use crate::platform::progress::Progress;
+use crate::{Error, Result};
 
 /// So many threads look at files: more would only wait for the disk, and each holds a decoded picture.
 const MAX_THREADS: usize = 8;

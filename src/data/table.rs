@@ -13,8 +13,8 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
-use super::pairs::PairSettings;
-use crate::files::{self, Kind};
+use crate::data::pairs::PairSettings;
+use crate::platform::files::{self, Kind};
 use crate::{Error, Result};
 
 /// The tables that are looked for in a folder.

@@ -1,8 +1,8 @@
 //! Attention, transformer blocks, and the spatial transformer around them (diffusers `Transformer2DModel`).
 
-use super::config::UNetConfig;
-use super::layers::{Layer, Module, Norm};
-use super::weights::Scope;
+use crate::model::layers::{Layer, Module, Norm};
+use crate::weights::config::UNetConfig;
+use crate::weights::scope::Scope;
 use tch::{Kind, Tensor};
 
 /// Multi-head attention of `width` channels to themselves or to a context.

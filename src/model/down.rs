@@ -1,10 +1,10 @@
 //! The half of the UNet that a ControlNet is a copy of: first convolution, timestep embedding, the way down and the middle.
 
-use super::attention::SpatialTransformer;
-use super::config::{Level, UNetConfig};
-use super::layers::{Layer, Module, timestep_features};
-use super::resnet::{Downsample, Resnet, Upsample};
-use super::weights::Scope;
+use crate::model::attention::SpatialTransformer;
+use crate::model::layers::{Layer, Module, timestep_features};
+use crate::model::resnet::{Downsample, Resnet, Upsample};
+use crate::weights::config::{Level, UNetConfig};
+use crate::weights::scope::Scope;
 use tch::{Kind, Tensor};
 
 /// Residual blocks of one level, with attention after each where the level attends.

@@ -1,7 +1,7 @@
 //! The layers that hold weights: linear maps and convolutions, which may carry an adapter, and norms.
 
-use super::weights::Scope;
 use crate::adapter::{Adapter, Frozen, Geometry};
+use crate::weights::scope::Scope;
 use tch::{Kind, Tensor};
 
 /// A frozen linear map or convolution, with the adapter that was put on it.

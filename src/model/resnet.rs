@@ -1,8 +1,8 @@
 //! The residual block with a time embedding, and the convolutions between levels (diffusers `ResnetBlock2D`).
 
-use super::config::UNetConfig;
-use super::layers::{Layer, Module, Norm};
-use super::weights::Scope;
+use crate::model::layers::{Layer, Module, Norm};
+use crate::weights::config::UNetConfig;
+use crate::weights::scope::Scope;
 use tch::Tensor;
 
 /// Two convolutions with the time embedding between, and a skip around.

@@ -2,14 +2,14 @@
 //!
 //! Field names are the checkpoint's. A timestep belongs to each sample of a batch. Compute dtype f32, bf16 or f16.
 
-use super::config::{Level, UNetConfig};
-use super::control::Signals;
-use super::down::{Block, DownPath, attentions, same_padding};
-use super::layers::{Layer, Layers, Module, Norm};
-use super::resnet::{Resnet, Upsample};
-use super::source::{Part, Source};
-use super::weights::{Scope, Weights};
 use crate::error::Result;
+use crate::model::control::Signals;
+use crate::model::down::{Block, DownPath, attentions, same_padding};
+use crate::model::layers::{Layer, Layers, Module, Norm};
+use crate::model::resnet::{Resnet, Upsample};
+use crate::weights::config::{Level, UNetConfig};
+use crate::weights::scope::{Scope, Weights};
+use crate::weights::source::{Part, Source};
 use tch::{Device, Kind, Tensor};
 
 /// The UNet with its frozen weights and whatever adapters are on its layers.

@@ -5,10 +5,11 @@
 //! -200 by a bias, so a draw from it is its mean to the last bit. The decoder's extra inputs have weight zero. One
 //! instance serves both directions, and decoding pads the latents with zeros.
 
-use super::config::VaeConfig;
-use super::source::{Part, Source};
-use super::weights::Weights;
 use crate::error::{Error, Result};
+use crate::weights::config::VaeConfig;
+use crate::weights::scope::Weights;
+use crate::weights::source::{Part, Source};
+use crate::weights::tensors::current_vae_name;
 use diffusers::models::vae::{AutoEncoderKL, AutoEncoderKLConfig};
 use tch::{Device, Kind, Tensor, nn};
 
@@ -59,7 +60,7 @@ impl Vae {
         let _guard = tch::no_grad_guard();
         for (name, mut variable) in store.variables() {
             // The crate spells the attention layers as diffusers did in 2022.
-            let current = current_name(&name).unwrap_or(name);
+            let current = current_vae_name(&name).unwrap_or(name);
             fill(&mut variable, &current, &weights, z);
         }
         let unused = weights.finish()?;
@@ -123,27 +124,4 @@ fn fill(variable: &mut Tensor, name: &str, weights: &Weights, z: i64) {
         part = part.narrow(1, 0, shape[1]);
     }
     part.copy_(&tensor);
-}
-
-/// Attention of the 2022 layout (`query`, `key`, `value`, `proj_attn`) by today's names.
-pub(super) fn current_name(key: &str) -> Option<String> {
-    const RULES: [(&str, &str); 4] =
-        [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
-    RULES.iter().find(|(old, _)| key.contains(old)).map(|(old, new)| key.replace(old, new))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::current_name;
-
-    #[test]
-    fn old_attention_names_become_todays_and_others_stay() {
-        let old = "decoder.mid_block.attentions.0.proj_attn.weight";
-        assert_eq!(current_name(old).as_deref(), Some("decoder.mid_block.attentions.0.to_out.0.weight"));
-        assert_eq!(
-            current_name("encoder.mid_block.attentions.0.key.bias").as_deref(),
-            Some("encoder.mid_block.attentions.0.to_k.bias")
-        );
-        assert_eq!(current_name("encoder.conv_in.weight"), None);
-    }
 }

@@ -1,15 +1,15 @@
 //! What each step is trained on. A batch is a function of (run seed, step) alone, so a resumed run sees what the
 //! uninterrupted one would have seen, and nothing else that draws random numbers can disturb it.
 
-use super::loss::Batch;
-use super::pictures::{Pictures, encode};
-use crate::config::TrainConfig;
+use crate::data::image::RgbImage;
 use crate::data::{Crop, Window};
+use crate::diffusion::sample::conditions;
+use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
-use crate::image::RgbImage;
-use crate::sample::conditions;
-use crate::seed;
-use crate::stable_diffusion::StableDiffusion;
+use crate::platform::seed;
+use crate::train::config::TrainConfig;
+use crate::train::loss::Batch;
+use crate::train::pictures::{Pictures, encode};
 use std::collections::HashMap;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};

@@ -3,15 +3,15 @@
 //! Pictures that we make are seeded one by one, so an interrupted set is finished later and a larger one extends it. A
 //! manifest beside them says from what they were made; a folder whose manifest says otherwise is refused, not mixed.
 
-use crate::config::TrainConfig;
 use crate::data::ImageFolder;
+use crate::data::image::png;
+use crate::diffusion::sample::{self, Guides, Noise, Settings};
+use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::files;
-use crate::image::png;
-use crate::progress::Progress;
-use crate::sample::{self, Guides, Noise, Settings};
-use crate::seed;
-use crate::stable_diffusion::StableDiffusion;
+use crate::platform::files;
+use crate::platform::progress::Progress;
+use crate::platform::seed;
+use crate::train::config::TrainConfig;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 

@@ -1,8 +1,8 @@
 //! The training loss: denoising error on instance pictures, prior preservation, min-SNR weights.
 
+use crate::diffusion::noise::NoiseSchedule;
 use crate::model::UNet;
 use crate::model::control::{Control, Passes, Signals};
-use crate::noise::NoiseSchedule;
 use tch::{Kind, Tensor};
 
 /// One batch, everything drawn already. With `class_half` the first half are instance pictures, the second class pictures.

@@ -1,12 +1,12 @@
 //! What a run is shown: a folder of pictures with one prompt, or pairs of picture and condition with captions.
 
-use crate::config::TrainConfig;
+use crate::data::image::RgbImage;
+use crate::data::image::edges::may_be_edges;
 use crate::data::pairs::{ConditionKind, ConditionSource, PairFolder};
 use crate::data::{Crop, ImageFolder, Window, to_chw_f32};
+use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::image::RgbImage;
-use crate::image::edges::may_be_edges;
-use crate::stable_diffusion::StableDiffusion;
+use crate::train::config::TrainConfig;
 use std::path::Path;
 use tch::Tensor;
 

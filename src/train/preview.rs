@@ -1,20 +1,20 @@
 //! What is looked at between steps: preview pictures from fixed seeds, and the loss on held-out pictures with fixed noise.
 //! Neither draws from anything that training draws from.
 
-use super::loss::{Batch, training_loss};
-use super::pictures::{Pictures, encode};
-use crate::config::TrainConfig;
 use crate::data::Crop;
+use crate::data::image::grid::{Grid, GridRow};
+use crate::data::image::{RgbImage, center_crop, png};
 use crate::data::pairs::ConditionFiles;
+use crate::diffusion::noise::NoiseSchedule;
+use crate::diffusion::sample::{self, Guides, Noise, Settings, Steering, Strength};
+use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
-use crate::files;
-use crate::image::grid::{Grid, GridRow};
-use crate::image::{RgbImage, center_crop, png};
 use crate::model::control::Control;
-use crate::noise::NoiseSchedule;
-use crate::sample::{self, Guides, Noise, Settings, Steering, Strength};
-use crate::seed;
-use crate::stable_diffusion::StableDiffusion;
+use crate::platform::files;
+use crate::platform::seed;
+use crate::train::config::TrainConfig;
+use crate::train::loss::{Batch, training_loss};
+use crate::train::pictures::{Pictures, encode};
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 

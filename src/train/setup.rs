@@ -1,24 +1,25 @@
 //! What a run needs before its first step: its files, its pictures, where it goes on, and where it starts.
 
-use super::Resume;
-use super::pictures::Pictures;
 use crate::adapter::Method;
 use crate::adapter::peft::{AdapterConfig, AdapterFile, Bias, Exceptions};
 use crate::adapter::target::TargetRule;
-use crate::checkpoint::{self, Loaded, TEXT_CLASS, TrainedPart, UNET_CLASS};
-use crate::config::TrainConfig;
+use crate::attach;
+use crate::attach::loaded::TEXT_ENCODER;
+use crate::attach::loaded::{TEXT_CLASS, UNET_CLASS};
+use crate::attach::parameters::Parameters;
+use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::files;
-use crate::hub::{self, Wanted};
-use crate::model::attach;
 use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, PALETTE_FILE};
 use crate::model::layers::Layers;
-use crate::model::loaded::TEXT_ENCODER;
-use crate::optim::Parameters;
-use crate::run::RunFolder;
-use crate::seed;
-use crate::stable_diffusion::StableDiffusion;
-use crate::tensor_file::TensorFile;
+use crate::platform::files;
+use crate::platform::hub::{self, Wanted};
+use crate::platform::seed;
+use crate::train::Resume;
+use crate::train::checkpoint::{self, Loaded, TrainedPart};
+use crate::train::config::TrainConfig;
+use crate::train::pictures::Pictures;
+use crate::train::run::RunFolder;
+use crate::weights::tensor_file::TensorFile;
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 

@@ -1,9 +1,9 @@
 //! Comparisons with invented scores and small pictures of plain colours, for tests of the report.
 #![allow(dead_code)] // each test binary uses its own part
 
-use hra::report::{self, Summary};
-use hra::results::*;
-use hra::seed;
+use hra::lab::report::{self, Summary};
+use hra::lab::results::*;
+use hra::platform::seed;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -5,7 +5,7 @@ pub mod hub_server;
 pub mod models;
 pub mod program;
 
-use hra::tensor_file::TensorFile;
+use hra::weights::tensor_file::TensorFile;
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 

@@ -3,8 +3,8 @@
 
 use super::Case;
 use hra::StableDiffusion;
-use hra::model::source::{Part, Source};
-use hra::single_file::{Replaced, write_checkpoint};
+use hra::convert::single_file::{Replaced, write_checkpoint};
+use hra::weights::source::{Part, Source};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};

@@ -8,27 +8,29 @@ use hra::adapter::combine::{How, combine};
 use hra::adapter::lora_file::{LoraFile, Part as LoraPart};
 use hra::adapter::peft::{self, AdapterFile};
 use hra::adapter::{Adapter, Full};
-use hra::checkpoint::{Loaded, TrainedPart, UNET_CLASS};
-use hra::config::TrainConfig;
+use hra::attach::fixed::attach_fixed;
+use hra::attach::loaded::UNET_CLASS;
+use hra::attach::loaded::{FULL_UNET, LayerNames, LoadedAdapter};
+use hra::attach::parameters::Parameters;
+use hra::attach::{attach_trained, set_enabled};
 use hra::data::Crop;
+use hra::data::image::landmarks::{self, read_points};
+use hra::data::image::palette::{MapFile, Palette};
+use hra::data::image::{LabelMap, RgbImage};
 use hra::data::pairs::{ConditionKind, PairFolder, PairSettings};
-use hra::evaluate::clip::Clip;
-use hra::evaluate::vit::Vit;
-use hra::image::landmarks::{self, read_points};
-use hra::image::palette::{MapFile, Palette};
-use hra::image::{LabelMap, RgbImage};
-use hra::model::attach::{attach_trained, set_enabled};
-use hra::model::config::{TextConfig, UNetConfig, VaeConfig};
-use hra::model::fixed::attach_fixed;
-use hra::model::loaded::{FULL_UNET, LayerNames, LoadedAdapter};
-use hra::model::source::{Part, Source, Text};
+use hra::diffusion::noise::{NoiseSchedule, SchedulerConfig};
+use hra::diffusion::sampler::{Plan, SamplerKind};
+use hra::lab::evaluate::clip::Clip;
+use hra::lab::evaluate::vit::Vit;
+use hra::model::text::{TextEncoder, Tokenizer};
 use hra::model::{UNet, Vae};
-use hra::noise::{NoiseSchedule, SchedulerConfig};
-use hra::optim::{AdamW, AdamWConfig, Ema, Parameters};
-use hra::run::Metrics;
-use hra::sampler::{Plan, SamplerKind};
-use hra::tensor_file::TensorFile;
-use hra::text::{TextEncoder, Tokenizer};
+use hra::train::checkpoint::{Loaded, TrainedPart};
+use hra::train::config::TrainConfig;
+use hra::train::optim::{AdamW, AdamWConfig, Ema};
+use hra::train::run::Metrics;
+use hra::weights::config::{TextConfig, UNetConfig, VaeConfig};
+use hra::weights::source::{Part, Source, Text};
+use hra::weights::tensor_file::TensorFile;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
@@ -421,9 +423,9 @@ pub fn shards(scratch: &Path, input: &[u8]) {
 
 /// A photograph, or a picture of ours with its settings.
 pub fn picture(scratch: &Path, input: &[u8]) {
-    let _ = hra::image::decode::decode(input);
+    let _ = hra::data::image::decode::decode(input);
     put(scratch, "picture.png", input);
-    let _ = hra::image::read_png_text(&scratch.join("picture.png"));
+    let _ = hra::data::image::read_png_text(&scratch.join("picture.png"));
 }
 
 /// Landmarks of a picture, drawn at two sizes.
@@ -462,8 +464,8 @@ pub fn label_map(scratch: &Path, input: &[u8]) {
 pub fn hub_id(_: &Path, input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let word = Path::new(&*text);
-    let _ = hra::hub::repository_of(word);
-    if hra::hub::is_id(word) {
+    let _ = hra::platform::hub::repository_of(word);
+    if hra::platform::hub::is_id(word) {
         let (name, revision) = text.split_once('@').unwrap_or((&text, "main"));
         assert_eq!(name.split('/').count(), 2, "{text:?}");
         let mut parts = name.split('/').chain(revision.split('/'));

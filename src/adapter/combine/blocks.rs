@@ -1,9 +1,9 @@
 //! OFT and BOFT adapters as one: rotations of the same blocks, multiplied or added up.
 
-use super::{Chain, Combined, ELSEWHERE, How, parameter};
 use crate::adapter::Method;
 use crate::adapter::blocks::{Cayley, skew};
 use crate::adapter::boft::BoftConfig;
+use crate::adapter::combine::{Chain, Combined, ELSEWHERE, How, parameter};
 use crate::adapter::oft::{Coft, OftConfig};
 use crate::error::{Error, Result};
 use tch::{Device, Kind, Tensor};

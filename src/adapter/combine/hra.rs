@@ -1,6 +1,6 @@
 //! HRA adapters as one: a product of reflections, written as reflections.
 
-use super::{Chain, Combined, ELSEWHERE, How, parameter};
+use crate::adapter::combine::{Chain, Combined, ELSEWHERE, How, parameter};
 use crate::adapter::hra::HraConfig;
 use crate::adapter::peft::AdapterFile;
 use crate::adapter::{Method, Reflections};

@@ -1,6 +1,6 @@
 //! LoRA adapters as one: `sum s_i B_i A_i = [s_1 B_1, s_2 B_2, ..] [A_1; A_2; ..]`.
 
-use super::{Chain, Combined, parameter};
+use crate::adapter::combine::{Chain, Combined, parameter};
 use crate::adapter::lora::LoraConfig;
 use crate::adapter::{Form, Method};
 use crate::error::Result;

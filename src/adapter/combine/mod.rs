@@ -8,8 +8,8 @@ mod blocks;
 mod hra;
 mod lora;
 
-use super::peft::{AdapterConfig, AdapterFile, Bias, Exceptions};
-use super::{Adapter, Method};
+use crate::adapter::peft::{AdapterConfig, AdapterFile, Bias, Exceptions};
+use crate::adapter::{Adapter, Method};
 use crate::error::{Error, Result};
 use std::collections::BTreeSet;
 use tch::Tensor;

@@ -11,7 +11,7 @@ mod settings;
 mod write;
 
 use crate::error::{Error, Result};
-use crate::tensor_file::TensorFile;
+use crate::weights::tensor_file::TensorFile;
 use keys::{Key, Role};
 use settings::Settings;
 use std::collections::BTreeMap;
@@ -145,8 +145,10 @@ impl LoraFile {
             }
         }
         if layers.is_empty() && problems.is_empty() {
-            problems
-                .push(format!("expected LoRA tensors, found {}", crate::tensor_file::list(&file.names())));
+            problems.push(format!(
+                "expected LoRA tensors, found {}",
+                crate::weights::tensor_file::list(&file.names())
+            ));
         }
         if !problems.is_empty() {
             return Err(Error::Weights { path: path.to_path_buf(), problems });

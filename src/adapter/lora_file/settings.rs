@@ -1,7 +1,7 @@
 //! PEFT's settings of a LoRA, as diffusers puts them into a file's metadata (`lora_adapter_metadata`, JSON): of one model, or
 //! of several with the model's name before each field.
 
-use super::Part;
+use crate::adapter::lora_file::Part;
 use crate::adapter::peft_patterns::pattern;
 use regex::Regex;
 use serde_json::{Map, Value};

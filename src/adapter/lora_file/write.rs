@@ -8,9 +8,9 @@
 //! [`Style::Kohya`] is for A1111, ComfyUI and diffusers. All layers get the same alpha, the largest rank, and `up` is scaled
 //! where a layer's rank is smaller: diffusers 0.42 loses the alphas of attention layers where they differ.
 
-use super::Part;
+use crate::adapter::lora_file::Part;
 use crate::error::{Error, Result};
-use crate::tensor_file;
+use crate::weights::tensor_file;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 

@@ -2,17 +2,17 @@
 //! another program predicted. Files are paired by their names without the ending.
 
 use crate::cli::prepare::{no_strip, thresholds};
+use crate::data::image::landmarks::read_points;
+use crate::data::image::palette::MapFile;
+use crate::data::image::resize::resize_covering;
+use crate::data::image::{Filter, LabelMap, Mask, Palette, RgbImage, Thresholds, canny, load_rgb};
 use crate::error::{Error, Result};
-use crate::evaluate::control::{
+use crate::lab::evaluate::control::{
     Confusion, Labels, Segmentation, landmark_error, overlap, subject_mask, subject_miou,
 };
-use crate::files::{self, Kind};
-use crate::image::landmarks::read_points;
-use crate::image::palette::MapFile;
-use crate::image::resize::resize_covering;
-use crate::image::{Filter, LabelMap, Mask, Palette, RgbImage, Thresholds, canny, load_rgb};
-use crate::interrupt;
-use crate::results::{PictureScores, PromptScores, Scores};
+use crate::lab::results::{PictureScores, PromptScores, Scores};
+use crate::platform::files::{self, Kind};
+use crate::platform::interrupt;
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;

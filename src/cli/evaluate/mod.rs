@@ -3,16 +3,16 @@
 mod conditions;
 mod report;
 
+use crate::data::image::{RgbImage, load_rgb, read_png_text};
 use crate::data::{Image, ImageFolder};
-use crate::device::{self, DeviceChoice, Precision};
 use crate::error::{Error, Result};
-use crate::evaluate::scores::{References, Subject, drift, without_token};
-use crate::evaluate::{TowerPaths, Towers, towers};
-use crate::files;
-use crate::image::{RgbImage, load_rgb, read_png_text};
-use crate::interrupt;
-use crate::progress::Progress;
-use crate::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
+use crate::lab::evaluate::scores::{References, Subject, drift, without_token};
+use crate::lab::evaluate::{TowerPaths, Towers, towers};
+use crate::lab::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
+use crate::platform::device::{self, DeviceChoice, Precision};
+use crate::platform::files;
+use crate::platform::interrupt;
+use crate::platform::progress::Progress;
 use clap::Args;
 use conditions::{ConditionArgs, Conditions, FileScores};
 use std::collections::BTreeMap;

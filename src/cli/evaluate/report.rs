@@ -1,10 +1,10 @@
 //! What `hra evaluate` tells: a table, JSON, and rows of a CSV file.
 
-use super::EvaluateArgs;
-use super::conditions::FileScores;
+use crate::cli::evaluate::EvaluateArgs;
+use crate::cli::evaluate::conditions::FileScores;
 use crate::error::Result;
-use crate::report::statistics::Bootstrap;
-use crate::results::{Better, Evaluation, OF_CONDITIONS, SCORES};
+use crate::lab::report::statistics::Bootstrap;
+use crate::lab::results::{Better, Evaluation, OF_CONDITIONS, SCORES};
 use serde_json::json;
 use std::collections::BTreeMap;
 

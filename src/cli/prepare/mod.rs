@@ -3,15 +3,15 @@
 mod sources;
 
 use crate::data;
-use crate::data::pairs::{POINT_FILES, VOID, same_aspect};
-use crate::error::{Error, Result};
-use crate::image::landmarks;
-use crate::image::{
+use crate::data::image::landmarks;
+use crate::data::image::{
     Filter, LabelMap, Palette, RgbImage, Thresholds, canny, center_crop, load_rgb, read_png_text,
     resize_short_side, save_png,
 };
-use crate::progress::Progress;
-use crate::{files, interrupt};
+use crate::data::pairs::{POINT_FILES, VOID, same_aspect};
+use crate::error::{Error, Result};
+use crate::platform::progress::Progress;
+use crate::platform::{files, interrupt};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use sources::{Bad, Source, Sources, is_picture};

@@ -2,7 +2,7 @@
 
 use crate::data::table::{self, Row};
 use crate::error::Result;
-use crate::files::{self, Kind};
+use crate::platform::files::{self, Kind};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;

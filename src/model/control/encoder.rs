@@ -1,12 +1,12 @@
 //! The control encoder: 3x3 convolutions with SiLU between, of stride 2 once for each halving of the VAE, the last one zero at
 //! the start (ControlNet's first layers, which OFT and HRA use alone). It sees neither timestep nor text.
 
-use super::super::UNet;
-use super::super::layers::{Layer, Layers, Module};
-use super::super::weights::{Scope, Weights};
 use crate::error::{Error, Result};
-use crate::files;
-use crate::seed;
+use crate::model::UNet;
+use crate::model::layers::{Layer, Layers, Module};
+use crate::platform::files;
+use crate::platform::seed;
+use crate::weights::scope::{Scope, Weights};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};

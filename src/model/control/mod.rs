@@ -10,7 +10,7 @@ mod net;
 pub use encoder::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, PALETTE_FILE, encoder_of};
 pub use net::ControlNet;
 
-use super::UNet;
+use crate::model::UNet;
 use tch::Tensor;
 
 /// What a control adds to one call of the UNet.

@@ -1,15 +1,17 @@
 //! A ControlNet as diffusers saves it (`ControlNetModel`): for drawing, not for training.
 
-use super::super::UNet;
-use super::super::config::UNetConfig;
-use super::super::down::DownPath;
-use super::super::layers::Layer;
-use super::super::source::Text;
-use super::super::weights::Weights;
-use super::Signals;
-use super::encoder::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, encoder_of};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::model::UNet;
+use crate::model::control::Signals;
+use crate::model::control::encoder::{
+    CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, encoder_of,
+};
+use crate::model::down::DownPath;
+use crate::model::layers::Layer;
+use crate::platform::files;
+use crate::weights::config::UNetConfig;
+use crate::weights::scope::Weights;
+use crate::weights::source::Text;
 use serde_json::Value;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};

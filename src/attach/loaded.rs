@@ -1,0 +1,266 @@
+//! Adapters as they lie on disk, whatever their form: PEFT folders, run folders with a text encoder's adapter, single LoRA
+//! files, and fully fine-tuned networks. By layer name; a layer's adapter is taken out when it is used, and what is left
+//! fitted nothing.
+
+use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
+use crate::adapter::peft::{self, AdapterFile};
+use crate::adapter::{Adapter, Dora, Full, Lora};
+use crate::error::{Error, Result};
+use crate::model::control::{EncoderConfig, FILE_STEM, encoder_of};
+use crate::platform::files;
+use crate::weights::source::refuse_pickle;
+use crate::weights::tensor_file::TensorFile;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use tch::{Device, Kind, Tensor};
+
+/// Names of the Python classes that adapters are on, and their modules.
+pub const UNET_CLASS: (&str, &str) = ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition");
+/// See [`UNET_CLASS`].
+pub const TEXT_CLASS: (&str, &str) = ("CLIPTextModel", "transformers.models.clip.modeling_clip");
+/// Where a run keeps its text encoder's adapter, below the UNet's.
+pub const TEXT_ENCODER: &str = "text_encoder";
+/// A fully fine-tuned UNet in a run folder, as diffusers' `from_pretrained(RUN, subfolder="unet")` reads it.
+pub const FULL_UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+
+/// Parts of keys by which the control networks of other tools are known.
+const OF_OTHER_CONTROLS: [&str; 4] =
+    ["controlnet_cond_embedding", "control_model.", "input_hint_block", "controlnet_down_blocks"];
+
+/// What a model's layers are called, by which the layers of a LoRA file are found.
+#[derive(Debug, Default)]
+pub struct LayerNames {
+    /// Of the UNet, each with its name in LDM checkpoints where it has one.
+    pub unet: Vec<(String, Option<String>)>,
+    /// Of the text encoder.
+    pub text_encoder: Vec<(String, Option<String>)>,
+}
+
+/// An adapter that was read and is not on a network yet.
+pub struct LoadedAdapter {
+    /// Where it was read from.
+    pub path: PathBuf,
+    /// What it is, such as `HRA r 8`.
+    pub what: String,
+    /// Keys of its files that are part of nothing.
+    pub unused: Vec<String>,
+    /// What a user should know, one sentence each.
+    pub notes: Vec<String>,
+    /// The base model that it was made for, where it says: [`crate::StableDiffusion::fingerprint`].
+    pub base_fingerprint: Option<String>,
+    /// It is a control encoder alone, which changes no layer of the model.
+    pub is_control_alone: bool,
+    layers: BTreeMap<String, Box<dyn Adapter>>,
+    biases: BTreeMap<String, Tensor>,
+    /// A whole network is read layer by layer, when a layer asks for it.
+    full: Option<WholeNetwork>,
+}
+
+/// The file of a fully fine-tuned network, and the tensors that were not taken yet.
+struct WholeNetwork {
+    file: TensorFile,
+    left: BTreeSet<String>,
+}
+
+impl LoadedAdapter {
+    /// Reads what is at `path`, for a model with these layers.
+    pub fn read(path: &Path, names: &LayerNames) -> Result<Self> {
+        let mut loaded = Self {
+            path: path.to_path_buf(),
+            what: String::new(),
+            unused: Vec::new(),
+            notes: Vec::new(),
+            base_fingerprint: None,
+            is_control_alone: false,
+            layers: BTreeMap::new(),
+            biases: BTreeMap::new(),
+            full: None,
+        };
+        if let Some(file) = lora_file_at(path) {
+            refuse_pickle(&file)?;
+            loaded.add_lora(&file, names)?;
+            return Ok(loaded);
+        }
+        let full = path.join(FULL_UNET);
+        let text = path.join(TEXT_ENCODER);
+        if full.is_file() && !path.join(peft::CONFIG_FILE).is_file() {
+            let file = TensorFile::open(&full)?;
+            loaded.what = "full fine-tuning".into();
+            loaded.base_fingerprint = file.texts().remove("base_fingerprint");
+            loaded.full = Some(WholeNetwork { left: file.names().into_iter().collect(), file });
+            return Ok(loaded);
+        }
+        let unet = path.join(peft::CONFIG_FILE).is_file();
+        if let Some(control) = encoder_of(path).filter(|_| !unet) {
+            let condition = EncoderConfig::read(&control)?.condition;
+            loaded.what = format!("control encoder ({condition}) alone");
+            let weights = TensorFile::open(&control.join(format!("{FILE_STEM}.safetensors")))?;
+            loaded.base_fingerprint = weights.texts().remove("base_fingerprint");
+            loaded.is_control_alone = true;
+            return Ok(loaded);
+        }
+        refuse_controlnet(path)?;
+        let text = text.join(peft::CONFIG_FILE).is_file().then_some(text);
+        if unet || text.is_none() {
+            loaded.add(AdapterFile::read(path)?, "");
+        }
+        if let Some(text) = text {
+            loaded.add(AdapterFile::read(&text)?, " and text encoder");
+        }
+        Ok(loaded)
+    }
+
+    fn add(&mut self, file: AdapterFile, suffix: &str) {
+        if self.what.is_empty() {
+            self.what = file.config.method.describe();
+        }
+        self.what += suffix;
+        self.unused.extend(file.unused);
+        self.notes.extend(file.notes);
+        self.layers.extend(file.layers);
+        self.biases.extend(file.biases);
+        let fingerprint = file.metadata.get("base_fingerprint").cloned();
+        self.base_fingerprint = self.base_fingerprint.take().or(fingerprint);
+    }
+
+    fn add_lora(&mut self, path: &Path, names: &LayerNames) -> Result<()> {
+        let keys = TensorFile::open(path)?.names();
+        if let Some(key) = keys.iter().find(|key| OF_OTHER_CONTROLS.iter().any(|part| key.contains(part))) {
+            return Err(Error::format(
+                path,
+                format!(
+                    "expected an adapter, found another tool's control network (`{key}`)\nhint: a ControlNet is given as a Hugging \
+                     Face folder with --controlnet; the HRA and OFT authors' checkpoints hold a whole model under other names"
+                ),
+            ));
+        }
+        let file = LoraFile::read(path)?;
+        let parts =
+            [(lora_file::Part::UNet, &names.unet), (lora_file::Part::TextEncoder, &names.text_encoder)];
+        for (part, names) in parts {
+            let own: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
+            let ldm: Vec<(&str, &str)> =
+                names.iter().filter_map(|(name, ldm)| Some((ldm.as_deref()?, name.as_str()))).collect();
+            let resolved = file.resolve(part, &own, &ldm)?;
+            self.unused.extend(resolved.unmatched.iter().map(|layer| layer.name.clone()));
+            for (name, layer) in resolved.layers {
+                let adapter = lora_layer(layer)
+                    .map_err(|problem| Error::format(path, format!("`{}`: {problem}", layer.name)))?;
+                self.layers.insert(name, adapter);
+            }
+        }
+        let ranks: BTreeSet<i64> = file.layers.iter().map(LoraLayer::rank).collect();
+        let ranks: Vec<String> = ranks.iter().map(i64::to_string).collect();
+        let dora = file.layers.iter().any(|layer| layer.magnitude.is_some());
+        self.what = format!("{} file, r {}", if dora { "DoRA" } else { "LoRA" }, ranks.join(", "));
+        if self.layers.is_empty() {
+            return Err(Error::format(
+                path,
+                format!(
+                    "none of its {} layers is in this model, for example {}\nhint: was it made for another kind of model?",
+                    file.layers.len(),
+                    file.layers[0].name
+                ),
+            ));
+        }
+        self.unused.extend(file.unused);
+        self.notes.extend(file.notes);
+        self.base_fingerprint = TensorFile::open(path)?.texts().remove("base_fingerprint");
+        Ok(())
+    }
+
+    /// The adapter of a layer, for good.
+    pub fn take_layer(&mut self, name: &str) -> Result<Option<Box<dyn Adapter>>> {
+        match &mut self.full {
+            None => Ok(self.layers.remove(name)),
+            Some(full) => {
+                Ok(full.take(format!("{name}.weight"))?.map(|t| Box::new(Full::new(t)) as Box<dyn Adapter>))
+            }
+        }
+    }
+
+    /// What to tell the user if this was made for another base model than the one with this fingerprint.
+    pub fn other_base(&self, fingerprint: &str) -> Option<String> {
+        let own = self.base_fingerprint.as_deref().filter(|own| *own != fingerprint)?;
+        Some(format!(
+            "{} was made for another base model ({}.., not {}..): its effect will be another one",
+            self.path.display(),
+            &own.get(..12).unwrap_or(own),
+            &fingerprint[..12]
+        ))
+    }
+
+    /// The trained bias of a layer or norm `(n)`, for good.
+    pub fn take_bias(&mut self, name: &str) -> Result<Option<Tensor>> {
+        match &mut self.full {
+            None => Ok(self.biases.remove(name)),
+            Some(full) => full.take(format!("{name}.bias")),
+        }
+    }
+
+    /// The trained scale of a norm `(n)`, for good.
+    pub fn take_scale(&mut self, name: &str) -> Result<Option<Tensor>> {
+        self.full.as_mut().map_or(Ok(None), |full| full.take(format!("{name}.weight")))
+    }
+
+    /// Names of what was not taken.
+    pub fn left(&self) -> Vec<String> {
+        let full = self.full.iter().flat_map(|f| f.left.iter().cloned());
+        self.layers.keys().chain(self.biases.keys()).cloned().chain(full).collect()
+    }
+}
+
+/// Refuses the folder of a ControlNet or the like, which changes no layer of the model.
+fn refuse_controlnet(path: &Path) -> Result<()> {
+    let config = path.join("config.json");
+    if !config.is_file() {
+        return Ok(());
+    }
+    let value: serde_json::Value = serde_json::from_str(&files::read_to_string(&config)?).unwrap_or_default();
+    let class = value["_class_name"].as_str().unwrap_or_default();
+    let hint = match class {
+        "ControlNetModel" => "it goes with --controlnet DIR --control IMAGE",
+        "ControlNetConditioningEmbedding" => "this is the control encoder of a run: give the run's folder",
+        _ if class.contains("Control") || class.contains("Adapter") => {
+            "this kind of control is not supported"
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::format(path, format!("expected an adapter, found {class}\nhint: {hint}")))
+}
+
+/// The LoRA file that `path` is, or that is in the folder `path` as diffusers puts it there.
+fn lora_file_at(path: &Path) -> Option<PathBuf> {
+    if path.is_file() {
+        return Some(path.to_path_buf());
+    }
+    let inside = path.join(lora_file::DIFFUSERS_FILE);
+    (inside.is_file() && !path.join(peft::CONFIG_FILE).is_file()).then_some(inside)
+}
+
+/// The adapter of one layer of a LoRA file. Errors: shapes that do not go together.
+pub fn lora_layer(layer: &LoraLayer) -> std::result::Result<Box<dyn Adapter>, String> {
+    let lora = Lora::from_tensors(layer.down.shallow_clone(), layer.up.shallow_clone(), layer.scale)?;
+    Ok(match &layer.magnitude {
+        None => Box::new(lora),
+        // PEFT shapes a convolution's as its output.
+        Some(magnitude) if layer.down.dim() == 4 => {
+            Box::new(Dora::from_tensors(lora, magnitude.reshape([1, -1, 1, 1]))?)
+        }
+        Some(magnitude) => Box::new(Dora::from_tensors(lora, magnitude.shallow_clone())?),
+    })
+}
+
+impl WholeNetwork {
+    fn take(&mut self, key: String) -> Result<Option<Tensor>> {
+        if !self.left.remove(&key) {
+            return Ok(None);
+        }
+        let tensor = self.file.read_as(&key, Kind::Float, Device::Cpu)?;
+        if tensor.isfinite().all().int64_value(&[]) == 0 {
+            let problem = format!("`{key}`: holds numbers that are not finite");
+            return Err(Error::format(self.file.path(), problem));
+        }
+        Ok(Some(tensor))
+    }
+}

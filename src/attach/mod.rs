@@ -1,0 +1,267 @@
+//! Adapters in training: new ones on a network's layers, their parameters as one tensor, and how far they moved.
+
+pub mod fixed;
+pub mod loaded;
+pub mod parameters;
+
+use crate::adapter::Method;
+use crate::adapter::peft::{AdapterFile, Bias};
+use crate::adapter::target::TargetRule;
+use crate::attach::parameters::Parameters;
+use crate::error::{Error, Result};
+use crate::model::layers::{Layers, Module};
+use crate::platform::seed;
+use crate::weights::tensor_file;
+use tch::{Device, Kind, Tensor};
+
+/// Puts new adapters on every layer that `targets` match (full fine-tuning: on every layer and norm); the number of them.
+pub fn attach_new(
+    network: &mut dyn Layers,
+    targets: &TargetRule,
+    method: &Method,
+    bias: Bias,
+    run_seed: u64,
+) -> Result<usize> {
+    let _guard = tch::no_grad_guard();
+    let full = *method == Method::Full;
+    let mut count = 0;
+    let mut others = Vec::new();
+    let mut problems = Vec::new();
+    let own = |t: &Tensor| t.to_kind(Kind::Float).copy();
+    for module in network.modules_mut() {
+        match module {
+            Module::Norm(norm) if full => norm.attach(Some(own(norm.weight())), Some(own(norm.bias()))),
+            Module::Norm(norm) if bias == Bias::All => norm.attach(None, Some(own(norm.bias()))),
+            Module::Norm(_) => {}
+            Module::Layer(layer) if full || targets.matches(&layer.name) => {
+                let seed = seed::derive(run_seed, "adapter start", count as u64);
+                match method.start(layer.weight(), seed) {
+                    Ok(adapter) => {
+                        let trained = if full || bias != Bias::None { layer.bias().map(own) } else { None };
+                        layer.attach(Some(adapter), trained);
+                    }
+                    Err(problem) => problems.push((problem, layer.name.clone())),
+                }
+                count += 1;
+            }
+            Module::Layer(layer) => {
+                if bias == Bias::All
+                    && let Some(trained) = layer.bias().map(own)
+                {
+                    layer.attach(None, Some(trained));
+                }
+                others.push(layer.name.clone());
+            }
+        }
+    }
+    if !problems.is_empty() {
+        return Err(Error::config(grouped(&problems)));
+    }
+    if count == 0 {
+        return Err(Error::config(format!(
+            "target_modules: expected names of layers, but {} matches none\nhint: layers are {}",
+            targets.to_json(),
+            tensor_file::list(&others)
+        )));
+    }
+    Ok(count)
+}
+
+/// Many layers have the same problem: it is told once, with the layers that have it.
+fn grouped(problems: &[(String, String)]) -> String {
+    let mut texts: Vec<&String> = problems.iter().map(|(text, _)| text).collect();
+    texts.dedup();
+    texts.sort();
+    texts.dedup();
+    let lines = texts.into_iter().map(|text| {
+        let layers: Vec<String> =
+            problems.iter().filter(|(t, _)| t == text).map(|(_, layer)| layer.clone()).collect();
+        format!("{text}\n  on {}", tensor_file::list(&layers))
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Puts a loaded adapter on a network as trainable tensors, as it was when it was saved; the number of layers.
+pub fn attach_trained(network: &mut dyn Layers, mut file: AdapterFile) -> Result<usize> {
+    let mut count = 0;
+    for module in network.modules_mut() {
+        match module {
+            Module::Layer(layer) => {
+                let device = layer.weight().device();
+                let bias = file.biases.remove(&layer.name).map(|b| b.to_device(device));
+                check_bias(&layer.name, bias.as_ref(), layer.bias())?;
+                let mut adapter = file.layers.remove(&layer.name);
+                if let Some(adapter) = &mut adapter {
+                    let fits = adapter.check(&layer.weight().size());
+                    fits.map_err(|problem| Error::config(format!("{}: {problem}", layer.name)))?;
+                    adapter.replace_parameters(&mut |t| t.to_device(device));
+                    count += 1;
+                }
+                if adapter.is_some() || bias.is_some() {
+                    layer.attach(adapter, bias);
+                }
+            }
+            Module::Norm(norm) => {
+                if let Some(bias) = file.biases.remove(&norm.name) {
+                    check_bias(&norm.name, Some(&bias), Some(norm.bias()))?;
+                    norm.attach(None, Some(bias.to_device(norm.bias().device())));
+                }
+            }
+        }
+    }
+    Ok(count)
+}
+
+fn check_bias(name: &str, trained: Option<&Tensor>, frozen: Option<&Tensor>) -> Result<()> {
+    let (expected, found) = (frozen.map(Tensor::size), trained.map(Tensor::size));
+    if found.is_none() || expected == found {
+        return Ok(());
+    }
+    let (expected, found) = (expected.unwrap_or_default(), found.unwrap_or_default());
+    Err(Error::config(format!(
+        "{name}: expected a bias of shape {expected:?} for this model, found {found:?}"
+    )))
+}
+
+/// Number of values in a network's linear maps and convolutions.
+pub fn weight_count(network: &mut dyn Layers) -> usize {
+    network.layers_mut().iter().map(|layer| layer.weight().numel()).sum()
+}
+
+/// Switches everything that is attached to a network on or off.
+pub fn set_enabled(network: &mut dyn Layers, enabled: bool) {
+    for module in network.modules_mut() {
+        match module {
+            Module::Layer(layer) => {
+                if let Some(attached) = layer.attached_mut() {
+                    attached.enabled = enabled;
+                }
+            }
+            Module::Norm(norm) => {
+                if let Some(attached) = norm.attached_mut() {
+                    attached.enabled = enabled;
+                }
+            }
+        }
+    }
+}
+
+/// Gives every trained tensor of a network, by its name in an adapter file, to `replace`, and puts in its place what
+/// comes back.
+pub fn map_parameters(network: &mut dyn Layers, replace: &mut dyn FnMut(String, &Tensor) -> Tensor) {
+    for module in network.modules_mut() {
+        match module {
+            Module::Layer(layer) => {
+                let name = layer.name.clone();
+                let Some(attached) = layer.attached_mut() else { continue };
+                let mut bias_name = "bias";
+                if let Some(adapter) = &mut attached.adapter {
+                    bias_name = adapter.bias_name();
+                    let mut suffixes = adapter.parameters().into_iter().map(|(suffix, _)| suffix);
+                    adapter.replace_parameters(&mut |tensor| {
+                        let suffix =
+                            suffixes.next().expect("an adapter replaces the parameters that it names");
+                        replace(format!("{name}.{suffix}"), tensor)
+                    });
+                }
+                if let Some(bias) = &attached.bias {
+                    attached.bias = Some(replace(format!("{name}.{bias_name}"), bias));
+                }
+            }
+            Module::Norm(norm) => {
+                let name = norm.name.clone();
+                let Some(attached) = norm.attached_mut() else { continue };
+                if let Some(weight) = &attached.weight {
+                    attached.weight = Some(replace(format!("{name}.weight"), weight));
+                }
+                if let Some(bias) = &attached.bias {
+                    attached.bias = Some(replace(format!("{name}.bias"), bias));
+                }
+            }
+        }
+    }
+}
+
+/// Moves the trained tensors of networks into one flat tensor that an optimiser can step, a group for each network.
+pub fn pack_parameters(networks: &mut [&mut dyn Layers]) -> Parameters {
+    let mut groups = Vec::new();
+    for network in networks.iter_mut() {
+        let mut tensors = Vec::new();
+        map_parameters(*network, &mut |name, tensor| {
+            tensors.push((name, tensor.shallow_clone()));
+            tensor.shallow_clone()
+        });
+        groups.push(tensors);
+    }
+    let parameters = Parameters::pack(&groups);
+    drop(groups);
+    let mut views = parameters.views().iter();
+    for network in networks {
+        map_parameters(*network, &mut |_, _| {
+            let (_, view) = views.next().expect("the networks have the tensors that were packed");
+            view.shallow_clone()
+        });
+    }
+    parameters
+}
+
+/// Lets the frozen weights of a fully fine-tuned network go: the trained ones take their place for good.
+pub fn release_base(network: &mut dyn Layers) {
+    for layer in network.layers_mut() {
+        let trained = layer.attached().and_then(|attached| attached.adapter.as_ref()).map(|a| a.parameters());
+        if let Some([(_, weight)]) = trained.as_deref() {
+            layer.set_frozen(weight.detach(), None);
+        }
+    }
+}
+
+/// The sum of all layers' regularisers, with gradient; `None` where the method has none.
+pub fn regulariser(network: &mut dyn Layers) -> Option<Tensor> {
+    let terms: Vec<Tensor> = network
+        .layers_mut()
+        .into_iter()
+        .filter_map(|layer| layer.attached()?.adapter.as_ref()?.regulariser())
+        .collect();
+    (!terms.is_empty()).then(|| Tensor::stack(&terms, 0).sum(Kind::Float))
+}
+
+/// How far the adapters of a network have moved its weights.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Movement {
+    /// Mean over layers of `||W' - W||_F / ||W||_F`.
+    pub mean: f64,
+    /// The largest of them.
+    pub largest: f64,
+    /// `max |H H^T - I|` over all layers; `None` where the method has no orthogonal factor.
+    pub orthogonality_error: Option<f64>,
+}
+
+/// Measures [`Movement`] over all adapted layers; it looks at every weight, so not at every step.
+pub fn movement(network: &mut dyn Layers) -> Movement {
+    let _guard = tch::no_grad_guard();
+    let mut result = Movement::default();
+    let mut count = 0;
+    for layer in network.layers_mut() {
+        let Some(adapter) = layer.attached().and_then(|attached| attached.adapter.as_ref()) else { continue };
+        let weight = layer.matrix().to_device(Device::Cpu).to_kind(Kind::Double);
+        let change = adapter.change(&weight, 1.0).form.relative_change(&weight);
+        result.mean += change;
+        result.largest = result.largest.max(change);
+        if let Some(error) = adapter.orthogonality_error() {
+            result.orthogonality_error = Some(result.orthogonality_error.map_or(error, |e| e.max(error)));
+        }
+        count += 1;
+    }
+    result.mean /= f64::from(count.max(1));
+    result
+}
+
+/// Puts all adapters of a network back into their methods' constraints, after an optimiser step.
+pub fn project(network: &mut dyn Layers) {
+    let _guard = tch::no_grad_guard();
+    for layer in network.layers_mut() {
+        if let Some(adapter) = layer.attached().and_then(|attached| attached.adapter.as_ref()) {
+            adapter.project();
+        }
+    }
+}

@@ -1,0 +1,394 @@
+//! What a file or folder is: `hra inspect`. Reports on adapters and models; knows nothing of the screen.
+
+use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
+use crate::adapter::peft::{self, AdapterFile};
+use crate::adapter::{Adapter, Form};
+use crate::attach::loaded::{self, FULL_UNET, LoadedAdapter, TEXT_ENCODER};
+use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::error::{Error, Result};
+use crate::model::control::{CONTROL_ENCODER, EncoderConfig, FILE_STEM, encoder_of};
+use crate::model::layers::Layers;
+use crate::platform::files;
+use crate::weights::source::{Part, Source, refuse_pickle};
+use crate::weights::tensor_file::TensorFile;
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use tch::{Device, Kind, Tensor};
+
+/// What is known of one network's adapter, of a fully trained network, or of one part of a model.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// Where it lies.
+    pub path: String,
+    /// What it is, such as `PEFT adapter`.
+    pub what: String,
+    /// Settings in words, by name, in the order of telling.
+    pub facts: Vec<(String, String)>,
+    /// Trained or stored values.
+    pub parameters: usize,
+    /// Bytes of the tensors in the file, by number format.
+    pub bytes: BTreeMap<String, u64>,
+    /// Each layer of an adapter.
+    pub layers: Vec<LayerReport>,
+    /// What is out of the ordinary, one sentence each; empty is good.
+    pub odd: Vec<String>,
+}
+
+/// One layer of an adapter.
+#[derive(Debug, Serialize)]
+pub struct LayerReport {
+    /// Its name.
+    pub name: String,
+    /// Trained values.
+    pub parameters: usize,
+    /// Root of the sum of their squares.
+    pub norm: f64,
+    /// `||W' - W||_F`, where the method's change does not depend on W.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub change_norm: Option<f64>,
+    /// `||W' - W||_F / ||W||_F`, where a model was given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relative_change: Option<f64>,
+    /// The largest angle by which an orthogonal factor turns the inputs, in degrees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub largest_angle: Option<f64>,
+    /// The root of the sum of the squares of all its angles, in degrees: the distance from the base model in the group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distance: Option<f64>,
+    /// `max |H H^T - I|`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub orthogonality_error: Option<f64>,
+}
+
+/// Everything at `path`: an adapter folder (with its text encoder's), a run, a LoRA file, a model. With `model`, each layer
+/// is told relative to its weight.
+pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<Vec<Report>> {
+    let _guard = tch::no_grad_guard();
+    if path.is_file() {
+        refuse_pickle(path)?;
+        let file = TensorFile::open(path)?;
+        let is_model = file.names().iter().any(|key| key.starts_with("model.diffusion_model."));
+        return if is_model { whole_model(path) } else { Ok(vec![lora_file(path, model)?]) };
+    }
+    if path.join("model_index.json").is_file() {
+        return whole_model(path);
+    }
+    let lora = path.join(lora_file::DIFFUSERS_FILE);
+    if lora.is_file() {
+        return Ok(vec![self::lora_file(&lora, model)?]);
+    }
+    let mut reports = Vec::new();
+    for place in ["", TEXT_ENCODER] {
+        let folder = if place.is_empty() { path.to_path_buf() } else { path.join(place) };
+        if folder.join(peft::CONFIG_FILE).is_file() {
+            reports.push(peft_folder(&folder, model.as_deref_mut())?);
+        }
+    }
+    if path.join(FULL_UNET).is_file() && !path.join("model_index.json").is_file() {
+        reports.push(tensors("fully fine-tuned UNet", &path.join(FULL_UNET))?);
+    }
+    if let Some(dir) = encoder_of(path) {
+        reports.push(control_encoder(&dir)?);
+    } else if reports.is_empty() && path.file_name().is_some_and(|name| name == CONTROL_ENCODER) {
+        reports.push(control_encoder(path)?);
+    }
+    let alone = path.join(format!("{FILE_STEM}.safetensors"));
+    if reports.is_empty() && alone.is_file() {
+        // One network of diffusers by itself: a ControlNet, a UNet.
+        let config = files::read_to_string(&path.join("config.json")).unwrap_or_default();
+        let config: serde_json::Value = serde_json::from_str(&config).unwrap_or_default();
+        reports.push(tensors(config["_class_name"].as_str().unwrap_or("a network of diffusers"), &alone)?);
+    }
+    if reports.is_empty() {
+        return Err(Error::format(path, "expected an adapter, a run or a model, found neither"));
+    }
+    Ok(reports)
+}
+
+fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<Report> {
+    let weights = dir.join(peft::WEIGHTS_FILE);
+    let mut report = tensors("PEFT adapter", &weights)?;
+    report.path = dir.display().to_string();
+    let file = match AdapterFile::read(dir) {
+        Ok(file) => file,
+        // What makes it unusable is just what was asked for.
+        Err(problem @ (Error::Weights { .. } | Error::Format { .. })) => {
+            report.odd.push(format!("cannot be used: {problem}"));
+            return Ok(report);
+        }
+        Err(other) => return Err(other),
+    };
+    let mut fact = |name: &str, value: String| report.facts.push((name.to_string(), value));
+    fact("method", file.config.method.describe());
+    fact("bias", format!("{:?}", file.config.bias).to_lowercase());
+    fact("targets", file.config.targets.to_string());
+    if let Some(base) = &file.config.base_model {
+        fact("base model", base.clone());
+    }
+    for (key, value) in &file.metadata {
+        if key != "format" {
+            fact(key, value.clone());
+        }
+    }
+    if !file.biases.is_empty() {
+        fact("trained biases", file.biases.len().to_string());
+    }
+    if !file.unused.is_empty() {
+        report.odd.push(format!("keys that are part of nothing: {}", file.unused.join(", ")));
+    }
+    if let (Some(model), Some(base)) = (&model, file.metadata.get("base_fingerprint"))
+        && *base != model.fingerprint()?
+    {
+        report.odd.push("it was made for another base model than the one given".into());
+    }
+    report.add_layers(&file.layers, model);
+    Ok(report)
+}
+
+fn control_encoder(dir: &Path) -> Result<Report> {
+    let config = EncoderConfig::read(dir)?;
+    let mut report = tensors("control encoder", &dir.join(format!("{FILE_STEM}.safetensors")))?;
+    report.path = dir.display().to_string();
+    report.facts.push(("condition".into(), config.condition));
+    if let Some([low, high]) = config.canny_thresholds {
+        report.facts.push(("canny thresholds".into(), format!("{low}, {high}")));
+    }
+    report.facts.push(("widths".into(), format!("{:?}", config.block_out_channels)));
+    report.facts.push(("added to channels".into(), config.conditioning_embedding_channels.to_string()));
+    Ok(report)
+}
+
+/// A single LoRA file. Its layers have their own names, or the model's where there is one.
+fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<Report> {
+    let mut report = tensors("LoRA file", path)?;
+    let file = match LoraFile::read(path) {
+        Ok(file) => file,
+        Err(problem @ (Error::Weights { .. } | Error::Format { .. })) => {
+            report.odd.push(format!("cannot be used: {problem}"));
+            return Ok(report);
+        }
+        Err(other) => return Err(other),
+    };
+    for (key, value) in TensorFile::open(path)?.texts() {
+        if key != "format" {
+            report.facts.push((key, value));
+        }
+    }
+    let ranks: BTreeSet<i64> = file.layers.iter().map(LoraLayer::rank).collect();
+    report.facts.push(("rank".into(), format!("{ranks:?}").replace(['{', '}'], "")));
+    let text = file.layers.iter().filter(|layer| layer.part == lora_file::Part::TextEncoder).count();
+    report.facts.push((
+        "layers".into(),
+        format!("{} of the UNet, {text} of the text encoder", file.layers.len() - text),
+    ));
+    report.odd.extend(file.notes.iter().cloned());
+    if !file.unused.is_empty() {
+        report.odd.push(format!("keys that are part of nothing: {}", file.unused.join(", ")));
+    }
+    let layers = match model {
+        Some(model) => {
+            let names = model.layer_names()?;
+            let mut loaded = LoadedAdapter::read(path, &names)?;
+            report.odd.extend(loaded.other_base(&model.fingerprint()?));
+            let names = [names.unet, names.text_encoder].concat();
+            let mut layers = BTreeMap::new();
+            for (name, _) in names {
+                if let Some(adapter) = loaded.take_layer(&name)? {
+                    layers.insert(name, adapter);
+                }
+            }
+            report.add_layers(&layers, Some(model));
+            return Ok(report);
+        }
+        None => file.layers.iter().map(|layer| Ok((layer.name.clone(), loaded::lora_layer(layer)?))),
+    };
+    match layers.collect::<std::result::Result<_, String>>() {
+        Ok(layers) => report.add_layers(&layers, None),
+        Err(problem) => report.odd.push(format!("cannot be used: {problem}")),
+    }
+    Ok(report)
+}
+
+/// A model folder or checkpoint: what it is, then the tensors of each part.
+fn whole_model(path: &Path) -> Result<Vec<Report>> {
+    let source = Source::open(path, None)?;
+    let mut reports = Vec::new();
+    for part in Part::ALL {
+        let tensors = source.tensors(part)?;
+        let mut report =
+            Report { path: path.display().to_string(), what: part.folder().into(), ..Report::default() };
+        let name = format!("{}/config.json", part.folder());
+        if let Some(config) = source.find(&name)? {
+            let config: serde_json::Value = serde_json::from_str(&config.content)
+                .map_err(|e| Error::format(&config.path, e.to_string()))?;
+            for key in TOLD {
+                if let Some(value) = config.get(key).filter(|value| !value.is_null()) {
+                    report.facts.push((key.into(), value.to_string()));
+                }
+            }
+        }
+        for name in tensors.names() {
+            if tensors.is_float(name) {
+                report.add_tensor(name, &tensors.dtype(name), &tensors.read(name)?);
+            }
+        }
+        report.odd.extend(tensors.problems().iter().cloned());
+        if !tensors.unknown().is_empty() {
+            report.odd.push(format!("keys that are part of nothing: {}", tensors.unknown().join(", ")));
+        }
+        reports.push(report);
+    }
+    if let Some(report) = reports.first_mut() {
+        report.facts.insert(0, ("fingerprint".into(), source.fingerprint()?));
+        if let Some(scheduler) = source.find("scheduler/scheduler_config.json")? {
+            let value: serde_json::Value = serde_json::from_str(&scheduler.content)
+                .map_err(|e| Error::format(&scheduler.path, e.to_string()))?;
+            for key in ["_class_name", "prediction_type"] {
+                if let Some(text) = value[key].as_str() {
+                    report.facts.push((format!("scheduler {key}"), text.into()));
+                }
+            }
+        }
+        report.odd.extend(source.foreign_keys().iter().map(|key| format!("`{key}` belongs to no part")));
+    }
+    Ok(reports)
+}
+
+/// What of a part's config says most.
+const TOLD: [&str; 12] = [
+    "block_out_channels",
+    "layers_per_block",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "use_linear_projection",
+    "sample_size",
+    "latent_channels",
+    "scaling_factor",
+    "hidden_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "vocab_size",
+];
+
+/// The tensors of one file: how many values, in what formats, and whether they can be numbers of a network.
+fn tensors(what: &str, path: &Path) -> Result<Report> {
+    let file = TensorFile::open(path)?;
+    let mut report = Report { path: path.display().to_string(), what: what.into(), ..Report::default() };
+    for name in file.names() {
+        report.add_tensor(&name, &file.dtype(&name), &file.read(&name)?);
+    }
+    Ok(report)
+}
+
+impl Report {
+    /// Counts a tensor of a file, and looks at its numbers.
+    fn add_tensor(&mut self, name: &str, dtype: &str, tensor: &Tensor) {
+        self.parameters += tensor.numel();
+        let bytes = (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
+        *self.bytes.entry(dtype.to_lowercase()).or_default() += bytes;
+        if !matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
+            return;
+        }
+        if tensor.isfinite().all().int64_value(&[]) == 0 {
+            self.odd.push(format!("`{name}` holds numbers that are not finite (NaN or infinite)"));
+        } else if tensor.numel() > 1
+            && name.ends_with("weight")
+            && tensor.abs().max().double_value(&[]) == 0.0
+        {
+            self.odd.push(format!("`{name}` is all zeros"));
+        }
+    }
+
+    /// Adds the layers of an adapter, with what is odd about them.
+    fn add_layers(
+        &mut self,
+        layers: &BTreeMap<String, Box<dyn Adapter>>,
+        model: Option<&mut StableDiffusion>,
+    ) {
+        let mut weights = BTreeMap::new();
+        if let Some(model) = model {
+            for layer in model.layers_mut() {
+                if layers.contains_key(&layer.name) {
+                    weights.insert(layer.name.clone(), layer.weight().shallow_clone());
+                }
+            }
+            let missing: Vec<&str> =
+                layers.keys().filter(|name| !weights.contains_key(*name)).map(String::as_str).collect();
+            if !missing.is_empty() {
+                self.odd.push(format!("layers that the model does not have: {}", missing.join(", ")));
+            }
+        }
+        let mut idle = Vec::new();
+        for (name, adapter) in layers {
+            let weight = weights.get(name);
+            if let Some(problem) = weight.and_then(|w| adapter.check(&w.size()).err()) {
+                self.odd.push(format!("`{name}`: {problem}"));
+                continue;
+            }
+            let layer = LayerReport::new(name, adapter.as_ref(), weight);
+            if layer.is_idle() {
+                idle.push(name.as_str());
+            }
+            self.layers.push(layer);
+        }
+        if !idle.is_empty() {
+            let all = if idle.len() == layers.len() { "every layer" } else { "some layers" };
+            self.odd.push(format!(
+                "{all} leave{} the base model as it is: {}",
+                if all == "every layer" { "s" } else { "" },
+                idle.join(", ")
+            ));
+        }
+    }
+}
+
+impl LayerReport {
+    fn new(name: &str, adapter: &dyn Adapter, weight: Option<&Tensor>) -> Self {
+        let parameters = adapter.parameters();
+        let squares: f64 =
+            parameters.iter().map(|(_, t)| t.square().sum(Kind::Double).double_value(&[])).sum();
+        let rotation = adapter.rotation();
+        let relative_change = weight.map(|w| {
+            let w = w.flatten(1, -1).to_device(Device::Cpu).to_kind(Kind::Double);
+            adapter.change(&w, 1.0).form.relative_change(&w)
+        });
+        let angles = rotation.as_ref().map(|r| &r.angles);
+        Self {
+            name: name.to_string(),
+            parameters: parameters.iter().map(|(_, t)| t.numel()).sum(),
+            norm: squares.sqrt(),
+            change_norm: fixed_change(&parameters).then(|| low_rank_norm(adapter, &parameters)),
+            relative_change,
+            largest_angle: angles.map(|a| a.first().map_or(0.0, |angle| angle.to_degrees())),
+            distance: angles.map(|a| a.iter().map(|x| x * x).sum::<f64>().sqrt().to_degrees()),
+            orthogonality_error: rotation.map(|r| r.orthogonality_error),
+        }
+    }
+
+    /// Whether the layer changes nothing.
+    fn is_idle(&self) -> bool {
+        let nothing = |x: Option<f64>, limit: f64| x.is_some_and(|x| x < limit);
+        nothing(self.relative_change, 1e-9)
+            || nothing(self.change_norm, 1e-12)
+            || nothing(self.largest_angle, 1e-4)
+    }
+}
+
+/// Whether these are the parameters of a method that adds the same to any weight.
+fn fixed_change(parameters: &[(&'static str, Tensor)]) -> bool {
+    parameters.iter().all(|(name, _)| name.starts_with("lora_A") || name.starts_with("lora_B"))
+}
+
+/// `||up down||_F`.
+fn low_rank_norm(adapter: &dyn Adapter, parameters: &[(&'static str, Tensor)]) -> f64 {
+    let (d_in, d_out) = (parameters[0].1.size()[1..].iter().product(), parameters[1].1.size()[0]);
+    let nothing = Tensor::zeros([1], (Kind::Double, Device::Cpu)).expand([d_out, d_in], false);
+    match adapter.change(&nothing, 1.0).form {
+        Form::LowRank { down, up } => {
+            let squared = (up.tr().matmul(&up) * down.matmul(&down.tr())).sum(Kind::Double);
+            squared.double_value(&[]).max(0.0).sqrt()
+        }
+        Form::Dense(change) => change.norm().double_value(&[]),
+    }
+}

@@ -1,0 +1,5 @@
+//! Adapters and models in other programs' forms, and what a file is.
+
+pub mod export;
+pub mod inspect;
+pub mod single_file;

@@ -1,0 +1,358 @@
+//! Writing whole models: one checkpoint with LDM's key names, or a Hugging Face folder, out of a model in either form.
+//!
+//! Weights go from the source to the file one tensor at a time, so a model is never held; some may be replaced on the way
+//! (merged adapters, full fine-tuning). A checkpoint has the keys that A1111 and ComfyUI look for. Its metadata says what it
+//! is (Stability's "modelspec") and holds the model's text files, so that it loads here with nothing else at hand.
+
+use crate::error::{Error, Result};
+use crate::platform::files;
+use crate::weights::config::{TextConfig, UNetConfig};
+use crate::weights::ldm::{Form, Tower};
+use crate::weights::source::{EMBEDDED, Part, Source, TEXT_FILES, Text};
+use crate::weights::tensor_file::{self, Planned};
+use crate::weights::tensors::Tensors;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+use tch::{Device, Kind, Tensor};
+
+/// Tensors that take the place of the source's: by part and today's name, such as `conv_in.weight`. Any dtype and device; a
+/// 1x1 convolution may be a matrix.
+pub type Replaced = BTreeMap<(Part, String), Tensor>;
+
+/// Layers of the text tower in Stable Diffusion 2.x's folders, whose checkpoints have one block more.
+const OPEN_CLIP_LAYERS: i64 = 23;
+
+/// Writes a checkpoint to `path`, which must not be there. `kind`: number format of all weights, or as they are.
+///
+/// Stable Diffusion 2.x's folders leave out the last block of the text tower, which is never computed; programs that build
+/// the whole tower still look for it, so the block before stands in. The answer names, one sentence each, what could not be
+/// written.
+pub fn write_checkpoint(
+    source: &Source,
+    replaced: &Replaced,
+    kind: Option<Kind>,
+    path: &Path,
+) -> Result<Vec<String>> {
+    let model = Model::open(source, replaced, kind)?;
+    refuse_existing(path)?;
+    let mut notes = Vec::new();
+    let mut recipes: BTreeMap<String, Recipe> = BTreeMap::new();
+    for (part, tensors) in Part::ALL.into_iter().zip(&model.tensors) {
+        let names = source.names(part)?;
+        let mut lost = tensors.unknown().to_vec();
+        for name in model.names(part) {
+            match names.key(name) {
+                None => lost.push(name.to_string()),
+                Some((key, form)) => recipes.entry(key).or_default().push((part, name.to_string(), form)),
+            }
+        }
+        if part == Part::TextEncoder {
+            add_last_block(&mut recipes);
+        }
+        if !lost.is_empty() {
+            let lost = tensor_file::list(&lost);
+            notes.push(format!("{}: not written, for want of a key in checkpoints: {lost}", part.folder()));
+        }
+    }
+    let mut plan = Vec::new();
+    for (key, recipe) in &mut recipes {
+        recipe.sort_by_key(|(_, _, form)| if let Form::Third(i) = form { *i } else { 0 });
+        let (part, name, form) = &recipe[0];
+        let mut shape = model.shape(*part, name);
+        match form {
+            Form::Same if is_vae_attention(*part, name) && shape.len() == 2 => shape.extend([1, 1]),
+            Form::Same => {}
+            Form::Transposed => shape.reverse(),
+            Form::Third(_) if recipe.len() == 3 => shape[0] *= 3,
+            Form::Third(_) => {
+                let problem =
+                    format!("expected query, key and value for `{key}`, found {} of them", recipe.len());
+                return Err(Error::format(source.path(), problem));
+            }
+        }
+        plan.push(Planned { name: key.clone(), kind: model.kind(*part, name), shape });
+    }
+    let mut text: Vec<(String, String)> = modelspec(source, path)?;
+    for name in TEXT_FILES {
+        if let Some(Text { content, .. }) = source.find(name)? {
+            text.push((format!("{EMBEDDED}{name}"), with_dtype(name, content, kind)));
+        }
+    }
+    let text: Vec<(&str, String)> = text.iter().map(|(key, text)| (key.as_str(), text.clone())).collect();
+    let shapes: BTreeMap<String, Vec<i64>> = plan.iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
+    tensor_file::write_stream(path, plan, &text, |key| {
+        let mut tensors = Vec::new();
+        for (part, name, form) in &recipes[key] {
+            let tensor = model.read(*part, name)?;
+            tensors.push(if *form == Form::Transposed { tensor.f_tr()? } else { tensor });
+        }
+        let whole = if tensors.len() == 1 { tensors.remove(0) } else { Tensor::f_cat(&tensors, 0)? };
+        Ok(whole.f_reshape(&shapes[key][..])?)
+    })?;
+    Ok(notes)
+}
+
+/// Writes a Hugging Face folder to `dir`, which must not be there. `kind`: number format of all weights, or as they are.
+///
+/// Only what draws pictures is written: its `model_index.json` has no safety checker and no other extras. The answer names,
+/// one sentence each, what else was left out.
+pub fn write_folder(
+    source: &Source,
+    replaced: &Replaced,
+    kind: Option<Kind>,
+    dir: &Path,
+) -> Result<Vec<String>> {
+    source.check_complete()?;
+    let model = Model::open(source, replaced, kind)?;
+    refuse_existing(dir)?;
+    let mut notes = Vec::new();
+    for (part, tensors) in Part::ALL.into_iter().zip(&model.tensors) {
+        if !tensors.unknown().is_empty() {
+            let lost = tensor_file::list(tensors.unknown());
+            notes.push(format!("{}: not written, for want of a name in folders: {lost}", part.folder()));
+        }
+    }
+    files::stage_dir(dir, |dir| {
+        for part in Part::ALL {
+            let folder = dir.join(part.folder());
+            files::create_dir_all(&folder)?;
+            model.write_part(part, &folder.join(format!("{}.safetensors", part.stem())))?;
+        }
+        for name in TEXT_FILES {
+            let Some(Text { content, .. }) = source.find(name)? else { continue };
+            let path = dir.join(name);
+            files::create_dir_all(path.parent().unwrap_or(dir))?;
+            files::write_atomic(&path, with_dtype(name, content, kind).as_bytes())?;
+        }
+        let index = model_index(&source.text("scheduler/scheduler_config.json")?.content);
+        files::write_atomic(&dir.join("model_index.json"), index.as_bytes())?;
+        Ok(notes)
+    })
+}
+
+/// What goes into one key of a checkpoint: one tensor, or three.
+type Recipe = Vec<(Part, String, Form)>;
+
+/// The tensors of all parts, with some replaced.
+struct Model<'a> {
+    source: &'a Source,
+    tensors: [Tensors; 3],
+    replaced: &'a Replaced,
+    target: Option<Kind>,
+    linear_projection: bool,
+}
+
+impl<'a> Model<'a> {
+    fn open(source: &'a Source, replaced: &'a Replaced, target: Option<Kind>) -> Result<Self> {
+        let [unet, text, vae] = Part::ALL.map(|part| source.tensors(part));
+        let tensors = [unet?, text?, vae?];
+        let linear_projection = UNetConfig::parse(&source.text("unet/config.json")?)?.0.use_linear_projection;
+        let model = Self { source, tensors, replaced, target, linear_projection };
+        for tensors in &model.tensors {
+            let mut problems = tensors.problems().to_vec();
+            // 8-bit floats, quantised weights: nothing that could be converted, or that a reader would take as it is.
+            let odd = tensors.names().filter(|name| is_weight(name) && !tensors.is_float(name));
+            problems.extend(odd.map(|name| {
+                let key = tensors.key(name).unwrap_or(name);
+                format!("`{key}`: expected floating point, found {}", tensors.dtype(name))
+            }));
+            if !problems.is_empty() {
+                return Err(Error::Weights { path: tensors.place().to_path_buf(), problems });
+            }
+        }
+        model.check_replaced()?;
+        Ok(model)
+    }
+
+    fn check_replaced(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        for ((part, name), tensor) in self.replaced {
+            match self.part(*part).shape(name) {
+                None => problems
+                    .push(format!("{}: no tensor `{name}` to put a new one in place of", part.folder())),
+                Some(shape) if shape.iter().product::<i64>() as usize != tensor.numel() => {
+                    problems.push(format!(
+                        "{}: `{name}`: expected shape {shape:?}, found {:?}",
+                        part.folder(),
+                        tensor.size()
+                    ))
+                }
+                Some(_) => {}
+            }
+        }
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Weights { path: self.source.path().to_path_buf(), problems })
+    }
+
+    fn part(&self, part: Part) -> &Tensors {
+        &self.tensors[part as usize]
+    }
+
+    /// What is to be written of a part.
+    fn names(&self, part: Part) -> impl Iterator<Item = &str> {
+        self.part(part).names().filter(|name| is_weight(name))
+    }
+
+    fn kind(&self, part: Part, name: &str) -> Kind {
+        self.target.or(self.part(part).kind(name)).unwrap_or(Kind::Float)
+    }
+
+    /// Shape in a folder.
+    fn shape(&self, part: Part, name: &str) -> Vec<i64> {
+        let mut shape = self.part(part).shape(name).unwrap_or_default();
+        let projection =
+            part == Part::UNet && (name.ends_with(".proj_in.weight") || name.ends_with(".proj_out.weight"));
+        if projection && !self.linear_projection && shape.len() == 2 {
+            shape.extend([1, 1]);
+        } else if (is_vae_attention(part, name) || projection && self.linear_projection) && shape.len() == 4 {
+            shape.truncate(2);
+        }
+        shape
+    }
+
+    fn read(&self, part: Part, name: &str) -> Result<Tensor> {
+        let tensor = match self.replaced.get(&(part, name.to_string())) {
+            Some(tensor) => tensor.detach().f_to_device(Device::Cpu)?,
+            None => self.part(part).read(name)?,
+        };
+        let (kind, shape) = (self.kind(part, name), self.shape(part, name));
+        let converted = tensor.f_to_kind(kind)?.f_reshape(&shape[..])?;
+        let all_finite = |tensor: &Tensor| bool::try_from(tensor.isfinite().all());
+        if kind == Kind::Half && tensor.kind() != kind && !all_finite(&converted)? && all_finite(&tensor)? {
+            return Err(Error::NotFinite(format!(
+                "{}: `{name}` has values that f16 cannot hold\nhint: write f32 or bf16",
+                part.folder()
+            )));
+        }
+        Ok(converted)
+    }
+
+    /// One weight file of a folder.
+    fn write_part(&self, part: Part, path: &Path) -> Result<()> {
+        let tensors = self.part(part);
+        // The projection of the image-text loss is in OpenCLIP's checkpoints only because its training file was copied.
+        let left_out = |name: &str| {
+            tensors.is_spare(name) || self.source.is_checkpoint() && name.starts_with("text_projection")
+        };
+        let mut keys = BTreeMap::new();
+        for name in self.names(part).filter(|name| !left_out(name)) {
+            keys.insert(self.key_in_folder(part, name), name);
+        }
+        let plan = keys.iter().map(|(key, name)| Planned {
+            name: key.clone(),
+            kind: self.kind(part, name),
+            shape: self.shape(part, name),
+        });
+        tensor_file::write_stream(path, plan.collect(), &[], |key| self.read(part, keys[key]))
+    }
+
+    /// Today's name; but the text tower's with the prefix that transformers 4 needs and 5 takes, unless the source is a
+    /// folder that goes without.
+    fn key_in_folder(&self, part: Part, name: &str) -> String {
+        let prefixed = match part {
+            Part::TextEncoder if self.source.is_checkpoint() => name != "text_projection.weight",
+            Part::TextEncoder => self.part(part).key(name).is_some_and(|key| key.starts_with("text_model.")),
+            _ => false,
+        };
+        if prefixed { format!("text_model.{name}") } else { name.to_string() }
+    }
+}
+
+/// Not so a buffer, which is a constant that old files have.
+fn is_weight(name: &str) -> bool {
+    !name.ends_with("position_ids")
+}
+
+fn is_vae_attention(part: Part, name: &str) -> bool {
+    part == Part::Vae && name.contains(".attentions.")
+}
+
+/// The 24th block of OpenCLIP's tower, if there are only 23.
+fn add_last_block(recipes: &mut BTreeMap<String, Recipe>) {
+    let block = |i: i64| format!("{}transformer.resblocks.{i}.", Tower::OpenClip.prefix());
+    let (before, last) = (block(OPEN_CLIP_LAYERS - 1), block(OPEN_CLIP_LAYERS));
+    if recipes.keys().any(|key| key.starts_with(&last)) {
+        return;
+    }
+    let copies: Vec<(String, Recipe)> = recipes
+        .iter()
+        .filter_map(|(key, recipe)| Some((format!("{last}{}", key.strip_prefix(&before)?), recipe.clone())))
+        .collect();
+    recipes.extend(copies);
+}
+
+fn refuse_existing(path: &Path) -> Result<()> {
+    match files::kind(path) {
+        None => Ok(()),
+        Some(_) => Err(Error::format(
+            path,
+            "is there already and is not overwritten\nhint: give another name, or remove it",
+        )),
+    }
+}
+
+/// What Stability's specification of model metadata has for these models (github.com/Stability-AI/ModelSpec, 1.0.0).
+fn modelspec(source: &Source, path: &Path) -> Result<Vec<(String, String)>> {
+    let tower =
+        Tower::of_activation(&TextConfig::parse(&source.text("text_encoder/config.json")?)?.hidden_act);
+    let scheduler = source.find("scheduler/scheduler_config.json")?;
+    let prediction = match scheduler.and_then(|text| serde_json::from_str::<Value>(&text.content).ok()) {
+        Some(value) if value["prediction_type"] == "v_prediction" => Some("v"),
+        Some(_) => Some("epsilon"),
+        None => source.metadata("modelspec.prediction_type"),
+    };
+    let architecture = match (tower, prediction) {
+        (Tower::Clip, _) => "stable-diffusion-v1",
+        (Tower::OpenClip, Some("v")) => "stable-diffusion-v2-768-v",
+        (Tower::OpenClip, _) => "stable-diffusion-v2-512",
+    };
+    let title = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut spec = vec![
+        ("modelspec.sai_model_spec".to_string(), "1.0.0".to_string()),
+        ("modelspec.architecture".to_string(), architecture.to_string()),
+        ("modelspec.implementation".to_string(), "sgm".to_string()),
+        ("modelspec.title".to_string(), title),
+    ];
+    spec.extend(prediction.map(|p| ("modelspec.prediction_type".to_string(), p.to_string())));
+    Ok(spec)
+}
+
+/// `model_index.json` of a folder with our five parts.
+fn model_index(scheduler: &str) -> String {
+    let config: Value = serde_json::from_str(scheduler).unwrap_or(Value::Null);
+    let index = json!({
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [null, null],
+        "requires_safety_checker": false,
+        "safety_checker": [null, null],
+        "scheduler": ["diffusers", config["_class_name"].as_str().unwrap_or("DDIMScheduler")],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    });
+    format!("{index:#}\n")
+}
+
+/// The text file `name`; the text tower's config with the number format that the weights now have, because transformers
+/// loads them as it says.
+fn with_dtype(name: &str, content: String, kind: Option<Kind>) -> String {
+    let word = match kind {
+        Some(Kind::Float) => "float32",
+        Some(Kind::Half) => "float16",
+        Some(Kind::BFloat16) => "bfloat16",
+        _ => return content,
+    };
+    match serde_json::from_str(&content) {
+        Ok(Value::Object(mut map)) if name == "text_encoder/config.json" => {
+            // Today's key and transformers 4's.
+            let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+            map.insert(key.to_string(), json!(word));
+            format!("{:#}\n", Value::from(map))
+        }
+        _ => content,
+    }
+}

@@ -1,0 +1,208 @@
+//! Reading photographs: PNG, JPEG, WebP, BMP and TIFF, known by their content, as 8-bit RGB the right way up.
+//!
+//! As `ImageOps.exif_transpose(Image.open(path)).convert("RGB")` of Pillow, which training scripts call: transparency is
+//! dropped (the colours under it show), grey and palette images become RGB, 16-bit channels keep their high byte. Unlike
+//! Pillow, 16-bit grey keeps its high byte too; Pillow makes everything above 255 of 65535 white.
+//! A file cannot make us take more memory than the constants below allow.
+
+use std::io::Cursor;
+use std::path::Path;
+
+use ::image::metadata::Orientation;
+use ::image::{
+    DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage, guess_format,
+};
+
+use crate::platform::files;
+use crate::{Error, Result};
+
+/// Largest number of pixels: twice what Pillow warns at, where it refuses too.
+pub const MAX_PIXELS: u64 = 178_956_970;
+/// Most memory that decoded pixels may take, in bytes.
+pub const MAX_DECODED_BYTES: u64 = 3 << 29;
+/// Largest file, in bytes.
+pub const MAX_FILE_BYTES: u64 = 1 << 29;
+
+/// A decoded picture and what its file said.
+#[derive(Debug, Clone)]
+pub struct Picture {
+    /// The pixels, the right way up.
+    pub pixels: RgbImage,
+    /// Name of the file format, such as `JPEG`.
+    pub format: &'static str,
+    /// What was done to bring the picture the right way up; `None` if nothing.
+    pub turned: Option<&'static str>,
+}
+
+/// The pixels of an image file. An [`Error::Format`] says what the file is if it is no image that can be used.
+pub fn load_rgb(path: &Path) -> Result<RgbImage> {
+    Ok(load(path)?.pixels)
+}
+
+/// [`load_rgb`] with what the file said beside its pixels.
+pub fn load(path: &Path) -> Result<Picture> {
+    let bytes = files::read(path, MAX_FILE_BYTES)?;
+    decode(&bytes).map_err(|problem| Error::format(path, problem))
+}
+
+/// Decodes the bytes of an image file; the error is a sentence without the file's name.
+pub fn decode(bytes: &[u8]) -> std::result::Result<Picture, String> {
+    let (format, name) = accepted(bytes)
+        .ok_or_else(|| format!("expected a PNG, JPEG, WebP, BMP or TIFF image, found {}", describe(bytes)))?;
+    let explain = |e: ImageError| explain(name, &e);
+    let mut limits = Limits::no_limits();
+    limits.max_alloc = Some(MAX_DECODED_BYTES);
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder().map_err(explain)?;
+    let (width, height) = decoder.dimensions();
+    if width == 0 || height == 0 {
+        return Err(format!("expected pixels, found a {name} image of {width}x{height}"));
+    }
+    if u64::from(width) * u64::from(height) > MAX_PIXELS || decoder.total_bytes() > MAX_DECODED_BYTES {
+        return Err(format!(
+            "expected at most {MAX_PIXELS} pixels, found a {name} image of {width}x{height}"
+        ));
+    }
+    if format == ImageFormat::Jpeg && !jpeg_reaches_its_end(bytes) {
+        return Err("broken or truncated JPEG image: it has no end marker".into());
+    }
+    // Damaged metadata is no reason to refuse the pixels.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let image = DynamicImage::from_decoder(decoder).map_err(explain)?;
+    let pixels = to_rgb(image)
+        .ok_or_else(|| format!("expected 8 or 16 bits a channel, found a floating-point {name} image"))?;
+    let mut upright = DynamicImage::ImageRgb8(pixels);
+    upright.apply_orientation(orientation);
+    Ok(Picture { pixels: upright.into_rgb8(), format: name, turned: turned(orientation) })
+}
+
+fn accepted(bytes: &[u8]) -> Option<(ImageFormat, &'static str)> {
+    let format = guess_format(bytes).ok()?;
+    let name = match format {
+        ImageFormat::Png => "PNG",
+        ImageFormat::Jpeg => "JPEG",
+        ImageFormat::WebP => "WebP",
+        ImageFormat::Bmp => "BMP",
+        ImageFormat::Tiff => "TIFF",
+        _ => return None,
+    };
+    Some((format, name))
+}
+
+/// Drops alpha and low bytes; `None` for floating-point pixels, which have no agreed range.
+fn to_rgb(image: DynamicImage) -> Option<RgbImage> {
+    let (width, height) = (image.width(), image.height());
+    let bytes: Vec<u8> = match image {
+        DynamicImage::ImageRgb8(image) => return Some(image),
+        DynamicImage::ImageRgba8(image) => rgb_of(&image, 4, |v| v),
+        DynamicImage::ImageLuma8(image) => rgb_of(&image, 1, |v| v),
+        DynamicImage::ImageLumaA8(image) => rgb_of(&image, 2, |v| v),
+        DynamicImage::ImageRgb16(image) => rgb_of(&image, 3, high_byte),
+        DynamicImage::ImageRgba16(image) => rgb_of(&image, 4, high_byte),
+        DynamicImage::ImageLuma16(image) => rgb_of(&image, 1, high_byte),
+        DynamicImage::ImageLumaA16(image) => rgb_of(&image, 2, high_byte),
+        _ => return None,
+    };
+    RgbImage::from_raw(width, height, bytes)
+}
+
+fn high_byte(value: u16) -> u8 {
+    (value >> 8) as u8
+}
+
+/// `samples` holds `channels` values a pixel: grey, grey and alpha, RGB, or RGB and alpha.
+fn rgb_of<T: Copy>(samples: &[T], channels: usize, to_byte: impl Fn(T) -> u8) -> Vec<u8> {
+    let colours = if channels < 3 { [0, 0, 0] } else { [0, 1, 2] };
+    samples.chunks_exact(channels).flat_map(|pixel| colours.map(|c| to_byte(pixel[c]))).collect()
+}
+
+fn turned(orientation: Orientation) -> Option<&'static str> {
+    match orientation {
+        Orientation::NoTransforms => None,
+        Orientation::Rotate90 => Some("turned by 90 degrees"),
+        Orientation::Rotate180 => Some("turned by 180 degrees"),
+        Orientation::Rotate270 => Some("turned by 270 degrees"),
+        Orientation::FlipHorizontal => Some("mirrored"),
+        Orientation::FlipVertical => Some("mirrored top to bottom"),
+        Orientation::Rotate90FlipH => Some("turned by 90 degrees and mirrored"),
+        Orientation::Rotate270FlipH => Some("turned by 270 degrees and mirrored"),
+    }
+}
+
+fn explain(name: &str, error: &ImageError) -> String {
+    match error {
+        ImageError::Limits(_) => {
+            format!(
+                "expected a {name} image of at most {MAX_PIXELS} pixels, found one that needs too much memory"
+            )
+        }
+        ImageError::Unsupported(e) => format!("a kind of {name} image that cannot be read: {e}"),
+        e => format!("broken or truncated {name} image: {e}"),
+    }
+}
+
+/// Whether a JPEG file has an end marker after its pixels. The decoder fills what is missing with grey; nobody wants to train
+/// on that.
+fn jpeg_reaches_its_end(bytes: &[u8]) -> bool {
+    let mut at = 2;
+    while let Some(&[first, marker]) = bytes.get(at..at + 2) {
+        match (first, marker) {
+            (0xff, 0xd9) => return true,
+            // Padding, an escaped 0xff among the pixels, or a marker without a segment.
+            (0xff, 0xff) => at += 1,
+            (0xff, 0x00 | 0x01 | 0xd0..=0xd8) => at += 2,
+            // A segment with its length; what it holds (a thumbnail, say) may look like markers.
+            (0xff, _) => match bytes.get(at + 2..at + 4) {
+                Some(&[high, low]) => at += 2 + usize::from(u16::from_be_bytes([high, low])),
+                _ => return false,
+            },
+            // Pixels.
+            _ => at += 1,
+        }
+    }
+    false
+}
+
+/// What a file that is no usable image seems to be, by its first bytes.
+fn describe(bytes: &[u8]) -> &'static str {
+    // (offset, bytes, name)
+    const KNOWN: [(usize, &[u8], &str); 20] = [
+        (0, b"GIF8", "a GIF image"),
+        (4, b"ftypheic", HEIC),
+        (4, b"ftypheix", HEIC),
+        (4, b"ftypmif1", HEIC),
+        (4, b"ftypmsf1", HEIC),
+        (4, b"ftypavif", "an AVIF image"),
+        (4, b"ftyp", "a video"),
+        (0, b"\x1aE\xdf\xa3", "a video"),
+        (0, b"\0\0\0\x0cJXL ", "a JPEG XL image"),
+        (0, b"\xff\x0a", "a JPEG XL image"),
+        (0, b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
+        (0, b"8BPS", "a Photoshop file"),
+        (0, b"\0\0\x01\0", "an icon"),
+        (0, b"%PDF", "a PDF document"),
+        (0, b"PK\x03\x04", "a ZIP archive"),
+        (0, b"\x1f\x8b", "a gzip archive"),
+        (0, b"version https://git-lfs", "a Git LFS pointer instead of the file"),
+        (0, b"<svg", "an SVG drawing"),
+        (0, b"<!DOCTYPE html", "a web page"),
+        (0, b"<html", "a web page"),
+    ];
+    const HEIC: &str = "a HEIC image\nhint: export it from the phone or photo program as JPEG";
+    if bytes.is_empty() {
+        return "an empty file";
+    }
+    let known =
+        KNOWN.iter().find(|(at, magic, _)| bytes.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
+    if let Some((_, _, name)) = known {
+        return name;
+    }
+    let start = &bytes[..bytes.len().min(1024)];
+    // The cut may go through a character.
+    let text = match std::str::from_utf8(start) {
+        Ok(_) => true,
+        Err(e) => e.error_len().is_none(),
+    };
+    if text && !start.contains(&0) { "text" } else { "data of an unknown kind" }
+}

@@ -1,0 +1,221 @@
+//! What a drawing starts from when it is a picture and not noise alone: image-to-image, and inpainting, which draws only
+//! where a mask is white.
+//!
+//! The numbers are those of `StableDiffusionImg2ImgPipeline` and `StableDiffusionInpaintPipeline` of Python `diffusers`
+//! 0.42.1, for one picture and a generator of its own; [`super::Noise`] draws in their order. A UNet of 4 input channels
+//! is held to the picture from outside: after each step the latents outside the mask are replaced by the picture's at that
+//! noise level. One of 9 sees the mask and the masked picture beside its latents.
+
+use crate::data::image::{Filter, RgbImage, resize};
+use crate::diffusion::sample::{Noise, Settings};
+use crate::diffusion::sampler::Plan;
+use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::error::{Error, Result};
+use tch::{Device, Kind, Tensor};
+
+/// Mask values from here on are white: `VaeImageProcessor` compares with 0.5 of 255.
+const WHITE: u8 = 128;
+
+/// A picture to start from.
+#[derive(Debug, Clone)]
+pub struct Start {
+    image: RgbImage,
+    /// Row by row, whether a pixel is drawn anew; `None` for image-to-image.
+    mask: Option<Vec<bool>>,
+    strength: f64,
+}
+
+impl Start {
+    /// `image` and `mask` at `width` x `height` pixels, stretched by a Lanczos filter as `VaeImageProcessor` does.
+    /// `strength`, in (0, 1], is the part of the steps that is taken, and so of the picture that is drawn anew;
+    /// [`Plan::from_strength`] checks it.
+    ///
+    /// Errors: no pixels, or a mask without white.
+    pub fn new(
+        image: &RgbImage,
+        mask: Option<&RgbImage>,
+        strength: f64,
+        (width, height): (u32, u32),
+    ) -> Result<Self> {
+        if width == 0 || height == 0 {
+            return Err(Error::config("--image: expected pixels to draw, found none"));
+        }
+        let image = resize(image, width, height, Filter::Lanczos);
+        let mask = mask.map(|mask| is_white(&resize(mask, width, height, Filter::Lanczos)));
+        if mask.as_ref().is_some_and(|mask| !mask.contains(&true)) {
+            return Err(Error::config(
+                "--mask: expected white where the picture is to be drawn anew, found black everywhere",
+            ));
+        }
+        Ok(Self { image, mask, strength })
+    }
+
+    /// Whether only a part of the picture is drawn.
+    pub fn is_inpainting(&self) -> bool {
+        self.mask.is_some()
+    }
+
+    /// The part of the steps that is taken.
+    pub fn strength(&self) -> f64 {
+        self.strength
+    }
+
+    /// Refuses a mask that has no latent to draw, and a picture of another size than `settings` has.
+    pub(super) fn validate(&self, settings: &Settings, model: &StableDiffusion) -> Result<()> {
+        let (width, height) = self.image.dimensions();
+        if (settings.width, settings.height) != (i64::from(width), i64::from(height)) {
+            return Err(Error::config(format!(
+                "--image: expected {}x{} pixels, found {width}x{height}",
+                settings.width, settings.height
+            )));
+        }
+        let factor = model.vae.factor();
+        if self.latent_mask(factor).is_some_and(|mask| mask.max().double_value(&[]) == 0.0) {
+            return Err(Error::config(format!(
+                "--mask: its white is finer than the {factor} pixels of a latent, so that nothing would be drawn anew"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Pure noise, without a trace of the picture: inpainting at full strength.
+    fn is_noise(&self) -> bool {
+        self.is_inpainting() && self.strength == 1.0
+    }
+
+    /// Whether the picture's own latents are used, and their noise drawn.
+    pub(super) fn uses_image(&self, model: &StableDiffusion) -> bool {
+        !(model.is_inpainting() && self.is_noise())
+    }
+
+    /// Encodes the picture, once for all drawings.
+    pub(super) fn prepare(&self, model: &StableDiffusion) -> Prepared {
+        let device = model.unet.device();
+        let pixels = self.pixels();
+        let posterior = |pixels: &Tensor| {
+            let (mean, log_variance) = model.vae.encode(pixels);
+            Posterior { mean, deviation: (log_variance * 0.5).exp(), scale: model.vae.scaling_factor() }
+        };
+        let masked = self.mask.as_ref().filter(|_| model.is_inpainting()).map(|mask| {
+            let (width, height) = (i64::from(self.image.width()), i64::from(self.image.height()));
+            let kept: Vec<f32> = mask.iter().map(|white| f32::from(u8::from(!white))).collect();
+            posterior(&(&pixels * Tensor::from_slice(&kept).reshape([1, 1, height, width])))
+        });
+        Prepared {
+            image: self.uses_image(model).then(|| posterior(&pixels)),
+            masked,
+            mask: self.latent_mask(model.vae.factor()).map(|mask| mask.to_device(device)),
+            is_noise: self.is_noise(),
+        }
+    }
+
+    /// Puts the picture back where the mask is black.
+    pub(super) fn paste(&self, drawn: &mut RgbImage) {
+        let Some(mask) = &self.mask else { return };
+        for ((to, from), _) in
+            drawn.pixels_mut().zip(self.image.pixels()).zip(mask).filter(|(_, white)| !**white)
+        {
+            *to = *from;
+        }
+    }
+
+    /// `(1, 3, h, w)`, f32 in [-1, 1].
+    fn pixels(&self) -> Tensor {
+        let (width, height) = (i64::from(self.image.width()), i64::from(self.image.height()));
+        let bytes = Tensor::from_slice(self.image.as_raw()).reshape([1, height, width, 3]);
+        bytes.permute([0, 3, 1, 2]).to_kind(Kind::Float) / 255.0 * 2.0 - 1.0
+    }
+
+    /// `(1, 1, h / factor, w / factor)`: the mask's pixel at the upper left corner of each latent.
+    fn latent_mask(&self, factor: i64) -> Option<Tensor> {
+        let mask = self.mask.as_ref()?;
+        let (width, height) = (i64::from(self.image.width()), i64::from(self.image.height()));
+        let pixels = Tensor::from_slice(mask).to_kind(Kind::Float).reshape([1, 1, height, width]);
+        Some(pixels.slice(2, 0, None, factor).slice(3, 0, None, factor))
+    }
+}
+
+/// Grey values by Pillow's `convert("L")` (ITU-R 601 in 16 binary places), then whether they are white.
+fn is_white(mask: &RgbImage) -> Vec<bool> {
+    let grey = |[r, g, b]: [u8; 3]| {
+        ((u32::from(r) * 19595 + u32::from(g) * 38470 + u32::from(b) * 7471 + 0x8000) >> 16) as u8
+    };
+    mask.pixels().map(|pixel| grey(pixel.0) >= WHITE).collect()
+}
+
+/// What the encoder makes of a picture: a Gaussian for each value of its latents.
+struct Posterior {
+    /// `(1, c, h, w)`
+    mean: Tensor,
+    /// `(1, c, h, w)`
+    deviation: Tensor,
+    scale: f64,
+}
+
+impl Posterior {
+    /// Latents `(b, c, h, w)` with unit noise of that shape; the mean's if there is none.
+    fn latents(&self, noise: Option<&Tensor>, batch: i64) -> Tensor {
+        let latents = match noise {
+            Some(noise) => &self.mean + &self.deviation * noise.to_device(self.mean.device()),
+            None => self.mean.expand([batch, -1, -1, -1], true),
+        };
+        latents * self.scale
+    }
+}
+
+/// A [`Start`] as tensors on the model's device.
+pub(super) struct Prepared {
+    image: Option<Posterior>,
+    masked: Option<Posterior>,
+    mask: Option<Tensor>,
+    is_noise: bool,
+}
+
+impl Prepared {
+    /// What the batch of `noise` starts from.
+    pub(super) fn begin(&self, noise: &Noise, plan: &Plan, device: Device) -> Begin {
+        let unit = noise.unit(device);
+        let batch = unit.size()[0];
+        let image = self.image.as_ref().map(|image| image.latents(noise.image.as_ref(), batch));
+        let x = match &image {
+            Some(image) if !self.is_noise => plan.add_noise(0, image, &unit),
+            _ => &unit * plan.init_noise_sigma(),
+        };
+        let (mut beside, mut kept) = (None, None);
+        match (&self.masked, &self.mask, image) {
+            (Some(masked), Some(mask), _) => {
+                let masked = masked.latents(noise.masked_image.as_ref(), batch);
+                beside = Some(Tensor::cat(&[&mask.expand([batch, -1, -1, -1], true), &masked], 1));
+            }
+            (None, Some(mask), Some(image)) => {
+                kept = Some(Kept { image, noise: unit, mask: mask.shallow_clone() });
+            }
+            _ => {}
+        }
+        Begin { x, beside, kept }
+    }
+}
+
+/// Where one batch begins.
+pub(super) struct Begin {
+    /// Latents `(b, c, h, w)` that the sampler begins with.
+    pub(super) x: Tensor,
+    /// What the UNet sees beside its latents: mask and latents of the masked picture, `(b, 1 + c, h, w)`.
+    pub(super) beside: Option<Tensor>,
+    pub(super) kept: Option<Kept>,
+}
+
+/// What is kept of a picture while the rest is drawn.
+pub(super) struct Kept {
+    image: Tensor,
+    noise: Tensor,
+    mask: Tensor,
+}
+
+impl Kept {
+    /// The latents `x` that model call `calls` led to, with the picture's at that noise level outside the mask.
+    pub(super) fn keep(&self, plan: &Plan, calls: usize, x: Tensor) -> Tensor {
+        let image = plan.add_noise(calls, &self.image, &self.noise);
+        self.mask.rsub_scalar(1.0) * image + &self.mask * x
+    }
+}

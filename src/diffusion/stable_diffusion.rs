@@ -1,0 +1,213 @@
+//! A whole model: a folder with `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `tokenizer/` and `scheduler/`, or
+//! one checkpoint file.
+
+use crate::attach::loaded::LayerNames;
+use crate::diffusion::noise::{Prediction, SchedulerConfig};
+use crate::error::{Error, Result};
+use crate::model::layers::{Layer, Layers, Module};
+use crate::model::text::{TextEncoder, Tokenizer};
+use crate::model::{UNet, Vae};
+use crate::platform::hub;
+use crate::weights::ldm::Names;
+use crate::weights::source::{Part, Source};
+use crate::weights::tensor_file;
+use std::path::{Path, PathBuf};
+use tch::{Device, Kind, Tensor};
+
+/// Stable Diffusion 1.x or 2.x, frozen.
+pub struct StableDiffusion {
+    /// Where it was loaded from, a folder or a checkpoint file.
+    pub dir: PathBuf,
+    /// Its files, open for reading.
+    pub source: Source,
+    /// Prompts to ids.
+    pub tokenizer: Tokenizer,
+    /// Ids to states.
+    pub text_encoder: TextEncoder,
+    /// The denoiser.
+    pub unet: UNet,
+    /// Pictures to latents and back, f32.
+    pub vae: Vae,
+    /// The noise schedule and how the model was trained on it.
+    pub scheduler: SchedulerConfig,
+    /// What a user should know about the files, one sentence each.
+    pub notes: Vec<String>,
+}
+
+impl StableDiffusion {
+    /// Loads a folder, or a checkpoint that says itself what it is; UNet and text encoder in `kind`, the VAE in f32.
+    pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Self> {
+        Self::load_with(path, None, kind, device)
+    }
+
+    /// As [`Self::load`]; `config` is a folder with what a checkpoint does not say (see [`Source::open`]).
+    pub fn load_with(path: &Path, config: Option<&Path>, kind: Kind, device: Device) -> Result<Self> {
+        Self::from_source(Source::open(path, config)?, kind, device)
+    }
+
+    /// As [`Self::load`], of what is open already.
+    pub fn from_source(source: Source, kind: Kind, device: Device) -> Result<Self> {
+        source.check_complete()?;
+        let _guard = tch::no_grad_guard();
+        let scheduler = source.text("scheduler/scheduler_config.json")?;
+        let scheduler = SchedulerConfig::parse(&scheduler.content, &scheduler.path)?.for_latent_model();
+        let mut notes = Vec::new();
+        let mut note = |part: &str, unused: Vec<String>| {
+            if !unused.is_empty() {
+                notes.push(format!("{part}: tensors that were not used: {}", tensor_file::list(&unused)));
+            }
+        };
+        // The UNet first: it is the largest, and reading the others on top of it keeps the peak low.
+        let (unet, unused) = UNet::load(&source, kind, device)?;
+        note("unet", unused);
+        let (text_encoder, unused) = TextEncoder::load(&source, kind, device)?;
+        note("text_encoder", unused);
+        let (vae, unused) = Vae::load(&source, device)?;
+        note("vae", unused);
+        note("checkpoint", source.foreign_keys());
+        let tokenizer = Tokenizer::load(&source, text_encoder.length() as usize)?;
+        notes.extend(other_prediction(&source, &scheduler)?);
+        let dir = source.path().to_path_buf();
+        let model = Self { dir, source, tokenizer, text_encoder, unet, vae, scheduler, notes };
+        model.check_fit()?;
+        Ok(model)
+    }
+
+    /// States of prompts, `(b, n, width)` in the compute dtype, and a warning for each prompt that was cut.
+    pub fn encode_prompts(&self, prompts: &[&str]) -> Result<(Tensor, Vec<String>)> {
+        let (ids, warnings) = self.prompt_ids(prompts)?;
+        Ok((self.text_states(&ids), warnings))
+    }
+
+    /// Ids of prompts `(b, n)`, and a warning for each prompt that was cut.
+    pub fn prompt_ids(&self, prompts: &[&str]) -> Result<(Tensor, Vec<String>)> {
+        let mut warnings = Vec::new();
+        let mut rows = Vec::new();
+        for prompt in prompts {
+            let (ids, cut) = self.tokenizer.encode(prompt)?;
+            if cut > 0 {
+                let room = self.tokenizer.length() - 2;
+                warnings.push(format!(
+                    "prompt `{prompt}` has {cut} tokens more than the {room} that fit; they are left out"
+                ));
+            }
+            rows.push(Tensor::from_slice(&ids));
+        }
+        Ok((Tensor::stack(&rows, 0), warnings))
+    }
+
+    /// States `(b, n, width)` of ids `(b, n)`, without gradient.
+    pub fn text_states(&self, ids: &Tensor) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        self.text_encoder.forward(ids)
+    }
+
+    /// What identifies the base model's weights: [`Source::fingerprint`].
+    pub fn fingerprint(&self) -> Result<String> {
+        self.source.fingerprint()
+    }
+
+    /// The UNet's `config.json`, which a checkpoint file may only imply.
+    pub fn unet_config(&self) -> Result<String> {
+        Ok(self.source.text("unet/config.json")?.content)
+    }
+
+    /// What the layers of the UNet and the text encoder are called, also in LDM checkpoints.
+    pub fn layer_names(&mut self) -> Result<LayerNames> {
+        let (unet, text) = (self.source.names(Part::UNet)?, self.source.names(Part::TextEncoder)?);
+        let named = |layers: Vec<&mut Layer>, names: Names| {
+            layers.into_iter().map(|layer| (layer.name.clone(), names.layer(&layer.name))).collect()
+        };
+        Ok(LayerNames {
+            unet: named(self.unet.layers_mut(), unet),
+            text_encoder: named(self.text_encoder.layers_mut(), text),
+        })
+    }
+
+    /// The folder's or file's own name, or its repository's on the hub, for the settings that a picture carries.
+    pub fn name(&self) -> String {
+        let own = || {
+            let name =
+                self.dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+            name.strip_suffix(".safetensors").map_or(name.clone(), str::to_string)
+        };
+        hub::repository_of(&self.dir).unwrap_or_else(own)
+    }
+
+    /// Width and height in pixels that the model was trained at; 512 where its files do not say.
+    pub fn native_size(&self) -> i64 {
+        self.unet.sample_size().map_or(512, |size| size * self.vae.factor())
+    }
+
+    /// Whether the UNet sees a mask and a masked picture beside its latents, as those of inpainting checkpoints do.
+    pub fn is_inpainting(&self) -> bool {
+        self.unet.in_channels() == 2 * self.vae.latent_channels() + 1
+    }
+
+    /// Refuses a model of [`Self::is_inpainting`], for what shows a UNet latents alone.
+    pub fn expect_text_to_image(&self) -> Result<()> {
+        if !self.is_inpainting() {
+            return Ok(());
+        }
+        Err(Error::format(
+            &self.dir,
+            format!(
+                "expected a model that draws from text alone, found one for inpainting (its UNet has {} input channels)\n\
+                 hint: train and compare on the plain model; this one draws with `hra sample --image FILE --mask FILE`",
+                self.unet.in_channels()
+            ),
+        ))
+    }
+
+    fn check_fit(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        let mut expect = |what: &str, expected: i64, found: i64| {
+            if expected != found {
+                problems.push(format!("{what}: expected {expected}, found {found}"));
+            }
+        };
+        expect(
+            "unet: cross_attention_dim (width of the text encoder)",
+            self.text_encoder.width(),
+            self.unet.context_width(),
+        );
+        if !self.is_inpainting() {
+            expect(
+                "unet: in_channels (latent channels of the VAE)",
+                self.vae.latent_channels(),
+                self.unet.in_channels(),
+            );
+        }
+        expect(
+            "unet: out_channels (latent channels of the VAE)",
+            self.vae.latent_channels(),
+            self.unet.out_channels(),
+        );
+        if i64::from(self.tokenizer.largest_id()) >= self.text_encoder.vocabulary() {
+            problems.push(format!(
+                "tokenizer: ids up to {}, but the text encoder knows {} tokens",
+                self.tokenizer.largest_id(),
+                self.text_encoder.vocabulary()
+            ));
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::format(&self.dir, problems.join("\n"))) }
+    }
+}
+
+impl Layers for StableDiffusion {
+    /// Of the UNet, then of the text encoder; their names do not meet.
+    fn modules_mut(&mut self) -> Vec<Module<'_>> {
+        let mut parts = self.unet.modules_mut();
+        parts.extend(self.text_encoder.modules_mut());
+        parts
+    }
+}
+
+/// A note if the checkpoint's own metadata (Stability's "modelspec") contradicts the scheduler's file.
+fn other_prediction(source: &Source, scheduler: &SchedulerConfig) -> Result<Option<String>> {
+    let Some(said) = source.metadata("modelspec.prediction_type") else { return Ok(None) };
+    let velocity = said.to_lowercase().starts_with('v');
+    Ok((velocity != (scheduler.prediction()? == Prediction::Velocity)).then(|| {
+        format!("the checkpoint says that it predicts `{said}`, but its scheduler_config.json says otherwise, and is followed")
+    }))
+}

@@ -1,0 +1,462 @@
+//! One cell, in a process of its own: train, draw, score, and write `record.json`. Whatever was finished before is not done
+//! again; an interrupted training goes on from its last checkpoint.
+
+use crate::adapter::peft;
+use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
+use crate::data::image::RgbImage;
+use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::error::{Error, Result};
+use crate::lab::compare::control;
+use crate::lab::compare::draw::{self, Drawing};
+use crate::lab::compare::score;
+use crate::lab::compare::subjects::CLASS_LOOK_ALIKES;
+use crate::lab::compare::task::{Task, TaskSet};
+use crate::lab::evaluate::Towers;
+use crate::lab::results::{
+    self, Budget, CellRecord, Environment, Evaluation, FORMAT, LossPoint, PictureScores, PromptScores,
+    RECORD_FILE, Scores, Set,
+};
+use crate::model::control::{CONTROL_ENCODER, FILE_STEM};
+use crate::platform::device::{self, Compute};
+use crate::platform::doctor;
+use crate::platform::files;
+use crate::platform::interrupt;
+use crate::train::Resume;
+use crate::train::config::TrainConfig;
+use crate::train::run::{CONFIG_FILE, METRICS_FILE, Record};
+use crate::train::{self, checkpoint};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tch::Device;
+
+const TRAINED_FILE: &str = "trained.json";
+const DRIFT: &str = "drift";
+const LOCK_POLL: Duration = Duration::from_millis(200);
+const MAX_METRICS: u64 = 1 << 30;
+
+/// Does the cell `id` of a comparison. Another process at the same cell is waited for.
+pub fn run(comparison: &Path, id: &str) -> Result<()> {
+    let folder = results::cell_folder(comparison, id);
+    let _lock = lock(&folder.join(".lock"))?;
+    let task = Task::read(comparison, id)?;
+    if is_done(comparison, &task) {
+        return Ok(());
+    }
+    let config = task.train_config(comparison);
+    let compute = device::resolve(config.device, Some(config.dtype))?;
+    let cell = Cell { comparison, task: &task, folder, config, compute };
+    let (trained, fingerprint) = match cell.train_and_draw() {
+        // A rate too high is a result; the other cells go on.
+        Err(Error::NotFinite(why)) if task.cell.learning_rate.is_some() => {
+            let failure = why.lines().next().map(str::to_string);
+            let record = cell.record(None, Vec::new(), Real::default(), failure)?;
+            return cell.finish(&record);
+        }
+        other => other?,
+    };
+    let towers = Towers::load(&task.towers, cell.compute.device)?;
+    let _guard = tch::no_grad_guard();
+    let evaluations = cell.score(&towers, &fingerprint)?;
+    let real = match (&trained, &task.control) {
+        (Some(_), _) => Real::default(),
+        (None, Some(agreement)) => cell.real_pairs(agreement, &towers)?,
+        (None, None) => Real { scores: cell.real(towers)?, pictures: Vec::new() },
+    };
+    cell.finish(&cell.record(trained, evaluations, real, None)?)
+}
+
+/// Whether the record of a task is there, with the task's scores.
+pub fn is_done(comparison: &Path, task: &Task) -> bool {
+    let path = results::cell_folder(comparison, &task.cell.id).join(RECORD_FILE);
+    path.is_file() && CellRecord::read(&path).is_ok_and(|record| record.has(&task.scored_with))
+}
+
+/// Removes what cells keep as long as more may be drawn from it.
+pub fn clean(comparison: &Path, task: &Task) -> Result<()> {
+    let run = task.train_config(comparison).output_dir;
+    files::remove_dir_all(&run.join("checkpoints"))?;
+    let files = if task.remove_weights { weight_files(&run).to_vec() } else { Vec::new() };
+    files.iter().try_for_each(|path| files::remove_file(path))
+}
+
+/// Waits until no other process holds the file; the system lets go of it when a process ends, however it ends.
+fn lock(path: &Path) -> Result<File> {
+    let file = files::open_append(path)?;
+    let mut told = false;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(std::fs::TryLockError::Error(e)) => return Err(Error::io("lock", path, e)),
+            Err(std::fs::TryLockError::WouldBlock) => {}
+        }
+        if !std::mem::replace(&mut told, true) {
+            eprintln!("waiting for the process that holds {}", path.display());
+        }
+        interrupt::check(|| "stopped while waiting for another process".into())?;
+        std::thread::sleep(LOCK_POLL);
+    }
+}
+
+struct Cell<'a> {
+    comparison: &'a Path,
+    task: &'a Task,
+    folder: PathBuf,
+    config: TrainConfig,
+    compute: Compute,
+}
+
+/// `trained.json`: what a training cost, and where it ran.
+#[derive(Debug, Serialize, Deserialize)]
+struct Trained {
+    budget: Budget,
+    environment: Environment,
+}
+
+/// Scores of real pictures.
+#[derive(Default)]
+struct Real {
+    scores: Scores,
+    /// Each one's, of control.
+    pictures: Vec<PictureScores>,
+}
+
+impl Cell<'_> {
+    /// What was trained (`None` for the base model), and the base model's fingerprint; all pictures are there.
+    fn train_and_draw(&self) -> Result<(Option<Trained>, String)> {
+        let mut trained = self.train()?;
+        if let Some(fingerprint) = self.draw()? {
+            return Ok((trained, fingerprint));
+        }
+        // Other pictures are wanted than before, and what was to draw them was removed since.
+        files::remove_file(&self.folder.join(TRAINED_FILE))?;
+        files::remove_dir_all(&self.config.output_dir)?;
+        trained = self.train()?;
+        let missing = || Error::Run(format!("{}: the trained weights are missing", self.folder.display()));
+        Ok((trained, self.draw()?.ok_or_else(missing)?))
+    }
+
+    /// Trains, unless that is done.
+    fn train(&self) -> Result<Option<Trained>> {
+        if self.task.cell.learning_rate.is_none() {
+            return Ok(None);
+        }
+        let done = self.folder.join(TRAINED_FILE);
+        if done.is_file() {
+            return results::read_json(&done).map(Some);
+        }
+        let run = &self.config.output_dir;
+        let interrupted = run.exists();
+        let resume =
+            (!checkpoint::list(run)?.is_empty() && run.join(CONFIG_FILE).is_file()).then_some(Resume::Latest);
+        if interrupted && resume.is_none() {
+            files::remove_dir_all(run)?;
+        }
+        let outcome = train::train(self.config.clone(), resume.as_ref())?;
+        let known = |value: f64| (!interrupted).then_some(value);
+        let gpu = match self.compute.device {
+            // What is used of the whole device is this training's only where it is alone.
+            Device::Cuda(index) if self.task.jobs == 1 => {
+                device::cuda_memory(index).map(|(free, total)| total - free)
+            }
+            _ => None,
+        };
+        let budget = Budget {
+            parameters: outcome.parameters as u64,
+            bytes: weight_files(run).iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum(),
+            steps: outcome.steps,
+            seconds: known(outcome.seconds),
+            seconds_per_step: known(outcome.seconds / outcome.steps.max(1) as f64),
+            peak_memory: device::peak_process_memory().filter(|_| !interrupted),
+            // libtorch keeps what it has once taken.
+            peak_device_memory: gpu.filter(|_| !interrupted),
+            interrupted,
+        };
+        let trained = Trained { budget, environment: self.environment() };
+        results::write_json(&done, &trained)?;
+        Ok(Some(trained))
+    }
+
+    fn step_folder(&self, step: i64) -> PathBuf {
+        self.folder.join(format!("step-{step:06}"))
+    }
+
+    fn drawing(
+        &self,
+        prompts: Vec<String>,
+        num_images: usize,
+        fingerprint: &str,
+        resolution: u32,
+    ) -> Drawing {
+        let (sampling, batch) = (self.task.sampling.clone(), self.config.sample_batch_size);
+        let model = fingerprint.to_string();
+        Drawing { sampling, model, resolution, batch, prompts, num_images, pairs: None }
+    }
+
+    /// Everything that is drawn after a step: its folder's name, and how.
+    fn drawings(&self, fingerprint: &str, resolution: u32) -> Vec<(String, Drawing)> {
+        let sets = self.task.sets.iter().map(|set| {
+            let prompts = set.prompts.iter().map(|p| p.prompt.clone()).collect();
+            let drawing = self.drawing(prompts, set.num_images, fingerprint, resolution);
+            let drawing = Drawing { pairs: set.pairs.clone(), ..drawing };
+            (set.set.name().to_string(), drawing)
+        });
+        let drift = (!self.task.drift_prompts.is_empty()).then(|| {
+            let (prompts, count) = (self.task.drift_prompts.clone(), self.task.num_drift_images);
+            (DRIFT.to_string(), self.drawing(prompts, count, fingerprint, resolution))
+        });
+        sets.chain(drift).collect()
+    }
+
+    /// Draws what is missing; the base model's fingerprint, or `None` where the weights that should draw are gone.
+    fn draw(&self) -> Result<Option<String>> {
+        let (config, compute) = (&self.config, &self.compute);
+        let mut artist = draw::load(config, compute, None)?;
+        let fingerprint = artist.model.fingerprint()?;
+        let resolution = config.resolution.unwrap_or(artist.model.native_size() as u32);
+        results::write_json(&self.folder.join("resolution.json"), &resolution)?;
+        if self.task.cell.learning_rate.is_none() && config.with_prior_preservation {
+            self.class_pictures(&mut artist.model)?;
+        }
+        let shown: Vec<Vec<RgbImage>> =
+            self.task.sets.iter().map(|set| self.conditions(set)).collect::<Result<_>>()?;
+        let drawings = self.drawings(&fingerprint, resolution);
+        for &step in &self.task.steps {
+            let place = self.step_folder(step);
+            if drawings.iter().all(|(name, drawing)| drawing.is_done(&place.join(name))) {
+                continue;
+            }
+            if let Some(adapter) = self.adapter(step) {
+                if !weight_files(&adapter).iter().any(|path| path.is_file()) {
+                    return Ok(None);
+                }
+                // What an earlier step put on it does not come off.
+                artist = draw::load(config, compute, Some(&adapter))?;
+            }
+            let cell = &self.task.cell;
+            let by = format!("{}, {}, seed {}, step {step}", cell.method, cell.subject, cell.seed);
+            // What is drawn for drift follows no condition.
+            let shown = shown.iter().map(Vec::as_slice).chain(std::iter::repeat(&[][..]));
+            for ((name, drawing), shown) in drawings.iter().zip(shown) {
+                drawing.draw(&artist, shown, &by, &place.join(name))?;
+            }
+        }
+        Ok(Some(fingerprint))
+    }
+
+    /// What was trained up to a step; `None` for the base model.
+    fn adapter(&self, step: i64) -> Option<PathBuf> {
+        self.task.cell.learning_rate?;
+        let run = &self.config.output_dir;
+        Some(if step == self.config.max_train_steps { run.clone() } else { checkpoint::folder(run, step) })
+    }
+
+    /// Class pictures are made once, by whoever comes first.
+    fn class_pictures(&self, model: &mut StableDiffusion) -> Result<()> {
+        let folder = self.comparison.join(&self.task.class_folder);
+        files::create_dir_all(&folder)?;
+        let _lock = lock(&folder.join(".lock"))?;
+        eprintln!("{}", train::make_class_images(model, &self.config)?);
+        Ok(())
+    }
+
+    fn score(&self, towers: &Towers, fingerprint: &str) -> Result<Vec<Evaluation>> {
+        let resolution: u32 = results::read_json(&self.folder.join("resolution.json"))?;
+        if let Some(agreement) = &self.task.control {
+            return self.score_pairs(agreement, towers, &self.drawings(fingerprint, resolution));
+        }
+        let look_alikes = self.look_alikes()?;
+        let mut evaluations = Vec::new();
+        let drawings = self.drawings(fingerprint, resolution);
+        let base =
+            results::cell_folder(self.comparison, &self.task.drift_base).join("step-000000").join(DRIFT);
+        let subjects = self
+            .task
+            .sets
+            .iter()
+            .map(|set| {
+                let real = self.real_pictures(set.set.name())?;
+                let masks = if set.set == Set::Test { self.real_pictures("masks")? } else { Vec::new() };
+                score::subject(towers, &real, if real.is_empty() { &[] } else { &look_alikes }, &masks)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        for &step in &self.task.steps {
+            interrupt::check(|| "stopped while scoring".into())?;
+            let place = self.step_folder(step);
+            let drift = match drawings.iter().find(|(name, _)| name == DRIFT) {
+                Some((_, drawing)) if self.task.cell.learning_rate.is_some() => {
+                    score::drift(towers, drawing, &place.join(DRIFT), &base, &self.folder)?
+                }
+                _ => Vec::new(),
+            };
+            for ((set, subject), (name, drawing)) in self.task.sets.iter().zip(&subjects).zip(&drawings) {
+                let folder = place.join(name);
+                let prompts = score::prompts(towers, subject, drawing, &set.prompts, &folder, &self.folder)?;
+                evaluations.push(score::evaluation(step, set.set, prompts, drift.clone()));
+            }
+        }
+        Ok(evaluations)
+    }
+
+    /// As [`Self::score`], of pictures drawn from pairs.
+    fn score_pairs(
+        &self,
+        agreement: &control::Agreement,
+        towers: &Towers,
+        drawings: &[(String, Drawing)],
+    ) -> Result<Vec<Evaluation>> {
+        let judges: Vec<_> =
+            self.task.sets.iter().map(|set| self.judges(agreement, towers, set)).collect::<Result<_>>()?;
+        let mut evaluations = Vec::new();
+        for &step in &self.task.steps {
+            for ((set, judges), (name, drawing)) in self.task.sets.iter().zip(&judges).zip(drawings) {
+                interrupt::check(|| "stopped while scoring".into())?;
+                let prompts = judges.prompts(drawing, &self.step_folder(step).join(name), &self.folder)?;
+                evaluations.push(score::evaluation(step, set.set, prompts, Vec::new()));
+            }
+        }
+        Ok(evaluations)
+    }
+
+    fn judges<'a>(
+        &self,
+        agreement: &'a control::Agreement,
+        towers: &'a Towers,
+        set: &TaskSet,
+    ) -> Result<control::score::Judges<'a>> {
+        let kind = set.set.name();
+        let files = control::picture_places(&self.task.cell.subject, kind, set.prompts.len());
+        let pictures = self.real_pictures(kind)?;
+        control::score::Judges::new(agreement, towers, pictures, &self.conditions(set)?, files)
+    }
+
+    /// The conditions of a set of pairs; empty where it is none.
+    fn conditions(&self, set: &TaskSet) -> Result<Vec<RgbImage>> {
+        match set.pairs {
+            Some(_) => self.real_pictures(&format!("{}_conditions", set.set.name())),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// The pictures of the pairs of the tables scored as drawn ones.
+    fn real_pairs(&self, agreement: &control::Agreement, towers: &Towers) -> Result<Real> {
+        let Some(set) = self.task.sets.iter().find(|set| set.set == Set::Test) else {
+            return Ok(Real::default());
+        };
+        let captions: Vec<String> = set.prompts.iter().map(|p| p.text.clone()).collect();
+        let pictures = self.judges(agreement, towers, set)?.real(&captions)?;
+        let whole = PromptScores { prompt: String::new(), scores: Scores::new(), pictures };
+        Ok(Real { scores: whole.means(), pictures: whole.pictures })
+    }
+
+    fn real_pictures(&self, kind: &str) -> Result<Vec<RgbImage>> {
+        let subject = self.comparison.join("subjects").join(&self.task.cell.subject);
+        score::pictures(&subject.join(kind), usize::MAX)
+    }
+
+    fn look_alikes(&self) -> Result<Vec<RgbImage>> {
+        if self.task.class_look_alikes {
+            return score::pictures(&self.comparison.join(&self.task.class_folder), CLASS_LOOK_ALIKES);
+        }
+        self.real_pictures("look_alikes")
+    }
+
+    /// Scores of the pictures that are trained on against those of the tables, each against all but itself.
+    fn real(&self, towers: Towers) -> Result<Scores> {
+        let (train, test) = (self.real_pictures("train")?, self.real_pictures("test")?);
+        if test.is_empty() || self.task.sets.iter().all(|s| s.set != Set::Test) {
+            return Ok(Scores::new());
+        }
+        // Photographs differ in size: no LPIPS between them.
+        let towers = Towers { lpips: Vec::new(), ..towers };
+        let look_alikes = self.look_alikes()?;
+        let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
+        for picture in &train {
+            let others: Vec<RgbImage> = test.iter().filter(|other| *other != picture).cloned().collect();
+            if others.is_empty() {
+                continue;
+            }
+            let subject = score::subject(&towers, &others, &look_alikes, &[])?;
+            let (_, each) = subject.score(&towers, None, std::slice::from_ref(picture))?;
+            for (key, value) in each.into_iter().flatten() {
+                let (sum, count) = sums.entry(key).or_default();
+                *sum += value;
+                *count += 1.0;
+            }
+        }
+        Ok(sums.into_iter().map(|(key, (sum, count))| (key, sum / count)).collect())
+    }
+
+    fn environment(&self) -> Environment {
+        let dtype = toml::Value::try_from(self.config.dtype).ok();
+        Environment {
+            version: env!("CARGO_PKG_VERSION").into(),
+            device: doctor::device_name(self.compute.device),
+            dtype: dtype.and_then(|d| d.as_str().map(str::to_string)).unwrap_or_default(),
+            threads: tch::get_num_threads(),
+            jobs: self.task.jobs,
+        }
+    }
+
+    fn record(
+        &self,
+        trained: Option<Trained>,
+        evaluations: Vec<Evaluation>,
+        real: Real,
+        failure: Option<String>,
+    ) -> Result<CellRecord> {
+        let (budget, environment) = match trained {
+            Some(trained) => (Some(trained.budget), trained.environment),
+            None => (None, self.environment()),
+        };
+        Ok(CellRecord {
+            format: FORMAT,
+            cell: self.task.cell.clone(),
+            budget,
+            losses: self.losses()?,
+            evaluations,
+            real: real.scores,
+            real_pictures: real.pictures,
+            failure,
+            scored_with: self.task.scored_with.clone(),
+            environment,
+        })
+    }
+
+    /// The training's records without times. The loss is that of denoising, which methods share: no regulariser.
+    fn losses(&self) -> Result<Vec<LossPoint>> {
+        let path = self.config.output_dir.join(METRICS_FILE);
+        if !path.is_file() {
+            return Ok(Vec::new());
+        }
+        let text = String::from_utf8_lossy(&files::read(&path, MAX_METRICS)?).into_owned();
+        let weight = self.config.prior_loss_weight;
+        let point = |r: Record| LossPoint {
+            step: r.step,
+            loss: r.loss_instance + weight * r.loss_prior.unwrap_or(0.0),
+            held_out: r.held_out_loss,
+        };
+        Ok(text.lines().filter_map(|line| serde_json::from_str::<Record>(line).ok()).map(point).collect())
+    }
+
+    fn finish(&self, record: &CellRecord) -> Result<()> {
+        results::write_json(&self.folder.join(RECORD_FILE), record)?;
+        if self.task.is_final { clean(self.comparison, self.task) } else { Ok(()) }
+    }
+}
+
+/// The files that are needed to draw with what was trained.
+fn weight_files(run: &Path) -> [PathBuf; 7] {
+    let (text, control) = (run.join(TEXT_ENCODER), run.join(CONTROL_ENCODER));
+    [
+        control.join(format!("{FILE_STEM}.safetensors")),
+        control.join("config.json"),
+        run.join(peft::WEIGHTS_FILE),
+        run.join(peft::CONFIG_FILE),
+        text.join(peft::WEIGHTS_FILE),
+        text.join(peft::CONFIG_FILE),
+        run.join(FULL_UNET),
+    ]
+}

@@ -1,0 +1,155 @@
+//! `hra train --score`: every checkpoint of one run drawn from and scored, after the training.
+
+use crate::data::image::RgbImage;
+use crate::diffusion::sample::Strength;
+use crate::error::{Error, Result};
+use crate::lab::compare::draw::{self, Drawing, Sampling};
+use crate::lab::compare::score;
+use crate::lab::compare::subjects::Prompt;
+use crate::lab::evaluate::scores::without_token;
+use crate::lab::evaluate::{TowerPaths, Towers};
+use crate::lab::report::{best_step, steps_plot};
+use crate::lab::results::{self, Evaluation, Set};
+use crate::platform::device;
+use crate::platform::files;
+use crate::platform::interrupt;
+use crate::train::checkpoint;
+use crate::train::config::TrainConfig;
+use std::path::{Path, PathBuf};
+
+const FOLDER: &str = "scores";
+
+/// What to score a run's checkpoints by, beside the settings of its previews.
+#[derive(Debug, Clone)]
+pub struct Judges {
+    /// The towers.
+    pub towers: TowerPaths,
+    /// The rare token, which CLIP-T's texts are without.
+    pub token: String,
+    /// Prompts without the subject, for drift; may be empty.
+    pub drift_prompts: Vec<String>,
+}
+
+/// The scores of a run.
+#[derive(Debug)]
+pub struct Scored {
+    /// `scores/` of the run folder: `scores.json`, `scores.svg`, and the pictures.
+    pub folder: PathBuf,
+    /// By step, ascending.
+    pub evaluations: Vec<Evaluation>,
+    /// The step with the largest sum of picture and text similarity; `None` where neither is measured.
+    pub best: Option<i64>,
+}
+
+/// Similarities that the best step is chosen by, each the first that is there.
+const CHOICES: [&[&str]; 2] = [&["dino", "dinov2", "clip_i"], &["clip_t"]];
+
+/// Fails for settings that leave nothing to score; for a look before the training.
+pub fn check(config: &TrainConfig, judges: &Judges) -> Result<()> {
+    if config.is_control() {
+        return Err(Error::config(
+            "--score: expected a training on a subject, found one of control\nhint: `hra compare` scores control (docs/compare.md)",
+        ));
+    }
+    if config.validation_prompt.is_empty() || config.num_validation_images == 0 {
+        return Err(Error::config(
+            "--score: expected a --validation-prompt or more, which every checkpoint is drawn from",
+        ));
+    }
+    if judges.towers == TowerPaths::default() && judges.drift_prompts.is_empty() {
+        return Err(Error::config(
+            "--score: expected something to score with, found none\nhint: give --clip DIR, --dino DIR or --drift-prompt TEXT",
+        ));
+    }
+    if config.use_ema {
+        return Err(Error::config(
+            "--score: checkpoints hold the adapter itself and the end of a run with --use_ema its average, which do not compare\n\
+             hint: leave one of them out",
+        ));
+    }
+    crate::lab::evaluate::towers::identity(&judges.towers).map(|_| ())
+}
+
+/// Draws the validation prompts from every checkpoint that the run has, and from its end, and scores them against the
+/// held-out pictures. What was drawn before is not drawn again.
+pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
+    check(config, judges)?;
+    let run = &config.output_dir;
+    let compute = device::resolve(config.device, Some(config.dtype))?;
+    let base = draw::load(config, &compute, None)?;
+    let resolution = config.resolution.unwrap_or(base.model.native_size() as u32);
+    let drawing = |prompts: &[String]| -> Result<Drawing> {
+        let sampling = Sampling {
+            seed: config.seed,
+            scheduler: config.validation_scheduler,
+            steps: config.validation_inference_steps,
+            guidance: config.validation_guidance,
+            control: Strength::default(),
+        };
+        Ok(Drawing {
+            sampling,
+            model: base.model.fingerprint()?,
+            resolution,
+            batch: config.sample_batch_size,
+            prompts: prompts.to_vec(),
+            num_images: config.num_validation_images,
+            pairs: None,
+        })
+    };
+    let (own, drift) = (drawing(&config.validation_prompt)?, drawing(&judges.drift_prompts)?);
+    let folder = run.join(FOLDER);
+    let base_drift = folder.join("base");
+    drift.draw(&base, &[], "", &base_drift)?;
+    drop(base);
+
+    let towers = Towers::load(&judges.towers, compute.device)?;
+    let _guard = tch::no_grad_guard();
+    let real: Vec<RgbImage> = match &config.held_out_data_dir {
+        Some(dir) => score::pictures(dir, usize::MAX)?,
+        None => Vec::new(),
+    };
+    let subject = score::subject(&towers, &real, &[], &[])?;
+    let texts: Vec<Prompt> = config
+        .validation_prompt
+        .iter()
+        .map(|prompt| Prompt { prompt: prompt.clone(), text: without_token(prompt, &judges.token) })
+        .collect();
+    let mut evaluations = Vec::new();
+    for (step, adapter) in trained(config)? {
+        interrupt::check(|| {
+            "stopped while scoring; what was drawn is kept, --resume latest with --score goes on".into()
+        })?;
+        let place = folder.join(format!("step-{step:06}"));
+        let (pictures, unrelated) = (place.join(Set::Validation.name()), place.join("drift"));
+        if !own.is_done(&pictures) || !drift.is_done(&unrelated) {
+            let artist = draw::load(config, &compute, Some(&adapter))?;
+            let by = format!("{} at step {step}", run.display());
+            own.draw(&artist, &[], &by, &pictures)?;
+            drift.draw(&artist, &[], &by, &unrelated)?;
+        }
+        let prompts = score::prompts(&towers, &subject, &own, &texts, &pictures, &folder)?;
+        let drifts = score::drift(&towers, &drift, &unrelated, &base_drift, &folder)?;
+        evaluations.push(score::evaluation(step, Set::Validation, prompts, drifts));
+    }
+    let best = best_step(&evaluations, &objective(&evaluations));
+    results::write_json(
+        &folder.join("scores.json"),
+        &serde_json::json!({"best": best, "evaluations": evaluations}),
+    )?;
+    let title = run.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    files::write_atomic(&folder.join("scores.svg"), steps_plot(&title, &evaluations, best).as_bytes())?;
+    Ok(Scored { folder, evaluations, best })
+}
+
+/// Steps with what was trained up to them, the end last.
+fn trained(config: &TrainConfig) -> Result<Vec<(i64, PathBuf)>> {
+    let run: &Path = &config.output_dir;
+    let last = config.max_train_steps;
+    let before = checkpoint::list(run)?.into_iter().filter(|step| *step < last);
+    Ok(before.map(|step| (step, checkpoint::folder(run, step))).chain([(last, run.to_path_buf())]).collect())
+}
+
+fn objective(evaluations: &[Evaluation]) -> Vec<(String, f64)> {
+    let there = |key: &&&str| evaluations.iter().all(|e| e.scores.contains_key(**key));
+    CHOICES.iter().filter_map(|keys| keys.iter().find(there)).map(|key| (key.to_string(), 1.0)).collect()
+}

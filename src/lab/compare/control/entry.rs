@@ -1,0 +1,174 @@
+//! `[[control]]` of a comparison's config: pairs of picture and condition in place of a subject, and what cannot be said beside
+//! them.
+
+use crate::data::image::edges::Thresholds;
+use crate::data::pairs::{ConditionKind, PairSettings};
+use crate::lab::compare::CompareConfig;
+use crate::lab::compare::config::{Protocol, four};
+use crate::train::config::TrainConfig;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Keys of `[train]` that each `[[control]]` says itself; those that no comparison takes are refused elsewhere.
+const OWN_KEYS: [&str; 8] = [
+    "condition",
+    "make_conditions",
+    "canny_low",
+    "canny_high",
+    "palette",
+    "image_column",
+    "caption_column",
+    "conditioning_image_column",
+];
+
+/// Pairs that control is taught with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ControlEntry {
+    /// Its name, unique, usable as a folder.
+    pub name: String,
+    /// Pairs that are trained on.
+    pub data_dir: PathBuf,
+    /// Pairs for the tables.
+    pub test_data_dir: PathBuf,
+    /// Pairs to choose learning rates by.
+    pub validation_data_dir: Option<PathBuf>,
+    /// So many of the pairs for the tables, the first ones; all, where it is not set.
+    pub num_test: Option<usize>,
+    /// So many of the pairs to choose by.
+    pub num_validation: Option<usize>,
+    /// What the conditions are.
+    #[serde(default)]
+    pub condition: ConditionKind,
+    /// Edges are made from the pictures even where the pairs name files.
+    #[serde(default)]
+    pub make_conditions: bool,
+    /// Lower threshold of edges, those that are made and those that are compared.
+    #[serde(default = "low")]
+    pub canny_low: f64,
+    /// Upper threshold.
+    #[serde(default = "high")]
+    pub canny_high: f64,
+    /// Colours of the classes; the first one is the background.
+    pub palette: Option<PathBuf>,
+    /// Column of the pictures.
+    #[serde(default = "image_column")]
+    pub image_column: String,
+    /// Column of the captions.
+    #[serde(default = "caption_column")]
+    pub caption_column: String,
+    /// Column of the conditions.
+    #[serde(default = "conditioning_image_column")]
+    pub conditioning_image_column: String,
+    /// What a reader must know of it.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+fn low() -> f64 {
+    Thresholds::default().low
+}
+fn high() -> f64 {
+    Thresholds::default().high
+}
+fn image_column() -> String {
+    PairSettings::default().image_column
+}
+fn caption_column() -> String {
+    PairSettings::default().caption_column
+}
+fn conditioning_image_column() -> String {
+    PairSettings::default().conditioning_image_column
+}
+
+impl ControlEntry {
+    /// How its pairs are read. Paths as the user wrote them.
+    pub fn settings(&self) -> PairSettings {
+        PairSettings {
+            image_column: self.image_column.clone(),
+            caption_column: self.caption_column.clone(),
+            conditioning_image_column: self.conditioning_image_column.clone(),
+            condition: self.condition,
+            make_conditions: self.make_conditions,
+            thresholds: Thresholds { low: self.canny_low, high: self.canny_high },
+            palette: self.palette.clone(),
+        }
+    }
+
+    /// The score that says whether pictures follow their conditions, where there is one.
+    pub fn agreement_score(&self) -> Option<&'static str> {
+        match self.condition {
+            ConditionKind::Canny => Some("edge_f1"),
+            ConditionKind::Segmentation => Some("subject_miou"),
+            ConditionKind::Landmarks | ConditionKind::Other => None,
+        }
+    }
+
+    /// The settings of a training on its pairs.
+    pub fn applied_to(&self, train: TrainConfig) -> TrainConfig {
+        TrainConfig {
+            train_data_dir: Some(self.data_dir.clone()),
+            condition: self.condition,
+            make_conditions: self.make_conditions,
+            canny_low: self.canny_low,
+            canny_high: self.canny_high,
+            palette: self.palette.clone(),
+            image_column: self.image_column.clone(),
+            caption_column: self.caption_column.clone(),
+            conditioning_image_column: self.conditioning_image_column.clone(),
+            ..train
+        }
+    }
+}
+
+/// What is wrong with a comparison of control, beside what is wrong with its trainings.
+pub fn problems(config: &CompareConfig) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut check = |good: bool, problem: &str| {
+        if !good {
+            problems.push(problem.to_string());
+        }
+    };
+    let (train, draw) = (&config.train, &config.draw);
+    check(
+        config.protocol == Protocol::Default,
+        "protocol: paper is for subjects; leave it out with [[control]]",
+    );
+    check(
+        train.contains_key("resolution"),
+        "[train]: resolution is needed with [[control]]: pairs are rendered at it",
+    );
+    for key in OWN_KEYS.iter().filter(|key| train.contains_key(**key)) {
+        check(false, &format!("[train]: {key} is said in [[control]]; leave it out"));
+    }
+    let prior = train.get("with_prior_preservation").and_then(toml::Value::as_bool) == Some(true);
+    check(
+        !prior,
+        "[train]: with_prior_preservation: class pictures have no conditions; leave it out with [[control]]",
+    );
+    let texts = [&draw.prompts, &draw.validation_prompts, &draw.drift_prompts];
+    check(
+        texts.iter().all(|prompts| prompts.is_empty()),
+        "draw: prompts, validation_prompts and drift_prompts are for subjects: with [[control]] the pairs' captions are drawn",
+    );
+    let counts = [draw.num_images, draw.num_validation_images, draw.num_drift_images];
+    check(
+        counts == [four(); 3],
+        "draw: num_images, num_validation_images and num_drift_images are for subjects: with [[control]] each pair is drawn once \
+         (num_test and num_validation of the table say how many pairs)",
+    );
+    for entry in &config.controls {
+        let place = |what: &str| format!("control `{}`: {what}", entry.name);
+        let none = [entry.num_test, entry.num_validation].contains(&Some(0));
+        check(!none, &place("num_test and num_validation: expected 1 or more"));
+        check(
+            config.search.is_none() || entry.validation_data_dir.is_some(),
+            &place("validation_data_dir: a [search] needs pairs that no table uses"),
+        );
+        check(
+            entry.num_validation.is_none() || entry.validation_data_dir.is_some(),
+            &place("num_validation: only with validation_data_dir"),
+        );
+    }
+    problems
+}

@@ -1,0 +1,164 @@
+//! The pictures that scores are computed from: every picture from a seed of its own, the same for all methods.
+
+use crate::attach::loaded::LoadedAdapter;
+use crate::attach::{self, fixed};
+use crate::data::image::{RgbImage, png};
+use crate::diffusion::sample::{self, Guides, Noise, Settings, Steering, Strength, conditions};
+use crate::diffusion::sampler::SamplerKind;
+use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::error::Result;
+use crate::lab::results;
+use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, Control};
+use crate::platform::device::{self, Compute};
+use crate::platform::files;
+use crate::platform::hub::{self, Wanted};
+use crate::train::config::TrainConfig;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+const MANIFEST_FILE: &str = "drawn.json";
+
+/// How pictures are drawn, whatever the prompts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// Of the first picture of each prompt.
+    pub seed: u64,
+    /// The model's, where it is `None`.
+    pub scheduler: Option<SamplerKind>,
+    /// Sampling steps.
+    pub steps: usize,
+    /// Classifier-free guidance.
+    pub guidance: f64,
+    /// How conditions steer.
+    pub control: Strength,
+}
+
+/// What the pictures of a folder depend on beside the network that drew them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Drawing {
+    /// Sampler, steps, guidance and first seed.
+    pub sampling: Sampling,
+    /// The base model's fingerprint.
+    pub model: String,
+    /// Side of a picture in pixels.
+    pub resolution: u32,
+    /// Pictures drawn at once: part of what they are, to the last bit.
+    pub batch: usize,
+    /// In the order of the files.
+    pub prompts: Vec<String>,
+    /// Pictures for each prompt.
+    pub num_images: usize,
+    /// Where each prompt is the caption of a pair.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pairs: Option<Pairs>,
+}
+
+/// What the pictures of pairs depend on beside their captions. A pair's noise belongs to its number, and is the same for its
+/// pictures: the first is drawn with its own condition, the second with another pair's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Pairs {
+    /// Identity of the conditions.
+    pub conditions: String,
+    /// For each pair the number of the one whose condition the second picture is drawn with.
+    pub shuffled: Vec<usize>,
+}
+
+/// What draws pictures: the base model as it is, or with an adapter and the control encoder that was trained beside it.
+pub struct Artist {
+    /// The model, adapted.
+    pub model: StableDiffusion,
+    control: Option<Control>,
+}
+
+/// Loads the base model of a training, with what was trained where `adapter` is given.
+pub fn load(config: &TrainConfig, compute: &Compute, adapter: Option<&Path>) -> Result<Artist> {
+    let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
+    let from = config.model_config.as_deref();
+    let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
+    model.expect_text_to_image()?;
+    device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
+    let mut control = None;
+    if let Some(adapter) = adapter {
+        // A control encoder may have been trained alone.
+        if config.method().is_some() {
+            let names = model.layer_names()?;
+            let loaded = LoadedAdapter::read(adapter, &names)?;
+            fixed::attach_fixed(&mut model, vec![(loaded, 1.0)], false)?;
+        }
+        if config.is_control() {
+            let (encoder, _) = ConditionEncoder::load(&adapter.join(CONTROL_ENCODER), compute.device)?;
+            control = Some(Control::Encoder(encoder));
+        }
+    }
+    Ok(Artist { model, control })
+}
+
+/// Name of a picture in its folder.
+pub fn file_name(prompt: usize, picture: usize) -> String {
+    format!("{prompt:02}-{picture:02}.png")
+}
+
+impl Drawing {
+    /// Seeds of the pictures of a prompt.
+    pub fn seeds(&self, prompt: usize) -> Vec<u64> {
+        let first = self.sampling.seed;
+        match self.pairs {
+            Some(_) => vec![first.wrapping_add(prompt as u64); self.num_images],
+            None => (0..self.num_images as u64).map(|i| first.wrapping_add(i)).collect(),
+        }
+    }
+
+    /// Whether every picture is in `folder`, drawn in this way.
+    pub fn is_done(&self, folder: &Path) -> bool {
+        self.is_the_same(folder) && (0..self.prompts.len()).all(|prompt| self.has_prompt(folder, prompt))
+    }
+
+    /// Draws the pictures that are missing. A folder drawn in another way is drawn anew. A prompt whose pictures are not all
+    /// there is drawn whole, so that an interrupted drawing ends in the same pictures.
+    ///
+    /// `by` is what the pictures say of the adapter. `shown` are the conditions of all pairs, which a control encoder sees.
+    /// Errors: an interrupt, latents that are not finite.
+    pub fn draw(&self, artist: &Artist, shown: &[RgbImage], by: &str, folder: &Path) -> Result<()> {
+        let model = &artist.model;
+        if folder.is_dir() && !self.is_the_same(folder) {
+            files::remove_dir_all(folder)?;
+        }
+        files::create_dir_all(folder)?;
+        results::write_json(&folder.join(MANIFEST_FILE), self)?;
+        for (p, prompt) in self.prompts.iter().enumerate() {
+            if self.has_prompt(folder, p) {
+                continue;
+            }
+            let s = &self.sampling;
+            let settings =
+                Settings::square(model, prompt, s.scheduler, s.steps, s.guidance, self.resolution)?;
+            settings.validate(model)?;
+            let seeds = self.seeds(p);
+            let noise = Noise::draw(&seeds, &settings, model)?;
+            let guides = Guides { control: self.steering(artist, shown, p), ..Guides::default() };
+            let pictures = sample::sample(model, &settings, &noise, &guides, self.batch, &mut || {})?;
+            for (i, picture) in pictures.iter().enumerate() {
+                let text = settings.to_text(Some(seeds[i]), &model.name(), by);
+                png::save_png(&folder.join(file_name(p, i)), &picture.image, &text)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn steering<'a>(&self, artist: &'a Artist, shown: &[RgbImage], prompt: usize) -> Option<Steering<'a>> {
+        let (pairs, control) = (self.pairs.as_ref()?, artist.control.as_ref()?);
+        let own = std::iter::once(prompt).chain(pairs.shuffled.get(prompt).copied());
+        let pictures: Vec<&RgbImage> = own.take(self.num_images).map(|pair| &shown[pair]).collect();
+        let side = i64::from(self.resolution);
+        let conditions = conditions(&pictures, side, side);
+        Some(Steering { control, conditions, strength: self.sampling.control })
+    }
+
+    fn is_the_same(&self, folder: &Path) -> bool {
+        results::read_json::<Self>(&folder.join(MANIFEST_FILE)).is_ok_and(|found| found == *self)
+    }
+
+    fn has_prompt(&self, folder: &Path, prompt: usize) -> bool {
+        (0..self.num_images).all(|i| folder.join(file_name(prompt, i)).is_file())
+    }
+}

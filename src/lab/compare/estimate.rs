@@ -1,0 +1,146 @@
+//! How long a comparison may take: from the cells that are done, or else from one call of the UNet on this machine.
+
+use crate::attach;
+use crate::diffusion::sample::Settings;
+use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::error::Result;
+use crate::lab::compare::cell;
+use crate::lab::compare::config::CompareConfig;
+use crate::lab::compare::shard::Shard;
+use crate::lab::compare::task::Task;
+use crate::lab::results::{self, CellRecord, RECORD_FILE};
+use crate::platform::device;
+use crate::platform::hub::{self, Wanted};
+use crate::train::config::MethodName;
+use std::path::Path;
+use std::time::Instant;
+use tch::{Kind, Tensor};
+
+/// A training step in calls of the UNet on its batch: forward, and backward at about twice its cost.
+const CALLS_A_STEP: f64 = 3.0;
+/// The same where every weight trains (measured on the embedded model, optimiser included).
+const CALLS_A_FULL_STEP: f64 = 5.0;
+
+/// What is left to do, and how long it may take.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Estimate {
+    /// Trainings of this share that are not done.
+    pub trainings: usize,
+    /// Trainings that are done.
+    pub done: usize,
+    /// Optimiser steps of the rest.
+    pub steps: i64,
+    /// Pictures to draw, class pictures among them.
+    pub pictures: usize,
+    /// Seconds on this machine.
+    pub seconds: f64,
+    /// What the seconds rest on.
+    pub from: String,
+}
+
+impl Estimate {
+    /// Of the tasks of a share.
+    pub fn of(config: &CompareConfig, tasks: &[Task], shard: Shard) -> Result<Self> {
+        let folder = &config.output_dir;
+        let trainings: Vec<&Task> = tasks.iter().filter(|t| t.cell.learning_rate.is_some()).collect();
+        let mine = |i: &usize| shard.has(*i);
+        let mine: Vec<&Task> =
+            trainings.iter().enumerate().filter(|(i, _)| mine(i)).map(|(_, t)| *t).collect();
+        let todo: Vec<&Task> = mine.iter().filter(|t| !cell::is_done(folder, t)).copied().collect();
+        let bases = tasks.iter().filter(|t| t.cell.learning_rate.is_none() && !cell::is_done(folder, t));
+        let class: usize = bases
+            .clone()
+            .map(|t| if t.train.with_prior_preservation { t.train.num_class_images } else { 0 })
+            .sum();
+        let drawn: usize = todo.iter().copied().chain(bases).map(pictures).sum();
+        let steps = todo.iter().map(|t| t.train.max_train_steps).sum();
+        let mut estimate = Self {
+            trainings: todo.len(),
+            done: mine.len() - todo.len(),
+            steps,
+            pictures: drawn + class,
+            seconds: 0.0,
+            from: String::new(),
+        };
+        if todo.is_empty() {
+            estimate.from = "nothing is left to do".into();
+            return Ok(estimate);
+        }
+        let call = Probe::measure(&todo[0].train, config)?;
+        let step = |task: &Task| seen(folder, tasks, task).unwrap_or_else(|| call.step(task));
+        let training: f64 = todo.iter().map(|t| step(t) * t.train.max_train_steps as f64).sum();
+        let drawing = call.picture(config.draw.steps, config.draw.guidance) * drawn as f64
+            + todo.first().map_or(0.0, |t| call.picture(t.train.class_steps, t.train.class_guidance))
+                * class as f64;
+        estimate.seconds = (training + drawing) / config.jobs as f64;
+        estimate.from = format!(
+            "from one UNet call of {:.0} ms on a picture here{}; scores and loading come on top",
+            call.seconds * 1e3,
+            if estimate.done > 0 { " and the steps of the cells that are done" } else { "" }
+        );
+        Ok(estimate)
+    }
+}
+
+/// Pictures that a task draws.
+fn pictures(task: &Task) -> usize {
+    let sets: usize = task.sets.iter().map(|s| s.prompts.len() * s.num_images).sum();
+    (sets + task.drift_prompts.len() * task.num_drift_images) * task.steps.len()
+}
+
+/// Seconds of a step of the same method, from a cell that is done.
+fn seen(folder: &Path, tasks: &[Task], task: &Task) -> Option<f64> {
+    let same = tasks.iter().filter(|t| t.cell.method == task.cell.method);
+    let record =
+        |t: &Task| CellRecord::read(&results::cell_folder(folder, &t.cell.id).join(RECORD_FILE)).ok();
+    same.filter_map(record).find_map(|r| r.budget?.seconds_per_step)
+}
+
+/// The time of one UNet call on one picture, as drawing calls it.
+struct Probe {
+    seconds: f64,
+}
+
+impl Probe {
+    fn measure(train: &crate::train::config::TrainConfig, config: &CompareConfig) -> Result<Self> {
+        let compute = device::resolve(train.device, Some(train.dtype))?;
+        let dir = hub::resolve(&train.pretrained_model_name_or_path, Wanted::Model)?;
+        let mut model =
+            StableDiffusion::load_with(&dir, train.model_config.as_deref(), compute.kind, compute.device)?;
+        model.expect_text_to_image()?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = train.threads.unwrap_or((cores / config.jobs).max(1) as i32);
+        device::set_threads(Some(threads), attach::weight_count(&mut model.unet))?;
+        let size = train.resolution.unwrap_or(model.native_size() as u32);
+        let settings = Settings::square(&model, "", None, 1, 1.0, size)?;
+        settings.validate(&model)?;
+        let _guard = tch::no_grad_guard();
+        let batch = 2;
+        let mut shape = settings.latent_shape(&model);
+        shape[0] = batch;
+        let (context, _) = model.encode_prompts(&["", ""])?;
+        let latents = Tensor::zeros(shape, (Kind::Float, compute.device));
+        let timesteps = Tensor::full([batch], 500.0, (Kind::Float, compute.device));
+        let mut seconds = f64::INFINITY;
+        // The first call also allocates.
+        for _ in 0..3 {
+            let started = Instant::now();
+            let sum = model.unet.forward(&latents, &timesteps, &context).sum(Kind::Float);
+            let _ = sum.double_value(&[]); // waits for the device
+            seconds = f64::min(seconds, started.elapsed().as_secs_f64() / batch as f64);
+        }
+        Ok(Self { seconds })
+    }
+
+    fn step(&self, task: &Task) -> f64 {
+        let train = &task.train;
+        let rows = train.train_batch_size * train.gradient_accumulation_steps;
+        let rows = if train.with_prior_preservation { 2 * rows } else { rows };
+        let calls = if train.method == MethodName::Full { CALLS_A_FULL_STEP } else { CALLS_A_STEP };
+        self.seconds * rows as f64 * calls
+    }
+
+    fn picture(&self, steps: usize, guidance: f64) -> f64 {
+        self.seconds * steps as f64 * if guidance > 1.0 { 2.0 } else { 1.0 }
+    }
+}

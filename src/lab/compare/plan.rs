@@ -1,0 +1,388 @@
+//! From the settings of a comparison to its cells.
+
+use crate::error::{Error, Result};
+use crate::lab::compare::config::{CompareConfig, MethodEntry, Protocol};
+use crate::lab::compare::draw::{Pairs, Sampling};
+use crate::lab::compare::subjects::{Subject, hash, slug};
+use crate::lab::compare::task::{Task, TaskSet};
+use crate::lab::evaluate::{TowerPaths, towers};
+use crate::lab::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, ScoredWith, Set};
+use crate::model::control::Passes;
+use crate::platform::device::DeviceChoice;
+use crate::platform::hub::{self, Wanted};
+use crate::train::config::TrainConfig;
+use crate::weights::source::Source;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Held-out losses are measured so many times in a training.
+const HELD_OUT_LOOKS: i64 = 5;
+
+/// A plan, and a task for each of its cells.
+pub struct Planned {
+    /// For readers.
+    pub plan: Plan,
+    /// For processes, in the order of the plan's cells.
+    pub tasks: Vec<Task>,
+}
+
+/// What is planned at a time.
+pub enum Stage<'a> {
+    /// The search; without one, the tables with each method's own rate.
+    First,
+    /// The tables, after a search, with the rate that was chosen for each method.
+    Tables(&'a BTreeMap<String, f64>),
+}
+
+/// Plans the cells. After a search the plan holds the search's cells too.
+pub fn plan(
+    config: &CompareConfig,
+    subjects: &[Subject],
+    protocol_notes: &[String],
+    stage: &Stage,
+) -> Result<Planned> {
+    let steps = config.steps()?;
+    // Fetched once, before processes look for them at the same time.
+    let towers = config.scores.resolved()?;
+    let identity = towers::identity(&towers)?;
+    let train = TrainConfig::from_tables(&[&config.train])?;
+    let dir = hub::resolve(&train.pretrained_model_name_or_path, Wanted::Model)?;
+    let model = Source::open(&dir, train.model_config.as_deref())?.fingerprint()?;
+    let planner = Planner { config, subjects, steps: &steps, towers, identity, train, model };
+    let chosen = match stage {
+        Stage::Tables(chosen) => Some(*chosen),
+        Stage::First => None,
+    };
+    let tables = config.search.is_none() || chosen.is_some();
+    let mut tasks: Vec<Task> = Vec::new();
+    let mut add = |task: Task| {
+        // A training that serves the search and the tables is one cell with both sets.
+        if let Some(known) = tasks.iter_mut().find(|t| t.cell.id == task.cell.id) {
+            known.sets.extend(task.sets);
+            known.sets.sort_by_key(|s| s.set);
+        } else {
+            tasks.push(task);
+        }
+    };
+    for subject in subjects {
+        add(planner.base(subject)?);
+    }
+    if let Some(search) = &config.search {
+        let searched = |s: &&Subject| search.subjects.is_empty() || search.subjects.contains(&s.name);
+        if let Some(unknown) = search.subjects.iter().find(|n| !subjects.iter().any(|s| s.name == **n)) {
+            return Err(Error::config(format!(
+                "search: subjects: `{unknown}` is not a subject of this comparison (or has no folder)"
+            )));
+        }
+        for method in &config.methods {
+            for rate in config.learning_rates(method)? {
+                for subject in subjects.iter().filter(searched) {
+                    for seed in &search.seeds {
+                        add(planner.training(method, subject, *seed, rate, Set::Validation)?);
+                    }
+                }
+            }
+        }
+    }
+    if tables {
+        // Seeds on the outside: what is there early is a whole table of the first seed.
+        for seed in &config.seeds {
+            for subject in subjects {
+                for method in &config.methods {
+                    let rate = match chosen {
+                        None => planner.train_config(method)?.learning_rate,
+                        Some(chosen) => *chosen.get(&method.label).ok_or_else(|| {
+                            Error::Run(format!(
+                                "search: no learning rate of `{}` gave a score\nhint: try lower ones",
+                                method.label
+                            ))
+                        })?,
+                    };
+                    add(planner.training(method, subject, *seed, rate, Set::Test)?);
+                }
+            }
+        }
+    }
+    // Nothing follows the tables, or a search alone.
+    let is_final = tables || config.search.as_ref().is_some_and(|s| s.only);
+    for task in &mut tasks {
+        task.scored_with = planner.identities(task);
+        task.is_final = is_final;
+    }
+    let mut notes = config.notes.clone();
+    notes.extend(protocol_notes.iter().cloned());
+    let plan = Plan {
+        format: FORMAT,
+        title: config.title.clone(),
+        protocol: if config.protocol == Protocol::Paper { "paper" } else { "default" }.into(),
+        notes,
+        methods: config.methods.iter().map(|m| planner.method(m)).collect::<Result<_>>()?,
+        subjects: subjects.iter().map(planned_subject).collect(),
+        seeds: match &config.search {
+            Some(search) if search.only => search.seeds.clone(),
+            _ => config.seeds.clone(),
+        },
+        steps: steps.clone(),
+        drift_prompts: config.draw.drift_prompts.clone(),
+        objective: config.objective().into_iter().collect(),
+        common: planner.common()?,
+        cells: tasks.iter().map(|t| t.cell.clone()).collect(),
+        scored_with: tasks.iter().map(|t| (t.cell.id.clone(), t.scored_with.clone())).collect(),
+    };
+    Ok(Planned { plan, tasks })
+}
+
+struct Planner<'a> {
+    config: &'a CompareConfig,
+    subjects: &'a [Subject],
+    steps: &'a [i64],
+    towers: TowerPaths,
+    identity: String,
+    /// The settings of `[train]`.
+    train: TrainConfig,
+    /// The base model's fingerprint.
+    model: String,
+}
+
+impl Planner<'_> {
+    fn train_config(&self, method: &MethodEntry) -> Result<TrainConfig> {
+        self.config.train_config(method)
+    }
+
+    fn method(&self, method: &MethodEntry) -> Result<PlannedMethod> {
+        let settings = serde_json::to_value(&method.settings)
+            .ok()
+            .and_then(|value| value.as_object().cloned())
+            .ok_or_else(|| {
+                Error::config(format!("method `{}`: settings that JSON does not hold", method.label))
+            })?;
+        let learning_rates = self.config.learning_rates(method)?;
+        Ok(PlannedMethod { label: method.label.clone(), settings, learning_rates })
+    }
+
+    /// What is the same for every cell and a reader wants to know.
+    fn common(&self) -> Result<Vec<(String, String)>> {
+        let (train, draw) = (&self.train, &self.config.draw);
+        let scheduler = draw.scheduler.map_or("the model's".to_string(), |s| s.to_string());
+        let mut common = vec![
+            ("model".to_string(), train.pretrained_model_name_or_path.display().to_string()),
+            ("resolution".into(), train.resolution.map_or("the model's".into(), |r| r.to_string())),
+            ("steps".into(), train.max_train_steps.to_string()),
+            (
+                if self.config.controls.is_empty() { "subject pictures a step" } else { "pairs a step" }
+                    .into(),
+                (train.train_batch_size * train.gradient_accumulation_steps).to_string(),
+            ),
+            ("learning-rate schedule".into(), self.schedule(train)?),
+            ("pictures a prompt".into(), draw.num_images.to_string()),
+            ("drawn with".into(), format!("{scheduler}, {} steps, guidance {}", draw.steps, draw.guidance)),
+        ];
+        if !self.config.controls.is_empty() {
+            let passes = match draw.control_passes {
+                Passes::Both => "both passes of guidance",
+                Passes::Conditional => "the prompt's pass of guidance",
+            };
+            common.push(("condition".into(), format!("in {passes}, scale {}", draw.control_scale)));
+            common.retain(|(key, _)| key != "pictures a prompt");
+            common.push(("captions left out".into(), train.proportion_empty_prompts.to_string()));
+        }
+        if !self.config.methods.iter().any(|m| m.settings.contains_key("target_modules")) {
+            common.push(("target modules of adapters".into(), train.target_modules.join(", ")));
+        }
+        if train.with_prior_preservation {
+            common.push((
+                "class pictures".into(),
+                format!("{}, weight {}", train.num_class_images, train.prior_loss_weight),
+            ));
+        }
+        Ok(common)
+    }
+
+    fn schedule(&self, train: &TrainConfig) -> Result<String> {
+        let table = train.to_table()?;
+        let name = table.get("lr_scheduler").and_then(|v| v.as_str()).unwrap_or_default();
+        Ok(format!("{name}, warm-up {}", train.lr_warmup_steps))
+    }
+
+    fn base(&self, subject: &Subject) -> Result<Task> {
+        let train = self.train.clone();
+        let only = self.config.search.as_ref().is_some_and(|s| s.only);
+        let mut sets = Vec::new();
+        if self.config.search.is_some() {
+            sets.push(Set::Validation);
+        }
+        if !only {
+            sets.push(Set::Test);
+        }
+        self.task(subject, BASE, train, 0, None, &sets)
+    }
+
+    fn training(
+        &self,
+        method: &MethodEntry,
+        subject: &Subject,
+        seed: u64,
+        rate: f64,
+        set: Set,
+    ) -> Result<Task> {
+        let train = TrainConfig { learning_rate: rate, seed, ..self.train_config(method)? };
+        self.task(subject, &method.label, train, seed, Some(rate), &[set])
+    }
+
+    fn task(
+        &self,
+        subject: &Subject,
+        method: &str,
+        train: TrainConfig,
+        seed: u64,
+        rate: Option<f64>,
+        sets: &[Set],
+    ) -> Result<Task> {
+        let train = TrainConfig {
+            instance_prompt: subject.instance_prompt.clone(),
+            class_prompt: subject.class_prompt.clone(),
+            validation_prompt: Vec::new(),
+            // Without prompts control would preview held-out pairs, in the time that is measured.
+            num_validation_images: 0,
+            validation_steps: (train.max_train_steps / HELD_OUT_LOOKS).max(1),
+            checkpoints_total_limit: (self.steps.len() == 1).then_some(1),
+            seed,
+            ..train
+        };
+        let train = self.with_pairs(subject, train);
+        let id = match rate {
+            None => self.base_id(subject),
+            Some(rate) => {
+                let own = subject.control.as_ref().map(|control| control.train_hash.as_str());
+                let pictures: Vec<&str> = subject.train.iter().map(|p| p.hash.as_str()).chain(own).collect();
+                // Where it runs is not what it is.
+                let what = TrainConfig { device: DeviceChoice::Auto, threads: None, ..train.clone() };
+                let key = serde_json::to_string(&(method, what, &self.model, pictures, self.steps));
+                let key = key.map_err(|e| Error::config(format!("method `{method}`: {e}")))?;
+                format!("{}-lr{rate:e}-{}-s{seed}-{}", slug(method), subject.name, short(&key))
+            }
+        };
+        let cell = PlannedCell {
+            id,
+            method: method.to_string(),
+            subject: subject.name.clone(),
+            seed,
+            learning_rate: rate,
+        };
+        // Pictures without the subject are the same for all: the first subject's base cell draws them.
+        let first = self.subjects.first().map_or_else(String::new, |first| self.base_id(first));
+        let draws_drift = rate.is_some() || cell.id == first;
+        let draw = &self.config.draw;
+        let (class, class_prompt) = (self.class_settings(), &subject.class_prompt);
+        let class_folder = format!("{}-{}", slug(class_prompt), short(&format!("{class_prompt} {class}")));
+        Ok(Task {
+            class_folder: Path::new("class_images").join(class_folder),
+            steps: if rate.is_some() { self.steps.to_vec() } else { vec![0] },
+            sets: sets.iter().map(|set| self.set(*set, subject, rate.is_some())).collect(),
+            control: subject.control.as_ref().map(|control| control.agreement.clone()),
+            drift_prompts: if draws_drift { draw.drift_prompts.clone() } else { Vec::new() },
+            drift_base: first,
+            sampling: Sampling {
+                seed: draw.seed,
+                scheduler: draw.scheduler,
+                steps: draw.steps,
+                guidance: draw.guidance,
+                control: draw.control(),
+            },
+            num_drift_images: draw.num_drift_images,
+            towers: self.towers.clone(),
+            class_look_alikes: subject.look_alikes.is_empty() && train.with_prior_preservation,
+            scored_with: ScoredWith::new(),
+            remove_weights: self.config.remove_weights,
+            is_final: false,
+            jobs: self.config.jobs,
+            cell,
+            train,
+        })
+    }
+
+    /// What class pictures depend on beside their prompt.
+    fn class_settings(&self) -> String {
+        let t = &self.train;
+        let how = (t.class_steps, t.class_guidance, t.class_scheduler, t.resolution, t.sample_batch_size);
+        format!("{} {how:?}", self.model)
+    }
+
+    fn base_id(&self, subject: &Subject) -> String {
+        let t = &self.train;
+        let counts = (t.dtype, t.with_prior_preservation, t.num_class_images);
+        format!("{BASE}-{}-{}", subject.name, short(&format!("{} {counts:?}", self.class_settings())))
+    }
+
+    /// The settings of a training on a subject's pairs, where it has any.
+    fn with_pairs(&self, subject: &Subject, train: TrainConfig) -> TrainConfig {
+        let Some(control) = &subject.control else { return train };
+        let entry = self.config.controls.iter().find(|entry| entry.name == subject.name);
+        let train = match entry {
+            Some(entry) => entry.applied_to(train),
+            None => train,
+        };
+        let (train_data_dir, palette) =
+            (Some(control.train_data_dir.clone()), control.settings.palette.clone());
+        TrainConfig { train_data_dir, palette, ..train }
+    }
+
+    fn set(&self, set: Set, subject: &Subject, is_trained: bool) -> TaskSet {
+        let (prompts, num_images) = match set {
+            Set::Validation => (&subject.validation_prompts, self.config.draw.num_validation_images),
+            Set::Test => (&subject.prompts, self.config.draw.num_images),
+        };
+        let Some(control) = &subject.control else {
+            return TaskSet { set, prompts: prompts.clone(), num_images, pairs: None };
+        };
+        // The base model is shown no condition, its own or another's.
+        let shuffled = if is_trained { control.shuffled(set).to_vec() } else { Vec::new() };
+        let conditions = control.hash(set).to_string();
+        let num_images = if shuffled.is_empty() { 1 } else { 2 };
+        TaskSet { set, prompts: prompts.clone(), num_images, pairs: Some(Pairs { conditions, shuffled }) }
+    }
+
+    /// What the scores of a task depend on beside its training, for each set.
+    fn identities(&self, task: &Task) -> ScoredWith {
+        let subject = self.subjects.iter().find(|s| s.name == task.cell.subject);
+        let identity = |set: &TaskSet| {
+            // The other set's pictures have no say; the base model's record compares those that are trained on.
+            let other = if set.set == Set::Test { "validation" } else { "test" };
+            let pictures: Vec<(&str, Vec<&str>)> = subject
+                .iter()
+                .flat_map(|s| s.pictures())
+                .filter(|(kind, _)| *kind != other)
+                .map(|(kind, p)| (kind, p.iter().map(|p| p.hash.as_str()).collect()))
+                .collect();
+            let drawn =
+                (&task.drift_prompts, task.num_drift_images, &task.sampling, task.train.sample_batch_size);
+            let how = (task.class_look_alikes, &task.control);
+            let key = (&self.identity, pictures, set, drawn, &task.steps, how);
+            (set.set, hash(format!("{key:?}").as_bytes())[..16].to_string())
+        };
+        task.sets.iter().map(identity).collect()
+    }
+}
+
+/// Enough of a hash for a folder's name.
+fn short(key: &str) -> String {
+    hash(key.as_bytes())[..8].to_string()
+}
+
+fn planned_subject(subject: &Subject) -> PlannedSubject {
+    let place = |kind: &str, pictures: &[super::subjects::Picture]| {
+        pictures.iter().map(|p| format!("subjects/{}/{kind}/{}", subject.name, p.name)).collect()
+    };
+    PlannedSubject {
+        name: subject.name.clone(),
+        class: subject.class.clone(),
+        instance_prompt: subject.instance_prompt.clone(),
+        prompts: subject.prompts.iter().map(|p| p.prompt.clone()).collect(),
+        validation_prompts: subject.validation_prompts.iter().map(|p| p.prompt.clone()).collect(),
+        train_pictures: place("train", &subject.train),
+        validation_pictures: place("validation", &subject.validation),
+        test_pictures: place("test", &subject.test),
+        notes: subject.notes.clone(),
+        control: subject.control.as_ref().map(|control| control.planned(&subject.name)),
+    }
+}

@@ -1,0 +1,96 @@
+//! From drawn pictures to an [`Evaluation`].
+
+use crate::data::ImageFolder;
+use crate::data::image::{RgbImage, load_rgb};
+use crate::error::Result;
+use crate::lab::compare::draw::{Drawing, file_name};
+use crate::lab::compare::subjects::Prompt;
+use crate::lab::evaluate::scores::{self, References};
+use crate::lab::evaluate::{Subject, Towers};
+use crate::lab::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
+use std::path::{Path, PathBuf};
+
+/// The pictures of a folder, in the order of their names; none, where there is no folder.
+pub fn pictures(folder: &Path, at_most: usize) -> Result<Vec<RgbImage>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let scanned = ImageFolder::scan(folder)?;
+    (0..scanned.images().len().min(at_most)).map(|i| scanned.load(i)).collect()
+}
+
+/// Embeds real pictures, look-alikes and masks of a subject.
+pub fn subject(
+    towers: &Towers,
+    real: &[RgbImage],
+    look_alikes: &[RgbImage],
+    masks: &[RgbImage],
+) -> Result<Subject> {
+    let references = References {
+        real: real.iter().collect(),
+        look_alikes: look_alikes.iter().collect(),
+        masks: (!masks.is_empty()).then(|| masks.iter().collect()),
+    };
+    Subject::new(towers, &references)
+}
+
+/// Scores what was drawn into `folder`, of which pictures are named relative to `root`.
+pub fn prompts(
+    towers: &Towers,
+    subject: &Subject,
+    drawing: &Drawing,
+    texts: &[Prompt],
+    folder: &Path,
+    root: &Path,
+) -> Result<Vec<PromptScores>> {
+    let mut all = Vec::new();
+    for (p, prompt) in texts.iter().enumerate() {
+        let drawn = drawn(drawing, folder, p)?;
+        let (together, each) = subject.score(towers, Some(&prompt.text), &drawn)?;
+        all.push(prompt_scores(drawing, p, together, each, folder, root));
+    }
+    Ok(all)
+}
+
+/// Drift of what was drawn into `folder` from the same prompts and noise in `base`.
+pub fn drift(
+    towers: &Towers,
+    drawing: &Drawing,
+    folder: &Path,
+    base: &Path,
+    root: &Path,
+) -> Result<Vec<PromptScores>> {
+    let mut all = Vec::new();
+    for p in 0..drawing.prompts.len() {
+        let each = scores::drift(towers, &drawn(drawing, folder, p)?, &drawn(drawing, base, p)?)?;
+        all.push(prompt_scores(drawing, p, Scores::new(), each, folder, root));
+    }
+    Ok(all)
+}
+
+/// Puts an evaluation together, with its means.
+pub fn evaluation(step: i64, set: Set, prompts: Vec<PromptScores>, drift: Vec<PromptScores>) -> Evaluation {
+    let mut evaluation = Evaluation { step, set, prompts, drift, scores: Scores::new() };
+    evaluation.summarise();
+    evaluation
+}
+
+pub(super) fn drawn(drawing: &Drawing, folder: &Path, prompt: usize) -> Result<Vec<RgbImage>> {
+    (0..drawing.num_images).map(|i| load_rgb(&folder.join(file_name(prompt, i)))).collect()
+}
+
+pub(super) fn prompt_scores(
+    drawing: &Drawing,
+    prompt: usize,
+    scores: Scores,
+    each: Vec<Scores>,
+    folder: &Path,
+    root: &Path,
+) -> PromptScores {
+    let relative: PathBuf = folder.strip_prefix(root).unwrap_or(folder).into();
+    let pictures = drawing.seeds(prompt).into_iter().zip(each).enumerate().map(|(i, (seed, scores))| {
+        let file = relative.join(file_name(prompt, i)).to_string_lossy().into_owned();
+        PictureScores { seed, file, scores }
+    });
+    PromptScores { prompt: drawing.prompts[prompt].clone(), scores, pictures: pictures.collect() }
+}

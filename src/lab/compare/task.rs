@@ -1,0 +1,101 @@
+//! What one process of a comparison is to do, as the parent writes it into the cell's folder: `cells/ID/task.json`.
+
+use crate::error::Result;
+use crate::lab::compare::control::{self, Agreement};
+use crate::lab::compare::draw::{Pairs, Sampling};
+use crate::lab::compare::subjects::Prompt;
+use crate::lab::evaluate::TowerPaths;
+use crate::lab::results::{self, PlannedCell, ScoredWith, Set};
+use crate::train::config::TrainConfig;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+const FILE: &str = "task.json";
+
+/// One training with its pictures and scores; or the base model's pictures of a subject.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Task {
+    /// Which one.
+    pub cell: PlannedCell,
+    /// The settings of the training, and of the base model where there is none. Folders of the comparison are filled in
+    /// by [`Task::train_config`].
+    pub train: TrainConfig,
+    /// Folder of the class pictures, relative to the comparison's.
+    pub class_folder: PathBuf,
+    /// Steps after which it is scored, ascending.
+    pub steps: Vec<i64>,
+    /// What is drawn and scored after each of them.
+    pub sets: Vec<TaskSet>,
+    /// Prompts without the subject; empty where another cell's pictures serve (see [`Self::drift_base`]).
+    pub drift_prompts: Vec<String>,
+    /// The cell, of the base model, that drift is measured from.
+    pub drift_base: String,
+    /// How pictures are drawn.
+    pub sampling: Sampling,
+    /// Pictures for each of [`Self::drift_prompts`].
+    pub num_drift_images: usize,
+    /// The towers.
+    pub towers: TowerPaths,
+    /// The class pictures are the subject's look-alikes.
+    pub class_look_alikes: bool,
+    /// What its scores are to be made with.
+    pub scored_with: ScoredWith,
+    /// Remove what was trained once it is scored.
+    pub remove_weights: bool,
+    /// Where control is taught: how its pictures are scored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<Agreement>,
+    /// Nothing else will be drawn from its checkpoints: they are removed when it is scored.
+    pub is_final: bool,
+    /// Cells that run at once.
+    pub jobs: usize,
+}
+
+/// Prompts of one kind.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskSet {
+    /// Which kind.
+    pub set: Set,
+    /// The prompts.
+    pub prompts: Vec<Prompt>,
+    /// Pictures for each.
+    pub num_images: usize,
+    /// Where the prompts are captions of pairs: how they are drawn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pairs: Option<Pairs>,
+}
+
+impl Task {
+    /// Writes it into its cell's folder.
+    pub fn write(&self, comparison: &Path) -> Result<()> {
+        let folder = results::cell_folder(comparison, &self.cell.id);
+        crate::platform::files::create_dir_all(&folder)?;
+        results::write_json(&folder.join(FILE), self)
+    }
+
+    /// Reads the task of a cell.
+    pub fn read(comparison: &Path, id: &str) -> Result<Self> {
+        results::read_json(&results::cell_folder(comparison, id).join(FILE))
+    }
+
+    /// The settings of the training in this comparison's folder.
+    pub fn train_config(&self, comparison: &Path) -> TrainConfig {
+        let subject = comparison.join("subjects").join(&self.cell.subject);
+        let output_dir = results::cell_folder(comparison, &self.cell.id).join("run");
+        // The same for the search and the tables; nothing is chosen by it.
+        let kinds = ["validation", "test"];
+        if self.control.is_some() {
+            let held_out = kinds.map(|kind| control::table(&subject, kind));
+            let held_out_data_dir = held_out.into_iter().find(|table| table.is_file());
+            return TrainConfig { output_dir, held_out_data_dir, ..self.train.clone() };
+        }
+        let held_out = kinds.map(|kind| subject.join(kind)).into_iter().find(|folder| folder.is_dir());
+        TrainConfig {
+            output_dir,
+            instance_data_dir: subject.join("train"),
+            class_data_dir: self.train.with_prior_preservation.then(|| comparison.join(&self.class_folder)),
+            held_out_data_dir: held_out,
+            ..self.train.clone()
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! The report of a comparison, made from its files alone: `report.html`, `report.csv`, `report-cells.csv`, `report.json`
+//! and `report.md` in the comparison's folder.
+//!
+//! `values` picks what counts from the records (`paper`: as the HRA authors' script picks), `statistics` and `search` work
+//! on numbers, `table` holds the rows. `markdown`, `tables` and `page` with `pictures`, `plots` and `chart` show them.
+//! The same records give the same bytes. No tensors here, and no clock.
+
+mod chart;
+mod markdown;
+mod page;
+pub mod paper;
+mod pictures;
+mod plots;
+pub mod search;
+pub mod statistics;
+pub mod table;
+mod tables;
+mod values;
+mod words;
+
+pub use plots::steps_plot;
+pub use search::{BestRate, best_rates, best_step};
+
+use crate::error::{Error, Result};
+use crate::lab::results::{self, CellRecord, Plan, RECORD_FILE};
+use crate::platform::files;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use table::{Analysis, Row};
+
+/// The page.
+pub const PAGE_FILE: &str = "report.html";
+/// A row for each picture.
+pub const PICTURES_FILE: &str = "report.csv";
+/// A row for each cell, step and set.
+pub const CELLS_FILE: &str = "report-cells.csv";
+/// Everything.
+pub const JSON_FILE: &str = "report.json";
+/// The tables as Markdown.
+pub const MARKDOWN_FILE: &str = "report.md";
+
+/// What the command line says after the report is written.
+#[derive(Debug, Clone, Serialize)]
+pub struct Summary {
+    /// The page.
+    pub page: PathBuf,
+    /// The table in columns, findings, what is missing, chosen rates; ends in a line break.
+    pub text: String,
+    /// Cells with a record.
+    pub there: usize,
+    /// Cells of the plan.
+    pub planned: usize,
+    /// Ids of cells without a record.
+    pub missing: Vec<String>,
+    /// What validation says of learning rates.
+    pub rates: Vec<BestRate>,
+}
+
+/// `report.json`.
+#[derive(Serialize)]
+struct Json<'a> {
+    format: u32,
+    set: &'static str,
+    notes: &'a [String],
+    reference: Option<&'a str>,
+    resamples: usize,
+    resampled: &'a str,
+    rows: &'a [Row],
+    findings: Vec<String>,
+    rates: &'a [BestRate],
+    missing: Vec<&'a str>,
+    unscored: Vec<&'a str>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    chosen_steps: &'a BTreeMap<&'a str, Vec<i64>>,
+    plan: &'a Plan,
+    records: &'a [CellRecord],
+}
+
+/// Writes the report of the comparison in a folder from its plan and the records that are there. Errors: no plan, a file
+/// that cannot be read, a record of another plan, a folder that cannot be written.
+pub fn write(comparison: &Path) -> Result<Summary> {
+    let plan = Plan::read(comparison)?;
+    let records = plan.records(comparison)?;
+    for record in &records {
+        if !plan.cells.contains(&record.cell) {
+            let path = results::cell_folder(comparison, &record.cell.id).join(RECORD_FILE);
+            return Err(Error::format(
+                &path,
+                "expected the record of a cell of the plan, found that of another\nhint: the plan was changed after this cell ran; \
+                 remove the cell's folder",
+            ));
+        }
+    }
+    let analysis = Analysis::new(&plan, &records);
+    let file = |name: &str| comparison.join(name);
+    let pictures = tables::pictures(&analysis, &file(PICTURES_FILE))?;
+    files::write_atomic(&file(PICTURES_FILE), &pictures)?;
+    let cells = tables::cells(&analysis, &file(CELLS_FILE))?;
+    files::write_atomic(&file(CELLS_FILE), &cells)?;
+    let ids = |cells: &[&'_ results::PlannedCell]| cells.iter().map(|c| c.id.clone()).collect::<Vec<_>>();
+    results::write_json(
+        &file(JSON_FILE),
+        &Json {
+            format: results::FORMAT,
+            set: analysis.set.name(),
+            notes: &analysis.notes,
+            reference: analysis.reference.as_deref(),
+            resamples: statistics::RESAMPLES,
+            resampled: analysis.resampled,
+            rows: &analysis.rows,
+            findings: analysis.findings(),
+            rates: &analysis.rates,
+            missing: analysis.missing.iter().map(|c| c.id.as_str()).collect(),
+            unscored: analysis.unscored.iter().map(|c| c.id.as_str()).collect(),
+            chosen_steps: &analysis.chosen_steps,
+            plan: &plan,
+            records: &records,
+        },
+    )?;
+    files::write_atomic(&file(MARKDOWN_FILE), markdown::markdown(&analysis).as_bytes())?;
+    files::write_atomic(&file(PAGE_FILE), page::page(&analysis).as_bytes())?;
+    Ok(Summary {
+        page: file(PAGE_FILE),
+        text: markdown::terminal(&analysis),
+        there: records.len(),
+        planned: plan.cells.len(),
+        missing: ids(&analysis.missing),
+        rates: analysis.rates.clone(),
+    })
+}

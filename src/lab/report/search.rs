@@ -1,0 +1,142 @@
+//! Learning rates and checkpoints, chosen by validation alone: no test picture or test prompt has a say.
+
+use crate::lab::report::statistics::mean;
+use crate::lab::report::values::result;
+use crate::lab::results::{CellRecord, Evaluation, Plan, PlannedCell, PlannedMethod, Set};
+use serde::Serialize;
+use std::collections::BTreeSet;
+
+/// What validation says of a method's learning rates.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BestRate {
+    /// The method's label.
+    pub method: String,
+    /// The learning rate with the largest objective.
+    pub rate: f64,
+    /// Its objective.
+    pub objective: f64,
+    /// Whether it is the smallest or largest of several that were tried: the best may lie outside.
+    pub at_edge: bool,
+    /// Every rate with validation scores, ascending.
+    pub rates: Vec<TriedRate>,
+}
+
+/// One learning rate of a method.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TriedRate {
+    /// The learning rate.
+    pub rate: f64,
+    /// Sum over the objective's scores of weight times mean over subjects and seeds.
+    pub objective: f64,
+    /// Trainings that it is the mean of.
+    pub cells: usize,
+    /// Trainings that were planned. A rate with fewer than the fullest is not chosen: what is missing may have diverged.
+    pub planned: usize,
+}
+
+/// The best learning rate of each method that has validation scores, in the order of the plan.
+pub fn best_rates(plan: &Plan, records: &[CellRecord]) -> Vec<BestRate> {
+    let scored: Vec<(&CellRecord, &Evaluation)> = records
+        .iter()
+        .filter(|r| r.cell.learning_rate.is_some())
+        .filter_map(|r| Some((r, result(plan, r, Set::Validation)?)))
+        .collect();
+    // (subject, score): missing in one training of the subject, it counts in none.
+    let left_out: BTreeSet<(&str, &str)> = scored
+        .iter()
+        .flat_map(|(r, e)| {
+            let lacking = plan.objective.iter().filter(|(key, _)| !e.scores.contains_key(key));
+            lacking.map(|(key, _)| (r.cell.subject.as_str(), key.as_str()))
+        })
+        .collect();
+    // Trainings that are for the tables alone are no part of the search.
+    let for_tables =
+        |r: &&CellRecord| result(plan, r, Set::Test).is_some() && result(plan, r, Set::Validation).is_none();
+    let for_tables: BTreeSet<&str> = records.iter().filter(for_tables).map(|r| r.cell.id.as_str()).collect();
+    let searched: Vec<&PlannedCell> =
+        plan.cells.iter().filter(|c| !for_tables.contains(c.id.as_str())).collect();
+    let rate = |method| best_rate(plan, method, &scored, &left_out, &searched);
+    plan.methods.iter().filter_map(rate).collect()
+}
+
+fn best_rate(
+    plan: &Plan,
+    method: &PlannedMethod,
+    scored: &[(&CellRecord, &Evaluation)],
+    left_out: &BTreeSet<(&str, &str)>,
+    searched: &[&PlannedCell],
+) -> Option<BestRate> {
+    let mut grid = method.learning_rates.clone();
+    grid.sort_by(f64::total_cmp);
+    grid.dedup();
+    let mut rates = Vec::new();
+    for &rate in &grid {
+        let of_rate = |label: &str, found: Option<f64>| label == method.label && found == Some(rate);
+        let cells: Vec<_> =
+            scored.iter().filter(|(r, _)| of_rate(&r.cell.method, r.cell.learning_rate)).collect();
+        let mut objective = None;
+        for (key, weight) in &plan.objective {
+            let counted = cells.iter().filter(|(r, _)| !left_out.contains(&(r.cell.subject.as_str(), key)));
+            if let Some(value) = mean(counted.filter_map(|(_, e)| e.scores.get(key).copied())) {
+                *objective.get_or_insert(0.0) += weight * value;
+            }
+        }
+        if let Some(objective) = objective {
+            let planned = searched.iter().filter(|c| of_rate(&c.method, c.learning_rate)).count();
+            rates.push(TriedRate { rate, objective, cells: cells.len(), planned });
+        }
+    }
+    let fullest = rates.iter().map(|r| r.cells).max()?;
+    let mut full = rates.iter().filter(|r| r.cells == fullest);
+    let first = full.next()?;
+    // Of equal ones the smaller rate.
+    let best = full.fold(first, |best, r| if r.objective > best.objective { r } else { best });
+    let at_edge = grid.len() > 1 && (grid.first() == Some(&best.rate) || grid.last() == Some(&best.rate));
+    let (rate, objective) = (best.rate, best.objective);
+    Some(BestRate { method: method.label.clone(), rate, objective, at_edge, rates })
+}
+
+/// The step whose evaluation has the largest sum of weighted scores, the first of equal ones. A score that an evaluation
+/// lacks counts in none.
+pub fn best_step(evaluations: &[Evaluation], objective: &[(String, f64)]) -> Option<i64> {
+    let there = |key: &String| evaluations.iter().all(|e| e.scores.contains_key(key));
+    let counted: Vec<&(String, f64)> = objective.iter().filter(|(key, _)| there(key)).collect();
+    if counted.is_empty() {
+        return None;
+    }
+    let sum = |e: &Evaluation| counted.iter().map(|(key, weight)| weight * e.scores[key]).sum::<f64>();
+    let mut best: Option<(i64, f64)> = None;
+    for evaluation in evaluations {
+        let value = sum(evaluation);
+        if best.is_none_or(|(_, most)| value > most) {
+            best = Some((evaluation.step, value));
+        }
+    }
+    best.map(|(step, _)| step)
+}
+
+/// The chosen rates as `[[method]]` of a compare config; empty where no method tried several.
+pub fn toml_snippet(plan: &Plan, rates: &[BestRate]) -> String {
+    let mut tables = Vec::new();
+    for method in &plan.methods {
+        let Some(best) = rates.iter().find(|r| r.method == method.label && r.rates.len() > 1) else {
+            continue;
+        };
+        let mut table = toml::Table::new();
+        table.insert("label".into(), method.label.clone().into());
+        for (key, value) in &method.settings {
+            if let Ok(value) = toml::Value::try_from(value)
+                && !key.starts_with("learning_rate")
+            {
+                table.insert(key.clone(), value);
+            }
+        }
+        table.insert("learning_rate".into(), best.rate.into());
+        tables.push(toml::Value::Table(table));
+    }
+    if tables.is_empty() {
+        return String::new();
+    }
+    toml::to_string(&toml::Table::from_iter([("method".to_string(), toml::Value::Array(tables))]))
+        .unwrap_or_default()
+}

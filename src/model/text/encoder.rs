@@ -1,0 +1,167 @@
+//! The CLIP text tower (transformers `CLIPTextModel`), any size: a causal transformer over token ids.
+//!
+//! Published files name its tensors `text_model.*` (transformers 4) or without that prefix (5); both load.
+
+use crate::error::Result;
+use crate::model::attention::{attend, join_heads, split_heads};
+use crate::model::layers::{Layer, Layers, Module, Norm};
+use crate::weights::config::TextConfig;
+use crate::weights::scope::{Scope, Weights};
+use crate::weights::source::{Part, Source};
+use tch::{Device, Kind, Tensor};
+
+/// Text tower with frozen weights.
+pub struct TextEncoder {
+    token_embedding: Tensor,
+    position_embedding: Tensor,
+    layers: Vec<EncoderLayer>,
+    final_layer_norm: Norm,
+    length: i64,
+    vocabulary: i64,
+    device: Device,
+}
+
+/// What a layer of CLIP's towers, of texts and of pictures, is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerSizes {
+    /// Width of the states.
+    pub width: i64,
+    /// Width within the feed-forward.
+    pub hidden: i64,
+    /// Attention heads, which divide `width`.
+    pub heads: i64,
+    /// Of the norms.
+    pub eps: f64,
+    /// The sigmoid approximation in place of the exact GELU.
+    pub quick_gelu: bool,
+}
+
+impl From<&TextConfig> for LayerSizes {
+    fn from(config: &TextConfig) -> Self {
+        Self {
+            width: config.hidden_size,
+            hidden: config.intermediate_size,
+            heads: config.num_attention_heads,
+            eps: config.layer_norm_eps,
+            quick_gelu: config.hidden_act == "quick_gelu",
+        }
+    }
+}
+
+/// Self-attention and a feed-forward, each with a norm before and a skip around (transformers `CLIPEncoderLayer`).
+pub struct EncoderLayer {
+    layer_norm1: Norm,
+    q_proj: Layer,
+    k_proj: Layer,
+    v_proj: Layer,
+    out_proj: Layer,
+    layer_norm2: Norm,
+    fc1: Layer,
+    fc2: Layer,
+    heads: i64,
+    quick_gelu: bool,
+}
+
+impl EncoderLayer {
+    /// The layer at `scope`.
+    pub fn new(scope: &Scope, sizes: LayerSizes) -> Self {
+        let LayerSizes { width, hidden, heads, eps, quick_gelu } = sizes;
+        let attention = |name: &str| Layer::linear(&scope.at("self_attn").at(name), width, width, true);
+        Self {
+            layer_norm1: Norm::layer(&scope.at("layer_norm1"), width, eps),
+            q_proj: attention("q_proj"),
+            k_proj: attention("k_proj"),
+            v_proj: attention("v_proj"),
+            out_proj: attention("out_proj"),
+            layer_norm2: Norm::layer(&scope.at("layer_norm2"), width, eps),
+            fc1: Layer::linear(&scope.at("mlp.fc1"), width, hidden, true),
+            fc2: Layer::linear(&scope.at("mlp.fc2"), hidden, width, true),
+            heads,
+            quick_gelu,
+        }
+    }
+
+    /// `x (b, n, width)` to the same shape; `mask` is added to the scores of attention.
+    pub fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Tensor {
+        let normed = self.layer_norm1.forward(x);
+        let heads = |layer: &Layer| split_heads(&layer.forward(&normed), self.heads);
+        let y = attend(&heads(&self.q_proj), &heads(&self.k_proj), &heads(&self.v_proj), mask, false);
+        let x = x + self.out_proj.forward(&join_heads(&y));
+        let h = self.fc1.forward(&self.layer_norm2.forward(&x));
+        let h = if self.quick_gelu { &h * (&h * 1.702).sigmoid() } else { h.gelu("none") };
+        &x + self.fc2.forward(&h)
+    }
+}
+
+impl TextEncoder {
+    /// Loads the text encoder of `source`. The second value names tensors of the file that the tower lacks.
+    pub fn load(source: &Source, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
+        let config = TextConfig::parse(&source.text("text_encoder/config.json")?)?;
+        let weights = Weights::open(source, Part::TextEncoder, kind, device)?;
+        let encoder = Self::new(&weights.root(), &config, device);
+        let mut unused = weights.finish()?;
+        // A constant that old files store, and the projection of the image-text loss.
+        unused.retain(|name| !name.ends_with("position_ids") && name != "text_projection.weight");
+        Ok((encoder, unused))
+    }
+
+    /// The tower at `scope`, whose weights go to `device`.
+    pub fn new(scope: &Scope, config: &TextConfig, device: Device) -> Self {
+        let width = config.hidden_size;
+        let sizes = LayerSizes::from(config);
+        Self {
+            token_embedding: scope.tensor("embeddings.token_embedding.weight", &[config.vocab_size, width]),
+            position_embedding: scope
+                .tensor("embeddings.position_embedding.weight", &[config.max_position_embeddings, width]),
+            layers: (0..config.num_hidden_layers)
+                .map(|i| EncoderLayer::new(&scope.at("encoder.layers").at(i), sizes))
+                .collect(),
+            final_layer_norm: Norm::layer(&scope.at("final_layer_norm"), width, config.layer_norm_eps),
+            length: config.max_position_embeddings,
+            vocabulary: config.vocab_size,
+            device,
+        }
+    }
+
+    /// Token ids `(b, n)`, n at most [`Self::length`], to the last hidden states after the final norm, `(b, n, width)`.
+    pub fn forward(&self, ids: &Tensor) -> Tensor {
+        let ids = ids.to_device(self.device);
+        let (b, n) = (ids.size()[0], ids.size()[1]);
+        let tokens = Tensor::embedding(&self.token_embedding, &ids, -1, false, false); // [b, n, width]
+        let mut x = tokens + self.position_embedding.narrow(0, 0, n).expand([b, n, -1], false);
+        let mask = Tensor::full([n, n], f64::NEG_INFINITY, (x.kind(), self.device)).triu(1);
+        for layer in &self.layers {
+            x = layer.forward(&x, Some(&mask));
+        }
+        self.final_layer_norm.forward(&x)
+    }
+
+    /// The most tokens it can take.
+    pub fn length(&self) -> i64 {
+        self.length
+    }
+
+    /// Number of tokens that it knows.
+    pub fn vocabulary(&self) -> i64 {
+        self.vocabulary
+    }
+
+    /// Width of its states.
+    pub fn width(&self) -> i64 {
+        self.token_embedding.size()[1]
+    }
+}
+
+impl Layers for TextEncoder {
+    fn modules_mut(&mut self) -> Vec<Module<'_>> {
+        let mut out = Vec::new();
+        for l in &mut self.layers {
+            out.push(Module::Norm(&mut l.layer_norm1));
+            out.extend([&mut l.q_proj, &mut l.k_proj, &mut l.v_proj, &mut l.out_proj].map(Module::Layer));
+            out.push(Module::Norm(&mut l.layer_norm2));
+            out.extend([&mut l.fc1, &mut l.fc2].map(Module::Layer));
+        }
+        out.push(Module::Norm(&mut self.final_layer_norm));
+        out
+    }
+}

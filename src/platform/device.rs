@@ -1,0 +1,389 @@
+//! Where and in which number format to compute, and what a process must do before its first tensor.
+//!
+//! [`start`] comes first in `main`; [`resolve`] turns what the user asked for into a [`Compute`] or an error that names
+//! what is missing. Number formats follow accelerate's `--mixed_precision no|fp16|bf16`.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Once;
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind};
+
+use crate::error::{Error, Result};
+use crate::platform::cuda;
+pub use crate::platform::cuda::{CudaState, cuda_memory, load_cuda};
+
+/// The device a user asks for: `auto`, `cpu`, `cuda` (the first GPU) or `cuda:N`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum DeviceChoice {
+    /// CUDA where it can be used, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU of this number, counted from 0.
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let found = match text {
+            "auto" => Some(Self::Auto),
+            "cpu" => Some(Self::Cpu),
+            "cuda" => Some(Self::Cuda(0)),
+            _ => text
+                .strip_prefix("cuda:")
+                // `parse` alone would take "+1".
+                .filter(|index| index.bytes().all(|b| b.is_ascii_digit()))
+                .and_then(|index| index.parse().ok())
+                .map(Self::Cuda),
+        };
+        found.ok_or_else(|| {
+            Error::config(format!(
+                "device: expected auto, cpu, cuda or cuda:N such as cuda:1, found `{text}`"
+            ))
+        })
+    }
+}
+
+impl TryFrom<String> for DeviceChoice {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+impl From<DeviceChoice> for String {
+    fn from(choice: DeviceChoice) -> Self {
+        choice.to_string()
+    }
+}
+
+/// The number format of the frozen base model; adapters and the optimiser are always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+pub enum Precision {
+    /// 32-bit floats.
+    #[default]
+    #[value(name = "f32", aliases = ["fp32", "no", "float32"])]
+    #[serde(rename = "f32", alias = "fp32", alias = "no", alias = "float32")]
+    F32,
+    /// Brain floats: the range of f32 with 8 bits of mantissa.
+    #[value(name = "bf16", aliases = ["bfloat16"])]
+    #[serde(rename = "bf16", alias = "bfloat16")]
+    Bf16,
+    /// Half floats.
+    #[value(name = "f16", aliases = ["fp16", "float16"])]
+    #[serde(rename = "f16", alias = "fp16", alias = "float16")]
+    F16,
+}
+
+impl Precision {
+    /// libtorch's name of this format.
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::F32 => Kind::Float,
+            Self::Bf16 => Kind::BFloat16,
+            Self::F16 => Kind::Half,
+        }
+    }
+}
+
+impl FromStr for Precision {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        clap::ValueEnum::from_str(text, false).map_err(|_| {
+            Error::config(format!("precision: expected f32 (fp32, no), bf16 or f16 (fp16), found `{text}`"))
+        })
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        })
+    }
+}
+
+/// Where to compute and in which number format.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compute {
+    /// The device of every tensor.
+    pub device: Device,
+    /// The number format of the base model.
+    pub kind: Kind,
+    /// What the user should be told about the choice, one sentence each.
+    pub notes: Vec<String>,
+}
+
+/// Turns a choice into a device that works. Without a precision it is f32, as in accelerate.
+///
+/// # Errors
+/// [`Error::Device`] when CUDA is asked for and cannot be used, or has no device of that number; the message says which
+/// library or driver is missing.
+pub fn resolve(choice: DeviceChoice, precision: Option<Precision>) -> Result<Compute> {
+    let available = match choice {
+        DeviceChoice::Cpu => Ok(0),
+        _ => cuda::unusable().map_or_else(|| Ok(tch::Cuda::device_count()), Err),
+    };
+    let unused = match &available {
+        // Without this, a half-installed machine would train on its CPU and nobody would know why it is slow.
+        Err(why) if choice == DeviceChoice::Auto && cuda::driver_version().is_some() => {
+            Some(format!("the GPU of this machine is not used: {why}"))
+        }
+        _ => None,
+    };
+    let mut compute = choose(choice, precision.unwrap_or_default(), available)?;
+    compute.notes.extend(unused);
+    Ok(compute)
+}
+
+/// The decision itself, without a look at the machine: `available` is the number of usable GPUs or why there is none.
+fn choose(
+    choice: DeviceChoice,
+    precision: Precision,
+    available: std::result::Result<i64, String>,
+) -> Result<Compute> {
+    let device = match (choice, available) {
+        (DeviceChoice::Cuda(_), Err(why)) => {
+            return Err(Error::Device(format!("device {choice} was asked for, but {why}")));
+        }
+        (DeviceChoice::Cuda(index), Ok(count)) if index as i64 >= count => {
+            let found =
+                if count == 1 { "only cuda:0".into() } else { format!("cuda:0 to cuda:{}", count - 1) };
+            return Err(Error::Device(format!("device {choice} was asked for, but there is {found}")));
+        }
+        (DeviceChoice::Cuda(index), Ok(_)) => Device::Cuda(index),
+        (DeviceChoice::Auto, Ok(count)) if count > 0 => Device::Cuda(0),
+        (DeviceChoice::Auto | DeviceChoice::Cpu, _) => Device::Cpu,
+    };
+    let mut notes = Vec::new();
+    let kind = match (device, precision) {
+        // libtorch's CPU kernels for half are partly missing and partly slower than f32.
+        (Device::Cpu, Precision::F16) => {
+            notes.push("f16 is computed as f32 on the CPU".to_string());
+            Kind::Float
+        }
+        (_, precision) => precision.kind(),
+    };
+    Ok(Compute { device, kind, notes })
+}
+
+/// Sets the process up; call it first in `main`, before any thread is started and before the first tch call.
+///
+/// - A write beyond the file size limit (`ulimit -f`) becomes an ordinary error instead of the death of the process.
+/// - cuBLAS gets a workspace with which its results repeat, unless the user set CUBLAS_WORKSPACE_CONFIG (cuBLAS
+///   documentation, "Results reproducibility").
+/// - libtorch's CUDA half is loaded where it is there.
+/// - Freed memory stays with the process (glibc): large tensors that come and go at every step are not mapped anew each time,
+///   which was half of the time of a step of full fine-tuning.
+pub fn start() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: ignoring a signal installs no handler, and no other thread runs yet, so that nobody reads the
+        // environment meanwhile.
+        unsafe {
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            if std::env::var_os("CUBLAS_WORKSPACE_CONFIG").is_none() {
+                std::env::set_var("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
+            }
+        }
+        keep_freed_memory();
+        load_cuda();
+    });
+}
+
+/// Large blocks are taken from the heap, and a heap of this size is not given back.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn keep_freed_memory() {
+    const KEEP: libc::c_int = 1 << 30;
+    /// Older versions of glibc take no more for blocks (HEAP_MAX_SIZE / 2).
+    const OLD_LIMIT: libc::c_int = 32 << 20;
+    let set = |parameter, value, variable| {
+        // SAFETY: sets a number of the allocator, before any other thread runs.
+        std::env::var_os(variable).is_some() || unsafe { libc::mallopt(parameter, value) } != 0
+    };
+    let blocks = |value| set(libc::M_MMAP_THRESHOLD, value, "MALLOC_MMAP_THRESHOLD_");
+    // Without the first the second would do harm: by it glibc stops raising the size of blocks by itself.
+    if blocks(KEEP) || blocks(OLD_LIMIT) {
+        set(libc::M_TRIM_THRESHOLD, KEEP, "MALLOC_TRIM_THRESHOLD_");
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn keep_freed_memory() {}
+
+/// Networks with fewer values than this compute on one thread unless the user says otherwise: a second one gains little
+/// there, and a picture then does not depend on the number of cores, whose sums are rounded in another order.
+const ONE_THREAD_BELOW: usize = 4_000_000;
+
+/// Sets how many threads libtorch computes with on the CPU, for a network of `values` weights. `None` leaves the choice to
+/// OMP_NUM_THREADS, or to libtorch, which takes the number of cores, except for very small networks.
+///
+/// # Errors
+/// [`Error::Config`] for a number below 1.
+pub fn set_threads(threads: Option<i32>, values: usize) -> Result<()> {
+    let small = values < ONE_THREAD_BELOW && std::env::var_os("OMP_NUM_THREADS").is_none();
+    match threads {
+        Some(count) if count < 1 => {
+            return Err(Error::config(format!("threads: expected 1 or more, found {count}")));
+        }
+        Some(count) => tch::set_num_threads(count),
+        None if small => tch::set_num_threads(1),
+        None => {}
+    }
+    Ok(())
+}
+
+/// The most memory this process has held so far, in bytes (VmHWM of proc(5)).
+pub fn peak_process_memory() -> Option<u64> {
+    kib_line(&std::fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
+}
+
+/// The value of a line such as `VmHWM:     1234 kB`, in bytes; /proc/meminfo has the same form.
+pub(crate) fn kib_line(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_names_round_trip() {
+        for (text, choice, shown) in [
+            ("auto", DeviceChoice::Auto, "auto"),
+            ("cpu", DeviceChoice::Cpu, "cpu"),
+            ("cuda", DeviceChoice::Cuda(0), "cuda:0"),
+            ("cuda:12", DeviceChoice::Cuda(12), "cuda:12"),
+        ] {
+            assert_eq!(text.parse::<DeviceChoice>().ok(), Some(choice));
+            assert_eq!(choice.to_string(), shown);
+            assert_eq!(serde_json::to_value(choice).ok(), Some(shown.into()));
+            assert_eq!(serde_json::from_value::<DeviceChoice>(text.into()).ok(), Some(choice));
+        }
+        for text in [
+            "",
+            "gpu",
+            "CUDA",
+            "cuda:",
+            "cuda:-1",
+            "cuda:+1",
+            "cuda:x",
+            "cuda 0",
+            "cuda:99999999999999999999",
+        ] {
+            let message = text.parse::<DeviceChoice>().expect_err(text).to_string();
+            assert!(message.ends_with(&format!("found `{text}`")), "{message}");
+        }
+    }
+
+    #[test]
+    fn precisions_have_the_names_of_other_tools() {
+        for (names, precision, kind) in [
+            (["f32", "fp32", "no"], Precision::F32, Kind::Float),
+            (["bf16", "bfloat16", "bf16"], Precision::Bf16, Kind::BFloat16),
+            (["f16", "fp16", "float16"], Precision::F16, Kind::Half),
+        ] {
+            for name in names {
+                assert_eq!(name.parse::<Precision>().ok(), Some(precision));
+                assert_eq!(serde_json::from_value::<Precision>(name.into()).ok(), Some(precision));
+            }
+            assert_eq!(precision.to_string(), names[0]);
+            assert_eq!(serde_json::to_value(precision).ok(), Some(names[0].into()));
+            assert_eq!(precision.kind(), kind);
+        }
+        let message = "fp8".parse::<Precision>().expect_err("fp8").to_string();
+        assert_eq!(message, "precision: expected f32 (fp32, no), bf16 or f16 (fp16), found `fp8`");
+    }
+
+    fn why() -> std::result::Result<i64, String> {
+        Err("there is no driver\nhint: install one".to_string())
+    }
+
+    #[test]
+    fn auto_takes_cuda_where_it_works() {
+        let on = |choice, available| choose(choice, Precision::F32, available).map(|c| c.device).ok();
+        assert_eq!(on(DeviceChoice::Auto, Ok(2)), Some(Device::Cuda(0)));
+        assert_eq!(on(DeviceChoice::Auto, Ok(0)), Some(Device::Cpu));
+        assert_eq!(on(DeviceChoice::Auto, why()), Some(Device::Cpu));
+        assert_eq!(on(DeviceChoice::Cuda(1), Ok(2)), Some(Device::Cuda(1)));
+        assert_eq!(on(DeviceChoice::Cpu, Ok(0)), Some(Device::Cpu));
+    }
+
+    #[test]
+    fn asking_for_a_missing_gpu_is_an_error_with_the_reason() {
+        let message = |choice, available| {
+            choose(choice, Precision::F32, available).expect_err("there is no such device").to_string()
+        };
+        assert_eq!(
+            message(DeviceChoice::Cuda(0), why()),
+            "device cuda:0 was asked for, but there is no driver\nhint: install one"
+        );
+        assert_eq!(
+            message(DeviceChoice::Cuda(1), Ok(1)),
+            "device cuda:1 was asked for, but there is only cuda:0"
+        );
+        assert_eq!(
+            message(DeviceChoice::Cuda(7), Ok(2)),
+            "device cuda:7 was asked for, but there is cuda:0 to cuda:1"
+        );
+    }
+
+    #[test]
+    fn only_half_on_the_cpu_falls_back() {
+        let on_cpu = |precision| choose(DeviceChoice::Cpu, precision, Ok(0)).expect("the CPU is there");
+        assert_eq!(on_cpu(Precision::F16).kind, Kind::Float);
+        assert_eq!(on_cpu(Precision::F16).notes, ["f16 is computed as f32 on the CPU"]);
+        assert_eq!((on_cpu(Precision::Bf16).kind, on_cpu(Precision::Bf16).notes.len()), (Kind::BFloat16, 0));
+        let on_gpu = choose(DeviceChoice::Auto, Precision::F16, Ok(1)).expect("a GPU is there");
+        assert_eq!((on_gpu.kind, on_gpu.notes.len()), (Kind::Half, 0));
+    }
+
+    #[test]
+    fn a_thread_count_below_one_is_refused() {
+        assert_eq!(
+            set_threads(Some(0), 0).expect_err("0 threads").to_string(),
+            "threads: expected 1 or more, found 0"
+        );
+    }
+
+    #[test]
+    fn memory_lines_are_in_bytes() {
+        let text = "Name:\thra\nVmPeak:\t 9 kB\nVmHWM:\t  1536 kB\nThreads:\t1\n";
+        assert_eq!(kib_line(text, "VmHWM:"), Some(1536 * 1024));
+        assert_eq!(kib_line(text, "Threads:"), None);
+    }
+
+    #[test]
+    fn peak_memory_grows_with_use() {
+        let before = peak_process_memory().expect("Linux has /proc");
+        // Larger than what any other test of this binary holds at a time.
+        let block = vec![1u8; (before + (64 << 20)) as usize];
+        let after = peak_process_memory().expect("Linux has /proc");
+        assert!(
+            after > before,
+            "{after} after {} bytes on top of {before}",
+            std::hint::black_box(&block).len()
+        );
+    }
+}

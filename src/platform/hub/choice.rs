@@ -1,0 +1,366 @@
+//! Which files of a repository are downloaded: those that are read, and no others.
+//!
+//! Chosen from the names alone, so that one rule says what a repository offers and whether the cache has all of it. Only
+//! names of the expected forms are taken: a hostile listing (`../../x`) cannot name a place outside the cache.
+
+use crate::platform::hub::Wanted;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+/// The parts of a model that have weights, and the stem of their file names (diffusers' and transformers').
+const PARTS: [(&str, &str); 3] =
+    [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")];
+
+/// Endings of files that Python's pickle wrote, which can run code when they are read.
+const PICKLED: [&str; 4] = [".bin", ".ckpt", ".pt", ".pth"];
+
+/// Files to have.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Names inside the repository, small files first.
+    pub files: Vec<String>,
+    /// What to open, inside the repository: a file, or nothing for the folder itself.
+    pub entry: PathBuf,
+}
+
+/// Chooses from `names`; the error is what is missing, and what to do about it where something can be done.
+pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<Choice, String> {
+    match wanted {
+        Wanted::Model => model(names),
+        Wanted::Adapter => adapter(names),
+        Wanted::Tower => tower(names),
+        Wanted::ControlNet => controlnet(names),
+    }
+}
+
+fn model(names: &BTreeSet<String>) -> Result<Choice, String> {
+    let mut files: Vec<String> = Vec::new();
+    let mut missing: Vec<String> = Vec::new();
+    let mut need = |name: String| {
+        if names.contains(&name) { files.push(name) } else { missing.push(name) }
+    };
+    PARTS.iter().for_each(|(part, _)| need(format!("{part}/config.json")));
+    need("scheduler/scheduler_config.json".into());
+    files.extend(names.get("model_index.json").cloned());
+    let tokenizer: Vec<String> = names.iter().filter(|n| is_in(n, "tokenizer")).cloned().collect();
+    let has = |name: &str| tokenizer.iter().any(|n| n.strip_prefix("tokenizer/") == Some(name));
+    let complete = has("tokenizer.json") || (has("vocab.json") && has("merges.txt"));
+    if !complete {
+        missing.push("tokenizer/vocab.json with tokenizer/merges.txt".into());
+    }
+    files.extend(tokenizer);
+    let mut pickled = false;
+    for (part, stem) in PARTS {
+        match weights(names, part, stem) {
+            Some(found) => files.extend(found),
+            None => {
+                missing.push(format!("{part}/{stem}.safetensors"));
+                pickled |= names.iter().any(|n| is_in(n, part) && is_pickled(n));
+            }
+        }
+    }
+    if missing.is_empty() {
+        return Ok(Choice { files, entry: PathBuf::new() });
+    }
+    let hint = if pickled {
+        "\nhint: it has pickled weights, which can run code and are not read; convert them once in Python: \
+         DiffusionPipeline.from_pretrained(\"OWNER/NAME\").save_pretrained(\"DIR\", safe_serialization=True), and give DIR"
+            .to_string()
+    } else {
+        single_files(names)
+            .first()
+            .map(|file| {
+                format!(
+                    "\nhint: it has single files such as {file}; download the one you mean and give its path"
+                )
+            })
+            .unwrap_or_default()
+    };
+    Err(format!("a Stable Diffusion folder, without {}{hint}", missing.join(", ")))
+}
+
+fn tower(names: &BTreeSet<String>) -> Result<Choice, String> {
+    /// Of a text tower's tokenizer; each where it is there.
+    const TOKENIZER: [&str; 6] = [
+        "added_tokens.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    ];
+    // transformers 5 writes the second one.
+    const PROCESSORS: [&str; 2] = ["preprocessor_config.json", "processor_config.json"];
+    let mut missing: Vec<&str> = Vec::new();
+    if !names.contains("config.json") {
+        missing.push("config.json");
+    }
+    if !PROCESSORS.iter().any(|name| names.contains(*name)) {
+        missing.push(PROCESSORS[0]);
+    }
+    let found = weights(names, "", "model");
+    if found.is_none() {
+        missing.push("model.safetensors");
+    }
+    if !missing.is_empty() {
+        let pickled = found.is_none() && names.iter().any(|n| is_plain_name(n) && is_pickled(n));
+        let hint = if pickled {
+            "\nhint: it has pickled weights, which can run code and are not read; give a revision that has model.safetensors \
+             (owner/name@refs/pr/N), or convert them once in Python: AutoModel.from_pretrained(\"OWNER/NAME\")\
+             .save_pretrained(\"DIR\"), put the repository's other .json and .txt files beside them, and give DIR"
+        } else {
+            ""
+        };
+        return Err(format!("a vision tower, without {}{hint}", missing.join(", ")));
+    }
+    let small =
+        ["config.json"].iter().chain(&PROCESSORS).chain(&TOKENIZER).filter(|name| names.contains(**name));
+    let files = small.map(|name| name.to_string()).chain(found.into_iter().flatten());
+    Ok(Choice { files: files.collect(), entry: PathBuf::new() })
+}
+
+fn adapter(names: &BTreeSet<String>) -> Result<Choice, String> {
+    const CONFIG: &str = "adapter_config.json";
+    const WEIGHTS: &str = "adapter_model.safetensors";
+    let pair = |folder: &str| [CONFIG, WEIGHTS].map(|name| format!("{folder}{name}"));
+    let has = |files: &[String]| files.iter().all(|file| names.contains(file));
+    const CONTROL: [&str; 2] =
+        ["control_encoder/config.json", "control_encoder/diffusion_pytorch_model.safetensors"];
+    let control = CONTROL.map(String::from);
+    if has(&pair("")) || has(&control) {
+        let parts = ["", "text_encoder/"].map(pair).into_iter().chain([control]).filter(|files| has(files));
+        let palette = names.get("control_encoder/palette.json").cloned();
+        return Ok(Choice { files: parts.flatten().chain(palette).collect(), entry: PathBuf::new() });
+    }
+    let single = single_files(names);
+    let lora = "pytorch_lora_weights.safetensors";
+    let file = match &single[..] {
+        _ if names.contains(lora) => lora,
+        [file] if *file != WEIGHTS => file,
+        [] | [_] => {
+            let what = format!("an adapter: {CONFIG} with {WEIGHTS}, or one .safetensors file with a LoRA");
+            let pickled = names.iter().find(|n| !n.contains('/') && is_pickled(n));
+            return Err(pickled.map_or(what.clone(), |file| {
+                format!(
+                    "{what}, without that\nhint: {file} is pickled, which can run code and is not read; convert it once in \
+                     Python: safetensors.torch.save_file(torch.load(\"{file}\", weights_only=True), \"FILE.safetensors\"), \
+                     and give the result"
+                )
+            }));
+        }
+        many => {
+            return Err(format!(
+                "one adapter, which it has {} of ({})\nhint: download the one you mean and give its path",
+                many.len(),
+                many.join(", ")
+            ));
+        }
+    };
+    Ok(Choice { files: vec![file.to_string()], entry: PathBuf::from(file) })
+}
+
+fn controlnet(names: &BTreeSet<String>) -> Result<Choice, String> {
+    match weights(names, "", "diffusion_pytorch_model").filter(|_| names.contains("config.json")) {
+        Some(mut files) => {
+            files.insert(0, "config.json".into());
+            Ok(Choice { files, entry: PathBuf::new() })
+        }
+        None => Err("a ControlNet: config.json with diffusion_pytorch_model.safetensors".into()),
+    }
+}
+
+/// One set of weight files of a part (its folder; empty: the top): full precision before fp16, a single file before shards.
+fn weights(names: &BTreeSet<String>, part: &str, stem: &str) -> Option<Vec<String>> {
+    let stem = if part.is_empty() { stem.to_string() } else { format!("{part}/{stem}") };
+    let full = format!("{stem}.safetensors");
+    let half = format!("{stem}.fp16.safetensors");
+    let index = format!("{stem}.safetensors.index.json");
+    let half_indexes =
+        ["safetensors.index.fp16.json", "fp16.safetensors.index.json"].map(|end| format!("{stem}.{end}"));
+    let sharded = |index: &String, half: bool| {
+        let mut files = shards(names, &stem, half).filter(|_| names.contains(index))?;
+        files.insert(0, index.clone());
+        Some(files)
+    };
+    let single = |name: String| names.contains(&name).then(|| vec![name]);
+    single(full)
+        .or_else(|| sharded(&index, false))
+        .or_else(|| single(half))
+        .or_else(|| half_indexes.iter().find_map(|index| sharded(index, true)))
+}
+
+/// The shards `STEM-00001-of-00003.safetensors` .. of a part, if all are there. An fp16 variant is named
+/// `STEM.fp16-00001-of-00003.safetensors` or `STEM-00001-of-00003.fp16.safetensors`.
+fn shards(names: &BTreeSet<String>, stem: &str, half: bool) -> Option<Vec<String>> {
+    let of = |name: &String| -> Option<(usize, usize)> {
+        let middle = name.strip_prefix(stem)?.strip_suffix(".safetensors")?;
+        let marked = middle.strip_prefix(".fp16").or_else(|| middle.strip_suffix(".fp16"));
+        let (number, total) = match (half, marked) {
+            (true, Some(rest)) => rest,
+            (false, None) => middle,
+            _ => return None,
+        }
+        .strip_prefix('-')?
+        .split_once("-of-")?;
+        Some((number.parse().ok()?, total.parse().ok()?))
+    };
+    let found: Vec<(String, (usize, usize))> =
+        names.iter().filter_map(|name| of(name).map(|place| (name.clone(), place))).collect();
+    let total = found.first()?.1.1;
+    let numbers: BTreeSet<usize> =
+        found.iter().filter(|(_, (_, t))| *t == total).map(|(_, (n, _))| *n).collect();
+    let complete = numbers.len() == total && numbers.first() == Some(&1) && numbers.last() == Some(&total);
+    complete.then(|| found.into_iter().map(|(name, _)| name).collect())
+}
+
+/// Safetensors files at the top.
+fn single_files(names: &BTreeSet<String>) -> Vec<&str> {
+    names.iter().map(String::as_str).filter(|n| n.ends_with(".safetensors") && is_plain_name(n)).collect()
+}
+
+/// Whether `name` is a file right inside `folder`.
+fn is_in(name: &str, folder: &str) -> bool {
+    name.strip_prefix(folder).and_then(|rest| rest.strip_prefix('/')).is_some_and(is_plain_name)
+}
+
+/// Whether text that a server sent can be the name of a file in a given folder and nothing else.
+pub fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 200
+        && !name.starts_with('.')
+        && !name.contains(|c: char| c == '/' || c == '\\' || c.is_control())
+}
+
+fn is_pickled(name: &str) -> bool {
+    PICKLED.iter().any(|end| name.ends_with(end))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(names: &[&str]) -> BTreeSet<String> {
+        names.iter().map(|n| n.to_string()).collect()
+    }
+
+    const MODEL: [&str; 7] = [
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "vae/diffusion_pytorch_model.safetensors",
+    ];
+
+    fn with(more: &[&str]) -> BTreeSet<String> {
+        set(&[&MODEL[..], more].concat())
+    }
+
+    #[test]
+    fn one_set_of_weights_is_chosen_and_full_precision_first() {
+        let text = "text_encoder/model.safetensors";
+        let unet = |names: &[&str]| {
+            let chosen = choose(&with(&[&[text], names].concat()), Wanted::Model).map(|c| c.files);
+            chosen.map(|files| files.into_iter().filter(|f| f.starts_with("unet/d")).collect::<Vec<_>>())
+        };
+        let full = "unet/diffusion_pytorch_model.safetensors";
+        let half = "unet/diffusion_pytorch_model.fp16.safetensors";
+        let index = "unet/diffusion_pytorch_model.safetensors.index.json";
+        let shards = ["1", "2"].map(|n| format!("unet/diffusion_pytorch_model-0000{n}-of-00002.safetensors"));
+        let shards = [shards[0].as_str(), shards[1].as_str()];
+        let half_index = "unet/diffusion_pytorch_model.safetensors.index.fp16.json";
+        let half_shard = "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors";
+        let sharded = [index, shards[0], shards[1]];
+        assert_eq!(unet(&[full, half, index, shards[0], shards[1]]).unwrap(), [full]);
+        assert_eq!(unet(&[half, index, shards[0], shards[1]]).unwrap(), sharded);
+        assert_eq!(
+            unet(&[half, index, shards[1]]).unwrap(),
+            [half],
+            "a set without its first shard is no set"
+        );
+        assert_eq!(unet(&[half_index, half_shard]).unwrap(), [half_index, half_shard]);
+        assert!(unet(&[index, half_shard]).is_err());
+        assert!(unet(&["unet/diffusion_pytorch_model.bin"]).unwrap_err().contains("pickled"));
+    }
+
+    #[test]
+    fn names_that_lead_elsewhere_are_never_chosen() {
+        let hostile = [
+            "../../x",
+            "tokenizer/../../x",
+            "tokenizer/..",
+            "tokenizer/a/b",
+            "/etc/x",
+            "tokenizer/\0",
+            "unet/diffusion_pytorch_model-00001-of-00001/../x.safetensors",
+            "unet/diffusion_pytorch_model.safetensors",
+            "text_encoder/model.safetensors",
+            "safety_checker/model.safetensors",
+            "..\\x.safetensors",
+        ];
+        let chosen = choose(&with(&hostile), Wanted::Model).unwrap();
+        let expected = with(&["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]);
+        assert_eq!(BTreeSet::from_iter(chosen.files), expected);
+        assert!(
+            choose(&set(&["../x.safetensors", "..\\x.safetensors", ".x.safetensors"]), Wanted::Adapter)
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn adapters_are_peft_folders_or_one_file() {
+        let chosen = |names: &[&str]| choose(&set(names), Wanted::Adapter);
+        let peft = ["adapter_config.json", "adapter_model.safetensors"];
+        let text = ["text_encoder/adapter_config.json", "text_encoder/adapter_model.safetensors"];
+        let both = chosen(&[peft[0], peft[1], text[0], text[1], "other.safetensors", "README.md"]).unwrap();
+        assert_eq!(
+            both,
+            Choice { files: [peft, text].concat().iter().map(|n| n.to_string()).collect(), entry: "".into() }
+        );
+        assert_eq!(chosen(&[peft[0], peft[1], text[0]]).unwrap().files, peft);
+        let control = ["control_encoder/config.json", "control_encoder/diffusion_pytorch_model.safetensors"];
+        let with_control = chosen(&[peft[0], peft[1], control[0], control[1], "control_encoder/x"]).unwrap();
+        assert_eq!(with_control.files, [peft, control].concat());
+        assert_eq!(chosen(&control).unwrap().files, control, "a control encoder alone");
+        let lora = chosen(&["pytorch_lora_weights.safetensors", "a.safetensors"]).unwrap();
+        assert_eq!(lora.entry, PathBuf::from("pytorch_lora_weights.safetensors"));
+        assert_eq!(
+            chosen(&["my lora.safetensors", "x/y.safetensors"]).unwrap().files,
+            ["my lora.safetensors"]
+        );
+        assert!(
+            chosen(&["a.safetensors", "b.safetensors"]).unwrap_err().contains("a.safetensors, b.safetensors")
+        );
+        assert!(chosen(&["adapter_model.safetensors"]).is_err(), "weights without their settings");
+        assert!(
+            chosen(&["adapter_config.json", "adapter_model.bin"]).unwrap_err().contains("weights_only=True")
+        );
+    }
+
+    #[test]
+    fn towers_are_settings_weights_and_a_tokenizer_where_there_is_one() {
+        let chosen = |names: &[&str]| choose(&set(names), Wanted::Tower);
+        let settings = ["config.json", "preprocessor_config.json"];
+        let all =
+            [&settings[..], &["vocab.json", "merges.txt", "model.safetensors", "tf_model.h5", "README.md"]]
+                .concat();
+        let expected =
+            ["config.json", "preprocessor_config.json", "merges.txt", "vocab.json", "model.safetensors"];
+        assert_eq!(
+            chosen(&all).unwrap(),
+            Choice { files: expected.map(String::from).into(), entry: "".into() }
+        );
+        let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+        let index = "model.safetensors.index.json";
+        let sharded = [settings[0], settings[1], index, shards[0], shards[1]];
+        assert_eq!(chosen(&sharded).unwrap().files, sharded);
+        let new = ["config.json", "processor_config.json", "model.safetensors"];
+        assert_eq!(chosen(&new).unwrap().files, new);
+        assert!(chosen(&sharded[..4]).unwrap_err().contains("without model.safetensors"));
+        let pickled = chosen(&[settings[0], "pytorch_model.bin"]).unwrap_err();
+        assert!(pickled.contains("without preprocessor_config.json, model.safetensors"), "{pickled}");
+        assert!(pickled.contains("refs/pr/N"), "{pickled}");
+        assert!(!chosen(&[settings[0], settings[1], "x/y.bin"]).unwrap_err().contains("pickled"));
+    }
+}

@@ -1,0 +1,446 @@
+//! Models and adapters by their name on the Hugging Face hub: `owner/name` or `owner/name@revision` becomes a local path.
+//!
+//! The cache is the one that Python's `huggingface_hub` uses, in its layout (`models--OWNER--NAME/{blobs,refs,snapshots}`),
+//! so what one has downloaded the other finds. A branch is looked up at every use, as there; a commit that is all in the
+//! cache is used without a request, and so is a branch where the hub cannot be reached. Only files that are read are
+//! downloaded ([`choice`]). Every name that the server sends is checked before it becomes part of a path.
+
+mod choice;
+mod transfer;
+
+use crate::error::{Error, Result};
+use crate::platform::files::{self, shell_word};
+use crate::platform::progress::Progress;
+use choice::{Choice, choose, is_plain_name};
+use hf_hub::api::RepoInfo;
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use std::collections::BTreeSet;
+use std::env;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use transfer::{Client, Failure, Remote};
+
+/// The hub, where `HF_ENDPOINT` names no other.
+const ENDPOINT: &str = "https://huggingface.co";
+/// The branch, where no revision is given.
+const MAIN: &str = "main";
+
+/// What a repository is to be used as, which decides the files that are downloaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// A Stable Diffusion folder.
+    Model,
+    /// A PEFT folder, with a control encoder where there is one, or a single LoRA file.
+    Adapter,
+    /// A tower that scores pictures: CLIP, DINO, DINOv2.
+    Tower,
+    /// A ControlNet folder.
+    ControlNet,
+}
+
+/// The local path that `word` means: itself if something is there, otherwise the hub's files in the cache, downloaded if
+/// need be. Errors tell both readings of the word.
+pub fn resolve(word: &Path, wanted: Wanted) -> Result<PathBuf> {
+    if files::kind(word).is_some() {
+        return Ok(word.to_path_buf());
+    }
+    let Some(id) = word.to_str().and_then(Id::parse) else {
+        let (what, hint) = match wanted {
+            Wanted::Model => (
+                "a Stable Diffusion folder",
+                "give a folder with model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/, or a hub id",
+            ),
+            Wanted::Adapter => (
+                "an adapter",
+                "give a folder with adapter_config.json and adapter_model.safetensors, a .safetensors file, or a hub id",
+            ),
+            Wanted::Tower => (
+                "a vision tower",
+                "give a folder with config.json, preprocessor_config.json and model.safetensors, or a hub id",
+            ),
+            Wanted::ControlNet => (
+                "a ControlNet",
+                "give a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id",
+            ),
+        };
+        return Err(Error::Hub(format!(
+            "{}: expected {what}, found nothing there, nor is it a hub id of the form owner/name or owner/name@revision\n\
+             hint: {hint}",
+            word.display()
+        )));
+    };
+    Hub::from_env(id)?.path(wanted)
+}
+
+/// Whether `word` is read as a hub id: nothing is at that path, and it has an id's form.
+pub fn is_id(word: &Path) -> bool {
+    files::kind(word).is_none() && word.to_str().and_then(Id::parse).is_some()
+}
+
+/// `owner/name` of the repository in whose snapshot `path` lies; `None` for a path outside such a cache.
+pub fn repository_of(path: &Path) -> Option<String> {
+    let parts: Vec<&str> = path.iter().rev().filter_map(|part| part.to_str()).collect();
+    let at = parts.iter().position(|part| *part == "snapshots")?;
+    Some(parts.get(at + 1)?.strip_prefix("models--")?.replacen("--", "/", 1))
+}
+
+/// A repository and a revision of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Id {
+    name: String,
+    revision: String,
+}
+
+impl Id {
+    fn parse(word: &str) -> Option<Self> {
+        let (name, revision) = word.split_once('@').unwrap_or((word, MAIN));
+        let (owner, repository) = name.split_once('/')?;
+        // As `huggingface_hub.utils.validate_repo_id` has it.
+        let is_name = |text: &str| {
+            let inner = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+            let outer = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            (1..=96).contains(&text.len())
+                && text.chars().all(inner)
+                && text.starts_with(outer)
+                && text.ends_with(outer)
+                && !text.contains("--")
+                && !text.contains("..")
+        };
+        let is_revision = revision.split('/').all(|part| {
+            is_plain_name(part) && part.chars().all(|c| c.is_ascii_alphanumeric() || "-._+".contains(c))
+        });
+        // Rather a file that is not there.
+        let is_file =
+            [".git", ".safetensors", ".ckpt", ".bin", ".pt"].iter().any(|end| repository.ends_with(end));
+        let ok = is_name(owner) && is_name(repository) && is_revision && !is_file;
+        ok.then(|| Self { name: name.to_string(), revision: revision.to_string() })
+    }
+}
+
+/// One revision of one repository, seen from this machine.
+struct Hub {
+    id: Id,
+    endpoint: String,
+    cache_dir: PathBuf,
+    repo: Repo,
+    cache: CacheRepo,
+    client: Client,
+    has_token: bool,
+    offline: bool,
+}
+
+impl Hub {
+    /// Settings from the variables that `huggingface_hub` knows.
+    fn from_env(id: Id) -> Result<Self> {
+        let variable = |name: &str| env::var_os(name).filter(|value| !value.is_empty());
+        let text = |name: &str| variable(name).map(|value| value.to_string_lossy().trim().to_string());
+        let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into());
+        let endpoint = endpoint.trim_end_matches('/').to_string();
+        if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
+            return Err(Error::Hub(format!(
+                "HF_ENDPOINT: expected an address with https://, found `{endpoint}`"
+            )));
+        }
+        let home = variable("HF_HOME").map(PathBuf::from).or_else(|| {
+            let caches = variable("XDG_CACHE_HOME").map(PathBuf::from);
+            caches.or_else(|| Some(env::home_dir()?.join(".cache"))).map(|caches| caches.join("huggingface"))
+        });
+        let home =
+            home.ok_or_else(|| Error::Hub("no folder for downloads is known\nhint: set HF_HOME".into()))?;
+        let cache_dir =
+            variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE")).map(PathBuf::from);
+        let cache_dir = cache_dir.unwrap_or_else(|| home.join("hub"));
+        let cache_dir = std::path::absolute(&cache_dir).map_err(|e| Error::io("find", &cache_dir, e))?;
+        let token_file = variable("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
+        let token = text("HF_TOKEN")
+            .or_else(|| Some(fs::read_to_string(token_file).ok()?.trim().to_string()))
+            .filter(|token| !token.is_empty());
+        if token.as_ref().is_some_and(|token| !token.bytes().all(|b| b.is_ascii_graphic())) {
+            return Err(Error::Hub("HF_TOKEN: expected a token, found characters that no token has".into()));
+        }
+        let yes = |value: String| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str());
+        let repo = Repo::with_revision(id.name.clone(), RepoType::Model, id.revision.clone());
+        Ok(Self {
+            cache: Cache::new(cache_dir.clone()).repo(repo.clone()),
+            has_token: token.is_some(),
+            client: Client::new(token),
+            offline: text("HF_HUB_OFFLINE").is_some_and(yes),
+            id,
+            endpoint,
+            cache_dir,
+            repo,
+        })
+    }
+
+    fn path(&self, wanted: Wanted) -> Result<PathBuf> {
+        let cached = self.cached(wanted);
+        if self.offline {
+            return cached.map_err(|lack| self.not_in_cache(&lack, "HF_HUB_OFFLINE is set"));
+        }
+        if is_commit(&self.id.revision)
+            && let Ok(path) = cached
+        {
+            return Ok(path);
+        }
+        let info: RepoInfo = match self.client.json(&format!("{}/api/{}", self.endpoint, self.repo.api_url()))
+        {
+            Ok(info) => info,
+            Err(failure) if failure.passes() => {
+                let why = match failure {
+                    Failure::Status(code, _) => format!("{} answered with status {code}", self.endpoint),
+                    Failure::Network(why) | Failure::Answer(why) => {
+                        format!("{} cannot be reached ({why})", self.endpoint)
+                    }
+                    Failure::Local(error) => return Err(error),
+                };
+                let path = cached.map_err(|lack| self.not_in_cache(&lack, &why))?;
+                eprintln!("note: {why}; going on with the copy of {} in the cache", self.id.name);
+                return Ok(path);
+            }
+            Err(failure) => return Err(self.told(failure)),
+        };
+        if !is_commit(&info.sha) {
+            return Err(self.told(Failure::Answer("a commit that is not one".into())));
+        }
+        let names = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
+        let choice = choose(&names, wanted).map_err(|lack| self.error(&format!("expected {lack}")))?;
+        let snapshot = self.cache.pointer_path(&info.sha);
+        let missing: Vec<&String> =
+            choice.files.iter().filter(|name| !snapshot.join(name).is_file()).collect();
+        if !missing.is_empty() {
+            self.download(&info.sha, &missing, &snapshot)?;
+        }
+        // Last, so that a branch in the cache always has all of its files.
+        if !is_commit(&self.id.revision) {
+            let path = self.folder().join("refs").join(&self.id.revision);
+            path.parent().map_or(Ok(()), files::create_dir_all)?;
+            files::write_atomic(&path, info.sha.as_bytes())?;
+        }
+        Ok(snapshot.join(choice.entry))
+    }
+
+    /// What the cache has without asking anyone; the error is what it lacks.
+    fn cached(&self, wanted: Wanted) -> std::result::Result<PathBuf, String> {
+        let revision = &self.id.revision;
+        let commit = if is_commit(revision) {
+            Some(revision.clone())
+        } else {
+            fs::read_to_string(self.folder().join("refs").join(revision)).ok()
+        };
+        let commit = commit.map(|c| c.trim().to_string()).filter(|c| is_commit(c));
+        let snapshot = commit.map(|c| self.cache.pointer_path(&c)).filter(|path| path.is_dir());
+        let snapshot = snapshot.ok_or_else(|| "any file of it".to_string())?;
+        let mut names = BTreeSet::new();
+        for entry in files::list_dir(&snapshot).unwrap_or_default() {
+            let name = entry.name.to_string_lossy().into_owned();
+            match entry.kind {
+                files::Kind::File => drop(names.insert(name)),
+                files::Kind::Folder => {
+                    let inner = files::list_dir(&entry.path).unwrap_or_default().into_iter();
+                    let inner = inner.filter(|entry| entry.kind == files::Kind::File);
+                    names.extend(inner.map(|entry| format!("{name}/{}", entry.name.to_string_lossy())));
+                }
+                files::Kind::Other => {}
+            }
+        }
+        let Choice { entry, .. } = choose(&names, wanted)?;
+        Ok(snapshot.join(entry))
+    }
+
+    fn download(&self, commit: &str, names: &[&String], snapshot: &Path) -> Result<()> {
+        // By commit, so that all files are of one state of the repository.
+        let url =
+            |name: &str| format!("{}/{}/resolve/{commit}/{}", self.endpoint, self.repo.url(), encoded(name));
+        let mut remotes: Vec<(&str, Remote)> = Vec::new();
+        for name in names {
+            crate::platform::interrupt::check(|| "stopped before the download".to_string())?;
+            let remote = self.client.remote(&url(name)).map_err(|failure| self.told(failure))?;
+            if !is_plain_name(&remote.etag) {
+                return Err(self.told(Failure::Answer(format!("no ETag that can be used for {name}"))));
+            }
+            remotes.push((name, remote));
+        }
+        let total: u64 = remotes.iter().filter_map(|(_, remote)| remote.size).sum();
+        eprintln!(
+            "downloading {} ({}, commit {}): {} file{}, {:.1} MB, to {}",
+            self.id.name,
+            self.id.revision,
+            &commit[..7],
+            names.len(),
+            if names.len() == 1 { "" } else { "s" },
+            total as f64 / 1e6,
+            self.cache_dir.display()
+        );
+        const MB: u64 = 1_000_000;
+        let mut progress = Progress::new("downloading, MB", 0, total.div_ceil(MB));
+        let mut before = 0;
+        for (name, remote) in &remotes {
+            let mut tick = |bytes: u64| progress.set((before + bytes).min(total) / MB, name);
+            self.fetch(&url(name), name, remote, snapshot, &mut tick)?;
+            before += remote.size.unwrap_or(0);
+        }
+        progress.set(total.div_ceil(MB), "");
+        progress.finish();
+        Ok(())
+    }
+
+    /// One file into `blobs/`, with a link to it in the snapshot.
+    fn fetch(
+        &self,
+        url: &str,
+        name: &str,
+        remote: &Remote,
+        snapshot: &Path,
+        tick: &mut dyn FnMut(u64),
+    ) -> Result<()> {
+        let blob = self.cache.blob_path(&remote.etag);
+        files::create_dir_all(&self.folder().join("blobs"))?;
+        // Other processes wait here, Python's too; the lock goes with the file handle.
+        let locks = self.cache_dir.join(".locks").join(self.repo.folder_name());
+        files::create_dir_all(&locks)?;
+        let path = locks.join(format!("{}.lock", remote.etag));
+        let lock =
+            File::options().append(true).create(true).open(&path).map_err(|e| Error::io("open", &path, e))?;
+        lock.lock().map_err(|e| Error::io("lock", &path, e))?;
+        if files::kind(&blob) != Some(files::Kind::File) {
+            let part = self.folder().join("blobs").join(format!("{}.incomplete", remote.etag));
+            self.client.download(url, remote, &part, tick).map_err(|failure| self.told(failure))?;
+            fs::rename(&part, &blob).map_err(|e| Error::io("write", &blob, e))?;
+        }
+        let link = snapshot.join(name);
+        let fail = |e| Error::io("write", &link, e);
+        link.parent().map_or(Ok(()), files::create_dir_all)?;
+        if fs::symlink_metadata(&link).is_ok() {
+            fs::remove_file(&link).map_err(fail)?; // it leads to nothing: otherwise it would not be missing
+        }
+        let up = "../".repeat(name.matches('/').count() + 2);
+        let linked = std::os::unix::fs::symlink(format!("{up}blobs/{}", remote.etag), &link);
+        // Some file systems have no links.
+        linked.or_else(|_| fs::rename(&blob, &link)).map_err(fail)
+    }
+
+    /// The repository's folder in the cache.
+    fn folder(&self) -> PathBuf {
+        self.cache_dir.join(self.repo.folder_name())
+    }
+
+    fn error(&self, problem: &str) -> Error {
+        let at = if self.id.revision == MAIN { String::new() } else { format!(" at {}", self.id.revision) };
+        Error::Hub(format!(
+            "{}{at}: nothing is at that path here, and as a hub id ({}): {problem}",
+            self.id.name, self.endpoint
+        ))
+    }
+
+    fn not_in_cache(&self, lack: &str, why: &str) -> Error {
+        let word = shell_word(&format!("{}@{}", self.id.name, self.id.revision));
+        let (lack, hint) = lack.split_once('\n').unwrap_or((lack, ""));
+        let hint = if hint.is_empty() {
+            format!("hint: run the same command once with a connection and without HF_HUB_OFFLINE ({word})")
+        } else {
+            hint.to_string()
+        };
+        self.error(&format!(
+            "{why}, and the cache at {} does not hold {lack}\n{hint}",
+            self.cache_dir.display()
+        ))
+    }
+
+    /// What a user can make of a failure.
+    fn told(&self, failure: Failure) -> Error {
+        let page = format!("{}/{}", self.endpoint, self.id.name);
+        let token =
+            if self.has_token { "the token that was sent was not enough" } else { "no token was sent" };
+        let give = format!(
+            "hint: a token comes from HF_TOKEN or `hf auth login`, is made at {}/settings/tokens, and must be allowed to read \
+             this repository",
+            self.endpoint
+        );
+        match failure {
+            Failure::Local(error) => error,
+            Failure::Network(why) => self.error(&format!(
+                "the hub cannot be reached ({why})\nhint: check the connection and HF_ENDPOINT; what was downloaded is kept"
+            )),
+            Failure::Answer(what) => self.error(&format!("the hub answered with {what}")),
+            Failure::Status(_, reason) if reason == "RevisionNotFound" => self.error(&format!(
+                "no revision `{}` is there\nhint: {page} lists branches, tags and commits",
+                self.id.revision
+            )),
+            Failure::Status(_, reason) if reason == "GatedRepo" => self.error(&format!(
+                "it is gated, and {token}\nhint: accept its terms at {page}\n{give}"
+            )),
+            Failure::Status(401 | 403, reason) if reason != "RepoNotFound" => {
+                self.error(&format!("the hub refuses it, and {token}\n{give}"))
+            }
+            // The hub does not tell strangers whether a private repository is there.
+            Failure::Status(401 | 403 | 404, _) => self.error(&format!(
+                "no such repository or revision is there, or it is private, and {token}\n{give}"
+            )),
+            Failure::Status(code, _) => self.error(&format!("the hub answered with status {code}")),
+        }
+    }
+}
+
+/// Whether a revision is a commit, which never changes.
+fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+/// A file name as part of an address.
+fn encoded(name: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~/".contains(&b);
+    name.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_told_from_paths() {
+        let id = |word: &str| Id::parse(word).map(|id| (id.name, id.revision));
+        let found = |name: &str, revision: &str| Some((name.to_string(), revision.to_string()));
+        assert_eq!(id("a/b"), found("a/b", "main"));
+        assert_eq!(id("stable-diffusion-v1-5/stable-diffusion-v1-5@fp16"), {
+            found("stable-diffusion-v1-5/stable-diffusion-v1-5", "fp16")
+        });
+        assert_eq!(id("a/b.c_d@refs/pr/1"), found("a/b.c_d", "refs/pr/1"));
+        for word in [
+            "a",
+            "a/",
+            "/a",
+            "a/b/c",
+            "./a",
+            "../a",
+            "a/..",
+            "a/b@",
+            "a/b@../x",
+            "a/b@/x",
+            "a--b/c",
+            "~/a",
+            "a/b=0.8",
+            "a/b c",
+            "a/-b",
+            "models/sd15.safetensors",
+            "a/b@x y",
+            "a/b@.",
+            "",
+        ] {
+            assert_eq!(id(word), None, "{word}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_knows_its_repository() {
+        let path = Path::new("/c/hub/models--owner--my-model/snapshots/0123/x.safetensors");
+        assert_eq!(repository_of(path).as_deref(), Some("owner/my-model"));
+        assert_eq!(repository_of(path.parent().unwrap()).as_deref(), Some("owner/my-model"));
+        assert_eq!(repository_of(Path::new("/models/snapshots")), None);
+        assert_eq!(repository_of(Path::new("/models/a--b/snapshots/x")), None);
+    }
+
+    #[test]
+    fn file_names_are_encoded_for_addresses() {
+        assert_eq!(encoded("unet/my lora+v2#é.safetensors"), "unet/my%20lora%2Bv2%23%C3%A9.safetensors");
+    }
+}

@@ -1,0 +1,309 @@
+//! Requests to the hub, and downloads that go on where they were cut off.
+//!
+//! hf-hub's own download is not used: it takes the server's `ETag` as a file name unseen, appends a whole answer to a part
+//! where the server does not know ranges, asks for nothing for ever once a part is complete, checks neither length nor
+//! hash, and waits without end. Redirects are followed here, one by one: the token stays with the hub's own host, and
+//! another host is asked over https only.
+
+use crate::error::Error;
+use crate::platform::interrupt;
+use sha2::{Digest, Sha256};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::time::Duration;
+use ureq::http::{Response, Uri};
+use ureq::{Agent, Body};
+
+/// Redirects in a row; a repository that was renamed and keeps its weights elsewhere needs two.
+const REDIRECTS: usize = 8;
+/// Attempts without a new byte before giving up, with a pause that doubles.
+const ATTEMPTS: u32 = 5;
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+/// A server that says nothing for this long has gone.
+const SILENCE: Duration = Duration::from_secs(30);
+/// The largest listing of a repository that is read.
+const MAX_LISTING: u64 = 64 << 20;
+
+/// Why a request gave nothing.
+#[derive(Debug)]
+pub enum Failure {
+    /// No answer, or it broke off; told in a few words.
+    Network(String),
+    /// A refusal: HTTP status, and the hub's own word for the reason (`X-Error-Code`).
+    Status(u16, String),
+    /// An answer that makes no sense; told in a few words.
+    Answer(String),
+    /// Trouble on this side: the disk, or the user.
+    Local(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Local(error)
+    }
+}
+
+impl From<ureq::Error> for Failure {
+    fn from(error: ureq::Error) -> Self {
+        Self::Network(error.to_string())
+    }
+}
+
+impl Failure {
+    /// Whether the same request may succeed a little later.
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::Network(_) => true,
+            Self::Status(code, _) => *code == 429 || *code >= 500,
+            Self::Answer(_) | Self::Local(_) => false,
+        }
+    }
+}
+
+/// What the hub says of a file before it is downloaded.
+#[derive(Debug)]
+pub struct Remote {
+    /// Without quotes; what the cache calls the content. SHA-256 for large files.
+    pub etag: String,
+    /// Bytes, where the server says.
+    pub size: Option<u64>,
+}
+
+/// A connection to one hub.
+pub struct Client {
+    agent: Agent,
+    token: Option<String>,
+}
+
+impl Client {
+    /// `token` goes to the host of each request's own address, never to where it is redirected.
+    pub fn new(token: Option<String>) -> Self {
+        let config = Agent::config_builder()
+            .max_redirects(0)
+            .http_status_as_error(false)
+            .timeout_connect(Some(SILENCE))
+            .timeout_recv_response(Some(SILENCE))
+            .timeout_per_read(Some(SILENCE))
+            .accept_encoding("identity") // sizes and ranges are those of the file itself
+            .user_agent(concat!("hra/", env!("CARGO_PKG_VERSION")));
+        Self { agent: config.build().into(), token }
+    }
+
+    /// A JSON answer.
+    pub fn json<T: serde::de::DeserializeOwned>(&self, url: &str) -> Result<T, Failure> {
+        retried(&mut || {
+            let mut answer = self.request(url, None, false)?;
+            let text = answer.body_mut().with_config().limit(MAX_LISTING).read_to_vec()?;
+            serde_json::from_slice(&text)
+                .map_err(|e| Failure::Answer(format!("a listing that cannot be read ({e})")))
+        })
+    }
+
+    /// Name and size of a file's content.
+    pub fn remote(&self, url: &str) -> Result<Remote, Failure> {
+        retried(&mut || {
+            let answer = self.request(url, None, true)?;
+            let header = |name: &str| answer.headers().get(name).and_then(|value| value.to_str().ok());
+            let etag = header("x-linked-etag").or_else(|| header("etag")).unwrap_or_default();
+            let etag = etag.trim_start_matches("W/").trim_matches('"').to_string();
+            // The length of a redirection is not that of the file.
+            let own = (!answer.status().is_redirection()).then(|| header("content-length")).flatten();
+            let size = header("x-linked-size").or(own).and_then(|n| n.parse().ok());
+            Ok(Remote { etag, size })
+        })
+    }
+
+    /// Downloads to `part`, going on with what is there. `tick` is told the number of bytes that are there.
+    pub fn download(
+        &self,
+        url: &str,
+        remote: &Remote,
+        part: &Path,
+        tick: &mut dyn FnMut(u64),
+    ) -> Result<(), Failure> {
+        let resumed = length(part) > 0;
+        self.persist(url, remote, part, tick)?;
+        let is_sha256 = remote.etag.len() == 64 && remote.etag.bytes().all(|b| b.is_ascii_hexdigit());
+        if !is_sha256 || sha256(part)? == remote.etag.to_ascii_lowercase() {
+            return Ok(());
+        }
+        std::fs::remove_file(part).map_err(|e| Error::io("remove", part, e))?;
+        if resumed {
+            // The part was spoilt before; all of it anew may be right.
+            return self.download(url, remote, part, tick);
+        }
+        Err(Failure::Answer("content whose SHA-256 is not the one that it names".into()))
+    }
+
+    /// Attempts until all is there, or nothing more comes.
+    fn persist(
+        &self,
+        url: &str,
+        remote: &Remote,
+        part: &Path,
+        tick: &mut dyn FnMut(u64),
+    ) -> Result<(), Failure> {
+        let (mut attempt, mut pause) = (1, FIRST_PAUSE);
+        loop {
+            let before = length(part);
+            match self.attempt(url, remote, part, tick) {
+                Err(failure) if failure.passes() => {
+                    let moved = length(part) > before;
+                    (attempt, pause) = if moved { (1, FIRST_PAUSE) } else { (attempt + 1, pause * 2) };
+                    if attempt > ATTEMPTS {
+                        return Err(failure);
+                    }
+                    std::thread::sleep(pause);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn attempt(
+        &self,
+        url: &str,
+        remote: &Remote,
+        part: &Path,
+        tick: &mut dyn FnMut(u64),
+    ) -> Result<(), Failure> {
+        let fail = |e| Failure::Local(Error::io("write", part, e));
+        let mut file = OpenOptions::new().append(true).create(true).open(part).map_err(fail)?;
+        // Without a length nobody can tell whether a part is a part.
+        let mut have = if remote.size.is_some() { length(part) } else { 0 };
+        if remote.size.is_some_and(|size| have > size) {
+            have = 0;
+        }
+        if remote.size != Some(have) || have == 0 {
+            let answer = self.request(url, Some(have).filter(|have| *have > 0), false);
+            let answer = match answer {
+                Err(Failure::Status(416, _)) if have > 0 => self.request(url, None, false)?,
+                other => other?,
+            };
+            let range = answer.headers().get("content-range").and_then(|value| value.to_str().ok());
+            let continues = answer.status() == 206
+                && range.is_some_and(|range| range.starts_with(&format!("bytes {have}-")));
+            if !continues {
+                have = 0;
+            }
+            file.set_len(have).map_err(fail)?;
+            have = copy(answer, &mut file, part, have, remote.size, tick)?;
+        }
+        if let Some(size) = remote.size.filter(|size| *size != have) {
+            return Err(Failure::Network(format!("the connection ended after {have} of {size} bytes")));
+        }
+        file.sync_all().map_err(fail)
+    }
+
+    /// One request and the redirects after it. A `head` request ends at the first answer that says what the file is.
+    fn request(&self, url: &str, from: Option<u64>, head: bool) -> Result<Response<Body>, Failure> {
+        let home = origin(url)?;
+        let mut url = url.to_string();
+        for _ in 0..REDIRECTS {
+            let mut request = if head { self.agent.head(&url) } else { self.agent.get(&url) };
+            if let Some(token) = self.token.as_ref().filter(|_| origin(&url).is_ok_and(|o| o == home)) {
+                request = request.header("authorization", format!("Bearer {token}"));
+            }
+            if let Some(from) = from {
+                request = request.header("range", format!("bytes={from}-"));
+            }
+            let answer = request.call()?;
+            let status = answer.status();
+            let header = |name: &str| answer.headers().get(name).and_then(|value| value.to_str().ok());
+            if status.is_success() || (head && status.is_redirection() && header("x-linked-etag").is_some()) {
+                return Ok(answer);
+            }
+            if !status.is_redirection() {
+                return Err(Failure::Status(
+                    status.as_u16(),
+                    header("x-error-code").unwrap_or_default().to_string(),
+                ));
+            }
+            let Some(location) = header("location") else {
+                return Err(Failure::Answer("a redirection to nowhere".into()));
+            };
+            let next = if location.starts_with('/') && !location.starts_with("//") {
+                format!("{}{location}", origin(&url)?)
+            } else {
+                location.to_string()
+            };
+            let target = origin(&next)?;
+            if target != home && !target.starts_with("https://") {
+                return Err(Failure::Answer(format!("a redirection to {target}, which is not https")));
+            }
+            url = next;
+        }
+        Err(Failure::Answer("redirections without end".into()))
+    }
+}
+
+/// Appends an answer to `file`, which has `have` bytes; how many it has then.
+fn copy(
+    answer: Response<Body>,
+    file: &mut File,
+    part: &Path,
+    mut have: u64,
+    size: Option<u64>,
+    tick: &mut dyn FnMut(u64),
+) -> Result<u64, Failure> {
+    let mut reader = answer.into_body().into_reader();
+    let mut buffer = vec![0u8; 1 << 18];
+    loop {
+        interrupt::check(|| {
+            "stopped downloading; what is there is kept, and the same command goes on with it".to_string()
+        })?;
+        let n = reader.read(&mut buffer).map_err(|e| Failure::Network(e.to_string()))?;
+        if n == 0 {
+            return Ok(have);
+        }
+        have += n as u64;
+        if size.is_some_and(|size| have > size) {
+            return Err(Failure::Answer("more bytes than it promised".into()));
+        }
+        file.write_all(&buffer[..n]).map_err(|e| Error::io("write", part, e))?;
+        tick(have);
+    }
+}
+
+/// Makes a small request again while its failure may pass.
+fn retried<T>(request: &mut dyn FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match request() {
+            Err(failure) if failure.passes() && pause < FIRST_PAUSE * 4 => std::thread::sleep(pause),
+            other => return other,
+        }
+        pause *= 2;
+    }
+}
+
+/// Scheme, host and port of an address.
+fn origin(url: &str) -> Result<String, Failure> {
+    let uri: Option<Uri> = url.parse().ok();
+    let parts = uri.as_ref().and_then(|uri| Some((uri.scheme_str()?, uri.authority()?)));
+    match parts {
+        Some((scheme @ ("http" | "https"), authority)) => {
+            Ok(format!("{scheme}://{authority}").to_ascii_lowercase())
+        }
+        _ => Err(Failure::Answer("an address that cannot be read".into())),
+    }
+}
+
+fn length(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |meta| meta.len())
+}
+
+fn sha256(path: &Path) -> Result<String, Error> {
+    let fail = |e| Error::io("read", path, e);
+    let mut file = File::open(path).map_err(fail)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        let n = file.read(&mut buffer).map_err(fail)?;
+        if n == 0 {
+            return Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
+        }
+        hash.update(&buffer[..n]);
+    }
+}

@@ -1,0 +1,10 @@
+//! What everything stands on: the machine, files, the hub, seeds, and how a run is watched and stopped.
+
+pub mod cuda;
+pub mod device;
+pub mod doctor;
+pub mod files;
+pub mod hub;
+pub mod interrupt;
+pub mod progress;
+pub mod seed;

@@ -1,0 +1,262 @@
+//! Checkpoints: everything that training needs to go on exactly where it stopped.
+//!
+//! `checkpoints/step-000100/` holds what a finished run holds, usable as it is (a PEFT folder, with the text encoder's below
+//! it, or a fully fine-tuned UNet; and a control encoder where one trains), the optimiser's moments, and `state.json`. A checkpoint is written beside its place and renamed, so one that is there is whole.
+
+use crate::adapter::peft::{self, AdapterConfig};
+use crate::attach::parameters::Parameters;
+use crate::error::{Error, Result};
+use crate::model::control::FILE_STEM;
+use crate::platform::files;
+use crate::train::optim::{self, AdamW, Ema};
+use crate::train::run::Sums;
+use crate::weights::tensor_file::{self, TensorFile};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use tch::{Device, Kind, Tensor};
+
+const FORMAT: u32 = 1;
+/// The most steps that a run may have.
+const MAX_STEP: i64 = 1_000_000_000;
+const STATE_FILE: &str = "state.json";
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+
+/// The files of one network's trained tensors.
+pub enum TrainedPart {
+    /// A PEFT folder: at the top (`""`) or in a folder below it.
+    Peft { place: &'static str, config: AdapterConfig, class: (&'static str, &'static str) },
+    /// A whole network in a folder of its own, as diffusers saves it, with its `config.json` and whatever belongs to it.
+    Network { folder: &'static str, files: Vec<(&'static str, String)> },
+}
+
+impl TrainedPart {
+    /// Its folder below a run or checkpoint; empty for the top.
+    pub fn place(&self) -> &'static str {
+        match self {
+            Self::Peft { place, .. } => place,
+            Self::Network { folder, .. } => folder,
+        }
+    }
+
+    fn weights(&self, dir: &Path) -> PathBuf {
+        match self {
+            Self::Peft { place, .. } => dir.join(place).join(peft::WEIGHTS_FILE),
+            Self::Network { folder, .. } => dir.join(folder).join(format!("{FILE_STEM}.safetensors")),
+        }
+    }
+
+    /// The key of the tensor `name` in its file.
+    fn key(&self, name: &str) -> String {
+        match self {
+            Self::Peft { .. } => format!("base_model.model.{name}"),
+            Self::Network { .. } => name.to_string(),
+        }
+    }
+
+    fn write(&self, dir: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<()> {
+        if let Some(folder) = self.weights(dir).parent() {
+            files::create_dir_all(folder)?;
+        }
+        match self {
+            Self::Peft { place, config, class } => {
+                peft::write(&dir.join(place), config, *class, tensors, Kind::Float, text)
+            }
+            Self::Network { folder, files: beside } => {
+                tensor_file::write(&self.weights(dir), tensors, text)?;
+                beside.iter().try_for_each(|(name, content)| {
+                    files::write_atomic(&dir.join(folder).join(name), content.as_bytes())
+                })
+            }
+        }
+    }
+}
+
+/// What a checkpoint says beside its tensors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Version of this format.
+    pub format: u32,
+    /// Optimiser steps taken.
+    pub step: i64,
+    /// Seconds of training so far, over all sessions.
+    pub seconds: f64,
+    /// Which base model the adapter belongs to.
+    pub base_fingerprint: String,
+    /// Trained tensors in the order of the optimiser's moments.
+    pub parameters: Vec<String>,
+    /// Losses summed up since the last record.
+    pub sums: Sums,
+}
+
+/// Folder of the checkpoint of `step` in a run.
+pub fn folder(run: &Path, step: i64) -> PathBuf {
+    run.join("checkpoints").join(format!("step-{step:06}"))
+}
+
+/// Steps that a run has checkpoints of, ascending.
+pub fn list(run: &Path) -> Result<Vec<i64>> {
+    let dir = run.join("checkpoints");
+    if !dir.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut steps: Vec<i64> = files::list_dir(&dir)?
+        .iter()
+        .filter_map(|entry| entry.name.to_str()?.strip_prefix("step-")?.parse().ok())
+        .collect();
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+/// Writes the checkpoint of `state.step` and removes the oldest ones beyond `limit`.
+pub fn save(
+    run: &Path,
+    state: &State,
+    parts: &[TrainedPart],
+    parameters: &Parameters,
+    optimizer: &AdamW,
+    ema: Option<&Ema>,
+    limit: Option<usize>,
+) -> Result<PathBuf> {
+    let dir = folder(run, state.step);
+    files::create_dir_all(&run.join("checkpoints"))?;
+    files::stage_dir(&dir, |dir| {
+        write_trained(dir, parts, parameters, state)?;
+        let mut tensors = vec![
+            ("exp_avg".to_string(), optimizer.exp_avg.shallow_clone()),
+            ("exp_avg_sq".to_string(), optimizer.exp_avg_sq.shallow_clone()),
+        ];
+        tensors.extend(ema.map(|e| ("ema".to_string(), e.average.shallow_clone())));
+        tensor_file::write(&dir.join(OPTIMIZER_FILE), &tensors, &[])?;
+        let json = serde_json::to_string_pretty(state).map_err(|e| Error::Run(e.to_string()))?;
+        files::write_atomic(&dir.join(STATE_FILE), json.as_bytes())
+    })?;
+    if let Some(limit) = limit {
+        let older: Vec<i64> = list(run)?.into_iter().filter(|step| *step < state.step).collect();
+        for step in &older[..older.len().saturating_sub(limit.max(1) - 1)] {
+            files::remove_dir_all(&folder(run, *step))?;
+        }
+    }
+    Ok(dir)
+}
+
+/// Removes the checkpoints after `step`, which a run that goes on from there no longer leads to; how many there were.
+pub fn remove_after(run: &Path, step: i64) -> Result<usize> {
+    let later: Vec<i64> = list(run)?.into_iter().filter(|s| *s > step).collect();
+    later.iter().try_for_each(|s| files::remove_dir_all(&folder(run, *s)))?;
+    Ok(later.len())
+}
+
+/// Writes the trained tensors, with what PEFT has no field for in the tensor files' metadata. Refuses numbers that are
+/// not finite: such a file would load everywhere and draw black pictures.
+pub fn write_trained(
+    dir: &Path,
+    parts: &[TrainedPart],
+    parameters: &Parameters,
+    state: &State,
+) -> Result<()> {
+    for (name, tensor) in parameters.views() {
+        if tensor.isfinite().all().int64_value(&[]) == 0 {
+            return Err(Error::NotFinite(format!(
+                "{name}: the adapter holds numbers that are not finite; it is not saved"
+            )));
+        }
+    }
+    let text = [
+        ("base_fingerprint", state.base_fingerprint.clone()),
+        ("step", state.step.to_string()),
+        ("software", format!("hra {}", env!("CARGO_PKG_VERSION"))),
+    ];
+    for (part, views) in parts.iter().zip(parameters.groups()) {
+        part.write(dir, views, &text)?;
+    }
+    Ok(())
+}
+
+/// A checkpoint, read back.
+pub struct Loaded {
+    pub state: State,
+    optimizer: TensorFile,
+    dir: PathBuf,
+}
+
+impl Loaded {
+    /// Reads the checkpoint in `dir`.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(STATE_FILE);
+        let state: State = serde_json::from_str(&files::read_to_string(&path)?)
+            .map_err(|e| Error::format(&path, format!("not a checkpoint's state: {e}")))?;
+        if state.format != FORMAT {
+            return Err(Error::format(
+                &path,
+                format!("expected checkpoint format {FORMAT}, found {}", state.format),
+            ));
+        }
+        if !(0..=MAX_STEP).contains(&state.step) {
+            return Err(Error::format(
+                &path,
+                format!("step: expected 0 to {MAX_STEP}, found {}", state.step),
+            ));
+        }
+        Ok(Self { state, optimizer: TensorFile::open(&dir.join(OPTIMIZER_FILE))?, dir: dir.to_path_buf() })
+    }
+
+    /// Puts everything back where training left it.
+    pub fn restore(
+        &self,
+        parts: &[TrainedPart],
+        parameters: &mut Parameters,
+        optimizer: &mut AdamW,
+        ema: Option<&mut Ema>,
+    ) -> Result<()> {
+        let names: Vec<&String> = parameters.views().iter().map(|(name, _)| name).collect();
+        if !names.iter().copied().eq(&self.state.parameters) {
+            return Err(Error::format(
+                &self.dir,
+                "the checkpoint's adapted layers are not those of this configuration",
+            ));
+        }
+        let mut rows = Vec::new();
+        for (part, views) in parts.iter().zip(parameters.groups()) {
+            let file = TensorFile::open(&part.weights(&self.dir))?;
+            for (name, view) in views {
+                let tensor = file.read_as(&part.key(name), Kind::Float, Device::Cpu)?;
+                if tensor.size() != view.size() {
+                    let (expected, found) = (view.size(), tensor.size());
+                    return Err(Error::format(
+                        file.path(),
+                        format!("`{name}`: expected shape {expected:?}, found {found:?}"),
+                    ));
+                }
+                rows.push(tensor.reshape([-1]));
+            }
+        }
+        let device = parameters.flat().device();
+        let flat = Tensor::cat(&rows, 0).to_device(device);
+        let moment = |name: &str| {
+            let saved = self.optimizer.read_as(name, Kind::Float, Device::Cpu)?;
+            optim::restore(saved, &flat, name, device)
+        };
+        optimizer.exp_avg = moment("exp_avg")?;
+        optimizer.exp_avg_sq = moment("exp_avg_sq")?;
+        optimizer.steps = self.state.step;
+        if let Some(ema) = ema {
+            ema.average = moment("ema")?;
+        }
+        parameters.set(&flat);
+        Ok(())
+    }
+}
+
+impl State {
+    /// The state after `step` steps.
+    pub fn new(step: i64, seconds: f64, base_fingerprint: &str, parameters: &Parameters, sums: Sums) -> Self {
+        Self {
+            format: FORMAT,
+            step,
+            seconds,
+            base_fingerprint: base_fingerprint.to_string(),
+            parameters: parameters.views().iter().map(|(name, _)| name.clone()).collect(),
+            sums,
+        }
+    }
+}

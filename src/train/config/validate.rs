@@ -1,0 +1,147 @@
+//! What can be checked of the settings without opening a file.
+
+use crate::adapter::peft::Bias;
+use crate::adapter::target::TargetRule;
+use crate::data::pairs::ConditionKind;
+use crate::error::{Error, Result};
+use crate::train::config::{MethodName, TrainConfig};
+use std::path::Path;
+
+impl TrainConfig {
+    /// Checks everything that can be checked without opening a file; all problems are listed.
+    pub fn validate(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        let mut require = |ok: bool, problem: &str| {
+            if !ok {
+                problems.push(problem.to_string());
+            }
+        };
+        let given = |path: &Path| !path.as_os_str().is_empty();
+        require(
+            given(&self.pretrained_model_name_or_path),
+            "pretrained_model_name_or_path: a model folder is needed",
+        );
+        if self.is_control() {
+            require(
+                !given(&self.instance_data_dir) && self.instance_prompt.is_empty(),
+                "instance_data_dir and instance_prompt: train_data_dir has pictures and captions of its own",
+            );
+            require(
+                !self.with_prior_preservation,
+                "with_prior_preservation: class pictures have no conditions; leave it out with train_data_dir",
+            );
+            let (images, prompts) = (self.validation_image.len(), self.validation_prompt.len());
+            require(
+                images == prompts || images == 1 && prompts > 0,
+                "validation_image: expected one for each validation_prompt, or one for all",
+            );
+        } else {
+            require(
+                given(&self.instance_data_dir),
+                "instance_data_dir: a folder with the subject's pictures is needed (or train_data_dir, to train control)",
+            );
+            require(
+                !self.instance_prompt.trim().is_empty(),
+                "instance_prompt: a prompt is needed, such as \"a photo of sks dog\"",
+            );
+            let idle = self.validation_image.is_empty()
+                && self.control_lr.is_none()
+                && self.proportion_empty_prompts == 0.0
+                && self.palette.is_none()
+                && !self.make_conditions
+                && self.condition == ConditionKind::Other;
+            require(
+                idle && self.method != MethodName::None,
+                "condition, make_conditions, palette, proportion_empty_prompts, control_lr, validation_image and method none: only with \
+                 train_data_dir",
+            );
+        }
+        require(
+            (0.0..=1.0).contains(&self.proportion_empty_prompts),
+            "proportion_empty_prompts: expected a share, 0 to 1",
+        );
+        require(
+            (0.0..=1e9).contains(&self.canny_low) && (self.canny_low..=1e9).contains(&self.canny_high),
+            "canny_low and canny_high: expected two numbers from 0 up, the first not above the second",
+        );
+        require(given(&self.output_dir), "output_dir: a folder is needed");
+        if self.with_prior_preservation {
+            require(!self.class_prompt.trim().is_empty(), "class_prompt: needed for prior preservation");
+            require(self.num_class_images >= 1, "num_class_images: expected 1 or more");
+            require(self.class_steps >= 1, "class_steps: expected 1 or more");
+        }
+        require(
+            self.resolution.is_none_or(|r| (8..=4096).contains(&r)),
+            "resolution: expected 8 to 4096 pixels",
+        );
+        // Far above any use, and far below what would overflow a count or fill a memory.
+        require(self.num_class_images <= 1_000_000, "num_class_images: expected at most 1000000");
+        require(self.num_validation_images <= 10_000, "num_validation_images: expected at most 10000");
+        require(self.train_batch_size <= 4096, "train_batch_size: expected at most 4096");
+        require(self.sample_batch_size <= 4096, "sample_batch_size: expected at most 4096");
+        require(self.max_train_steps <= 1_000_000_000, "max_train_steps: expected at most 1000000000");
+        require(self.max_train_steps >= 1, "max_train_steps: expected 1 or more");
+        require(self.train_batch_size >= 1, "train_batch_size: expected 1 or more");
+        require(self.sample_batch_size >= 1, "sample_batch_size: expected 1 or more");
+        require(self.gradient_accumulation_steps >= 1, "gradient_accumulation_steps: expected 1 or more");
+        // Factors that f32 does not hold are none for libtorch.
+        let natural = |x: f64| (0.0..=f64::from(f32::MAX)).contains(&x);
+        let positive = |x: f64| natural(x) && x > 0.0;
+        require(self.text_encoder_lr.is_none_or(positive), "text_encoder_lr: expected a number above 0");
+        require(self.control_lr.is_none_or(positive), "control_lr: expected a number above 0");
+        require(positive(self.learning_rate), "learning_rate: expected a number above 0");
+        require(natural(self.adam_weight_decay), "adam_weight_decay: expected 0 or more");
+        require(positive(self.adam_epsilon), "adam_epsilon: expected a number above 0");
+        require(positive(self.max_grad_norm), "max_grad_norm: expected a number above 0");
+        require(natural(self.prior_loss_weight), "prior_loss_weight: expected 0 or more");
+        require(natural(self.hra_lambda), "hra_lambda: expected 0 or more");
+        require(
+            self.hra_lambda == 0.0 || !self.gram_schmidt,
+            "hra_lambda has no effect with gram_schmidt: use one of them",
+        );
+        require(self.snr_gamma.is_none_or(positive), "snr_gamma: expected a number above 0");
+        require((0.0..1.0).contains(&self.adam_beta1), "adam_beta1: expected 0 up to 1");
+        require((0.0..1.0).contains(&self.adam_beta2), "adam_beta2: expected 0 up to 1");
+        require((0.0..1.0).contains(&self.ema_decay), "ema_decay: expected 0 up to 1");
+        require(self.lr_warmup_steps >= 0, "lr_warmup_steps: expected 0 or more");
+        require(
+            natural(self.lr_num_cycles) && natural(self.lr_power),
+            "lr_num_cycles and lr_power: expected 0 or more",
+        );
+        require(self.validation_steps >= 1, "validation_steps: expected 1 or more");
+        require(self.checkpointing_steps >= 1, "checkpointing_steps: expected 1 or more");
+        require(self.checkpoints_total_limit != Some(0), "checkpoints_total_limit: expected 1 or more");
+        require(self.log_every >= 1, "log_every: expected 1 or more");
+        require(!self.target_modules.is_empty(), "target_modules: expected at least one name");
+        require(!self.text_target_modules.is_empty(), "text_target_modules: expected at least one name");
+        let hra = self.method == MethodName::Hra;
+        require(hra || self.hra_lambda == 0.0, "hra_lambda: only method hra has this regulariser");
+        require(hra || !self.gram_schmidt, "gram_schmidt: only method hra has this variant");
+        let blocks = [MethodName::Oft, MethodName::Coft, MethodName::Boft].contains(&self.method);
+        require(
+            blocks || self.block_size.is_none(),
+            "block_size: only methods oft, coft and boft have blocks",
+        );
+        let lora = [MethodName::Lora, MethodName::Dora].contains(&self.method);
+        require(lora || self.lora_alpha.is_none(), "lora_alpha: only methods lora and dora have it");
+        require(lora || !self.use_rslora, "use_rslora: only methods lora and dora have it");
+        let full = self.method == MethodName::Full;
+        require(!full || !self.train_text_encoder, "train_text_encoder: method full trains the UNet alone");
+        require(
+            !full || self.init_adapter.is_none(),
+            "init_adapter: method full starts from a model, not an adapter",
+        );
+        let none = self.method == MethodName::None;
+        require(!none || self.init_adapter.is_none(), "init_adapter: method none has no adapter");
+        require(
+            !none || !self.train_text_encoder,
+            "train_text_encoder: method none trains the control encoder alone",
+        );
+        require(!none || self.bias == Bias::None, "bias: method none trains the control encoder alone");
+        problems.extend(self.method().and_then(|method| method.validate().err()).map(|e| e.to_string()));
+        for words in [&self.target_modules, &self.text_target_modules] {
+            problems.extend(TargetRule::from_words(words).err().map(|e| e.to_string()));
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n"))) }
+    }
+}

@@ -1,0 +1,10 @@
+//! Tensors from and to files: which file a part of a model is in, under which names, and which sizes follow from it.
+
+pub mod bounds;
+pub mod config;
+pub mod infer;
+pub mod ldm;
+pub mod scope;
+pub mod source;
+pub mod tensor_file;
+pub mod tensors;

@@ -1,0 +1,127 @@
+//! The weights of one model part, handed out by name with every check made.
+//!
+//! A module asks its [`Scope`] for `weight` with the shape it needs. What is missing or does not fit is noted, a
+//! stand-in without memory is given instead, and [`Weights::finish`] reports all problems of the part at once.
+
+use crate::error::{Error, Result};
+use crate::weights::source::{Part, Source};
+use crate::weights::tensors::Tensors;
+use sha2::Sha256;
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::fmt::Display;
+use std::path::Path;
+use tch::{Device, Kind, Tensor};
+
+/// The tensors of one model part, for a network in `kind` on a device.
+pub struct Weights {
+    tensors: Tensors,
+    kind: Kind,
+    device: Device,
+    problems: RefCell<Vec<String>>,
+    used: RefCell<HashSet<String>>,
+}
+
+impl Weights {
+    /// Opens the weights of a part.
+    pub fn open(source: &Source, part: Part, kind: Kind, device: Device) -> Result<Self> {
+        Ok(Self::new(source.tensors(part)?, kind, device))
+    }
+
+    /// Opens the weights of a folder that holds one model: `STEM.safetensors`, or the index of its shards.
+    pub fn in_folder(dir: &Path, stem: &str, kind: Kind, device: Device) -> Result<Self> {
+        Ok(Self::new(Tensors::in_folder(dir, stem, |_| None)?, kind, device))
+    }
+
+    fn new(tensors: Tensors, kind: Kind, device: Device) -> Self {
+        let problems = RefCell::new(tensors.problems().to_vec());
+        Self { tensors, kind, device, problems, used: RefCell::default() }
+    }
+
+    /// The top of the name tree.
+    pub fn root(&self) -> Scope<'_> {
+        Scope { weights: self, prefix: String::new() }
+    }
+
+    /// Hashes what tells these weights from others: [`Tensors::identify`].
+    pub fn identify(&self, hash: &mut Sha256) -> Result<()> {
+        self.tensors.identify(hash)
+    }
+
+    /// Shape of the tensor `name`, if the file has it.
+    pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
+        self.tensors.shape(name)
+    }
+
+    /// Fails with every problem found; otherwise names the tensors of the file that nothing asked for.
+    pub fn finish(self) -> Result<Vec<String>> {
+        let problems = self.problems.into_inner();
+        if !problems.is_empty() {
+            return Err(Error::Weights { path: self.tensors.place().to_path_buf(), problems });
+        }
+        let used = self.used.into_inner();
+        let unused =
+            self.tensors.names().filter(|name| !used.contains(*name) && !self.tensors.is_spare(name));
+        Ok(unused.chain(self.tensors.unknown().iter().map(String::as_str)).map(str::to_string).collect())
+    }
+
+    fn tensor(&self, name: &str, shape: &[i64]) -> Tensor {
+        let problem = match self.tensors.key(name) {
+            None => format!("`{name}` {shape:?} is missing"),
+            Some(key) => {
+                self.used.borrow_mut().insert(name.to_string());
+                let in_file = self.tensors.shape(name).unwrap_or_default();
+                if !same_shape(&in_file, shape) {
+                    format!("`{key}`: expected shape {shape:?}, found {in_file:?}")
+                } else if !self.tensors.is_float(name) {
+                    format!("`{key}`: expected floating point, found {}", self.tensors.dtype(name))
+                } else {
+                    match self.converted(name) {
+                        Ok(tensor) => return tensor.reshape(shape),
+                        Err(e) => e.to_string(),
+                    }
+                }
+            }
+        };
+        self.problems.borrow_mut().push(problem);
+        // Never computed with: finish() fails. An expanded scalar costs no memory, however large a config's sizes are.
+        Tensor::zeros([1], (self.kind, Device::Cpu)).expand(shape, false)
+    }
+
+    fn converted(&self, name: &str) -> Result<Tensor> {
+        Ok(self.tensors.read(name)?.f_to_device(self.device)?.f_to_kind(self.kind)?)
+    }
+}
+
+/// A 1x1 convolution and a linear map hold the same numbers; published files have either form.
+fn same_shape(found: &[i64], expected: &[i64]) -> bool {
+    fn trimmed(shape: &[i64]) -> &[i64] {
+        if shape.len() == 4 && shape[2..] == [1, 1] { &shape[..2] } else { shape }
+    }
+    trimmed(found) == trimmed(expected)
+}
+
+/// A place in the name tree of a [`Weights`].
+#[derive(Clone)]
+pub struct Scope<'a> {
+    weights: &'a Weights,
+    prefix: String,
+}
+
+impl Scope<'_> {
+    /// The place below this one.
+    pub fn at(&self, name: impl Display) -> Self {
+        let dot = if self.prefix.is_empty() { "" } else { "." };
+        Self { weights: self.weights, prefix: format!("{}{dot}{name}", self.prefix) }
+    }
+
+    /// The tensor `name` below this place, which must have this shape.
+    pub fn tensor(&self, name: &str, shape: &[i64]) -> Tensor {
+        self.weights.tensor(&self.at(name).prefix, shape)
+    }
+
+    /// This place's full name, as in the checkpoint.
+    pub fn path(&self) -> String {
+        self.prefix.clone()
+    }
+}
