@@ -12,7 +12,8 @@ mod support;
 
 use hra::model::text::TextEncoder;
 use hra::model::{UNet, Vae};
-use hra::weights::source::{Part, Source};
+use hra::weights::part::Part;
+use hra::weights::source::Source;
 use hra::weights::tensor_file::{self, TensorFile};
 use hra::{Error, Result};
 use serde_json::{Value, json};

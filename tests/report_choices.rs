@@ -117,7 +117,7 @@ fn best_steps() {
     assert_eq!(svg.matches("<polyline").count(), 2, "DINO and CLIP-T");
 }
 
-/// By hand, see src/report/paper.rs: of these three steps the sums are 17.0, 16.5 and 17.15, so the last is taken. With the
+/// By hand, see src/lab/report/paper.rs: of these three steps the sums are 17.0, 16.5 and 17.15, so the last is taken. With the
 /// last step's DINO lowered by 0.04 its sum is 16.95 (the ranges stay), and the first is taken.
 #[test]
 fn the_papers_protocol_takes_the_best_step_of_each_prompt() {

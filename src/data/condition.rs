@@ -1,13 +1,12 @@
 //! The condition of a pair: a file of some kind, or edges made from the picture.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::data::image::edges::{Thresholds, canny};
 use crate::data::image::landmarks::{self, Point};
 use crate::data::image::palette::{LabelMap, MapFile, Palette};
 use crate::data::image::{Filter, RgbImage, load_rgb, resize, resize_nearest};
-use crate::data::pairs::PairSettings;
+use crate::data::pair_settings::{ConditionKind, PairSettings};
 use crate::data::{load_unchanged, load_usable, reason, unchanged};
 use crate::{Error, Result};
 
@@ -17,34 +16,6 @@ pub const POINT_FILES: [&str; 3] = ["pts", "json", "txt"];
 const FEW_CLASSES: u8 = 32;
 /// The class of pixels that have none in COCO, ADE20K and Pascal VOC; they are black, unless the palette goes so far.
 pub const VOID: u16 = 255;
-
-/// What the conditions of a data set are.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum ConditionKind {
-    /// Edges, white on black; made from the picture where no file is named
-    Canny,
-    /// A colour for each class; with a palette also maps of class numbers
-    Segmentation,
-    /// Points of a face, as a picture or as a file of points that are drawn
-    Landmarks,
-    /// Any other picture, shown as it is
-    #[default]
-    Other,
-}
-
-impl fmt::Display for ConditionKind {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Self::Canny => "canny",
-            Self::Segmentation => "segmentation",
-            Self::Landmarks => "landmarks",
-            Self::Other => "other",
-        })
-    }
-}
 
 /// Where the condition of a pair comes from.
 #[derive(Debug, Clone, PartialEq)]

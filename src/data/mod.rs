@@ -9,6 +9,7 @@
 mod cache;
 pub mod condition;
 pub mod image;
+pub mod pair_settings;
 pub mod pairs;
 pub mod table;
 

@@ -15,12 +15,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::data::cache::Cache;
 use crate::data::condition::Conditions;
-pub use crate::data::condition::{
-    ConditionFiles, ConditionKind, ConditionSource, POINT_FILES, VOID, same_aspect,
-};
-use crate::data::image::edges::Thresholds;
+pub use crate::data::condition::{ConditionFiles, ConditionSource, POINT_FILES, VOID, same_aspect};
 use crate::data::image::resize::{center_offset, covering_size, short_side_size};
 use crate::data::image::{Filter, RgbImage, crop, landmarks, resize};
+pub use crate::data::pair_settings::{ConditionKind, PairSettings};
 use crate::data::table::{self, Entry, Row};
 use crate::data::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, one_line, windows};
 use crate::platform::interrupt;
@@ -31,41 +29,6 @@ use crate::{Error, Result};
 const MAX_THREADS: usize = 8;
 /// Reading so many pairs takes seconds, and is told.
 const MANY: usize = 1000;
-
-/// How pairs are read.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PairSettings {
-    /// Column of the pictures.
-    pub image_column: String,
-    /// Column of the captions.
-    pub caption_column: String,
-    /// Column of the conditions.
-    pub conditioning_image_column: String,
-    /// What the conditions are.
-    pub condition: ConditionKind,
-    /// Whether conditions are made from the pictures even where the pairs name files.
-    pub make_conditions: bool,
-    /// Thresholds of edges that are made.
-    pub thresholds: Thresholds,
-    /// Colours of the classes, by which maps of class numbers become pictures.
-    pub palette: Option<PathBuf>,
-}
-
-impl Default for PairSettings {
-    /// The columns of Hugging Face's scripts; conditions are pictures of any kind.
-    fn default() -> Self {
-        let [image_column, caption_column, conditioning_image_column] = table::COLUMNS.map(String::from);
-        Self {
-            image_column,
-            caption_column,
-            conditioning_image_column,
-            condition: ConditionKind::default(),
-            make_conditions: false,
-            thresholds: Thresholds::default(),
-            palette: None,
-        }
-    }
-}
 
 /// A pair that can be used.
 #[derive(Debug, Clone, PartialEq)]

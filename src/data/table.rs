@@ -13,15 +13,13 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
-use crate::data::pairs::PairSettings;
+use crate::data::pair_settings::{COLUMNS, PairSettings};
 use crate::platform::files::{self, Kind};
 use crate::{Error, Result};
 
 /// The tables that are looked for in a folder.
 const NAMES: [&str; 2] = ["metadata.jsonl", "metadata.csv"];
-/// The columns as they are called where the user says nothing.
-pub(super) const COLUMNS: [&str; 3] = ["file_name", "text", "conditioning_image"];
-/// What they are called in ControlNet's and CelebA's forms.
+/// What columns are called in ControlNet's and CelebA's forms.
 const OTHER_NAMES: [&[&str]; 3] = [&["target", "image"], &["prompt"], &["source"]];
 
 /// A table and its rows.

@@ -8,8 +8,9 @@ use crate::model::down::{Block, DownPath, attentions, same_padding};
 use crate::model::layers::{Layer, Layers, Module, Norm};
 use crate::model::resnet::{Resnet, Upsample};
 use crate::weights::config::{Level, UNetConfig};
+use crate::weights::part::Part;
 use crate::weights::scope::{Scope, Weights};
-use crate::weights::source::{Part, Source};
+use crate::weights::source::Source;
 use tch::{Device, Kind, Tensor};
 
 /// The UNet with its frozen weights and whatever adapters are on its layers.

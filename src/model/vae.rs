@@ -7,8 +7,9 @@
 
 use crate::error::{Error, Result};
 use crate::weights::config::VaeConfig;
+use crate::weights::part::Part;
 use crate::weights::scope::Weights;
-use crate::weights::source::{Part, Source};
+use crate::weights::source::Source;
 use crate::weights::tensors::current_vae_name;
 use diffusers::models::vae::{AutoEncoderKL, AutoEncoderKLConfig};
 use tch::{Device, Kind, Tensor, nn};

@@ -21,6 +21,32 @@ const MAX_STEP: i64 = 1_000_000_000;
 const STATE_FILE: &str = "state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 
+/// Where to go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resume {
+    /// The newest checkpoint.
+    Latest,
+    /// The checkpoint of this step.
+    Step(i64),
+}
+
+impl std::str::FromStr for Resume {
+    type Err = Error;
+
+    /// `latest`, a number of steps, or a checkpoint folder's name or path as diffusers' scripts take it.
+    fn from_str(text: &str) -> Result<Self> {
+        if text == "latest" {
+            return Ok(Self::Latest);
+        }
+        let name = text.trim_end_matches('/').rsplit('/').next().unwrap_or(text);
+        let digits = name.trim_start_matches("step-").trim_start_matches("checkpoint-");
+        digits
+            .parse()
+            .map(Self::Step)
+            .map_err(|_| Error::config(format!("--resume: expected latest or a step, found `{text}`")))
+    }
+}
+
 /// The files of one network's trained tensors.
 pub enum TrainedPart {
     /// A PEFT folder: at the top (`""`) or in a folder below it.

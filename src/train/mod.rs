@@ -12,6 +12,8 @@ pub mod run;
 mod setup;
 pub mod tensorboard;
 
+pub use checkpoint::Resume;
+
 use crate::adapter::Method;
 use crate::adapter::target::TargetRule;
 use crate::attach::parameters::Parameters;
@@ -47,32 +49,6 @@ const RECORDS_A_MOVEMENT: i64 = 10;
 
 /// In f16 the gradients of a mean over many pixels would vanish; in f32 and bf16 nothing is scaled.
 const HALF_LOSS_SCALE: f64 = 4096.0;
-
-/// Where to go on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Resume {
-    /// The newest checkpoint.
-    Latest,
-    /// The checkpoint of this step.
-    Step(i64),
-}
-
-impl std::str::FromStr for Resume {
-    type Err = Error;
-
-    /// `latest`, a number of steps, or a checkpoint folder's name or path as diffusers' scripts take it.
-    fn from_str(text: &str) -> Result<Self> {
-        if text == "latest" {
-            return Ok(Self::Latest);
-        }
-        let name = text.trim_end_matches('/').rsplit('/').next().unwrap_or(text);
-        let digits = name.trim_start_matches("step-").trim_start_matches("checkpoint-");
-        digits
-            .parse()
-            .map(Self::Step)
-            .map_err(|_| Error::config(format!("--resume: expected latest or a step, found `{text}`")))
-    }
-}
 
 /// What a finished run can say of itself.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::weights::bounds::{MAX_FACTOR, MAX_WIDTH, Transformer, is_factor, out_of_range};
-use crate::weights::source::Text;
+use crate::weights::part::Text;
 use serde::Deserialize;
 use serde_json::Value;
 

@@ -4,6 +4,7 @@ pub mod bounds;
 pub mod config;
 pub mod infer;
 pub mod ldm;
+pub mod part;
 pub mod scope;
 pub mod source;
 pub mod tensor_file;

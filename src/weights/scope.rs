@@ -4,7 +4,8 @@
 //! stand-in without memory is given instead, and [`Weights::finish`] reports all problems of the part at once.
 
 use crate::error::{Error, Result};
-use crate::weights::source::{Part, Source};
+use crate::weights::part::Part;
+use crate::weights::source::Source;
 use crate::weights::tensors::Tensors;
 use sha2::Sha256;
 use std::cell::RefCell;

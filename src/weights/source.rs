@@ -10,6 +10,7 @@ use crate::platform::files;
 use crate::weights::config::{TextConfig, UNetConfig, VaeConfig};
 use crate::weights::infer;
 use crate::weights::ldm::{Names, Tower, UNET, VAE};
+use crate::weights::part::{Part, Text};
 use crate::weights::tensor_file::{self, TensorFile};
 use crate::weights::tensors::{Tensors, current_name};
 use serde_json::Value;
@@ -17,36 +18,6 @@ use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-
-/// A part of a model that has weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Part {
-    /// The denoiser.
-    UNet,
-    /// The text tower.
-    TextEncoder,
-    /// Pictures to latents and back.
-    Vae,
-}
-
-impl Part {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::UNet, Self::TextEncoder, Self::Vae];
-
-    /// Its folder in a model folder.
-    pub fn folder(self) -> &'static str {
-        match self {
-            Self::UNet => "unet",
-            Self::TextEncoder => "text_encoder",
-            Self::Vae => "vae",
-        }
-    }
-
-    /// The name of its weight file, without ending.
-    pub fn stem(self) -> &'static str {
-        if self == Self::TextEncoder { "model" } else { "diffusion_pytorch_model" }
-    }
-}
 
 /// Every text file of a model folder that says how pictures are drawn. (`model_index.json` lists parts; ours are fixed.)
 pub const TEXT_FILES: [&str; 10] = [
@@ -64,15 +35,6 @@ pub const TEXT_FILES: [&str; 10] = [
 
 /// How the metadata keys begin under which a checkpoint holds the text files of its model.
 pub const EMBEDDED: &str = "hra/";
-
-/// A text file, or what stands for one.
-#[derive(Debug, Clone)]
-pub struct Text {
-    /// All of it.
-    pub content: String,
-    /// Its path, for messages; below the checkpoint's for what is not a file.
-    pub path: PathBuf,
-}
 
 /// A whole model, open for reading.
 #[derive(Debug)]

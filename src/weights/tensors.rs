@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::weights::ldm::{Form, Names};
-use crate::weights::source::Part;
+use crate::weights::part::Part;
 use crate::weights::tensor_file::{self, TensorFile};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;

@@ -4,7 +4,8 @@
 use super::Case;
 use hra::StableDiffusion;
 use hra::convert::single_file::{Replaced, write_checkpoint};
-use hra::weights::source::{Part, Source};
+use hra::weights::part::Part;
+use hra::weights::source::Source;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};

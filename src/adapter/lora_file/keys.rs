@@ -12,7 +12,7 @@
 //!
 //! What diffusers accepts is in its `loaders/lora_conversion_utils.py` and `utils/state_dict_utils.py` (0.42).
 
-use crate::adapter::lora_file::Part;
+use crate::adapter::lora_file::part::Part;
 
 /// What a tensor is in its layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,6 +7,7 @@
 //! `m (W + scale * up down) / |W + scale * up down|`, norms by rows.
 
 mod keys;
+mod part;
 mod settings;
 mod write;
 
@@ -19,34 +20,14 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 pub use keys::canonical;
+pub use part::Part;
 pub use write::{Change, Style, write};
 
-/// Where diffusers keeps PEFT's settings.
-const METADATA: &str = "lora_adapter_metadata";
 /// The name under which diffusers' `save_lora_weights` writes.
 pub const DIFFUSERS_FILE: &str = "pytorch_lora_weights.safetensors";
 /// Far above any layer of a network (numbers of one tensor, numbers along one dimension).
 const MAX_NUMBERS: i64 = 1 << 27;
 const MAX_DIMENSION: i64 = 1 << 20;
-
-/// A part of Stable Diffusion that has layers to adapt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Part {
-    /// The denoiser.
-    UNet,
-    /// The CLIP text tower.
-    TextEncoder,
-}
-
-impl Part {
-    /// As diffusers names it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::UNet => "unet",
-            Self::TextEncoder => "text_encoder",
-        }
-    }
-}
 
 /// The LoRA of one layer, f32 on the CPU.
 #[derive(Debug)]
@@ -207,7 +188,7 @@ fn role_name(role: Role) -> &'static str {
 
 fn read_settings(file: &TensorFile, problems: &mut Vec<String>) -> Vec<(Part, Settings)> {
     let mut found = Vec::new();
-    if let Some(text) = file.text(METADATA) {
+    if let Some(text) = file.text(part::METADATA) {
         for part in [Part::UNet, Part::TextEncoder] {
             match Settings::read(text, part) {
                 Ok(settings) => found.extend(settings.map(|settings| (part, settings))),

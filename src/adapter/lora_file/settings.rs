@@ -1,7 +1,7 @@
 //! PEFT's settings of a LoRA, as diffusers puts them into a file's metadata (`lora_adapter_metadata`, JSON): of one model, or
 //! of several with the model's name before each field.
 
-use crate::adapter::lora_file::Part;
+use crate::adapter::lora_file::part::Part;
 use crate::adapter::peft_patterns::pattern;
 use regex::Regex;
 use serde_json::{Map, Value};
@@ -45,7 +45,7 @@ impl Settings {
     /// The settings for `part` in `text`; none if the text is of other parts. The error is every problem.
     pub fn read(text: &str, part: Part) -> Result<Option<Self>, Vec<String>> {
         let whole: Map<String, Value> = serde_json::from_str(text)
-            .map_err(|e| vec![format!("metadata `{}`: not JSON: {e}", super::METADATA)])?;
+            .map_err(|e| vec![format!("metadata `{}`: not JSON: {e}", super::part::METADATA)])?;
         let prefixed = |part: Part| -> Map<String, Value> {
             let start = format!("{}.", part.name());
             whole.iter().filter_map(|(k, v)| Some((k.strip_prefix(&start)?.to_string(), v.clone()))).collect()

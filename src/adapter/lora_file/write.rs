@@ -8,7 +8,7 @@
 //! [`Style::Kohya`] is for A1111, ComfyUI and diffusers. All layers get the same alpha, the largest rank, and `up` is scaled
 //! where a layer's rank is smaller: diffusers 0.42 loses the alphas of attention layers where they differ.
 
-use crate::adapter::lora_file::Part;
+use crate::adapter::lora_file::part::Part;
 use crate::error::{Error, Result};
 use crate::weights::tensor_file;
 use std::path::Path;

@@ -4,39 +4,24 @@
 //! `torch.Generator("cpu").manual_seed(seed)` draws it, whatever else is in the batch. An ancestral sampler's noise of
 //! each step comes from the same stream, after the first latents.
 
+mod noise;
+mod settings;
 mod start;
 mod steering;
 
+pub use noise::Noise;
+pub use settings::Settings;
 pub use start::Start;
 pub use steering::{Steering, Strength, conditions};
 
 use crate::data::image::RgbImage;
-use crate::diffusion::sampler::{Plan, SamplerKind, Spacing};
+use crate::diffusion::sampler::Plan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::interrupt;
 use start::{Begin, Prepared};
 use steering::Steered;
 use tch::{Device, Kind, Tensor};
-
-/// What a set of pictures is drawn from.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Settings {
-    pub prompt: String,
-    pub negative_prompt: String,
-    pub sampler: SamplerKind,
-    /// How timesteps are spread, where it is not the sampler's own way.
-    pub spacing: Option<Spacing>,
-    /// Whether Karras' noise levels are used, where it is not the sampler's own choice.
-    pub karras: Option<bool>,
-    pub steps: usize,
-    /// Classifier-free guidance; 1 or less means none, and half the work.
-    pub guidance: f64,
-    /// In pixels.
-    pub width: i64,
-    /// In pixels.
-    pub height: i64,
-}
 
 /// What a drawing follows beside its prompt. By default nothing.
 #[derive(Default)]
@@ -47,18 +32,6 @@ pub struct Guides<'a> {
     pub control: Option<Steering<'a>>,
 }
 
-/// Noise that a batch starts from and, for ancestral samplers, takes in on its way.
-pub struct Noise {
-    /// Unit noise `(b, c, h, w)`, f32.
-    pub latents: Tensor,
-    /// `(steps, b, c, h, w)`; empty unless the sampler is ancestral.
-    pub steps: Tensor,
-    /// Unit noise for the latents of a [`Start`]'s picture, like `latents`; `None` takes the middle of what its encoder says.
-    pub image: Option<Tensor>,
-    /// The same for the masked picture that an inpainting UNet sees.
-    pub masked_image: Option<Tensor>,
-}
-
 /// A finished picture.
 pub struct Picture {
     /// The seed it was drawn from; `None` if the noise was given.
@@ -67,97 +40,6 @@ pub struct Picture {
     pub latents: Tensor,
     /// The pixels.
     pub image: RgbImage,
-}
-
-impl Settings {
-    /// For square pictures that training draws on its own: no negative prompt, the model's sampler unless one is given.
-    pub fn square(
-        model: &StableDiffusion,
-        prompt: &str,
-        sampler: Option<SamplerKind>,
-        steps: usize,
-        guidance: f64,
-        size: u32,
-    ) -> Result<Self> {
-        let sampler = match sampler {
-            Some(kind) => kind,
-            None => SamplerKind::from_config(&model.scheduler)?.0,
-        };
-        let size = i64::from(size);
-        Ok(Self {
-            prompt: prompt.to_string(),
-            negative_prompt: String::new(),
-            sampler,
-            spacing: None,
-            karras: None,
-            steps,
-            guidance,
-            width: size,
-            height: size,
-        })
-    }
-
-    /// Refuses sizes and numbers that the model cannot draw.
-    pub fn validate(&self, model: &StableDiffusion) -> Result<()> {
-        let factor = model.vae.factor();
-        for (flag, size) in [("--width", self.width), ("--height", self.height)] {
-            if size < factor || size % factor != 0 || size > 8192 {
-                return Err(Error::config(format!(
-                    "{flag}: expected a multiple of {factor} (pixels for one latent of this model) up to 8192, found {size}"
-                )));
-            }
-        }
-        // libtorch panics at factors that f32 does not hold.
-        if !(-1e6..=1e6).contains(&self.guidance) {
-            return Err(Error::config(format!(
-                "--guidance: expected a number up to 1e6, found {}",
-                self.guidance
-            )));
-        }
-        self.plan(model).map(|_| ())
-    }
-
-    /// The sampler's steps for this model.
-    pub fn plan(&self, model: &StableDiffusion) -> Result<Plan> {
-        let config = self.sampler.settings(&model.scheduler, self.spacing, self.karras);
-        Plan::new(self.sampler, &config, self.steps)
-    }
-
-    /// Shape of one picture's latents, `(1, c, h, w)`.
-    pub fn latent_shape(&self, model: &StableDiffusion) -> [i64; 4] {
-        let factor = model.vae.factor();
-        [1, model.vae.latent_channels(), self.height / factor, self.width / factor]
-    }
-
-    /// For a PNG: one entry for each setting, and all in the one line that A1111 and ComfyUI read.
-    pub fn to_text(&self, seed: Option<u64>, model: &str, adapters: &str) -> Vec<(String, String)> {
-        let seed_text = seed.map_or_else(|| "given latents".to_string(), |s| s.to_string());
-        let mut line = self.prompt.clone();
-        if !self.negative_prompt.is_empty() {
-            line += &format!("\nNegative prompt: {}", self.negative_prompt);
-        }
-        line += &format!(
-            "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {seed_text}, Size: {}x{}, Model: {model}",
-            self.steps, self.sampler, self.guidance, self.width, self.height
-        );
-        [
-            ("parameters", line),
-            ("prompt", self.prompt.clone()),
-            ("negative_prompt", self.negative_prompt.clone()),
-            ("scheduler", self.sampler.to_string()),
-            ("steps", self.steps.to_string()),
-            ("guidance_scale", self.guidance.to_string()),
-            ("seed", seed_text),
-            ("timestep_spacing", self.spacing.map_or("the sampler's", |s| s.name()).to_string()),
-            ("karras_sigmas", self.karras.map_or("the sampler's".to_string(), |k| k.to_string())),
-            ("model", model.to_string()),
-            ("adapters", adapters.to_string()),
-            ("software", format!("hra {}", env!("CARGO_PKG_VERSION"))),
-        ]
-        .into_iter()
-        .map(|(key, value)| (key.to_string(), value))
-        .collect()
-    }
 }
 
 impl Guides<'_> {
@@ -229,37 +111,6 @@ impl Noise {
             image: stack(images),
             masked_image: stack(masked),
         })
-    }
-
-    /// The same tensors again.
-    pub fn shallow_clone(&self) -> Self {
-        let same = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::shallow_clone);
-        Self {
-            latents: self.latents.shallow_clone(),
-            steps: self.steps.shallow_clone(),
-            image: same(&self.image),
-            masked_image: same(&self.masked_image),
-        }
-    }
-
-    /// The latents' unit noise where the model is.
-    fn unit(&self, device: Device) -> Tensor {
-        self.latents.to_device(device).to_kind(Kind::Float)
-    }
-
-    fn batch(&self, start: i64, length: i64) -> Self {
-        let steps = if self.steps.dim() == 5 {
-            self.steps.narrow(1, start, length)
-        } else {
-            self.steps.shallow_clone()
-        };
-        let part = |tensor: &Tensor| tensor.narrow(0, start, length);
-        Self {
-            latents: part(&self.latents),
-            steps,
-            image: self.image.as_ref().map(part),
-            masked_image: self.masked_image.as_ref().map(part),
-        }
     }
 }
 

@@ -7,7 +7,8 @@
 //! noise level. One of 9 sees the mask and the masked picture beside its latents.
 
 use crate::data::image::{Filter, RgbImage, resize};
-use crate::diffusion::sample::{Noise, Settings};
+use crate::diffusion::sample::noise::Noise;
+use crate::diffusion::sample::settings::Settings;
 use crate::diffusion::sampler::Plan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};

@@ -7,6 +7,7 @@
 
 mod chart;
 mod markdown;
+mod names;
 mod page;
 pub mod paper;
 mod pictures;
@@ -22,23 +23,14 @@ pub use plots::steps_plot;
 pub use search::{BestRate, best_rates, best_step};
 
 use crate::error::{Error, Result};
+pub use names::{CELLS_FILE, JSON_FILE, MARKDOWN_FILE, PAGE_FILE, PICTURES_FILE};
+
 use crate::lab::results::{self, CellRecord, Plan, RECORD_FILE};
 use crate::platform::files;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use table::{Analysis, Row};
-
-/// The page.
-pub const PAGE_FILE: &str = "report.html";
-/// A row for each picture.
-pub const PICTURES_FILE: &str = "report.csv";
-/// A row for each cell, step and set.
-pub const CELLS_FILE: &str = "report-cells.csv";
-/// Everything.
-pub const JSON_FILE: &str = "report.json";
-/// The tables as Markdown.
-pub const MARKDOWN_FILE: &str = "report.md";
 
 /// What the command line says after the report is written.
 #[derive(Debug, Clone, Serialize)]

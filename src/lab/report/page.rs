@@ -3,13 +3,13 @@
 //! run (by their hashes) and only pictures of its own folder load.
 
 use crate::lab::report::chart;
+use crate::lab::report::names::{CELLS_FILE, JSON_FILE, MARKDOWN_FILE, PICTURES_FILE};
 use crate::lab::report::pictures;
 use crate::lab::report::plots::figures;
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, Difference, Estimate, Row, RowKind};
 use crate::lab::report::values::Column;
 use crate::lab::report::words;
-use crate::lab::report::{CELLS_FILE, JSON_FILE, MARKDOWN_FILE, PICTURES_FILE};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use maud::{DOCTYPE, Markup, PreEscaped, html};

@@ -4,7 +4,7 @@
 //! four are summed, and the epoch with the largest sum gives the values. It is a choice of the best of N by the test
 //! metrics themselves. The scripts divide by zero where a metric never changes; here such a metric does not count.
 
-use crate::lab::report::values::prompt_value;
+use crate::lab::report::statistics::prompt_value;
 use crate::lab::results::{Evaluation, PromptScores};
 
 /// The metrics of the sum; LPIPS counts as the others do, the larger the better.

@@ -4,6 +4,7 @@
 //! 13): units are drawn with replacement inside their groups, the mean of the groups' means is taken, and the interval
 //! holds the middle 95 % of these. Every comparison of one shape draws the same units.
 
+use crate::lab::results::PromptScores;
 use crate::platform::seed;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -102,6 +103,12 @@ impl Bootstrap {
         self.draws.insert(sizes, draws.clone());
         draws
     }
+}
+
+/// The prompt's own score, or the mean of its pictures' (see [`PromptScores::means`]).
+pub fn prompt_value(prompt: &PromptScores, key: &str) -> Option<f64> {
+    let pictures = || mean(prompt.pictures.iter().filter_map(|p| p.scores.get(key).copied()));
+    prompt.scores.get(key).copied().or_else(pictures)
 }
 
 #[cfg(test)]

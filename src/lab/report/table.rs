@@ -1,13 +1,18 @@
 //! The numbers of the report: a row for the base model and for each method, with budgets, means, spreads and differences.
 
+use crate::lab::report::paper;
 use crate::lab::report::search::{BestRate, best_rates};
 use crate::lab::report::statistics::{Bootstrap, MANY_SUBJECTS, mean, mean_of_means, spread};
 use crate::lab::report::values::PAPER;
 use crate::lab::report::values::{self, CellValues, Column};
-use crate::lab::report::{paper, words};
 use crate::lab::results::{BASE, CellRecord, Plan, PlannedCell, Set};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
+
+/// The row of the pairs' own pictures, in a comparison of control.
+pub const CEILING: &str = "real pictures (ceiling)";
+/// The row of the base model, in a comparison of control.
+pub const FLOOR: &str = "base, no condition (floor)";
 
 /// Everything that the report says, from a plan and the records that are there.
 pub struct Analysis<'a> {
@@ -191,7 +196,7 @@ impl<'a> Analysis<'a> {
         rows.extend(self.real_row(&mut bootstrap).map(|row| (row, Vec::new())));
         let base = of(BASE, None);
         if self.plan.cells.iter().any(|c| c.method == BASE) {
-            let label = if self.control { words::FLOOR } else { BASE };
+            let label = if self.control { FLOOR } else { BASE };
             rows.push((self.row(label, BASE, RowKind::Base, None, &base), base));
         }
         for (number, method) in self.plan.methods.iter().enumerate() {
@@ -252,7 +257,7 @@ impl<'a> Analysis<'a> {
             })
             .collect();
         (!scores.is_empty()).then(|| Row {
-            label: if self.control { words::CEILING } else { "real training pictures" }.into(),
+            label: if self.control { CEILING } else { "real training pictures" }.into(),
             kind: RowKind::Real,
             method: None,
             rate: None,

@@ -2,8 +2,9 @@
 //! and set.
 
 use crate::error::{Error, Result};
+use crate::lab::report::statistics::prompt_value;
 use crate::lab::report::table::Analysis;
-use crate::lab::report::values::{Column, prompt_value};
+use crate::lab::report::values::Column;
 use crate::lab::results::{CellRecord, Evaluation, PlannedCell, PromptScores, Set};
 use csv::Writer;
 use std::path::Path;

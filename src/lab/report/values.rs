@@ -1,7 +1,7 @@
 //! From records to the values that tables use: which step and set of a cell counts, and which prompts are paired.
 
 use crate::lab::report::paper;
-use crate::lab::report::statistics::mean;
+use crate::lab::report::statistics::{mean, prompt_value};
 use crate::lab::results::{Better, CellRecord, Evaluation, Plan, PromptScores, SCORES, Set};
 use std::collections::BTreeSet;
 
@@ -133,12 +133,6 @@ impl<'a> CellValues<'a> {
         }
         found
     }
-}
-
-/// The prompt's own score, or the mean of its pictures' (see [`PromptScores::means`]).
-pub fn prompt_value(prompt: &PromptScores, key: &str) -> Option<f64> {
-    let pictures = || mean(prompt.pictures.iter().filter_map(|p| p.scores.get(key).copied()));
-    prompt.scores.get(key).copied().or_else(pictures)
 }
 
 /// `a - b`, of the prompt's own score or of the pictures of the same number.

@@ -1,17 +1,12 @@
 //! Numbers and findings in words, the same in every form of the report.
 
 use crate::lab::report::search::{BestRate, TriedRate};
-use crate::lab::report::table::{Analysis, BudgetMeans, Difference, Estimate, Row, RowKind};
+use crate::lab::report::table::{Analysis, BudgetMeans, CEILING, Difference, Estimate, FLOOR, Row, RowKind};
 use crate::lab::report::values::{Column, PAPER};
 use crate::lab::results::{PlannedCell, Set};
 
 /// For what a row does not have.
 pub const NONE: &str = "-";
-
-/// The row of the pairs' own pictures, in a comparison of control.
-pub const CEILING: &str = "real pictures (ceiling)";
-/// The row of the base model, in a comparison of control.
-pub const FLOOR: &str = "base, no condition (floor)";
 
 /// `0.612 ± 0.010` or `0.612 [0.590, 0.634]`; without spread and interval the mean alone.
 pub fn estimate(estimate: &Estimate, digits: usize) -> String {

@@ -6,8 +6,9 @@ use crate::error::Result;
 use crate::model::attention::{attend, join_heads, split_heads};
 use crate::model::layers::{Layer, Layers, Module, Norm};
 use crate::weights::config::TextConfig;
+use crate::weights::part::Part;
 use crate::weights::scope::{Scope, Weights};
-use crate::weights::source::{Part, Source};
+use crate::weights::source::Source;
 use tch::{Device, Kind, Tensor};
 
 /// Text tower with frozen weights.

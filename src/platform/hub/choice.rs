@@ -3,7 +3,7 @@
 //! Chosen from the names alone, so that one rule says what a repository offers and whether the cache has all of it. Only
 //! names of the expected forms are taken: a hostile listing (`../../x`) cannot name a place outside the cache.
 
-use crate::platform::hub::Wanted;
+use crate::platform::hub::wanted::Wanted;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 

@@ -7,6 +7,7 @@
 
 mod choice;
 mod transfer;
+mod wanted;
 
 use crate::error::{Error, Result};
 use crate::platform::files::{self, shell_word};
@@ -18,25 +19,14 @@ use std::collections::BTreeSet;
 use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+pub use wanted::Wanted;
+
 use transfer::{Client, Failure, Remote};
 
 /// The hub, where `HF_ENDPOINT` names no other.
 const ENDPOINT: &str = "https://huggingface.co";
 /// The branch, where no revision is given.
 const MAIN: &str = "main";
-
-/// What a repository is to be used as, which decides the files that are downloaded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wanted {
-    /// A Stable Diffusion folder.
-    Model,
-    /// A PEFT folder, with a control encoder where there is one, or a single LoRA file.
-    Adapter,
-    /// A tower that scores pictures: CLIP, DINO, DINOv2.
-    Tower,
-    /// A ControlNet folder.
-    ControlNet,
-}
 
 /// The local path that `word` means: itself if something is there, otherwise the hub's files in the cache, downloaded if
 /// need be. Errors tell both readings of the word.
