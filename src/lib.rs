@@ -4,7 +4,7 @@
 //! Data flows one way; a room (a folder) imports only from those below it, and no files import in a circle (`tests/layers.rs`):
 //!
 //! ```text
-//! cli/        what the user typed, turned into calls; how progress looks
+//! cli/        what the user typed, turned into calls; the terminal: how progress looks, Ctrl-C
 //! lab/        methods under equal conditions (compare), scores (evaluate), their files (results), pages and tables (report)
 //! convert/    adapters and models in other programs' forms (export, single_file); what a file is (inspect)
 //! train/      config -> data -> model + adapter -> loss -> optim -> checkpoint, run (metrics), previews, class pictures
@@ -14,11 +14,15 @@
 //! adapter/    hra, lora, oft .. and their algebra, PEFT folders, LoRA files: knows a weight and an input, no network
 //! weights/    tensors from and to files: parts, names, sizes
 //! data/       pictures, folders, pairs, tables, conditions
-//! platform/   device, cuda, doctor, hub, files, seed, progress, interrupt: what everything stands on
+//! platform/   device, cuda, doctor, hub, files, seed, observer: what everything stands on
 //! ```
+
+// The terminal is the command line's: whatever the library has to say goes to an observer.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod adapter;
 pub mod attach;
+#[allow(clippy::print_stdout, clippy::print_stderr)]
 pub mod cli;
 pub mod convert;
 pub mod data;

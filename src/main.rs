@@ -1,8 +1,8 @@
 //! The `hra` program: start-up, the command line, and how it ends: 0 done, 2 error, 130 stopped by the user.
 
 use hra::Error;
-use hra::cli::{self, Early};
-use hra::platform::{device, interrupt};
+use hra::cli::{self, Early, terminal};
+use hra::platform::device;
 use std::process::ExitCode;
 
 /// Exit code of every error that is the user's to mend.
@@ -26,7 +26,7 @@ fn main() -> ExitCode {
         Err(Early::Error(error)) => {
             if let Error::Interrupted(_) = error {
                 eprintln!("{error}");
-                return ExitCode::from(interrupt::EXIT_CODE as u8);
+                return ExitCode::from(terminal::EXIT_CODE);
             }
             eprintln!("error: {error}");
             ExitCode::from(ERROR)

@@ -4,6 +4,7 @@ mod support;
 
 use hra::lab::compare::{CompareConfig, Shard};
 use hra::lab::results::{BASE, CellRecord, Plan, Set};
+use hra::platform::observer::Silent;
 use serde_json::Value;
 use std::path::Path;
 use std::process::Child;
@@ -420,7 +421,7 @@ fn the_dreambooth_folder_is_read_where_it_is_there() {
     };
     let mut config = read("compare-dreambooth.toml");
     config.search = None;
-    let (subjects, _) = resolve(&config).unwrap();
+    let (subjects, _) = resolve(&config, &Silent).unwrap();
     let names: Vec<(&str, &str)> = subjects.iter().map(|s| (s.name.as_str(), s.class.as_str())).collect();
     assert_eq!(names, [("dog", "dog"), ("vase", "vase")], "of 30 subjects two have a folder");
     for subject in &subjects {
@@ -438,7 +439,7 @@ fn the_dreambooth_folder_is_read_where_it_is_there() {
     assert_eq!(vase.prompts[24].text, "a cube shaped vase");
 
     // The authors' scripts: all pictures for both, the token stays, and objects are scored against the live list.
-    let (subjects, notes) = resolve(&read("compare-paper.toml")).unwrap();
+    let (subjects, notes) = resolve(&read("compare-paper.toml"), &Silent).unwrap();
     let vase = &subjects[1];
     assert_eq!((vase.train.len(), vase.test.len()), (6, 6));
     assert_eq!(vase.prompts[10].prompt, "a qwe vase with a wheat field in the background");

@@ -8,6 +8,7 @@ use hra::lab::compare::CompareConfig;
 use hra::lab::compare::control::{ControlSet, resolve};
 use hra::lab::evaluate::control::{overlap, subject_mask, subject_miou};
 use hra::lab::results::{BASE, CellRecord, Plan, Set, cell_folder};
+use hra::platform::observer::Silent;
 use std::path::{Path, PathBuf};
 use support::program::Scratch;
 use support::root;
@@ -265,7 +266,7 @@ fn pairs_are_rendered_again_where_they_are_read_otherwise() {
             *other = scratch.path("train").join(other.strip_prefix("train").unwrap());
             entry.palette = entry.palette.as_ref().map(|name| scratch.path("").join(name));
         }
-        resolve(&config).unwrap().pop().unwrap().control.unwrap()
+        resolve(&config, &Silent).unwrap().pop().unwrap().control.unwrap()
     };
     let hashes = |set: &ControlSet| {
         [set.train_hash.clone(), set.hash(Set::Test).to_string(), set.hash(Set::Validation).to_string()]

@@ -15,6 +15,7 @@ use hra::diffusion::sample::{self, Guides, Noise, Settings, Steering, Strength};
 use hra::diffusion::sampler::SamplerKind;
 use hra::model::control::{ConditionEncoder, Control, ControlNet, EncoderConfig, Passes, Signals};
 use hra::model::layers::{Layers, Module};
+use hra::platform::observer::Silent;
 use hra::train::loss::{Batch, training_loss};
 use support::{Case, cases, relative_error, root};
 use tch::{Device, Kind, Tensor};
@@ -217,7 +218,7 @@ fn draw(
         strength,
     });
     let guides = Guides { control: steering, ..Guides::default() };
-    let pictures = sample::sample(model, settings, noise, &guides, 2, &mut || {}).unwrap();
+    let pictures = sample::sample(model, settings, noise, &guides, 2, &Silent, &mut || {}).unwrap();
     Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0)
 }
 

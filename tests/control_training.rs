@@ -6,6 +6,7 @@ mod support;
 use hra::data::image::{Grid, GridRow, RgbImage, load_rgb, resize_nearest};
 use hra::data::pairs::{ConditionKind, PairFolder, PairSettings};
 use hra::data::{Crop, Window};
+use hra::platform::observer::Silent;
 use hra::weights::tensor_file::TensorFile;
 use serde_json::{Value, json};
 use std::fs;
@@ -251,7 +252,7 @@ fn the_encoder_has_a_learning_rate_of_its_own() {
 /// The condition of a pair as training shows it.
 fn shown(pairs: &Path, index: usize) -> RgbImage {
     let settings = PairSettings { condition: ConditionKind::Segmentation, ..PairSettings::default() };
-    let pairs = PairFolder::read(pairs, &settings).unwrap();
+    let pairs = PairFolder::read(pairs, &settings, &Silent).unwrap();
     let window: Window = pairs.crop_window(index, SIZE, Crop::Center);
     pairs.prepare(index, SIZE, window).unwrap().1
 }

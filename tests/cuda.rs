@@ -22,6 +22,7 @@ use hra::diffusion::sample::{Guides, Noise, Settings, sample};
 use hra::diffusion::sampler::SamplerKind;
 use hra::platform::cuda::cuda_memory;
 use hra::platform::device::{self, DeviceChoice};
+use hra::platform::observer::Silent;
 use hra::train::loss::{Batch, training_loss};
 use std::process::Stdio;
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
@@ -191,7 +192,7 @@ fn twelve_ddim_steps_end_where_the_cpu_ends() {
     };
     let draw = |model: &StableDiffusion| {
         let noise = Noise::draw(&[0, 1], &settings, model).unwrap();
-        let pictures = sample(model, &settings, &noise, &Guides::default(), 2, &mut || {}).unwrap();
+        let pictures = sample(model, &settings, &noise, &Guides::default(), 2, &Silent, &mut || {}).unwrap();
         Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0)
     };
     check("latents", &draw(&there), &draw(&here), 1e-3);

@@ -8,6 +8,7 @@ use hra::data::image::edges::{Thresholds, canny};
 use hra::data::image::{Filter, RgbImage, center_crop, resize, resize_nearest, resize_short_side, save_png};
 use hra::data::pairs::{ConditionKind, ConditionSource, PairFolder, PairSettings, shuffled};
 use hra::data::{Crop, Window};
+use hra::platform::observer::Silent;
 use tempfile::TempDir;
 
 /// `width` x `height` pixels that tell their place.
@@ -44,12 +45,12 @@ impl Set {
     }
 
     fn read(&self, settings: &PairSettings) -> PairFolder {
-        PairFolder::read(self.0.path(), settings).unwrap()
+        PairFolder::read(self.0.path(), settings, &Silent).unwrap()
     }
 
     /// What is told where nothing can be used.
     fn refused(&self, name: &str, settings: &PairSettings) -> String {
-        PairFolder::read(&self.0.path().join(name), settings).unwrap_err().to_string()
+        PairFolder::read(&self.0.path().join(name), settings, &Silent).unwrap_err().to_string()
     }
 }
 
@@ -105,7 +106,7 @@ fn every_form_gives_the_same_pairs() {
         let set = two();
         set.text(name, text);
         let given = if name.starts_with("metadata") { set.0.path().into() } else { set.at(name) };
-        let pairs = PairFolder::read(&given, &kind(ConditionKind::Other)).unwrap();
+        let pairs = PairFolder::read(&given, &kind(ConditionKind::Other), &Silent).unwrap();
         assert_eq!(rows(&pairs), expected, "{name}");
         assert_eq!(pairs.bad(), [], "{name}");
         assert_eq!(pairs.caption(1), "three");
@@ -123,7 +124,7 @@ fn columns_may_have_other_names() {
         conditioning_image_column: "edges".into(),
         ..PairSettings::default()
     };
-    let pairs = PairFolder::read(&set.at("t.csv"), &settings).unwrap();
+    let pairs = PairFolder::read(&set.at("t.csv"), &settings, &Silent).unwrap();
     assert_eq!(rows(&pairs), [("a.png", "yes", "a.png".to_string())]);
     // A name that was given is not guessed around.
     let told = set.refused("t.csv", &PairSettings { image_column: "picture".into(), ..settings.clone() });
@@ -269,7 +270,7 @@ fn tables_that_cannot_be_trusted_are_refused() {
     );
     assert!(set.refused("q.csv", &default).contains("a quote that line 3 opens is never closed"));
     set.text("f.csv", "file_name,text,conditioning_image\na.png,x\na.png,5\" wide,c/a.png\na.png,\"of\ntwo lines\",c/a.png,d\n");
-    let pairs = PairFolder::read(&set.at("f.csv"), &default).unwrap();
+    let pairs = PairFolder::read(&set.at("f.csv"), &default, &Silent).unwrap();
     assert_eq!(rows(&pairs), [("a.png", "5\" wide", "a.png".to_string())]);
     let bad: Vec<String> = pairs.bad().iter().map(|bad| format!("{}: {}", bad.name, bad.reason)).collect();
     assert_eq!(bad, ["line 2: expected 3 fields, found 2", "line 4: expected 3 fields, found 4"]);
@@ -285,7 +286,7 @@ fn none_that_can_be_used_is_an_error_with_reasons() {
     let set = two();
     let line = "{\"target\": \"gone.png\", \"source\": \"c/a.png\", \"prompt\": \"\"}\n";
     set.text("t.jsonl", &line.repeat(25));
-    let told = match PairFolder::read(&set.at("t.jsonl"), &PairSettings::default()) {
+    let told = match PairFolder::read(&set.at("t.jsonl"), &PairSettings::default(), &Silent) {
         Err(Error::Data(told)) => told,
         other => panic!("{other:?}"),
     };

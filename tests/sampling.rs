@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use hra::StableDiffusion;
 use hra::diffusion::sample::{Guides, Noise, Settings, sample};
 use hra::diffusion::sampler::{Plan, SamplerKind};
+use hra::platform::observer::Silent;
 use support::{cases, relative_error};
 use tch::{Device, Kind, Tensor};
 
@@ -45,7 +46,8 @@ fn every_scheduler_gives_the_latents_of_python() {
                 Tensor::empty([0], (Kind::Float, Device::Cpu))
             };
             let noise = Noise { latents: latents.shallow_clone(), steps, image: None, masked_image: None };
-            let pictures = sample(&model, &settings, &noise, &Guides::default(), 2, &mut || {}).unwrap();
+            let pictures =
+                sample(&model, &settings, &noise, &Guides::default(), 2, &Silent, &mut || {}).unwrap();
             let found = Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0);
             let error = relative_error(&found, &case.get(&key));
             println!("{} {key}: {error:.1e}", case.name);

@@ -10,6 +10,7 @@ use hra::lab::evaluate::scores::{
 };
 use hra::lab::evaluate::{TowerPaths, Towers, towers};
 use hra::lab::results::SCORES;
+use hra::platform::observer::Silent;
 use hra::weights::tensor_file;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
@@ -139,7 +140,7 @@ fn drift_is_the_mean_absolute_difference() {
 fn without_towers_there_is_nothing_to_score_but_masks_are_checked() {
     let (towers, picture) = (Towers::default(), row(4));
     let subject = Subject::new(&towers, &References::default()).unwrap();
-    let (together, each) = subject.score(&towers, Some("a dog"), &[row(3), row(4)]).unwrap();
+    let (together, each) = subject.score(&towers, Some("a dog"), &[row(3), row(4)], &Silent).unwrap();
     assert!(together.is_empty() && each.len() == 2 && each.iter().all(|scores| scores.is_empty()));
     let masked = |masks: Vec<&RgbImage>| {
         let references = References { real: vec![&picture], masks: Some(masks), ..Default::default() };
@@ -237,16 +238,16 @@ fn lpips_distances_are_those_of_the_package() {
     let pairs: Vec<(usize, usize)> = list("pairs").iter().map(|p| (p[0] as usize, p[1] as usize)).collect();
     for (net, key) in [(Net::Vgg, "vgg"), (Net::Alex, "alex")] {
         let lpips = Lpips::load(&file(dir.path(), net), net, Device::Cpu).unwrap();
-        let found = lpips.pairs(&pictures, &pairs).unwrap();
+        let found = lpips.pairs(&pictures, &pairs, &Silent).unwrap();
         assert_eq!(found.len(), pairs.len());
         for (found, expected) in found.iter().zip(expected[key].as_array().unwrap()) {
             let expected = expected.as_f64().unwrap();
             close(*found, expected, 1e-5 * expected.max(1e-3));
         }
-        let table = lpips.distances(&pictures[..2], &pictures[2..4]).unwrap();
-        let single = lpips.pairs(&pictures, &[(0, 2), (0, 3), (1, 2), (1, 3)]).unwrap();
+        let table = lpips.distances(&pictures[..2], &pictures[2..4], &Silent).unwrap();
+        let single = lpips.pairs(&pictures, &[(0, 2), (0, 3), (1, 2), (1, 3)], &Silent).unwrap();
         assert_eq!(table, single, "rows are of the first, columns of the second");
-        assert!(lpips.distances(&pictures, &[]).unwrap().is_empty());
+        assert!(lpips.distances(&pictures, &[], &Silent).unwrap().is_empty());
     }
 }
 
@@ -255,32 +256,32 @@ fn lpips_scores_are_means_over_real_pictures_and_over_pairs_of_a_prompt() {
     support::pin_threads();
     let dir = tempfile::tempdir().unwrap();
     let paths = TowerPaths { lpips_alex: Some(file(dir.path(), Net::Alex)), ..Default::default() };
-    let loaded = Towers::load(&paths, Device::Cpu).unwrap();
+    let loaded = Towers::load(&paths, Device::Cpu, &Silent).unwrap();
     let lpips = &loaded.lpips[0].1;
     let drawn: Vec<RgbImage> = (0..3).map(|k| picture(k, 40, 31)).collect();
     let other = picture(3, 50, 50);
     let subject =
         Subject::new(&loaded, &References { real: vec![&drawn[0], &other], ..Default::default() }).unwrap();
-    let (together, each) = subject.score(&loaded, None, &drawn).unwrap();
-    let distance = |a: &RgbImage, b: &RgbImage| lpips.distances(&[a], &[b]).unwrap()[0];
+    let (together, each) = subject.score(&loaded, None, &drawn, &Silent).unwrap();
+    let distance = |a: &RgbImage, b: &RgbImage| lpips.distances(&[a], &[b], &Silent).unwrap()[0];
     for (scores, picture) in each.iter().zip(&drawn) {
         let mean = (distance(picture, &drawn[0]) + distance(picture, &other)) / 2.0;
         close(scores["lpips_alex"], mean, 1e-12);
     }
     let pairs = [(0, 1), (0, 2), (1, 2)].map(|(a, b)| distance(&drawn[a], &drawn[b]));
     close(together["diversity_alex"], pairs.iter().sum::<f64>() / 3.0, 1e-12);
-    let (together, each) = subject.score(&loaded, None, &drawn[..1]).unwrap();
+    let (together, each) = subject.score(&loaded, None, &drawn[..1], &Silent).unwrap();
     assert!(together.is_empty(), "one picture has no diversity");
     assert!(each[0]["lpips_alex"] > 0.0, "the other real picture counts too");
     let known = |key: &String| SCORES.iter().any(|score| score.key == key);
     assert!(each[0].keys().all(known));
 
-    let identity = towers::identity(&paths).unwrap();
+    let identity = towers::identity(&paths, &Silent).unwrap();
     assert!(identity.starts_with("lpips_alex "), "{identity}");
     let changed = weights(Net::Alex);
     let _ = changed[3].1.get(0).fill_(0.5);
     tensor_file::write(&dir.path().join("Alex.safetensors"), &changed, &[]).unwrap();
-    assert_ne!(towers::identity(&paths).unwrap(), identity, "other weights are another tower");
+    assert_ne!(towers::identity(&paths, &Silent).unwrap(), identity, "other weights are another tower");
 }
 
 #[test]
@@ -299,9 +300,10 @@ fn damaged_or_missing_lpips_weights_are_told_with_what_makes_them() {
     let _ = broken[0].1.fill_(f64::NAN);
     tensor_file::write(&alex, &broken, &[]).unwrap();
     let lpips = Lpips::load(&alex, Net::Alex, Device::Cpu).unwrap();
-    let small = lpips.distances(&[&row(40)], &[&row(40)]).unwrap_err().to_string();
+    let small = lpips.distances(&[&row(40)], &[&row(40)], &Silent).unwrap_err().to_string();
     assert!(small.contains("at least 31 pixels") && small.contains("40x1"), "{small}");
-    let nan = lpips.distances(&[&picture(0, 40, 40)], &[&picture(1, 40, 40)]).unwrap_err().to_string();
+    let nan =
+        lpips.distances(&[&picture(0, 40, 40)], &[&picture(1, 40, 40)], &Silent).unwrap_err().to_string();
     assert!(nan.contains("its weights are damaged"), "{nan}");
 }
 
@@ -321,10 +323,10 @@ fn a_tower_that_is_not_there_is_told_with_its_flag_and_what_to_fetch() {
             ["--dinov2", "facebook/dinov2-base"],
         ),
     ] {
-        let failure = Towers::load(&paths, Device::Cpu).map(drop).unwrap_err().to_string();
+        let failure = Towers::load(&paths, Device::Cpu, &Silent).map(drop).unwrap_err().to_string();
         assert!(words.iter().all(|word| failure.contains(word)), "{failure}");
-        assert_eq!(towers::identity(&paths).unwrap_err().to_string(), failure);
+        assert_eq!(towers::identity(&paths, &Silent).unwrap_err().to_string(), failure);
     }
-    assert_eq!(towers::identity(&TowerPaths::default()).unwrap(), "");
-    assert!(Towers::load(&TowerPaths::default(), Device::Cpu).unwrap().is_empty());
+    assert_eq!(towers::identity(&TowerPaths::default(), &Silent).unwrap(), "");
+    assert!(Towers::load(&TowerPaths::default(), Device::Cpu, &Silent).unwrap().is_empty());
 }

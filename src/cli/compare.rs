@@ -1,10 +1,11 @@
 //! `hra compare`.
 
+use crate::cli::terminal;
 use crate::error::{Error, Result};
 use crate::lab::compare::{self, CompareConfig, Estimate, Outcome, Shard, duration};
 use crate::lab::report;
 use crate::lab::results::Plan;
-use crate::platform::interrupt;
+use crate::platform::observer::Observer;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -71,12 +72,12 @@ struct CellArgs {
 }
 
 /// Runs `hra compare`.
-pub fn run(args: &CompareArgs) -> Result<()> {
+pub fn run(args: &CompareArgs, observer: &dyn Observer) -> Result<()> {
     match &args.verb {
         Some(Verb::Report(args)) => return report(&args.folder, args.json),
         Some(Verb::Cell(args)) => {
-            interrupt::install_in_child()?;
-            return compare::cell::run(&args.folder, &args.id);
+            terminal::listen_in_child()?;
+            return compare::cell::run(&args.folder, &args.id, observer);
         }
         None => {}
     }
@@ -91,11 +92,11 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     config.validate()?;
     let shard = Shard::from_flags(args.shard.as_deref(), args.shard_count, |name| std::env::var(name).ok())?;
     if args.dry_run {
-        let (plan, estimate) = compare::dry_run(&config, shard)?;
+        let (plan, estimate) = compare::dry_run(&config, shard, observer)?;
         return show_plan(&config, &plan, &estimate, args.json);
     }
-    interrupt::install()?;
-    let outcome = compare::run(&config, shard)?;
+    terminal::listen()?;
+    let outcome = compare::run(&config, shard, observer)?;
     finish(&config, &outcome, args.json)
 }
 

@@ -12,6 +12,7 @@ use crate::model::control::{
 use crate::platform::device::Compute;
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
+use crate::platform::observer::Observer;
 use crate::weights::tensor_file;
 use clap::Args;
 use sha2::{Digest, Sha256};
@@ -126,7 +127,7 @@ struct Trained {
 
 impl ControlArgs {
     /// Looks at what was asked for, with these adapters and their strengths. Reads the pairs, where any are named.
-    pub fn look(&self, adapters: &[(PathBuf, f64)]) -> Result<Asked<'_>> {
+    pub fn look(&self, adapters: &[(PathBuf, f64)], observer: &dyn Observer) -> Result<Asked<'_>> {
         let encoders = adapters.iter().filter_map(|(path, strength)| Some((encoder_of(path)?, *strength)));
         let encoders = encoders
             .map(|(dir, strength)| Ok(Trained { config: EncoderConfig::read(&dir)?, dir, strength }))
@@ -150,7 +151,8 @@ impl ControlArgs {
             thresholds: self.thresholds(encoders.first())?,
             palette: self.palette.clone().or(own),
         };
-        let pairs = self.pairs.as_deref().map(|path| self.read_pairs(path, &settings)).transpose()?;
+        let pairs =
+            self.pairs.as_deref().map(|path| self.read_pairs(path, &settings, observer)).transpose()?;
         Ok(Asked { args: self, encoders, settings, pairs })
     }
 
@@ -172,8 +174,8 @@ impl ControlArgs {
         Ok(())
     }
 
-    fn read_pairs(&self, path: &Path, settings: &PairSettings) -> Result<Pairs> {
-        let folder = PairFolder::read(path, settings)?;
+    fn read_pairs(&self, path: &Path, settings: &PairSettings, observer: &dyn Observer) -> Result<Pairs> {
+        let folder = PairFolder::read(path, settings, observer)?;
         if !folder.bad().is_empty() {
             eprintln!("warning: {}", folder.report(None));
         }
@@ -241,7 +243,12 @@ impl Asked<'_> {
     }
 
     /// Loads the control; `None` where there are no conditions, or nothing that reads those of pairs. `prompts` is their number.
-    pub fn load(&self, prompts: usize, compute: &Compute) -> Result<Option<Controlled<'_>>> {
+    pub fn load(
+        &self,
+        prompts: usize,
+        compute: &Compute,
+        observer: &dyn Observer,
+    ) -> Result<Option<Controlled<'_>>> {
         let args = self.args;
         if args.control.is_empty() && self.pairs.is_none() {
             if args.controlnet.is_some() {
@@ -263,7 +270,7 @@ impl Asked<'_> {
         let mut strength = args.strength();
         let (control, unused) = match (&args.controlnet, &self.encoders[..]) {
             (Some(dir), []) => {
-                let dir = hub::resolve(dir, Wanted::ControlNet)?;
+                let dir = hub::resolve(dir, Wanted::ControlNet, observer)?;
                 let (net, unused) = ControlNet::load(&dir, compute.kind, compute.device)?;
                 (Control::Net(Box::new(net)), unused)
             }
@@ -297,7 +304,8 @@ impl Asked<'_> {
             Some(pairs) => Conditions::Pairs(pairs),
             None => {
                 let files = ConditionFiles::new(&self.settings)?;
-                let pictures = args.control.iter().map(|path| files.load(path)).collect::<Result<_>>()?;
+                let pictures =
+                    args.control.iter().map(|path| files.load(path, observer)).collect::<Result<_>>()?;
                 Conditions::Files(files, pictures)
             }
         };

@@ -7,6 +7,7 @@ use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::device::{self, Precision};
 use crate::platform::hub::{self, Wanted};
+use crate::platform::observer::Observer;
 use clap::Args;
 use std::path::PathBuf;
 use tch::{Device, Kind};
@@ -51,11 +52,11 @@ pub struct ExportArgs {
 }
 
 /// Runs `hra export`.
-pub fn run(args: &ExportArgs) -> Result<()> {
+pub fn run(args: &ExportArgs, observer: &dyn Observer) -> Result<()> {
     let mut adapters: Vec<(PathBuf, f64)> =
         args.adapter.iter().map(|a| adapter_with_strength(a)).collect::<Result<_>>()?;
     for (word, _) in &mut adapters {
-        *word = hub::resolve(word, Wanted::Adapter)?;
+        *word = hub::resolve(word, Wanted::Adapter, observer)?;
     }
     if let Some(strength) = args.strength {
         if !strength.is_finite() {
@@ -80,8 +81,8 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         kind: args.dtype.map(Precision::kind),
         rank: args.rank,
     };
-    super::note_control_left_out(request.adapters.iter().map(|(path, _)| path));
-    let model = hub::resolve(&args.model, Wanted::Model)?;
+    super::note_control_left_out(request.adapters.iter().map(|(path, _)| path), observer);
+    let model = hub::resolve(&args.model, Wanted::Model, observer)?;
     let mut model = StableDiffusion::load_with(&model, args.config.as_deref(), Kind::Float, Device::Cpu)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(None, attach::weight_count(&mut model.unet))?;

@@ -5,6 +5,7 @@ use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
 use crate::platform::device;
 use crate::platform::hub::{self, Wanted};
+use crate::platform::observer::Observer;
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -30,11 +31,11 @@ pub struct InspectArgs {
 }
 
 /// Runs `hra inspect`.
-pub fn run(args: &InspectArgs) -> Result<()> {
+pub fn run(args: &InspectArgs, observer: &dyn Observer) -> Result<()> {
     // On the hub it may be either.
-    let adapter = hub::resolve(&args.path, Wanted::Adapter);
-    let path = adapter.or_else(|e| hub::resolve(&args.path, Wanted::Model).map_err(|_| e))?;
-    let model = args.model.as_deref().map(|word| hub::resolve(word, Wanted::Model)).transpose()?;
+    let adapter = hub::resolve(&args.path, Wanted::Adapter, observer);
+    let path = adapter.or_else(|e| hub::resolve(&args.path, Wanted::Model, observer).map_err(|_| e))?;
+    let model = args.model.as_deref().map(|word| hub::resolve(word, Wanted::Model, observer)).transpose()?;
     let mut model = model.map(|path| StableDiffusion::load(&path, Kind::Float, Device::Cpu)).transpose()?;
     device::set_threads(None, usize::MAX)?;
     let reports = inspect::inspect(&path, model.as_mut())?;

@@ -8,6 +8,7 @@ use crate::cli::adapter_with_strength;
 use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
+use crate::platform::observer::Observer;
 use clap::Args;
 use serde::Serialize;
 use serde_json::json;
@@ -47,14 +48,14 @@ struct Merged {
 }
 
 /// Runs `hra merge`.
-pub fn run(args: &MergeArgs) -> Result<()> {
+pub fn run(args: &MergeArgs, observer: &dyn Observer) -> Result<()> {
     files::refuse_existing(&args.output)?;
     let mut adapters: Vec<(PathBuf, f64)> =
         args.adapters.iter().map(|a| adapter_with_strength(a)).collect::<Result<_>>()?;
     for (word, _) in &mut adapters {
-        *word = hub::resolve(word, Wanted::Adapter)?;
+        *word = hub::resolve(word, Wanted::Adapter, observer)?;
     }
-    super::note_control_left_out(adapters.iter().map(|(path, _)| path));
+    super::note_control_left_out(adapters.iter().map(|(path, _)| path), observer);
     let mut written = Vec::new();
     files::stage_dir(&args.output, |dir| {
         for (place, class) in [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS)] {

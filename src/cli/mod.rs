@@ -2,6 +2,7 @@
 
 mod compare;
 mod control;
+mod doctor;
 mod evaluate;
 mod export;
 mod inspect;
@@ -10,11 +11,13 @@ mod output;
 mod prepare;
 mod sample;
 mod start;
+pub mod terminal;
 mod train;
 mod words;
 
 use crate::error::{Error, Result};
-use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+use crate::platform::observer::Observer;
+use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
 
 /// Fine-tune Stable Diffusion on a few pictures with Householder Reflection Adaptation (HRA) or other methods, draw with the result, and take it elsewhere.
@@ -44,14 +47,7 @@ enum Verb {
     /// Say what an adapter, run or model is
     Inspect(inspect::InspectArgs),
     /// Say what this machine has and whether it computes correctly
-    Doctor(DoctorArgs),
-}
-
-#[derive(Debug, Args)]
-struct DoctorArgs {
-    /// Print the report as JSON
-    #[arg(long)]
-    json: bool,
+    Doctor(doctor::DoctorArgs),
 }
 
 /// What a command line asks for besides running: text to print and the exit code.
@@ -81,16 +77,17 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
     let matches = Cli::command().try_get_matches_from(args).map_err(Early::Clap)?;
     let cli = Cli::from_arg_matches(&matches).map_err(Early::Clap)?;
     let typed = matches.subcommand().map(|(_, m)| m.clone()).unwrap_or_default();
+    let terminal = terminal::Terminal::default();
     Ok(match cli.command {
-        Verb::Train(args) => train::run(&args, &typed),
-        Verb::Sample(args) => sample::run(&args),
-        Verb::Prepare(args) => prepare::run(&args),
-        Verb::Compare(args) => compare::run(&args),
-        Verb::Evaluate(args) => evaluate::run(&args),
-        Verb::Export(args) => export::run(&args),
-        Verb::Merge(args) => merge::run(&args),
-        Verb::Inspect(args) => inspect::run(&args),
-        Verb::Doctor(args) => crate::platform::doctor::run(args.json),
+        Verb::Train(args) => train::run(&args, &typed, &terminal),
+        Verb::Sample(args) => sample::run(&args, &terminal),
+        Verb::Prepare(args) => prepare::run(&args, &terminal),
+        Verb::Compare(args) => compare::run(&args, &terminal),
+        Verb::Evaluate(args) => evaluate::run(&args, &terminal),
+        Verb::Export(args) => export::run(&args, &terminal),
+        Verb::Merge(args) => merge::run(&args, &terminal),
+        Verb::Inspect(args) => inspect::run(&args, &terminal),
+        Verb::Doctor(args) => doctor::run(&args),
     }?)
 }
 
@@ -110,12 +107,15 @@ fn adapter_with_strength(text: &str) -> Result<(std::path::PathBuf, f64)> {
 }
 
 /// Says of adapters with a control encoder that it stays behind.
-fn note_control_left_out<'a>(adapters: impl IntoIterator<Item = &'a std::path::PathBuf>) {
+fn note_control_left_out<'a>(
+    adapters: impl IntoIterator<Item = &'a std::path::PathBuf>,
+    observer: &dyn Observer,
+) {
     for dir in adapters.into_iter().filter_map(|path| crate::model::control::encoder_of(path)) {
-        eprintln!(
-            "note: the control encoder {} is not part of what is written; without it conditions are not seen",
+        observer.note(&format!(
+            "the control encoder {} is not part of what is written; without it conditions are not seen",
             dir.display()
-        );
+        ));
     }
 }
 

@@ -5,6 +5,7 @@ use crate::attach::{self, fixed};
 use crate::cli::control::{ControlArgs, Controlled, Pairs};
 use crate::cli::output::Output;
 use crate::cli::start::{Pictures, StartArgs};
+use crate::cli::terminal;
 use crate::data::image::grid::{Grid, GridRow};
 use crate::data::image::png;
 use crate::diffusion::sample::{self, Guides, Noise, Picture, Settings};
@@ -13,8 +14,7 @@ use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::device::{self, DeviceChoice, Precision};
 use crate::platform::hub::{self, Wanted};
-use crate::platform::interrupt;
-use crate::platform::progress::Progress;
+use crate::platform::observer::{Counter, Observer};
 use crate::weights::tensor_file::{self, TensorFile};
 use clap::Args;
 use serde_json::json;
@@ -130,7 +130,7 @@ enum Source {
 }
 
 /// Runs `hra sample`.
-pub fn run(args: &SampleArgs) -> Result<()> {
+pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
     let given =
         args.latents.as_deref().map(|path| read_noise(path, args.step_noise.as_deref())).transpose()?;
     if !(1..=4096).contains(&args.batch_size) || !(1..=100_000).contains(&args.num_images.unwrap_or(1)) {
@@ -146,14 +146,14 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
     let adapters: Vec<(PathBuf, f64)> =
         args.adapter.iter().map(|a| super::adapter_with_strength(a)).collect::<Result<_>>()?;
-    interrupt::install()?;
-    let dir = hub::resolve(&args.model, Wanted::Model)?;
+    terminal::listen()?;
+    let dir = hub::resolve(&args.model, Wanted::Model, observer)?;
     let adapters: Vec<(PathBuf, f64)> = adapters
         .into_iter()
-        .map(|(word, strength)| Ok((hub::resolve(&word, Wanted::Adapter)?, strength)))
+        .map(|(word, strength)| Ok((hub::resolve(&word, Wanted::Adapter, observer)?, strength)))
         .collect::<Result<_>>()?;
 
-    let asked = args.control.look(&adapters)?;
+    let asked = args.control.look(&adapters, observer)?;
     let prompts = prompts(args, asked.pairs.as_ref())?;
     let names = asked.pairs.as_ref().map(Pairs::names).transpose()?;
 
@@ -177,7 +177,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
         reports = fixed::attach_fixed(&mut model, adapters, args.with_base)?;
         reports.iter().for_each(|report| eprintln!("{report}"));
     }
-    let control = asked.load(prompts.len(), &compute)?;
+    let control = asked.load(prompts.len(), &compute, observer)?;
     let settings = settings(args, &model, given.as_ref(), pictures.as_ref(), control.as_ref())?;
     settings.validate(&model)?;
     let start = pictures.map(|pictures| pictures.start(settings.width, settings.height)).transpose()?;
@@ -216,7 +216,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let passes = if args.with_base { 2 } else { 1 };
     let calls =
         sample::model_calls(&model, &settings, &guides, count, args.batch_size)? * prompts.len() * passes;
-    let mut progress = Progress::new("sampling", 0, calls as u64);
+    let progress = Counter::new(observer, "sampling", 0, calls as u64);
     let mut done = 0;
     let mut rows = Vec::new();
     let mut latents = Vec::new();
@@ -237,7 +237,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             let steering = control.zip(condition.as_ref()).map(|(control, image)| control.steering(image));
             let guides = Guides { start: start.as_ref(), control: steering };
             let mut pictures =
-                sample::sample(&model, &settings, &noise, &guides, args.batch_size, &mut tick)?;
+                sample::sample(&model, &settings, &noise, &guides, args.batch_size, observer, &mut tick)?;
             source.name(&mut pictures);
             let names = if *base { String::new() } else { args.adapter.join(", ") };
             let text = |seed| {
@@ -261,7 +261,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
             rows.push(GridRow { label: prompt.clone(), images });
         }
     }
-    progress.finish();
+    drop(progress);
     if prompts.len() > MAX_ROWS {
         eprintln!("note: grid.png holds the first {MAX_ROWS} of {} prompts", prompts.len());
     }

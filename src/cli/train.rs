@@ -1,13 +1,14 @@
 //! `hra train`.
 
 use crate::adapter::Method;
+use crate::cli::terminal;
 use crate::error::{Error, Result};
 use crate::lab::compare::checkpoints::{self, Judges, Scored};
 use crate::lab::evaluate::TowerPaths;
 use crate::lab::results::{SCORES, ScoreKind};
 use crate::platform::device::peak_process_memory;
 use crate::platform::files::shell_word;
-use crate::platform::interrupt;
+use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
 use crate::train::run::{CONFIG_FILE, RunFolder};
 use crate::train::{self, checkpoint};
@@ -60,7 +61,7 @@ pub struct TrainArgs {
 }
 
 /// Runs `hra train`; `typed` says which flags were given.
-pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
+pub fn run(args: &TrainArgs, typed: &ArgMatches, observer: &dyn Observer) -> Result<()> {
     let file = args.config.as_deref();
     let resume: Option<Resume> = args.resume.as_deref().map(str::parse).transpose()?;
     let given = TrainConfig::from_matches(typed, file.as_slice())?;
@@ -75,7 +76,7 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
             // The folder that was named holds the run, even if it was moved since.
             config.output_dir = given.output_dir;
             let config = config.with_absolute_paths()?;
-            config.check_resume(&before)?;
+            config.check_resume(&before, observer)?;
             config
         }
     };
@@ -83,24 +84,24 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches) -> Result<()> {
         print!("{}", config.to_toml()?);
         return Ok(());
     }
-    interrupt::install()?;
+    terminal::listen()?;
     let judges = Judges {
         towers: args.towers.clone(),
         token: args.token.clone(),
         drift_prompts: args.drift_prompt.clone(),
     };
     if args.score {
-        checkpoints::check(&config, &judges)?;
+        checkpoints::check(&config, &judges, observer)?;
     } else if judges.towers != TowerPaths::default() || !judges.drift_prompts.is_empty() {
         return Err(Error::config(
             "--clip, --dino, --dinov2, --lpips-* and --drift-prompt have no effect without --score",
         ));
     }
-    let outcome = train::train(config.clone(), resume.as_ref())?;
+    let outcome = train::train(config.clone(), resume.as_ref(), observer)?;
     if !args.json {
         report(&outcome, &config);
     }
-    let scored = args.score.then(|| checkpoints::score(&config, &judges)).transpose()?;
+    let scored = args.score.then(|| checkpoints::score(&config, &judges, observer)).transpose()?;
     match &scored {
         _ if args.json => return super::print_json(&json(&outcome, &config, scored.as_ref())),
         Some(scored) => report_scores(scored),

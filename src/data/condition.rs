@@ -8,6 +8,7 @@ use crate::data::image::palette::{LabelMap, MapFile, Palette};
 use crate::data::image::{Filter, RgbImage, load_rgb, resize, resize_nearest};
 use crate::data::pair_settings::{ConditionKind, PairSettings};
 use crate::data::{load_unchanged, load_usable, reason, unchanged};
+use crate::platform::observer::Observer;
 use crate::{Error, Result};
 
 /// Endings of files of points; other conditions are pictures.
@@ -196,7 +197,7 @@ impl ConditionFiles {
     /// The condition in a file at its own size, label maps in colours; where conditions are made, the picture that they are made of.
     ///
     /// Errors: a file that is no picture, points (whose picture's size nobody says), labels outside the palette.
-    pub fn load(&self, path: &Path) -> Result<RgbImage> {
+    pub fn load(&self, path: &Path, observer: &dyn Observer) -> Result<RgbImage> {
         let own = &self.conditions;
         if is_point_file(path) {
             return Err(Error::format(
@@ -209,10 +210,10 @@ impl ConditionFiles {
         }
         let picture = load_rgb(path)?;
         if own.kind == ConditionKind::Segmentation && picture.iter().all(|v| *v < FEW_CLASSES) {
-            eprintln!(
-                "warning: {} is nearly black: if it holds numbers of classes, a palette makes colours of them",
+            observer.warn(&format!(
+                "{} is nearly black: if it holds numbers of classes, a palette makes colours of them",
                 path.display()
-            );
+            ));
         }
         Ok(picture)
     }

@@ -21,8 +21,7 @@ use crate::data::image::{Filter, RgbImage, crop, landmarks, resize};
 pub use crate::data::pair_settings::{ConditionKind, PairSettings};
 use crate::data::table::{self, Entry, Row};
 use crate::data::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, one_line, windows};
-use crate::platform::interrupt;
-use crate::platform::progress::Progress;
+use crate::platform::observer::{Counter, Observer};
 use crate::{Error, Result};
 
 /// So many threads look at files: more would only wait for the disk, and each holds a decoded picture.
@@ -73,11 +72,11 @@ impl PairFolder {
     ///
     /// An [`Error::Data`] with the reasons if not one pair can be used, an [`Error::Format`] if the table cannot be read, an
     /// [`Error::Config`] for settings that contradict each other.
-    pub fn read(path: &Path, settings: &PairSettings) -> Result<Self> {
+    pub fn read(path: &Path, settings: &PairSettings, observer: &dyn Observer) -> Result<Self> {
         let conditions = Conditions::new(settings)?;
         let table = table::read(path, settings)?;
         let (mut pairs, mut bad) = (Vec::new(), Vec::new());
-        for found in look_at_all(&table.rows, table.root(), &conditions)? {
+        for found in look_at_all(&table.rows, table.root(), &conditions, observer)? {
             match found {
                 Ok(pair) => pairs.push(pair),
                 Err(skipped) => bad.push(skipped),
@@ -260,35 +259,38 @@ pub fn shuffled<T: PartialEq>(pictures: &[T]) -> Vec<usize> {
 type Found = std::result::Result<Pair, Skipped>;
 
 /// Looks at every row, on several threads, and gives them in their order.
-fn look_at_all(rows: &[Row], root: &Path, conditions: &Conditions) -> Result<Vec<Found>> {
+fn look_at_all(
+    rows: &[Row],
+    root: &Path,
+    conditions: &Conditions,
+    observer: &dyn Observer,
+) -> Result<Vec<Found>> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
     let next = AtomicUsize::new(0);
-    let work = |mut progress: Option<Progress>| {
+    let work = |progress: Option<Counter>| {
         let mut found = Vec::new();
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(row) = rows.get(index).filter(|_| !interrupt::requested()) else { break };
+            let Some(row) = rows.get(index).filter(|_| !observer.asks_to_stop()) else { break };
             found.push((index, look(row, root, conditions)));
-            if let Some(progress) = &mut progress {
+            if let Some(progress) = &progress {
                 progress.set(index as u64 + 1, "");
             }
-        }
-        if let Some(progress) = progress {
-            progress.finish();
         }
         found
     };
     let total = rows.len() as u64;
     let mut found = std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads.min(rows.len())).map(|_| scope.spawn(|| work(None))).collect();
-        let mut found = work((rows.len() >= MANY).then(|| Progress::new("checking pairs", 0, total)));
+        let mut found =
+            work((rows.len() >= MANY).then(|| Counter::new(observer, "checking pairs", 0, total)));
         for other in others {
             // A thread that panicked must not look like one without bad pairs.
             found.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         }
         found
     });
-    interrupt::check(|| "stopped while the pairs were checked; nothing was written".into())?;
+    observer.check(|| "stopped while the pairs were checked; nothing was written".into())?;
     found.sort_by_key(|(index, _)| *index);
     Ok(found.into_iter().map(|(_, found)| found).collect())
 }

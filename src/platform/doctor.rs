@@ -1,12 +1,11 @@
-//! `hra doctor`: what this machine offers, whether it computes correctly, what is missing and how to get it.
+//! What this machine offers, whether it computes correctly, what is missing and how to get it.
 //!
 //! Presence says little (a driver can be too old, a kernel missing for a GPU), so each device runs one real matrix
 //! product and one real convolution of a size that Stable Diffusion has. The results are compared with another way of
 //! computing them: sums in f64 outside libtorch, and unfolded patches times weights in f64 on the CPU.
 
 use std::fmt;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -94,27 +93,16 @@ impl Check {
     }
 }
 
-/// Prints the report to standard output, as text or as JSON.
-///
-/// # Errors
-/// [`Error::Device`] when an operation fails or computes something wrong; no GPU is no error.
-pub fn run(json: bool) -> Result<()> {
-    let report = examine();
-    let text = if json {
-        serde_json::to_string_pretty(&report).map_err(|e| Error::Device(format!("report: {e}")))? + "\n"
-    } else {
-        report.to_string()
-    };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // `hra doctor | head` is no failure.
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            return Err(Error::io("write to", Path::new("standard output"), error));
+impl Report {
+    /// Fails when an operation failed or computed something wrong; no GPU is no error.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with how many of the checks did not pass.
+    pub fn verdict(&self) -> Result<()> {
+        match self.checks.iter().filter(|check| !check.passed()).count() {
+            0 => Ok(()),
+            failed => Err(Error::Device(format!("{failed} of {} checks failed", self.checks.len()))),
         }
-        _ => {}
-    }
-    match report.checks.iter().filter(|check| !check.passed()).count() {
-        0 => Ok(()),
-        failed => Err(Error::Device(format!("{failed} of {} checks failed", report.checks.len()))),
     }
 }
 

@@ -5,6 +5,5 @@ pub mod device;
 pub mod doctor;
 pub mod files;
 pub mod hub;
-pub mod interrupt;
-pub mod progress;
+pub mod observer;
 pub mod seed;

@@ -6,6 +6,7 @@ use crate::data::{Crop, Window};
 use crate::diffusion::sample::conditions;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
+use crate::platform::observer::Observer;
 use crate::platform::seed;
 use crate::train::config::TrainConfig;
 use crate::train::loss::Batch;
@@ -66,8 +67,8 @@ impl Batches {
         model: &StableDiffusion,
         config: &TrainConfig,
         resolution: u32,
-        instance: Pictures,
-        class: Option<Pictures>,
+        (instance, class): (Pictures, Option<Pictures>),
+        observer: &dyn Observer,
     ) -> Result<Self> {
         let source = |name, pictures: Pictures, prompt: &str, most: usize| {
             let count = pictures.len().min(most);
@@ -75,9 +76,9 @@ impl Batches {
                 .map(|i| if config.center_crop { 1 } else { pictures.window_count(i, resolution) })
                 .fold(0, u64::saturating_add);
             let prompt = match &pictures {
-                Pictures::Folder(_) => Some(Prompt::new(model, prompt, config.train_text_encoder)?),
+                Pictures::Folder(_) => Some(Prompt::new(model, prompt, config.train_text_encoder, observer)?),
                 Pictures::Pairs(_) => {
-                    warn_of_long_captions(model, &pictures)?;
+                    warn_of_long_captions(model, &pictures, observer)?;
                     None
                 }
             };
@@ -157,21 +158,30 @@ struct Row {
 }
 
 impl Prompt {
-    fn new(model: &StableDiffusion, prompt: &str, trains_text: bool) -> Result<Self> {
+    fn new(
+        model: &StableDiffusion,
+        prompt: &str,
+        trains_text: bool,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
         let (ids, warnings) = model.prompt_ids(&[prompt])?;
-        warnings.iter().for_each(|w| eprintln!("warning: {w}"));
+        warnings.iter().for_each(|w| observer.warn(w));
         Ok(Self { states: (!trains_text).then(|| model.text_states(&ids)), ids })
     }
 }
 
 /// Says how many captions are cut, and the first of them.
-fn warn_of_long_captions(model: &StableDiffusion, pictures: &Pictures) -> Result<()> {
+fn warn_of_long_captions(
+    model: &StableDiffusion,
+    pictures: &Pictures,
+    observer: &dyn Observer,
+) -> Result<()> {
     let mut cut = Vec::new();
     for i in 0..pictures.len() {
         cut.extend(model.prompt_ids(&[pictures.caption(i).unwrap_or_default()])?.1);
     }
     if let Some(first) = cut.first() {
-        eprintln!("warning: {} of {} captions are cut; {first}", cut.len(), pictures.len());
+        observer.warn(&format!("{} of {} captions are cut; {first}", cut.len(), pictures.len()));
     }
     Ok(())
 }

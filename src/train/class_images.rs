@@ -9,7 +9,7 @@ use crate::diffusion::sample::{self, Guides, Noise, Settings};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::files;
-use crate::platform::progress::Progress;
+use crate::platform::observer::{Counter, Event, Observer};
 use crate::platform::seed;
 use crate::train::config::TrainConfig;
 use serde::{Deserialize, Serialize};
@@ -81,7 +81,12 @@ impl ClassImages {
     }
 
     /// Makes the pictures that are missing, and says what was done.
-    pub fn make(&self, model: &StableDiffusion, config: &TrainConfig) -> Result<String> {
+    pub fn make(
+        &self,
+        model: &StableDiffusion,
+        config: &TrainConfig,
+        observer: &dyn Observer,
+    ) -> Result<String> {
         let dir = self.dir.display();
         let Some(manifest) = &self.manifest else { return Ok(format!("class pictures: your own, in {dir}")) };
         files::create_dir_all(&self.dir)?;
@@ -92,7 +97,7 @@ impl ClassImages {
         if missing.is_empty() {
             return Ok(format!("class pictures: {total} made before, in {dir}"));
         }
-        self.generate(model, config, manifest.seed, &missing)?;
+        self.generate(model, config, manifest.seed, &missing, observer)?;
         Ok(format!(
             "class pictures: {} made, {} there before, in {dir}",
             missing.len(),
@@ -110,16 +115,18 @@ impl ClassImages {
         config: &TrainConfig,
         seed: u64,
         missing: &[usize],
+        observer: &dyn Observer,
     ) -> Result<()> {
         let name = model.name();
-        let mut progress = Progress::new("class pictures", 0, missing.len() as u64);
+        let progress = Counter::new(observer, "class pictures", 0, missing.len() as u64);
         let mut done = 0;
         for indices in missing.chunks(config.sample_batch_size) {
             let seeds: Vec<u64> =
                 indices.iter().map(|i| seed::derive(seed, "class image", *i as u64)).collect();
             let noise = Noise::draw(&seeds, &self.settings, model)?;
             let guides = Guides::default();
-            let drawn = sample::sample(model, &self.settings, &noise, &guides, seeds.len(), &mut || {});
+            let drawn =
+                sample::sample(model, &self.settings, &noise, &guides, seeds.len(), observer, &mut || {});
             let pictures = drawn.map_err(|e| match e {
                 Error::Interrupted(_) => Error::Interrupted(format!(
                     "stopped after {done} of {} class pictures\nhint: go on with `hra train --resume latest --output_dir {}`",
@@ -131,11 +138,11 @@ impl ClassImages {
             for ((index, seed), picture) in indices.iter().zip(&seeds).zip(&pictures) {
                 let text = self.settings.to_text(Some(*seed), &name, "");
                 png::save_png(&self.file(*index), &picture.image, &text)?;
+                observer.tell(Event::Picture(&self.file(*index)));
             }
             done += indices.len();
             progress.set(done as u64, "");
         }
-        progress.finish();
         Ok(())
     }
 }

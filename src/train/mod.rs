@@ -27,8 +27,7 @@ use crate::model::layers::Layers;
 use crate::platform::device;
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
-use crate::platform::interrupt;
-use crate::platform::progress::Progress;
+use crate::platform::observer::{Counter, Event, Observer};
 use crate::platform::seed;
 use crate::train::checkpoint::{State, TrainedPart};
 use crate::train::config::TrainConfig;
@@ -67,7 +66,8 @@ pub struct Outcome {
     pub parameters: usize,
 }
 
-struct Trainer {
+struct Trainer<'a> {
+    observer: &'a dyn Observer,
     config: TrainConfig,
     folder: RunFolder,
     model: StableDiffusion,
@@ -92,41 +92,50 @@ struct Trainer {
 }
 
 /// Trains as `config` says, from the start or from a checkpoint of the run in `config.output_dir`.
-pub fn train(config: TrainConfig, resume: Option<&Resume>) -> Result<Outcome> {
-    let (mut trainer, step) = Trainer::start(config, resume)?;
+pub fn train(config: TrainConfig, resume: Option<&Resume>, observer: &dyn Observer) -> Result<Outcome> {
+    let (mut trainer, step) = Trainer::start(config, resume, observer)?;
     trainer.run(step)
 }
 
 /// Makes the class pictures that a training as `config` says would begin with, where they are missing; says what was done.
 /// `model` is the base model.
-pub fn make_class_images(model: &StableDiffusion, config: &TrainConfig) -> Result<String> {
+pub fn make_class_images(
+    model: &StableDiffusion,
+    config: &TrainConfig,
+    observer: &dyn Observer,
+) -> Result<String> {
     let resolution = resolution(config, model)?;
-    ClassImages::check(model, config, resolution, &model.fingerprint()?)?.make(model, config)
+    ClassImages::check(model, config, resolution, &model.fingerprint()?)?.make(model, config, observer)
 }
 
-impl Trainer {
+impl<'a> Trainer<'a> {
     /// Everything is checked before anything is written; the second value is the number of steps already taken.
-    fn start(config: TrainConfig, resume: Option<&Resume>) -> Result<(Self, i64)> {
+    fn start(
+        config: TrainConfig,
+        resume: Option<&Resume>,
+        observer: &'a dyn Observer,
+    ) -> Result<(Self, i64)> {
         config.validate()?;
         let checkpoint = match resume {
             None => RunFolder::check_new(&config.output_dir).map(|()| None)?,
-            Some(resume) => find_checkpoint(&config, resume)?,
+            Some(resume) => find_checkpoint(&config, resume, observer)?,
         };
         let compute = device::resolve(config.device, Some(config.dtype))?;
-        compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
+        compute.notes.iter().for_each(|note| observer.note(note));
 
         let (setting, path) = match &config.train_data_dir {
             Some(path) => ("train_data_dir", path),
             None => ("instance_data_dir", &config.instance_data_dir),
         };
-        let instance = Pictures::read(&config, setting, path)?;
+        let instance = Pictures::read(&config, setting, path, observer)?;
         let held_out = config.held_out_data_dir.as_deref();
-        let held_out = held_out.map(|dir| Pictures::read(&config, "held_out_data_dir", dir)).transpose()?;
-        let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
+        let held_out =
+            held_out.map(|dir| Pictures::read(&config, "held_out_data_dir", dir, observer)).transpose()?;
+        let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model, observer)?;
         let from = config.model_config.as_deref();
         let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
         model.expect_text_to_image()?;
-        model.notes.iter().for_each(|note| eprintln!("note: {note}"));
+        model.notes.iter().for_each(|note| observer.note(note));
         device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
         let resolution = resolution(&config, &model)?;
         let config = TrainConfig { resolution: Some(resolution), ..config };
@@ -139,15 +148,13 @@ impl Trainer {
         if let Some(pictures) = &held_out {
             report += &format!("{held_out_what}: {}\n", pictures.report(resolution));
         }
-        eprint!("{report}");
-        instance.warn_of_no_edges(&config, resolution)?;
+        observer.say(report.trim_end());
+        instance.warn_of_no_edges(&config, resolution, observer)?;
 
         if !config.with_prior_preservation
             && (config.class_data_dir.is_some() || !config.class_prompt.is_empty())
         {
-            eprintln!(
-                "note: class_data_dir and class_prompt have no effect without --with_prior_preservation"
-            );
+            observer.note("class_data_dir and class_prompt have no effect without --with_prior_preservation");
         }
         let targets = TargetRule::from_words(&config.target_modules)?;
         let schedule = NoiseSchedule::new(&model.scheduler, compute.device)?;
@@ -157,7 +164,7 @@ impl Trainer {
         let mut layers = 0;
         if let Some(method) = &method {
             layers += attach::attach_new(&mut model.unet, &targets, method, config.bias, config.seed)?;
-            setup::warn_of_idle_words("target_modules", &targets, &mut model.unet);
+            setup::warn_of_idle_words("target_modules", &targets, &mut model.unet, observer);
             if config.train_text_encoder {
                 let (network, seed) = (&mut model.text_encoder, seed::derive(config.seed, "text encoder", 0));
                 layers += attach::attach_new(network, &text_targets, method, config.bias, seed)?;
@@ -165,7 +172,12 @@ impl Trainer {
         }
         let mut encoder = setup::control_encoder(&config, &model, &instance)?;
         if config.train_text_encoder {
-            setup::warn_of_idle_words("text_target_modules", &text_targets, &mut model.text_encoder);
+            setup::warn_of_idle_words(
+                "text_target_modules",
+                &text_targets,
+                &mut model.text_encoder,
+                observer,
+            );
         }
         let mut networks: Vec<&mut dyn Layers> = Vec::new();
         if method.is_some() {
@@ -179,10 +191,10 @@ impl Trainer {
         let own = encoder.as_ref().map(ConditionEncoder::config);
         let parts = trained_parts(&config, &model, &targets, &text_targets, own)?;
         if checkpoint.is_none() {
-            setup::start_from(&config, &fingerprint, &parts, &mut parameters)?;
+            setup::start_from(&config, &fingerprint, &parts, &mut parameters, observer)?;
         }
         let control = encoder.map(Control::Encoder);
-        let previews = Previews::new(&model, &config, resolution, held_out.as_ref())?;
+        let previews = Previews::new(&model, &config, resolution, held_out.as_ref(), observer)?;
         let class_images = config
             .with_prior_preservation
             .then(|| ClassImages::check(&model, &config, resolution, &fingerprint))
@@ -202,7 +214,7 @@ impl Trainer {
         let class = if let Some(class_images) = class_images {
             // Drawn by the base model, which an adapter that starts at the identity is only up to rounding.
             attach::set_enabled(&mut model, false);
-            eprintln!("{}", class_images.make(&model, &config)?);
+            observer.say(&class_images.make(&model, &config, observer)?);
             attach::set_enabled(&mut model, true);
             let folder = ImageFolder::scan(&class_images::folder(&config))?;
             report += &format!("class pictures: {}\n", folder.report(resolution));
@@ -212,7 +224,7 @@ impl Trainer {
         };
         files::write_atomic(&folder.path().join("dataset.txt"), report.as_bytes())?;
 
-        let batches = Batches::new(&model, &config, resolution, instance, class)?;
+        let batches = Batches::new(&model, &config, resolution, (instance, class), observer)?;
         let held_out = held_out.map(|f| HeldOut::new(&model, &config, resolution, &f)).transpose()?;
         if method == Some(Method::Full) {
             attach::release_base(&mut model.unet);
@@ -223,17 +235,18 @@ impl Trainer {
         if let Some(loaded) = checkpoint {
             loaded.restore(&parts, &mut parameters, &mut optimizer, ema.as_mut())?;
             (step, earlier, sums) = (loaded.state.step, loaded.state.seconds, loaded.state.sums);
-            eprintln!("resuming after step {step}");
+            observer.say(&format!("resuming after step {step}"));
             match checkpoint::remove_after(folder.path(), step)? {
                 0 => {}
-                n => eprintln!(
-                    "note: {n} checkpoints after step {step} are removed, as the steps after it are made anew"
-                ),
+                n => observer.note(&format!(
+                    "{n} checkpoints after step {step} are removed, as the steps after it are made anew"
+                )),
             }
         }
         let metrics = Metrics::open(folder.path(), step, resume.is_some())?;
         let learning_rates = config.learning_rates();
         let trainer = Self {
+            observer,
             config,
             folder,
             model,
@@ -260,22 +273,23 @@ impl Trainer {
     fn run(&mut self, first: i64) -> Result<Outcome> {
         let total = self.config.max_train_steps;
         if first >= total {
-            eprintln!("this run is complete ({first} of {total} steps); raise --max_train_steps to train on");
+            let done = format!("this run is complete ({first} of {total} steps)");
+            self.observer.say(&format!("{done}; raise --max_train_steps to train on"));
         } else {
             let (device, kind) = (self.model.unet.device(), self.model.unet.kind());
             let (device, kind) = (format!("{device:?}").to_lowercase(), format!("{kind:?}").to_lowercase());
             let count = self.parameters.count();
-            eprintln!(
+            self.observer.say(&format!(
                 "training {count} values on {} layers{}, steps {} to {total}, on {device} in {kind}",
                 self.layers,
                 if self.control.is_some() { " and in the control encoder" } else { "" },
                 first + 1
-            );
+            ));
         }
-        let mut progress = Progress::new("training", first as u64, total.max(first) as u64);
+        let progress = Counter::new(self.observer, "training", first as u64, total.max(first) as u64);
         let mut last = None;
         for step in first + 1..=total {
-            if interrupt::requested() {
+            if self.observer.asks_to_stop() {
                 return Err(self.stop(step - 1));
             }
             let gradient_norm = self.step(step)?;
@@ -296,17 +310,20 @@ impl Trainer {
             }
             if look && !self.previews.is_empty() {
                 let drawn = self.with_average(|t| {
-                    t.previews.draw(&t.model, t.control.as_ref(), &t.config, t.folder.path(), step)
+                    let place = (t.folder.path(), step);
+                    t.previews.draw(&t.model, t.control.as_ref(), &t.config, place, t.observer)
                 });
                 match drawn {
-                    Ok(folder) => progress.say(&format!("previews of step {step}: {}", folder.display())),
+                    Ok(folder) => {
+                        self.observer.say(&format!("previews of step {step}: {}", folder.display()));
+                    }
                     Err(Error::Interrupted(_)) => return Err(self.stop(step)),
                     Err(e) => return Err(e),
                 }
             }
             progress.set(step as u64, &message);
         }
-        progress.finish();
+        drop(progress);
         let state = self.state(total.max(first));
         if let Some(ema) = &self.ema {
             // The last checkpoint, if there is one, keeps the values that training would go on with.
@@ -400,6 +417,8 @@ impl Trainer {
             record.held_out_loss = self.with_average(|t| Ok(t.held_out.as_ref().map(|h| look(h, t))))?;
         }
         self.metrics.write(&record)?;
+        let told = serde_json::to_value(&record).map_err(|e| Error::Run(e.to_string()))?;
+        self.observer.tell(Event::Metrics(&told));
         self.sums = Sums::default();
         Ok(record)
     }

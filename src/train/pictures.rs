@@ -6,6 +6,7 @@ use crate::data::pairs::{ConditionKind, ConditionSource, PairFolder};
 use crate::data::{Crop, ImageFolder, Window, to_chw_f32};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
+use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
 use std::path::Path;
 use tch::Tensor;
@@ -23,9 +24,9 @@ pub enum Pictures {
 
 impl Pictures {
     /// What `setting` names: pairs where control trains, a folder of pictures otherwise.
-    pub fn read(config: &TrainConfig, setting: &str, path: &Path) -> Result<Self> {
+    pub fn read(config: &TrainConfig, setting: &str, path: &Path, observer: &dyn Observer) -> Result<Self> {
         if config.is_control() {
-            return PairFolder::read(path, &config.pair_settings()).map(Self::Pairs);
+            return PairFolder::read(path, &config.pair_settings(), observer).map(Self::Pairs);
         }
         if !path.is_dir() {
             return Err(Error::Data(format!(
@@ -99,18 +100,23 @@ impl Pictures {
     }
 
     /// Says so where conditions that should be edges are pictures of another kind, looking at the first few.
-    pub fn warn_of_no_edges(&self, config: &TrainConfig, resolution: u32) -> Result<()> {
+    pub fn warn_of_no_edges(
+        &self,
+        config: &TrainConfig,
+        resolution: u32,
+        observer: &dyn Observer,
+    ) -> Result<()> {
         if config.condition != ConditionKind::Canny {
             return Ok(());
         }
         for i in 0..self.len().min(LOOKED_AT) {
             let window = self.crop_window(i, resolution, Crop::Center);
             if self.prepare(i, resolution, window)?.1.is_some_and(|condition| !may_be_edges(&condition)) {
-                eprintln!(
-                    "warning: the condition of pair {} is no picture of edges (white on black)\nhint: --make_conditions makes edges of \
+                observer.warn(&format!(
+                    "the condition of pair {} is no picture of edges (white on black)\nhint: --make_conditions makes edges of \
                      the pictures; --condition says what the conditions are",
                     i + 1
-                );
+                ));
                 return Ok(());
             }
         }

@@ -11,12 +11,16 @@ use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
 use crate::model::control::Control;
 use crate::platform::files;
+use crate::platform::observer::{Event, Observer};
 use crate::platform::seed;
 use crate::train::config::TrainConfig;
 use crate::train::loss::{Batch, training_loss};
 use crate::train::pictures::{Pictures, encode};
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
+
+/// The contact sheet of previews.
+const GRID_FILE: &str = "grid.png";
 
 /// Each held-out picture is measured at this many timesteps, evenly spread.
 const HELD_OUT_TIMESTEPS: i64 = 8;
@@ -38,12 +42,14 @@ impl Previews {
         config: &TrainConfig,
         resolution: u32,
         held_out: Option<&Pictures>,
+        observer: &dyn Observer,
     ) -> Result<Self> {
         let images = &config.validation_image;
         let files = ConditionFiles::new(&config.pair_settings())?;
         let mut wanted: Vec<(String, Option<RgbImage>)> = Vec::new();
         for (i, prompt) in config.validation_prompt.iter().enumerate() {
-            let condition = images.get(i).or(images.last()).map(|path| files.load(path)).transpose()?;
+            let condition =
+                images.get(i).or(images.last()).map(|path| files.load(path, observer)).transpose()?;
             // The middle square, as of pairs.
             let square = |c: RgbImage| {
                 let side = c.width().min(c.height());
@@ -86,12 +92,13 @@ impl Previews {
         model: &StableDiffusion,
         control: Option<&Control>,
         config: &TrainConfig,
-        run: &Path,
-        step: i64,
+        (run, step): (&Path, i64),
+        observer: &dyn Observer,
     ) -> Result<PathBuf> {
         let place = run.join("samples").join(format!("step-{step:06}"));
         files::create_dir_all(&run.join("samples"))?;
-        files::stage_dir(&place, |dir| self.draw_into(dir, model, control, config, step))?;
+        files::stage_dir(&place, |dir| self.draw_into(dir, model, control, config, step, observer))?;
+        observer.tell(Event::Picture(&place.join(GRID_FILE)));
         Ok(place)
     }
 
@@ -102,6 +109,7 @@ impl Previews {
         control: Option<&Control>,
         config: &TrainConfig,
         step: i64,
+        observer: &dyn Observer,
     ) -> Result<()> {
         let seeds: Vec<u64> = (0..config.num_validation_images as u64).map(|i| config.seed + i).collect();
         let condition = self.rows.iter().take(1).filter_map(|row| row.1.as_ref()).map(|_| "condition".into());
@@ -117,7 +125,7 @@ impl Previews {
             });
             let guides = Guides { control: steering, ..Guides::default() };
             let batch = config.sample_batch_size;
-            let pictures = sample::sample(model, settings, &noise, &guides, batch, &mut || {})?;
+            let pictures = sample::sample(model, settings, &noise, &guides, batch, observer, &mut || {})?;
             for (i, picture) in pictures.iter().enumerate() {
                 let by = format!("{} at step {step}", config.output_dir.display());
                 let mut text = settings.to_text(Some(seeds[i]), &name, &by);
@@ -129,7 +137,7 @@ impl Previews {
             let images = condition.iter().cloned().chain(pictures.into_iter().map(|p| p.image)).collect();
             grid.rows.push(GridRow { label: settings.prompt.clone(), images });
         }
-        png::save_png(&dir.join("grid.png"), &grid.render(), &[])
+        png::save_png(&dir.join(GRID_FILE), &grid.render(), &[])
     }
 }
 

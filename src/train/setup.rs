@@ -13,6 +13,7 @@ use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FI
 use crate::model::layers::Layers;
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
+use crate::platform::observer::Observer;
 use crate::platform::seed;
 use crate::train::checkpoint::{self, Loaded, Resume, TrainedPart};
 use crate::train::config::TrainConfig;
@@ -101,7 +102,11 @@ pub(super) fn resolution(config: &TrainConfig, model: &StableDiffusion) -> Resul
 }
 
 /// The checkpoint to go on from; none if the run was stopped before its first one, and then it starts again.
-pub(super) fn find_checkpoint(config: &TrainConfig, resume: &Resume) -> Result<Option<Loaded>> {
+pub(super) fn find_checkpoint(
+    config: &TrainConfig,
+    resume: &Resume,
+    observer: &dyn Observer,
+) -> Result<Option<Loaded>> {
     let run = &config.output_dir;
     RunFolder::check_run(run)?;
     let steps = checkpoint::list(run)?;
@@ -109,7 +114,7 @@ pub(super) fn find_checkpoint(config: &TrainConfig, resume: &Resume) -> Result<O
         Resume::Latest => match steps.last() {
             Some(step) => *step,
             None => {
-                eprintln!("note: {} has no checkpoint yet, the run starts at step 1", run.display());
+                observer.note(&format!("{} has no checkpoint yet, the run starts at step 1", run.display()));
                 return Ok(None);
             }
         },
@@ -132,10 +137,15 @@ pub(super) fn find_checkpoint(config: &TrainConfig, resume: &Resume) -> Result<O
 }
 
 /// Tells of words of a setting that mean no layer: a slip of the pen would make the adapter smaller unnoticed.
-pub(super) fn warn_of_idle_words(setting: &str, targets: &TargetRule, network: &mut dyn Layers) {
+pub(super) fn warn_of_idle_words(
+    setting: &str,
+    targets: &TargetRule,
+    network: &mut dyn Layers,
+    observer: &dyn Observer,
+) {
     let names: Vec<String> = network.layers_mut().iter().map(|layer| layer.name.clone()).collect();
     for word in targets.idle_words(&names) {
-        eprintln!("warning: {setting}: `{word}` is the name of no layer");
+        observer.warn(&format!("{setting}: `{word}` is the name of no layer"));
     }
 }
 
@@ -146,9 +156,10 @@ pub(super) fn start_from(
     fingerprint: &str,
     parts: &[TrainedPart],
     parameters: &mut Parameters,
+    observer: &dyn Observer,
 ) -> Result<()> {
     let Some(word) = &config.init_adapter else { return Ok(()) };
-    let path = hub::resolve(word, Wanted::Adapter)?;
+    let path = hub::resolve(word, Wanted::Adapter, observer)?;
     let own = config.method().map_or_else(String::new, |method| method.describe());
     let mut values: BTreeMap<(String, String), Tensor> = BTreeMap::new();
     let mut problems = Vec::new();
@@ -168,7 +179,7 @@ pub(super) fn start_from(
                 problems.push(format!("{} has other ranks or alphas for some layers", folder.display()));
             }
             if file.metadata.get("base_fingerprint").is_some_and(|base| base != fingerprint) {
-                eprintln!("warning: {} was made for another base model", folder.display());
+                observer.warn(&format!("{} was made for another base model", folder.display()));
             }
             values.extend(file.tensors().into_iter().map(|(name, t)| ((place.to_string(), name), t)));
         }

@@ -24,6 +24,7 @@ use hra::lab::evaluate::clip::Clip;
 use hra::lab::evaluate::vit::Vit;
 use hra::model::text::{TextEncoder, Tokenizer};
 use hra::model::{UNet, Vae};
+use hra::platform::observer::Silent;
 use hra::train::checkpoint::{Loaded, TrainedPart};
 use hra::train::config::TrainConfig;
 use hra::train::optim::{AdamW, AdamWConfig, Ema};
@@ -369,7 +370,8 @@ pub fn train_config(scratch: &Path, input: &[u8]) {
     let matches = command.try_get_matches_from(["train"]).expect("no flag is needed");
     let given = TrainConfig::from_matches(&matches, &[&path]);
     for config in [given, TrainConfig::read(&path)].into_iter().flatten() {
-        let _ = (config.method().map(|m| m.describe()), config.to_toml(), config.check_resume(&config));
+        let _ =
+            (config.method().map(|m| m.describe()), config.to_toml(), config.check_resume(&config, &Silent));
         if config.validate().is_err() {
             continue;
         }
@@ -517,7 +519,7 @@ pub fn pairs(scratch: &Path, input: &[u8]) {
     for (name, (condition, palette)) in ["t.csv", "t.json", "t.jsonl"].into_iter().zip(kinds) {
         put(scratch, name, table);
         let settings = PairSettings { condition, palette, ..PairSettings::default() };
-        let Ok(pairs) = PairFolder::read(&scratch.join(name), &settings) else { continue };
+        let Ok(pairs) = PairFolder::read(&scratch.join(name), &settings, &Silent) else { continue };
         let _ = pairs.report(Some(64));
         for index in 0..pairs.pairs().len().min(3) {
             let window = pairs.crop_window(index, 24, Crop::Random(7 << 32 | 7));

@@ -12,7 +12,7 @@ use crate::lab::evaluate::control::{
 };
 use crate::lab::results::{PictureScores, PromptScores, Scores};
 use crate::platform::files::{self, Kind};
-use crate::platform::interrupt;
+use crate::platform::observer::Observer;
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -159,10 +159,10 @@ struct Landmarks {
 
 impl FileScores {
     /// Reads and scores all files.
-    pub fn of(args: &ConditionArgs) -> Result<Self> {
+    pub fn of(args: &ConditionArgs, observer: &dyn Observer) -> Result<Self> {
         let segmentation =
             match args.segmentation_truth.as_deref().zip(args.segmentation_predictions.as_deref()) {
-                Some((truth, predictions)) => Some(segmentation(args, truth, predictions)?),
+                Some((truth, predictions)) => Some(segmentation(args, truth, predictions, observer)?),
                 None => None,
             };
         let mut landmarks = None;
@@ -230,6 +230,7 @@ fn segmentation(
     args: &ConditionArgs,
     truth: &Path,
     predictions: &Path,
+    observer: &dyn Observer,
 ) -> Result<(Segmentation, usize, Vec<String>)> {
     let not_maps = ["txt", "json", "jsonl", "csv"];
     let (truth, found) = (named(truth, &not_maps)?, named(predictions, &not_maps)?);
@@ -242,7 +243,7 @@ fn segmentation(
     };
     let mut confusion = Confusion::default();
     for (stem, path) in &truth {
-        interrupt::check(|| "stopped; nothing was written".to_string())?;
+        observer.check(|| "stopped; nothing was written".to_string())?;
         let Some(predicted) = found.get(stem) else { continue };
         let true_map = LabelMap::read_truth(path, palette.as_ref(), args.ignore_label)?;
         let counted = confusion.add(&true_map, &LabelMap::read(predicted, palette.as_ref())?, labels);

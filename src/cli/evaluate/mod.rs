@@ -3,6 +3,7 @@
 mod conditions;
 mod report;
 
+use crate::cli::terminal;
 use crate::data::image::{RgbImage, load_rgb, read_png_text};
 use crate::data::{Image, ImageFolder};
 use crate::error::{Error, Result};
@@ -11,8 +12,7 @@ use crate::lab::evaluate::{TowerPaths, Towers, towers};
 use crate::lab::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
 use crate::platform::device::{self, DeviceChoice, Precision};
 use crate::platform::files;
-use crate::platform::interrupt;
-use crate::platform::progress::Progress;
+use crate::platform::observer::{Counter, Observer};
 use clap::Args;
 use conditions::{ConditionArgs, Conditions, FileScores};
 use std::collections::BTreeMap;
@@ -101,7 +101,7 @@ struct Known {
 }
 
 /// Runs `hra evaluate`.
-pub fn run(args: &EvaluateArgs) -> Result<()> {
+pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
     if args.towers == TowerPaths::default() && args.base.is_none() && args.conditions.nothing() {
         return Err(Error::config(
             "nothing to score with\nhint: give a tower (--clip, --dino, --dinov2, --lpips-vgg, --lpips-alex) for similarity to \
@@ -111,16 +111,16 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
     let compute = device::resolve(args.device, Some(Precision::F32))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.threads, usize::MAX)?;
-    interrupt::install()?;
+    terminal::listen()?;
     let drawn = if args.pictures.is_empty() { Vec::new() } else { drawn(args)? };
     let conditions = Conditions::of(&args.conditions, drawn.iter().map(|drawn| drawn.path.as_path()))?;
     // What is wrong with these files is told before the slow part.
-    let files = FileScores::of(&args.conditions)?;
+    let files = FileScores::of(&args.conditions, observer)?;
     let real = args.real.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let look_alikes = args.look_alikes.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let masks = args.masks.as_deref().map(|dir| masks(dir, &real.paths)).transpose()?;
-    let paths = args.towers.resolved()?;
-    let towers = Towers::load(&paths, compute.device)?;
+    let paths = args.towers.resolved(observer)?;
+    let towers = Towers::load(&paths, compute.device, observer)?;
     let references = References {
         real: real.pictures.iter().collect(),
         look_alikes: look_alikes.pictures.iter().collect(),
@@ -130,23 +130,23 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
 
     let mut found =
         Evaluation { step: 0, set: Set::Test, prompts: Vec::new(), drift: Vec::new(), scores: Scores::new() };
-    let mut progress = Progress::new("scoring", 0, drawn.len() as u64);
+    let progress = Counter::new(observer, "scoring", 0, drawn.len() as u64);
     let mut done = 0;
     for (prompt, group) in groups(&drawn) {
-        interrupt::check(|| "stopped; nothing was written".to_string())?;
+        observer.check(|| "stopped; nothing was written".to_string())?;
         let pictures: Vec<RgbImage> =
             group.iter().map(|drawn| load_rgb(&drawn.path)).collect::<Result<_>>()?;
         for (picture, drawn) in pictures.iter().zip(&group) {
             if let Some(same) = real.pictures.iter().position(|other| other == picture) {
-                progress.say(&format!(
-                    "warning: {} and the real picture {} are the same, pixel by pixel",
+                observer.warn(&format!(
+                    "{} and the real picture {} are the same, pixel by pixel",
                     drawn.path.display(),
                     real.paths[same].display()
                 ));
             }
         }
         let text = prompt.map(|prompt| without_token(prompt, &args.token));
-        let (together, mut each) = subject.score(&towers, text.as_deref(), &pictures)?;
+        let (together, mut each) = subject.score(&towers, text.as_deref(), &pictures, observer)?;
         if let Some(dir) = &args.base {
             let base: Vec<RgbImage> =
                 group.iter().map(|drawn| load_rgb(&counterpart(&drawn.path, dir)?)).collect::<Result<_>>()?;
@@ -176,7 +176,7 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
         done += group.len() as u64;
         progress.set(done, "");
     }
-    progress.finish();
+    drop(progress);
     found.prompts.extend(files.pictures());
     found.summarise();
     found.scores.extend(files.scores());
@@ -189,7 +189,7 @@ pub fn run(args: &EvaluateArgs) -> Result<()> {
         files::write_atomic(path, report::csv(&found).as_bytes())?;
     }
     let counts = [drawn.len(), real.paths.len(), look_alikes.paths.len()];
-    report::report(args, &found, &files, &towers::identity(&paths)?, counts)
+    report::report(args, &found, &files, &towers::identity(&paths, observer)?, counts)
 }
 
 /// The pictures that were named, with their prompts.

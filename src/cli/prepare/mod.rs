@@ -2,6 +2,7 @@
 
 mod sources;
 
+use crate::cli::terminal;
 use crate::data;
 use crate::data::image::landmarks;
 use crate::data::image::{
@@ -10,8 +11,8 @@ use crate::data::image::{
 };
 use crate::data::pairs::{POINT_FILES, VOID, same_aspect};
 use crate::error::{Error, Result};
-use crate::platform::progress::Progress;
-use crate::platform::{files, interrupt};
+use crate::platform::files;
+use crate::platform::observer::{Counter, Observer};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use sources::{Bad, Source, Sources, is_picture};
@@ -130,14 +131,14 @@ struct Made {
 }
 
 /// Runs `hra prepare`.
-pub fn run(args: &PrepareArgs) -> Result<()> {
+pub fn run(args: &PrepareArgs, observer: &dyn Observer) -> Result<()> {
     let (kind, dir, pictures, common) = match &args.what {
         What::Canny(args) => ("canny", &args.dir, Some(&args.dir), &args.common),
         What::Segmentation(args) => ("segmentation", &args.dir, args.pictures.as_ref(), &args.common),
         What::Landmarks(args) => ("landmarks", &args.dir, Some(&args.pictures), &args.common),
     };
     let maker = Maker::new(&args.what)?;
-    interrupt::install()?;
+    terminal::listen()?;
     let sources = match &args.what {
         What::Canny(args) => Sources::of_pictures(&args.dir)?,
         What::Segmentation(args) => Sources::beside(dir, args.pictures.as_deref(), is_picture)?,
@@ -173,12 +174,11 @@ pub fn run(args: &PrepareArgs) -> Result<()> {
     }
     output.check_metadata()?;
 
-    let mut progress = Progress::new(kind, 0, jobs.len() as u64);
+    let progress = Counter::new(observer, kind, 0, jobs.len() as u64);
     let mut made = Vec::new();
     for (i, source) in jobs.iter().enumerate() {
-        interrupt::check(|| {
-            format!("stopped; {i} of {} conditions are in {}", jobs.len(), output.dir.display())
-        })?;
+        observer
+            .check(|| format!("stopped; {i} of {} conditions are in {}", jobs.len(), output.dir.display()))?;
         match maker.make(source, common.resolution) {
             Ok(pair) => {
                 files::create_dir_all(&output.dir)?;
@@ -193,7 +193,7 @@ pub fn run(args: &PrepareArgs) -> Result<()> {
         }
         progress.set(i as u64 + 1, "");
     }
-    progress.finish();
+    drop(progress);
     if made.is_empty() {
         let reasons: String = bad.iter().take(MAX_REASONS).map(|bad| format!("\n  {bad}")).collect();
         return Err(Error::Data(format!(

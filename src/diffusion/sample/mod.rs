@@ -18,7 +18,7 @@ use crate::data::image::RgbImage;
 use crate::diffusion::sampler::Plan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::platform::interrupt;
+use crate::platform::observer::Observer;
 use start::{Begin, Prepared};
 use steering::Steered;
 use tch::{Device, Kind, Tensor};
@@ -135,6 +135,7 @@ pub fn sample(
     noise: &Noise,
     guides: &Guides,
     batch_size: usize,
+    observer: &dyn Observer,
     tick: &mut dyn FnMut(),
 ) -> Result<Vec<Picture>> {
     let _guard = tch::no_grad_guard();
@@ -154,7 +155,7 @@ pub fn sample(
         let calls = plan.model_calls();
         let steered =
             guides.control.as_ref().map(|s| Steered::new(s, start, length, calls, model.unet.device()));
-        let latents = sample_batch(model, &plan, &text, &batch, (picture.as_ref(), steered), tick)?;
+        let latents = sample_batch(model, &plan, &text, &batch, (picture.as_ref(), steered), observer, tick)?;
         for latents in latents.split(1, 0) {
             if latents.isfinite().all().int64_value(&[]) == 0 {
                 return Err(Error::NotFinite(format!(
@@ -188,6 +189,7 @@ fn sample_batch(
     text: &Text,
     noise: &Noise,
     (picture, mut steered): (Option<&Prepared>, Option<Steered>),
+    observer: &dyn Observer,
     tick: &mut dyn FnMut(),
 ) -> Result<Tensor> {
     let device = model.unet.device();
@@ -224,9 +226,8 @@ fn sample_batch(
     };
     let mut progress = |_| {
         tick();
-        interrupt::check(|| {
-            "stopped while sampling; pictures of the prompts before this one are saved".to_string()
-        })
+        observer
+            .check(|| "stopped while sampling; pictures of the prompts before this one are saved".to_string())
     };
     let mut keep = |calls: usize, x: Tensor| match &begin.kept {
         Some(kept) => kept.keep(plan, calls, x),

@@ -20,7 +20,7 @@ use crate::model::control::{CONTROL_ENCODER, FILE_STEM};
 use crate::platform::device::{self, Compute};
 use crate::platform::doctor;
 use crate::platform::files;
-use crate::platform::interrupt;
+use crate::platform::observer::Observer;
 use crate::train::Resume;
 use crate::train::config::TrainConfig;
 use crate::train::run::{CONFIG_FILE, METRICS_FILE, Record};
@@ -38,16 +38,16 @@ const LOCK_POLL: Duration = Duration::from_millis(200);
 const MAX_METRICS: u64 = 1 << 30;
 
 /// Does the cell `id` of a comparison. Another process at the same cell is waited for.
-pub fn run(comparison: &Path, id: &str) -> Result<()> {
+pub fn run(comparison: &Path, id: &str, observer: &dyn Observer) -> Result<()> {
     let folder = results::cell_folder(comparison, id);
-    let _lock = lock(&folder.join(".lock"))?;
+    let _lock = lock(&folder.join(".lock"), observer)?;
     let task = Task::read(comparison, id)?;
     if is_done(comparison, &task) {
         return Ok(());
     }
     let config = task.train_config(comparison);
     let compute = device::resolve(config.device, Some(config.dtype))?;
-    let cell = Cell { comparison, task: &task, folder, config, compute };
+    let cell = Cell { comparison, task: &task, folder, config, compute, observer };
     let (trained, fingerprint) = match cell.train_and_draw() {
         // A rate too high is a result; the other cells go on.
         Err(Error::NotFinite(why)) if task.cell.learning_rate.is_some() => {
@@ -57,7 +57,7 @@ pub fn run(comparison: &Path, id: &str) -> Result<()> {
         }
         other => other?,
     };
-    let towers = Towers::load(&task.towers, cell.compute.device)?;
+    let towers = Towers::load(&task.towers, cell.compute.device, observer)?;
     let _guard = tch::no_grad_guard();
     let evaluations = cell.score(&towers, &fingerprint)?;
     let real = match (&trained, &task.control) {
@@ -83,7 +83,7 @@ pub fn clean(comparison: &Path, task: &Task) -> Result<()> {
 }
 
 /// Waits until no other process holds the file; the system lets go of it when a process ends, however it ends.
-fn lock(path: &Path) -> Result<File> {
+fn lock(path: &Path, observer: &dyn Observer) -> Result<File> {
     let file = files::open_append(path)?;
     let mut told = false;
     loop {
@@ -93,9 +93,9 @@ fn lock(path: &Path) -> Result<File> {
             Err(std::fs::TryLockError::WouldBlock) => {}
         }
         if !std::mem::replace(&mut told, true) {
-            eprintln!("waiting for the process that holds {}", path.display());
+            observer.say(&format!("waiting for the process that holds {}", path.display()));
         }
-        interrupt::check(|| "stopped while waiting for another process".into())?;
+        observer.check(|| "stopped while waiting for another process".into())?;
         std::thread::sleep(LOCK_POLL);
     }
 }
@@ -106,6 +106,7 @@ struct Cell<'a> {
     folder: PathBuf,
     config: TrainConfig,
     compute: Compute,
+    observer: &'a dyn Observer,
 }
 
 /// `trained.json`: what a training cost, and where it ran.
@@ -154,7 +155,7 @@ impl Cell<'_> {
         if interrupted && resume.is_none() {
             files::remove_dir_all(run)?;
         }
-        let outcome = train::train(self.config.clone(), resume.as_ref())?;
+        let outcome = train::train(self.config.clone(), resume.as_ref(), self.observer)?;
         let known = |value: f64| (!interrupted).then_some(value);
         let gpu = match self.compute.device {
             // What is used of the whole device is this training's only where it is alone.
@@ -213,7 +214,7 @@ impl Cell<'_> {
     /// Draws what is missing; the base model's fingerprint, or `None` where the weights that should draw are gone.
     fn draw(&self) -> Result<Option<String>> {
         let (config, compute) = (&self.config, &self.compute);
-        let mut artist = draw::load(config, compute, None)?;
+        let mut artist = draw::load(config, compute, None, self.observer)?;
         let fingerprint = artist.model.fingerprint()?;
         let resolution = config.resolution.unwrap_or(artist.model.native_size() as u32);
         results::write_json(&self.folder.join("resolution.json"), &resolution)?;
@@ -233,14 +234,14 @@ impl Cell<'_> {
                     return Ok(None);
                 }
                 // What an earlier step put on it does not come off.
-                artist = draw::load(config, compute, Some(&adapter))?;
+                artist = draw::load(config, compute, Some(&adapter), self.observer)?;
             }
             let cell = &self.task.cell;
             let by = format!("{}, {}, seed {}, step {step}", cell.method, cell.subject, cell.seed);
             // What is drawn for drift follows no condition.
             let shown = shown.iter().map(Vec::as_slice).chain(std::iter::repeat(&[][..]));
             for ((name, drawing), shown) in drawings.iter().zip(shown) {
-                drawing.draw(&artist, shown, &by, &place.join(name))?;
+                drawing.draw(&artist, shown, &by, &place.join(name), self.observer)?;
             }
         }
         Ok(Some(fingerprint))
@@ -257,8 +258,8 @@ impl Cell<'_> {
     fn class_pictures(&self, model: &mut StableDiffusion) -> Result<()> {
         let folder = self.comparison.join(&self.task.class_folder);
         files::create_dir_all(&folder)?;
-        let _lock = lock(&folder.join(".lock"))?;
-        eprintln!("{}", train::make_class_images(model, &self.config)?);
+        let _lock = lock(&folder.join(".lock"), self.observer)?;
+        self.observer.say(&train::make_class_images(model, &self.config, self.observer)?);
         Ok(())
     }
 
@@ -283,7 +284,7 @@ impl Cell<'_> {
             })
             .collect::<Result<Vec<_>>>()?;
         for &step in &self.task.steps {
-            interrupt::check(|| "stopped while scoring".into())?;
+            self.observer.check(|| "stopped while scoring".into())?;
             let place = self.step_folder(step);
             let drift = match drawings.iter().find(|(name, _)| name == DRIFT) {
                 Some((_, drawing)) if self.task.cell.learning_rate.is_some() => {
@@ -293,7 +294,10 @@ impl Cell<'_> {
             };
             for ((set, subject), (name, drawing)) in self.task.sets.iter().zip(&subjects).zip(&drawings) {
                 let folder = place.join(name);
-                let prompts = score::prompts(towers, subject, drawing, &set.prompts, &folder, &self.folder)?;
+                let prompts = {
+                    let places = (folder.as_path(), self.folder.as_path());
+                    score::prompts(towers, subject, drawing, &set.prompts, places, self.observer)?
+                };
                 evaluations.push(score::evaluation(step, set.set, prompts, drift.clone()));
             }
         }
@@ -312,8 +316,11 @@ impl Cell<'_> {
         let mut evaluations = Vec::new();
         for &step in &self.task.steps {
             for ((set, judges), (name, drawing)) in self.task.sets.iter().zip(&judges).zip(drawings) {
-                interrupt::check(|| "stopped while scoring".into())?;
-                let prompts = judges.prompts(drawing, &self.step_folder(step).join(name), &self.folder)?;
+                self.observer.check(|| "stopped while scoring".into())?;
+                let prompts = {
+                    let folder = self.step_folder(step).join(name);
+                    judges.prompts(drawing, &folder, &self.folder, self.observer)?
+                };
                 evaluations.push(score::evaluation(step, set.set, prompts, Vec::new()));
             }
         }
@@ -346,7 +353,7 @@ impl Cell<'_> {
             return Ok(Real::default());
         };
         let captions: Vec<String> = set.prompts.iter().map(|p| p.text.clone()).collect();
-        let pictures = self.judges(agreement, towers, set)?.real(&captions)?;
+        let pictures = self.judges(agreement, towers, set)?.real(&captions, self.observer)?;
         let whole = PromptScores { prompt: String::new(), scores: Scores::new(), pictures };
         Ok(Real { scores: whole.means(), pictures: whole.pictures })
     }
@@ -379,7 +386,7 @@ impl Cell<'_> {
                 continue;
             }
             let subject = score::subject(&towers, &others, &look_alikes, &[])?;
-            let (_, each) = subject.score(&towers, None, std::slice::from_ref(picture))?;
+            let (_, each) = subject.score(&towers, None, std::slice::from_ref(picture), self.observer)?;
             for (key, value) in each.into_iter().flatten() {
                 let (sum, count) = sums.entry(key).or_default();
                 *sum += value;

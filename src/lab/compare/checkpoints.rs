@@ -12,7 +12,7 @@ use crate::lab::report::{best_step, steps_plot};
 use crate::lab::results::{self, Evaluation, Set};
 use crate::platform::device;
 use crate::platform::files;
-use crate::platform::interrupt;
+use crate::platform::observer::Observer;
 use crate::train::checkpoint;
 use crate::train::config::TrainConfig;
 use std::path::{Path, PathBuf};
@@ -45,7 +45,7 @@ pub struct Scored {
 const CHOICES: [&[&str]; 2] = [&["dino", "dinov2", "clip_i"], &["clip_t"]];
 
 /// Fails for settings that leave nothing to score; for a look before the training.
-pub fn check(config: &TrainConfig, judges: &Judges) -> Result<()> {
+pub fn check(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> Result<()> {
     if config.is_control() {
         return Err(Error::config(
             "--score: expected a training on a subject, found one of control\nhint: `hra compare` scores control (docs/compare.md)",
@@ -67,16 +67,16 @@ pub fn check(config: &TrainConfig, judges: &Judges) -> Result<()> {
              hint: leave one of them out",
         ));
     }
-    crate::lab::evaluate::towers::identity(&judges.towers).map(|_| ())
+    crate::lab::evaluate::towers::identity(&judges.towers, observer).map(|_| ())
 }
 
 /// Draws the validation prompts from every checkpoint that the run has, and from its end, and scores them against the
 /// held-out pictures. What was drawn before is not drawn again.
-pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
-    check(config, judges)?;
+pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> Result<Scored> {
+    check(config, judges, observer)?;
     let run = &config.output_dir;
     let compute = device::resolve(config.device, Some(config.dtype))?;
-    let base = draw::load(config, &compute, None)?;
+    let base = draw::load(config, &compute, None, observer)?;
     let resolution = config.resolution.unwrap_or(base.model.native_size() as u32);
     let drawing = |prompts: &[String]| -> Result<Drawing> {
         let sampling = Sampling {
@@ -99,10 +99,10 @@ pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
     let (own, drift) = (drawing(&config.validation_prompt)?, drawing(&judges.drift_prompts)?);
     let folder = run.join(FOLDER);
     let base_drift = folder.join("base");
-    drift.draw(&base, &[], "", &base_drift)?;
+    drift.draw(&base, &[], "", &base_drift, observer)?;
     drop(base);
 
-    let towers = Towers::load(&judges.towers, compute.device)?;
+    let towers = Towers::load(&judges.towers, compute.device, observer)?;
     let _guard = tch::no_grad_guard();
     let real: Vec<RgbImage> = match &config.held_out_data_dir {
         Some(dir) => score::pictures(dir, usize::MAX)?,
@@ -116,18 +116,18 @@ pub fn score(config: &TrainConfig, judges: &Judges) -> Result<Scored> {
         .collect();
     let mut evaluations = Vec::new();
     for (step, adapter) in trained(config)? {
-        interrupt::check(|| {
+        observer.check(|| {
             "stopped while scoring; what was drawn is kept, --resume latest with --score goes on".into()
         })?;
         let place = folder.join(format!("step-{step:06}"));
         let (pictures, unrelated) = (place.join(Set::Validation.name()), place.join("drift"));
         if !own.is_done(&pictures) || !drift.is_done(&unrelated) {
-            let artist = draw::load(config, &compute, Some(&adapter))?;
+            let artist = draw::load(config, &compute, Some(&adapter), observer)?;
             let by = format!("{} at step {step}", run.display());
-            own.draw(&artist, &[], &by, &pictures)?;
-            drift.draw(&artist, &[], &by, &unrelated)?;
+            own.draw(&artist, &[], &by, &pictures, observer)?;
+            drift.draw(&artist, &[], &by, &unrelated, observer)?;
         }
-        let prompts = score::prompts(&towers, &subject, &own, &texts, &pictures, &folder)?;
+        let prompts = score::prompts(&towers, &subject, &own, &texts, (&pictures, &folder), observer)?;
         let drifts = score::drift(&towers, &drift, &unrelated, &base_drift, &folder)?;
         evaluations.push(score::evaluation(step, Set::Validation, prompts, drifts));
     }

@@ -12,6 +12,7 @@ use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, Control};
 use crate::platform::device::{self, Compute};
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
+use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -71,8 +72,13 @@ pub struct Artist {
 }
 
 /// Loads the base model of a training, with what was trained where `adapter` is given.
-pub fn load(config: &TrainConfig, compute: &Compute, adapter: Option<&Path>) -> Result<Artist> {
-    let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model)?;
+pub fn load(
+    config: &TrainConfig,
+    compute: &Compute,
+    adapter: Option<&Path>,
+    observer: &dyn Observer,
+) -> Result<Artist> {
+    let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model, observer)?;
     let from = config.model_config.as_deref();
     let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
     model.expect_text_to_image()?;
@@ -118,7 +124,14 @@ impl Drawing {
     ///
     /// `by` is what the pictures say of the adapter. `shown` are the conditions of all pairs, which a control encoder sees.
     /// Errors: an interrupt, latents that are not finite.
-    pub fn draw(&self, artist: &Artist, shown: &[RgbImage], by: &str, folder: &Path) -> Result<()> {
+    pub fn draw(
+        &self,
+        artist: &Artist,
+        shown: &[RgbImage],
+        by: &str,
+        folder: &Path,
+        observer: &dyn Observer,
+    ) -> Result<()> {
         let model = &artist.model;
         if folder.is_dir() && !self.is_the_same(folder) {
             files::remove_dir_all(folder)?;
@@ -136,7 +149,8 @@ impl Drawing {
             let seeds = self.seeds(p);
             let noise = Noise::draw(&seeds, &settings, model)?;
             let guides = Guides { control: self.steering(artist, shown, p), ..Guides::default() };
-            let pictures = sample::sample(model, &settings, &noise, &guides, self.batch, &mut || {})?;
+            let pictures =
+                sample::sample(model, &settings, &noise, &guides, self.batch, observer, &mut || {})?;
             for (i, picture) in pictures.iter().enumerate() {
                 let text = settings.to_text(Some(seeds[i]), &model.name(), by);
                 png::save_png(&folder.join(file_name(p, i)), &picture.image, &text)?;

@@ -11,7 +11,9 @@ use crate::lab::compare::task::Task;
 use crate::lab::results::{self, CellRecord, RECORD_FILE};
 use crate::platform::device;
 use crate::platform::hub::{self, Wanted};
+use crate::platform::observer::Observer;
 use crate::train::config::MethodName;
+use crate::train::config::TrainConfig;
 use std::path::Path;
 use std::time::Instant;
 use tch::{Kind, Tensor};
@@ -40,7 +42,7 @@ pub struct Estimate {
 
 impl Estimate {
     /// Of the tasks of a share.
-    pub fn of(config: &CompareConfig, tasks: &[Task], shard: Shard) -> Result<Self> {
+    pub fn of(config: &CompareConfig, tasks: &[Task], shard: Shard, observer: &dyn Observer) -> Result<Self> {
         let folder = &config.output_dir;
         let trainings: Vec<&Task> = tasks.iter().filter(|t| t.cell.learning_rate.is_some()).collect();
         let mine = |i: &usize| shard.has(*i);
@@ -66,7 +68,7 @@ impl Estimate {
             estimate.from = "nothing is left to do".into();
             return Ok(estimate);
         }
-        let call = Probe::measure(&todo[0].train, config)?;
+        let call = Probe::measure(&todo[0].train, config, observer)?;
         let step = |task: &Task| seen(folder, tasks, task).unwrap_or_else(|| call.step(task));
         let training: f64 = todo.iter().map(|t| step(t) * t.train.max_train_steps as f64).sum();
         let drawing = call.picture(config.draw.steps, config.draw.guidance) * drawn as f64
@@ -102,9 +104,9 @@ struct Probe {
 }
 
 impl Probe {
-    fn measure(train: &crate::train::config::TrainConfig, config: &CompareConfig) -> Result<Self> {
+    fn measure(train: &TrainConfig, config: &CompareConfig, observer: &dyn Observer) -> Result<Self> {
         let compute = device::resolve(train.device, Some(train.dtype))?;
-        let dir = hub::resolve(&train.pretrained_model_name_or_path, Wanted::Model)?;
+        let dir = hub::resolve(&train.pretrained_model_name_or_path, Wanted::Model, observer)?;
         let mut model =
             StableDiffusion::load_with(&dir, train.model_config.as_deref(), compute.kind, compute.device)?;
         model.expect_text_to_image()?;

@@ -27,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::lab::report::best_rates;
 use crate::lab::results::{self, CellRecord, PLAN_FILE, Plan};
 use crate::platform::files;
+use crate::platform::observer::Observer;
 use plan::{Planned, Stage};
 use std::path::Path;
 use task::Task;
@@ -43,13 +44,13 @@ pub struct Outcome {
 }
 
 /// Does this worker's share of a comparison; what is done is not done again.
-pub fn run(config: &CompareConfig, shard: Shard) -> Result<Outcome> {
+pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Result<Outcome> {
     let folder =
         std::path::absolute(&config.output_dir).map_err(|e| Error::io("find", &config.output_dir, e))?;
-    let (subjects, notes) = subjects::resolve(config)?;
+    let (subjects, notes) = subjects::resolve(config, observer)?;
     check_folder(&folder, config)?;
     files::create_dir_all(&folder)?;
-    let planned = plan::plan(config, &subjects, &notes, &Stage::First)?;
+    let planned = plan::plan(config, &subjects, &notes, &Stage::First, observer)?;
     let searched = config.search.as_ref().is_some_and(|s| !s.only) && is_complete(&folder, &planned);
     // Before anything else: by it a folder is known as a comparison's.
     if !searched {
@@ -59,7 +60,7 @@ pub fn run(config: &CompareConfig, shard: Shard) -> Result<Outcome> {
         subject.copy_into(&folder)?;
     }
     if !searched {
-        let outcome = stage(&folder, config, &planned, shard)?;
+        let outcome = stage(&folder, config, &planned, shard, observer)?;
         let more = config.search.as_ref().is_some_and(|s| !s.only);
         if !more || outcome.missing > 0 || !outcome.failures.is_empty() {
             return Ok(Outcome { searching: more, ..outcome });
@@ -68,9 +69,9 @@ pub fn run(config: &CompareConfig, shard: Shard) -> Result<Outcome> {
     let records: Vec<CellRecord> = planned.plan.records(&folder)?;
     let chosen =
         best_rates(&planned.plan, &records).into_iter().map(|best| (best.method, best.rate)).collect();
-    let planned = plan::plan(config, &subjects, &notes, &Stage::Tables(&chosen))?;
+    let planned = plan::plan(config, &subjects, &notes, &Stage::Tables(&chosen), observer)?;
     results::write_json(&folder.join(PLAN_FILE), &planned.plan)?;
-    let outcome = stage(&folder, config, &planned, shard)?;
+    let outcome = stage(&folder, config, &planned, shard, observer)?;
     if outcome.missing == 0 && outcome.failures.is_empty() {
         // The search kept what the tables might have been drawn from.
         planned.tasks.iter().try_for_each(|task| cell::clean(&folder, task))?;
@@ -83,14 +84,20 @@ fn is_complete(folder: &Path, planned: &Planned) -> bool {
 }
 
 /// The plan without doing any of it, and how long it may take.
-pub fn dry_run(config: &CompareConfig, shard: Shard) -> Result<(Plan, Estimate)> {
-    let (subjects, notes) = subjects::resolve(config)?;
-    let planned = plan::plan(config, &subjects, &notes, &Stage::First)?;
-    let estimate = Estimate::of(config, &planned.tasks, shard)?;
+pub fn dry_run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Result<(Plan, Estimate)> {
+    let (subjects, notes) = subjects::resolve(config, observer)?;
+    let planned = plan::plan(config, &subjects, &notes, &Stage::First, observer)?;
+    let estimate = Estimate::of(config, &planned.tasks, shard, observer)?;
     Ok((planned.plan, estimate))
 }
 
-fn stage(folder: &Path, config: &CompareConfig, planned: &Planned, shard: Shard) -> Result<Outcome> {
+fn stage(
+    folder: &Path,
+    config: &CompareConfig,
+    planned: &Planned,
+    shard: Shard,
+    observer: &dyn Observer,
+) -> Result<Outcome> {
     let is_base = |task: &&Task| task.cell.learning_rate.is_none();
     let mine: Vec<&Task> = planned
         .tasks
@@ -115,7 +122,7 @@ fn stage(folder: &Path, config: &CompareConfig, planned: &Planned, shard: Shard)
         for task in &todo {
             task.write(folder)?;
         }
-        failures.extend(pool::run(folder, &todo, config.jobs)?);
+        failures.extend(pool::run(folder, &todo, config.jobs, observer)?);
         if !failures.is_empty() && todo.iter().all(is_base) {
             // Every other cell stands on these.
             return Ok(Outcome { failures, missing: planned.tasks.len(), searching: false });

@@ -10,6 +10,7 @@ use crate::lab::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, Planne
 use crate::model::control::Passes;
 use crate::platform::device::DeviceChoice;
 use crate::platform::hub::{self, Wanted};
+use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
 use crate::weights::source::Source;
 use std::collections::BTreeMap;
@@ -40,13 +41,14 @@ pub fn plan(
     subjects: &[Subject],
     protocol_notes: &[String],
     stage: &Stage,
+    observer: &dyn Observer,
 ) -> Result<Planned> {
     let steps = config.steps()?;
     // Fetched once, before processes look for them at the same time.
-    let towers = config.scores.resolved()?;
-    let identity = towers::identity(&towers)?;
+    let towers = config.scores.resolved(observer)?;
+    let identity = towers::identity(&towers, observer)?;
     let train = TrainConfig::from_tables(&[&config.train])?;
-    let dir = hub::resolve(&train.pretrained_model_name_or_path, Wanted::Model)?;
+    let dir = hub::resolve(&train.pretrained_model_name_or_path, Wanted::Model, observer)?;
     let model = Source::open(&dir, train.model_config.as_deref())?.fingerprint()?;
     let planner = Planner { config, subjects, steps: &steps, towers, identity, train, model };
     let chosen = match stage {

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::lab::compare::task::Task;
 use crate::lab::results;
 use crate::platform::files;
-use crate::platform::interrupt;
+use crate::platform::observer::Observer;
 use std::collections::VecDeque;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -27,12 +27,12 @@ pub struct Failure {
 /// Runs the tasks, `jobs` at a time, in their order. A cell that fails does not stop the others; they are returned.
 ///
 /// Errors: an interrupt, after all processes have saved what they had.
-pub fn run(comparison: &Path, tasks: &[&Task], jobs: usize) -> Result<Vec<Failure>> {
+pub fn run(comparison: &Path, tasks: &[&Task], jobs: usize, observer: &dyn Observer) -> Result<Vec<Failure>> {
     let (count, at_once) = (tasks.len(), jobs.min(tasks.len()));
-    eprintln!(
+    observer.say(&format!(
         "{count} cells, {at_once} at a time; each has a log, {}/cells/ID/{LOG_FILE}",
         comparison.display()
-    );
+    ));
     let queue: Mutex<VecDeque<&&Task>> = Mutex::new(tasks.iter().collect());
     let progress = Mutex::new(Told { done: 0, total: tasks.len(), jobs, started: Instant::now() });
     let failures = Mutex::new(Vec::new());
@@ -41,31 +41,31 @@ pub fn run(comparison: &Path, tasks: &[&Task], jobs: usize) -> Result<Vec<Failur
     std::thread::scope(|scope| {
         for _ in 0..jobs.min(tasks.len()) {
             scope.spawn(|| {
-                while !interrupt::requested() {
+                while !observer.asks_to_stop() {
                     let Some(task) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front() else {
                         break;
                     };
                     let started = Instant::now();
-                    let outcome = one(comparison, task, jobs);
+                    let outcome = one(comparison, task, jobs, observer);
                     let failed = !matches!(outcome, Ok(None));
                     match outcome {
                         Ok(None) => {}
                         Ok(Some(why)) => {
                             let id = task.cell.id.clone();
-                            eprintln!("{id}: {why}");
+                            observer.say(&format!("{id}: {why}"));
                             failures.lock().unwrap_or_else(PoisonError::into_inner).push(Failure { id, why });
                         }
                         Err(e) => problems.lock().unwrap_or_else(PoisonError::into_inner).push(e),
                     }
-                    if !interrupt::requested() {
+                    if !observer.asks_to_stop() {
                         let mut told = progress.lock().unwrap_or_else(PoisonError::into_inner);
-                        told.tell(task, started.elapsed(), failed);
+                        observer.say(&told.line(task, started.elapsed(), failed));
                     }
                 }
             });
         }
     });
-    interrupt::check(|| "stopped; the same command goes on".into())?;
+    observer.check(|| "stopped; the same command goes on".into())?;
     match problems.into_inner().unwrap_or_else(lock).into_iter().next() {
         Some(problem) => Err(problem),
         None => Ok(failures.into_inner().unwrap_or_else(PoisonError::into_inner)),
@@ -80,7 +80,7 @@ struct Told {
 }
 
 impl Told {
-    fn tell(&mut self, task: &Task, took: Duration, failed: bool) {
+    fn line(&mut self, task: &Task, took: Duration, failed: bool) -> String {
         self.done += 1;
         let left = self.started.elapsed().as_secs_f64() / self.done as f64 * (self.total - self.done) as f64;
         let left = if self.done >= self.jobs && self.done < self.total {
@@ -94,7 +94,7 @@ impl Told {
             None => format!("{} model, {}", cell.method, cell.subject),
         };
         let took = if failed { "failed".to_string() } else { duration(took.as_secs_f64()) };
-        eprintln!("[{}/{}] {what}: {took}{left}", self.done, self.total);
+        format!("[{}/{}] {what}: {took}{left}", self.done, self.total)
     }
 }
 
@@ -108,7 +108,7 @@ pub fn duration(seconds: f64) -> String {
 }
 
 /// Runs one cell; why it failed, if it did.
-fn one(comparison: &Path, task: &Task, jobs: usize) -> Result<Option<String>> {
+fn one(comparison: &Path, task: &Task, jobs: usize, observer: &dyn Observer) -> Result<Option<String>> {
     let log_path = results::cell_folder(comparison, &task.cell.id).join(LOG_FILE);
     let log = files::open_append(&log_path)?;
     let start = log.metadata().map_or(0, |m| m.len()) as usize;
@@ -138,8 +138,8 @@ fn one(comparison: &Path, task: &Task, jobs: usize) -> Result<Option<String>> {
         });
     }
     let mut child = command.spawn().map_err(|e| Error::io("start", &program, e))?;
-    let status = wait(&mut child).map_err(|e| Error::io("wait for", &program, e))?;
-    if status.success() || interrupt::requested() {
+    let status = wait(&mut child, observer).map_err(|e| Error::io("wait for", &program, e))?;
+    if status.success() || observer.asks_to_stop() {
         return Ok(None);
     }
     let text = std::fs::read(&log_path).map_err(|e| Error::io("read", &log_path, e))?;
@@ -154,13 +154,13 @@ fn one(comparison: &Path, task: &Task, jobs: usize) -> Result<Option<String>> {
 }
 
 /// Waits for a process, and hands on a request to stop.
-fn wait(child: &mut Child) -> std::io::Result<ExitStatus> {
+fn wait(child: &mut Child, observer: &dyn Observer) -> std::io::Result<ExitStatus> {
     let mut told = false;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        if interrupt::requested() && !told {
+        if observer.asks_to_stop() && !told {
             told = true;
             // SAFETY: the process is ours and not yet waited for, so its number is still its own.
             unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };

@@ -8,6 +8,7 @@ use crate::lab::compare::subjects::Prompt;
 use crate::lab::evaluate::scores::{self, References};
 use crate::lab::evaluate::{Subject, Towers};
 use crate::lab::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
+use crate::platform::observer::Observer;
 use std::path::{Path, PathBuf};
 
 /// The pictures of a folder, in the order of their names; none, where there is no folder.
@@ -40,13 +41,13 @@ pub fn prompts(
     subject: &Subject,
     drawing: &Drawing,
     texts: &[Prompt],
-    folder: &Path,
-    root: &Path,
+    (folder, root): (&Path, &Path),
+    observer: &dyn Observer,
 ) -> Result<Vec<PromptScores>> {
     let mut all = Vec::new();
     for (p, prompt) in texts.iter().enumerate() {
         let drawn = drawn(drawing, folder, p)?;
-        let (together, each) = subject.score(towers, Some(&prompt.text), &drawn)?;
+        let (together, each) = subject.score(towers, Some(&prompt.text), &drawn, observer)?;
         all.push(prompt_scores(drawing, p, together, each, folder, root));
     }
     Ok(all)

@@ -10,6 +10,7 @@ use crate::lab::compare::control::{self, ControlSet};
 use crate::lab::compare::dreambooth;
 use crate::lab::evaluate::scores::without_token;
 use crate::platform::files;
+use crate::platform::observer::Observer;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -116,12 +117,12 @@ impl Subject {
 }
 
 /// The subjects of a comparison, and notes that the protocol brings with it.
-pub fn resolve(config: &CompareConfig) -> Result<(Vec<Subject>, Vec<String>)> {
+pub fn resolve(config: &CompareConfig, observer: &dyn Observer) -> Result<(Vec<Subject>, Vec<String>)> {
     if !config.controls.is_empty() {
-        return Ok((control::resolve(config)?, Vec::new()));
+        return Ok((control::resolve(config, observer)?, Vec::new()));
     }
     let (entries, live_prompts) = match &config.dreambooth {
-        Some(set) => dreambooth_entries(config, set)?,
+        Some(set) => dreambooth_entries(config, set, observer)?,
         None => (config.subjects.clone(), Vec::new()),
     };
     let mut subjects = Vec::new();
@@ -168,6 +169,7 @@ const PAPER_NOTES: [&str; 3] = [
 fn dreambooth_entries(
     config: &CompareConfig,
     set: &super::config::DreamBooth,
+    observer: &dyn Observer,
 ) -> Result<(Vec<SubjectEntry>, Vec<String>)> {
     let protocol = dreambooth::Protocol::read(&set.dir)?;
     let wanted = |name: &str| set.subjects.is_empty() || set.subjects.iter().any(|s| s == name);
@@ -207,9 +209,9 @@ fn dreambooth_entries(
     let listed = protocol.subjects.iter().filter(|(name, _)| wanted(name)).count();
     if entries.len() < listed {
         let (found, dir) = (entries.len(), set.dir.display());
-        eprintln!(
-            "note: dreambooth: {found} of {listed} subjects have a folder in {dir}; the others are left out"
-        );
+        observer.note(&format!(
+            "dreambooth: {found} of {listed} subjects have a folder in {dir}; the others are left out"
+        ));
     }
     if entries.is_empty() {
         return Err(Error::Data(format!(

@@ -13,8 +13,9 @@ use crate::data;
 use crate::data::image::resize::center_offset;
 use crate::data::image::{Filter, RgbImage, resize};
 use crate::error::{Error, Result};
+use crate::platform::files;
 use crate::platform::files::Kind as FileKind;
-use crate::platform::{files, interrupt};
+use crate::platform::observer::Observer;
 use crate::weights::tensor_file::TensorFile;
 use ::image::imageops;
 use std::borrow::Cow;
@@ -178,19 +179,24 @@ impl Lpips {
     }
 
     /// Distances of every picture of `a` to every picture of `b`, row by row: `a.len() * b.len()` values.
-    pub fn distances(&self, a: &[&RgbImage], b: &[&RgbImage]) -> Result<Vec<f64>> {
+    pub fn distances(&self, a: &[&RgbImage], b: &[&RgbImage], observer: &dyn Observer) -> Result<Vec<f64>> {
         let pictures: Vec<&RgbImage> = a.iter().chain(b).copied().collect();
         let pairs = (0..a.len()).flat_map(|i| (0..b.len()).map(move |j| (i, a.len() + j)));
-        self.pairs(&pictures, &pairs.collect::<Vec<_>>())
+        self.pairs(&pictures, &pairs.collect::<Vec<_>>(), observer)
     }
 
     /// Distances of pairs of pictures, at the size of the first of a pair.
     ///
     /// Each picture goes through the network once where the features of all fit into [`MAX_BYTES`].
-    pub fn pairs(&self, pictures: &[&RgbImage], pairs: &[(usize, usize)]) -> Result<Vec<f64>> {
+    pub fn pairs(
+        &self,
+        pictures: &[&RgbImage],
+        pairs: &[(usize, usize)],
+        observer: &dyn Observer,
+    ) -> Result<Vec<f64>> {
         let most = pairs.iter().map(|(a, _)| self.bytes(pictures[*a].dimensions())).max().unwrap_or(0);
         // Two blocks are held at a time.
-        self.pairs_in_blocks(pictures, pairs, (MAX_BYTES / most.max(1) / 2).max(1) as usize)
+        self.pairs_in_blocks(pictures, pairs, (MAX_BYTES / most.max(1) / 2).max(1) as usize, observer)
     }
 
     fn pairs_in_blocks(
@@ -198,6 +204,7 @@ impl Lpips {
         pictures: &[&RgbImage],
         pairs: &[(usize, usize)],
         block: usize,
+        observer: &dyn Observer,
     ) -> Result<Vec<f64>> {
         let _guard = tch::no_grad_guard();
         let sided = |&(a, b): &(usize, usize)| {
@@ -226,7 +233,7 @@ impl Lpips {
                     free.insert(features.collect::<Result<_>>()?);
                 }
             }
-            interrupt::check(|| "stopped while comparing pictures".to_string())?;
+            observer.check(|| "stopped while comparing pictures".to_string())?;
             for Placed { pair, places } in wanted {
                 let [a, b] = places.map(|place| &held[&(place / block)][place % block]);
                 distances[pair] = self.distance(a, b)?;
@@ -310,6 +317,7 @@ fn fit(picture: &RgbImage, size: (u32, u32)) -> Cow<'_, RgbImage> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::platform::observer::Silent;
 
     /// From outside, blocks show only with hundreds of large pictures.
     #[test]
@@ -334,15 +342,15 @@ mod tests {
         let pictures: Vec<RgbImage> = (0..5).map(picture).collect();
         let pictures: Vec<&RgbImage> = pictures.iter().collect();
         let pairs: Vec<(usize, usize)> = (0..5).flat_map(|a| (0..5).map(move |b| (a, b))).collect();
-        let all = lpips.pairs(&pictures, &pairs).unwrap();
+        let all = lpips.pairs(&pictures, &pairs, &Silent).unwrap();
         for block in [1, 2, 3, 7] {
-            assert_eq!(lpips.pairs_in_blocks(&pictures, &pairs, block).unwrap(), all, "{block}");
+            assert_eq!(lpips.pairs_in_blocks(&pictures, &pairs, block, &Silent).unwrap(), all, "{block}");
         }
         (0..5).for_each(|i| assert_eq!(all[i * 6], 0.0));
         assert!(
             all[1] > 0.0 && all[1] == all[5] && all[3] != all[15],
             "a pair has the size of its first picture"
         );
-        assert!(lpips.pairs(&[], &[]).unwrap().is_empty());
+        assert!(lpips.pairs(&[], &[], &Silent).unwrap().is_empty());
     }
 }

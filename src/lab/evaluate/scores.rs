@@ -12,6 +12,7 @@ use crate::data::image::RgbImage;
 use crate::error::{Error, Result};
 use crate::lab::evaluate::towers::Towers;
 use crate::lab::results::Scores;
+use crate::platform::observer::Observer;
 use regex::RegexBuilder;
 use tch::{Kind, Tensor};
 
@@ -121,6 +122,7 @@ impl Subject {
         towers: &Towers,
         text: Option<&str>,
         pictures: &[RgbImage],
+        observer: &dyn Observer,
     ) -> Result<(Scores, Vec<Scores>)> {
         let drawn: Vec<&RgbImage> = pictures.iter().collect();
         let mut together = Scores::new();
@@ -148,7 +150,7 @@ impl Subject {
                 }
             }
         }
-        self.score_distances(towers, &drawn, &mut together, &mut each)?;
+        self.score_distances(towers, &drawn, (&mut together, &mut each), observer)?;
         Ok((together, each))
     }
 
@@ -157,8 +159,8 @@ impl Subject {
         &self,
         towers: &Towers,
         drawn: &[&RgbImage],
-        together: &mut Scores,
-        each: &mut [Scores],
+        (together, each): (&mut Scores, &mut [Scores]),
+        observer: &dyn Observer,
     ) -> Result<()> {
         let (n, m) = (drawn.len(), self.real.len());
         let pictures: Vec<&RgbImage> = drawn.iter().copied().chain(&self.real).collect();
@@ -166,7 +168,7 @@ impl Subject {
         let within = (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j)));
         let pairs: Vec<(usize, usize)> = to_real.chain(within).collect();
         for (net, lpips) in &towers.lpips {
-            let distances = lpips.pairs(&pictures, &pairs)?;
+            let distances = lpips.pairs(&pictures, &pairs, observer)?;
             let (to_real, within) = distances.split_at(n * m);
             if m > 0 {
                 set(each, net.key(), to_real.chunks(m).map(mean));

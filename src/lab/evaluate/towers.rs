@@ -6,6 +6,7 @@ use crate::lab::evaluate::lpips::{Lpips, Net};
 use crate::lab::evaluate::vit::Vit;
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
+use crate::platform::observer::Observer;
 use crate::weights::scope::Weights;
 use crate::weights::tensor_file::TensorFile;
 use clap::Args;
@@ -51,8 +52,8 @@ pub struct Towers {
 
 impl Towers {
     /// Loads what `paths` names, from the hub where need be.
-    pub fn load(paths: &TowerPaths, device: Device) -> Result<Self> {
-        let paths = paths.resolved()?;
+    pub fn load(paths: &TowerPaths, device: Device, observer: &dyn Observer) -> Result<Self> {
+        let paths = paths.resolved(observer)?;
         let mut lpips = Vec::new();
         for (net, file) in paths.lpips() {
             lpips.push((net, Lpips::load(file, net, device)?));
@@ -73,9 +74,9 @@ impl Towers {
 
 impl TowerPaths {
     /// The same with local folders in place of hub ids, downloaded where need be. What is local already asks nobody.
-    pub fn resolved(&self) -> Result<Self> {
+    pub fn resolved(&self, observer: &dyn Observer) -> Result<Self> {
         let local = |flag: &str, path: &Option<PathBuf>, known: &str| {
-            let path = path.as_deref().map(|path| hub::resolve(path, Wanted::Tower));
+            let path = path.as_deref().map(|path| hub::resolve(path, Wanted::Tower, observer));
             path.transpose().map_err(|e| told(e, flag, known))
         };
         let clip = "openai/clip-vit-large-patch14 (the usual one) or openai/clip-vit-base-patch32";
@@ -106,7 +107,7 @@ fn told(error: Error, flag: &str, known: &str) -> Error {
 /// What tells these towers from others, such as `clip 0123456789abcdef, lpips_vgg ..`: scores that were made with towers of
 /// another identity cannot be compared. Made of each tower's settings, and of the name, dtype and first values of each of its
 /// tensors.
-pub fn identity(paths: &TowerPaths) -> Result<String> {
+pub fn identity(paths: &TowerPaths, observer: &dyn Observer) -> Result<String> {
     const TEXTS: [&str; 9] = [
         "added_tokens.json",
         "config.json",
@@ -118,7 +119,7 @@ pub fn identity(paths: &TowerPaths) -> Result<String> {
         "tokenizer_config.json",
         "vocab.json",
     ];
-    let paths = paths.resolved()?;
+    let paths = paths.resolved(observer)?;
     let mut found = Vec::new();
     for (name, dir) in [("clip", &paths.clip), ("dino", &paths.dino), ("dinov2", &paths.dinov2)] {
         let Some(dir) = dir else { continue };

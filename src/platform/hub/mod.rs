@@ -11,7 +11,7 @@ mod wanted;
 
 use crate::error::{Error, Result};
 use crate::platform::files::{self, shell_word};
-use crate::platform::progress::Progress;
+use crate::platform::observer::{Counter, Observer};
 use choice::{Choice, choose, is_plain_name};
 use hf_hub::api::RepoInfo;
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
@@ -30,7 +30,7 @@ const MAIN: &str = "main";
 
 /// The local path that `word` means: itself if something is there, otherwise the hub's files in the cache, downloaded if
 /// need be. Errors tell both readings of the word.
-pub fn resolve(word: &Path, wanted: Wanted) -> Result<PathBuf> {
+pub fn resolve(word: &Path, wanted: Wanted, observer: &dyn Observer) -> Result<PathBuf> {
     if files::kind(word).is_some() {
         return Ok(word.to_path_buf());
     }
@@ -59,7 +59,7 @@ pub fn resolve(word: &Path, wanted: Wanted) -> Result<PathBuf> {
             word.display()
         )));
     };
-    Hub::from_env(id)?.path(wanted)
+    Hub::from_env(id)?.path(wanted, observer)
 }
 
 /// Whether `word` is read as a hub id: nothing is at that path, and it has an id's form.
@@ -162,7 +162,7 @@ impl Hub {
         })
     }
 
-    fn path(&self, wanted: Wanted) -> Result<PathBuf> {
+    fn path(&self, wanted: Wanted, observer: &dyn Observer) -> Result<PathBuf> {
         let cached = self.cached(wanted);
         if self.offline {
             return cached.map_err(|lack| self.not_in_cache(&lack, "HF_HUB_OFFLINE is set"));
@@ -184,7 +184,7 @@ impl Hub {
                     Failure::Local(error) => return Err(error),
                 };
                 let path = cached.map_err(|lack| self.not_in_cache(&lack, &why))?;
-                eprintln!("note: {why}; going on with the copy of {} in the cache", self.id.name);
+                observer.note(&format!("{why}; going on with the copy of {} in the cache", self.id.name));
                 return Ok(path);
             }
             Err(failure) => return Err(self.told(failure)),
@@ -198,7 +198,7 @@ impl Hub {
         let missing: Vec<&String> =
             choice.files.iter().filter(|name| !snapshot.join(name).is_file()).collect();
         if !missing.is_empty() {
-            self.download(&info.sha, &missing, &snapshot)?;
+            self.download(&info.sha, &missing, &snapshot, observer)?;
         }
         // Last, so that a branch in the cache always has all of its files.
         if !is_commit(&self.id.revision) {
@@ -237,13 +237,19 @@ impl Hub {
         Ok(snapshot.join(entry))
     }
 
-    fn download(&self, commit: &str, names: &[&String], snapshot: &Path) -> Result<()> {
+    fn download(
+        &self,
+        commit: &str,
+        names: &[&String],
+        snapshot: &Path,
+        observer: &dyn Observer,
+    ) -> Result<()> {
         // By commit, so that all files are of one state of the repository.
         let url =
             |name: &str| format!("{}/{}/resolve/{commit}/{}", self.endpoint, self.repo.url(), encoded(name));
         let mut remotes: Vec<(&str, Remote)> = Vec::new();
         for name in names {
-            crate::platform::interrupt::check(|| "stopped before the download".to_string())?;
+            observer.check(|| "stopped before the download".to_string())?;
             let remote = self.client.remote(&url(name)).map_err(|failure| self.told(failure))?;
             if !is_plain_name(&remote.etag) {
                 return Err(self.told(Failure::Answer(format!("no ETag that can be used for {name}"))));
@@ -251,7 +257,7 @@ impl Hub {
             remotes.push((name, remote));
         }
         let total: u64 = remotes.iter().filter_map(|(_, remote)| remote.size).sum();
-        eprintln!(
+        observer.say(&format!(
             "downloading {} ({}, commit {}): {} file{}, {:.1} MB, to {}",
             self.id.name,
             self.id.revision,
@@ -260,17 +266,22 @@ impl Hub {
             if names.len() == 1 { "" } else { "s" },
             total as f64 / 1e6,
             self.cache_dir.display()
-        );
+        ));
         const MB: u64 = 1_000_000;
-        let mut progress = Progress::new("downloading, MB", 0, total.div_ceil(MB));
+        let progress = Counter::new(observer, "downloading, MB", 0, total.div_ceil(MB));
         let mut before = 0;
         for (name, remote) in &remotes {
-            let mut tick = |bytes: u64| progress.set((before + bytes).min(total) / MB, name);
+            let mut tick = |bytes: u64| {
+                progress.set((before + bytes).min(total) / MB, name);
+                observer.check(|| {
+                    "stopped downloading; what is there is kept, and the same command goes on with it"
+                        .to_string()
+                })
+            };
             self.fetch(&url(name), name, remote, snapshot, &mut tick)?;
             before += remote.size.unwrap_or(0);
         }
         progress.set(total.div_ceil(MB), "");
-        progress.finish();
         Ok(())
     }
 
@@ -281,7 +292,7 @@ impl Hub {
         name: &str,
         remote: &Remote,
         snapshot: &Path,
-        tick: &mut dyn FnMut(u64),
+        tick: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
         let blob = self.cache.blob_path(&remote.etag);
         files::create_dir_all(&self.folder().join("blobs"))?;

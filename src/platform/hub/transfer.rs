@@ -6,7 +6,6 @@
 //! another host is asked over https only.
 
 use crate::error::Error;
-use crate::platform::interrupt;
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -120,7 +119,7 @@ impl Client {
         url: &str,
         remote: &Remote,
         part: &Path,
-        tick: &mut dyn FnMut(u64),
+        tick: &mut dyn FnMut(u64) -> Result<(), Error>,
     ) -> Result<(), Failure> {
         let resumed = length(part) > 0;
         self.persist(url, remote, part, tick)?;
@@ -142,7 +141,7 @@ impl Client {
         url: &str,
         remote: &Remote,
         part: &Path,
-        tick: &mut dyn FnMut(u64),
+        tick: &mut dyn FnMut(u64) -> Result<(), Error>,
     ) -> Result<(), Failure> {
         let (mut attempt, mut pause) = (1, FIRST_PAUSE);
         loop {
@@ -166,7 +165,7 @@ impl Client {
         url: &str,
         remote: &Remote,
         part: &Path,
-        tick: &mut dyn FnMut(u64),
+        tick: &mut dyn FnMut(u64) -> Result<(), Error>,
     ) -> Result<(), Failure> {
         let fail = |e| Failure::Local(Error::io("write", part, e));
         let mut file = OpenOptions::new().append(true).create(true).open(part).map_err(fail)?;
@@ -245,14 +244,12 @@ fn copy(
     part: &Path,
     mut have: u64,
     size: Option<u64>,
-    tick: &mut dyn FnMut(u64),
+    tick: &mut dyn FnMut(u64) -> Result<(), Error>,
 ) -> Result<u64, Failure> {
     let mut reader = answer.into_body().into_reader();
     let mut buffer = vec![0u8; 1 << 18];
     loop {
-        interrupt::check(|| {
-            "stopped downloading; what is there is kept, and the same command goes on with it".to_string()
-        })?;
+        tick(have)?;
         let n = reader.read(&mut buffer).map_err(|e| Failure::Network(e.to_string()))?;
         if n == 0 {
             return Ok(have);
@@ -262,7 +259,6 @@ fn copy(
             return Err(Failure::Answer("more bytes than it promised".into()));
         }
         file.write_all(&buffer[..n]).map_err(|e| Error::io("write", part, e))?;
-        tick(have);
     }
 }
 

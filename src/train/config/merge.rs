@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::platform::hub;
+use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
 use crate::train::optim::LrSchedule;
 use clap::parser::ValueSource;
@@ -112,7 +113,7 @@ impl TrainConfig {
     }
 
     /// Fails with every setting that would change the steps that `before` has already made.
-    pub fn check_resume(&self, before: &Self) -> Result<()> {
+    pub fn check_resume(&self, before: &Self, observer: &dyn Observer) -> Result<()> {
         let (new, old) = (self.to_table()?, before.to_table()?);
         let mut differences = Vec::new();
         let mut keys: Vec<&String> = new.keys().chain(old.keys()).collect();
@@ -131,10 +132,10 @@ impl TrainConfig {
         if differences.is_empty() {
             let whole = [LrSchedule::Constant, LrSchedule::ConstantWithWarmup];
             if self.max_train_steps != before.max_train_steps && !whole.contains(&self.lr_scheduler) {
-                eprintln!(
-                    "note: the learning rate now follows its schedule over {} steps",
+                observer.note(&format!(
+                    "the learning rate now follows its schedule over {} steps",
                     self.max_train_steps
-                );
+                ));
             }
             return Ok(());
         }

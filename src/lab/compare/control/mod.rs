@@ -17,6 +17,7 @@ use crate::lab::compare::config::CompareConfig;
 use crate::lab::compare::subjects::{Prompt, Subject, hash};
 use crate::lab::results::{PlannedControl, PlannedPairs, Set};
 use crate::platform::files;
+use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -69,14 +70,19 @@ pub struct DrawnPairs {
 }
 
 /// Subjects of a comparison of control.
-pub fn resolve(config: &CompareConfig) -> Result<Vec<Subject>> {
+pub fn resolve(config: &CompareConfig, observer: &dyn Observer) -> Result<Vec<Subject>> {
     let resolution = TrainConfig::from_tables(&[&config.train])?.resolution;
     let resolution =
         resolution.ok_or_else(|| Error::config("[train]: resolution is needed with [[control]]"))?;
-    config.controls.iter().map(|entry| subject(config, entry, resolution)).collect()
+    config.controls.iter().map(|entry| subject(config, entry, resolution, observer)).collect()
 }
 
-fn subject(config: &CompareConfig, entry: &ControlEntry, resolution: u32) -> Result<Subject> {
+fn subject(
+    config: &CompareConfig,
+    entry: &ControlEntry,
+    resolution: u32,
+    observer: &dyn Observer,
+) -> Result<Subject> {
     let place = |what: &str| format!("control `{}`: {what}", entry.name);
     let mut settings = entry.settings();
     settings.palette = settings.palette.as_deref().map(absolute).transpose()?;
@@ -87,7 +93,7 @@ fn subject(config: &CompareConfig, entry: &ControlEntry, resolution: u32) -> Res
             Error::Data(text) => Error::Data(format!("{}: {text}", place(what))),
             other => other,
         };
-        PairFolder::read(path, &settings).map_err(named)
+        PairFolder::read(path, &settings, observer).map_err(named)
     };
     let train = read("data_dir", &entry.data_dir)?;
     // The same files are other conditions where they are read as another kind, or coloured otherwise.

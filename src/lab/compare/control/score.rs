@@ -9,6 +9,7 @@ use crate::lab::compare::score::{drawn, prompt_scores, subject};
 use crate::lab::evaluate::control::{overlap, subject_mask, subject_miou};
 use crate::lab::evaluate::{Subject, Towers};
 use crate::lab::results::{PictureScores, PromptScores, Scores};
+use crate::platform::observer::Observer;
 use std::path::Path;
 
 /// What the pictures of one pair are compared with.
@@ -77,11 +78,18 @@ impl<'a> Judges<'a> {
     }
 
     /// Scores what was drawn into `folder`, of which pictures are named relative to `root`.
-    pub fn prompts(&self, drawing: &Drawing, folder: &Path, root: &Path) -> Result<Vec<PromptScores>> {
+    pub fn prompts(
+        &self,
+        drawing: &Drawing,
+        folder: &Path,
+        root: &Path,
+        observer: &dyn Observer,
+    ) -> Result<Vec<PromptScores>> {
         let mut all = Vec::new();
         for (p, caption) in drawing.prompts.iter().enumerate() {
             let pictures = drawn(drawing, folder, p)?;
-            let (_, mut each) = self.subjects[p].score(self.towers, Some(caption), &pictures[..1])?;
+            let (_, mut each) =
+                self.subjects[p].score(self.towers, Some(caption), &pictures[..1], observer)?;
             each[0].extend(
                 self.agreement(p, &pictures[0]).into_iter().map(|(key, value)| (key.to_string(), value)),
             );
@@ -92,13 +100,14 @@ impl<'a> Judges<'a> {
     }
 
     /// The pairs' own pictures as if they had been drawn; with shuffled conditions, the picture that the other pair has.
-    pub fn real(&self, captions: &[String]) -> Result<Vec<PictureScores>> {
+    pub fn real(&self, captions: &[String], observer: &dyn Observer) -> Result<Vec<PictureScores>> {
         let text_only = subject(self.towers, &[], &[], &[])?;
         let others = shuffled(&self.pictures);
         let mut all = Vec::new();
         for (p, picture) in self.pictures.iter().enumerate() {
             let own = std::slice::from_ref(picture);
-            let (_, mut each) = text_only.score(self.towers, captions.get(p).map(String::as_str), own)?;
+            let (_, mut each) =
+                text_only.score(self.towers, captions.get(p).map(String::as_str), own, observer)?;
             let mut scores = each.pop().unwrap_or_default();
             scores
                 .extend(self.agreement(p, picture).into_iter().map(|(key, value)| (key.to_string(), value)));

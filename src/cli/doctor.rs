@@ -1,0 +1,35 @@
+//! `hra doctor`.
+
+use crate::error::{Error, Result};
+use crate::platform::doctor;
+use clap::Args;
+use std::io::Write;
+use std::path::Path;
+
+/// Flags of `hra doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `hra doctor`: the report to standard output, as text or as JSON.
+///
+/// Errors: an operation that fails or computes something wrong; no GPU is no error.
+pub fn run(args: &DoctorArgs) -> Result<()> {
+    let report = doctor::examine();
+    let text = if args.json {
+        serde_json::to_string_pretty(&report).map_err(|e| Error::Device(format!("report: {e}")))? + "\n"
+    } else {
+        report.to_string()
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // `hra doctor | head` is no failure.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            return Err(Error::io("write to", Path::new("standard output"), error));
+        }
+        _ => {}
+    }
+    report.verdict()
+}
