@@ -10,7 +10,7 @@ TASK ?= canny
 .PHONY: help setup build demo demo-control compare compare-quick test test-everywhere test-python test-cuda lint bench
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "variables: PYTHON=python3.12     the Python that runs the set-up"
 	@echo "           TASK=canny|segmentation  what make demo-control teaches"
@@ -43,10 +43,10 @@ compare-quick: build ## compare two methods in a minute or two, in runs/compare-
 	target/release/hra compare configs/compare-quick.toml
 
 test: setup ## run the Rust tests
-	@CARGO=$(CARGO) $(PYTHON) tools/run_tests.py
+	@CARGO='$(CARGO)' $(PYTHON) tools/run_tests.py
 
 test-everywhere: setup ## run them as on older processors too, on one and on two threads
-	@CARGO=$(CARGO) $(PYTHON) tools/run_tests.py --everywhere
+	@CARGO='$(CARGO)' $(PYTHON) tools/run_tests.py --everywhere
 
 test-python: build ## compare with the Python peers (installs them into .venv/)
 	@$(PYTHON) tools/setup.py venv

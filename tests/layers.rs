@@ -1,5 +1,5 @@
-//! Rooms (the folders of src/) import downwards only, in the order that src/lib.rs draws; below a room, no file imports in a circle
-//! but those that are listed here.
+//! Rooms (the folders of src/) import downwards only, in the order that src/lib.rs draws; inside a room no files import each other in
+//! a circle but those that are listed here. That a folder's `mod.rs` calls the files below it, which use its types, is no circle.
 
 mod support;
 

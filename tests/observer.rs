@@ -1,5 +1,5 @@
-//! The library is silent: a training and a drawing tell everything to their observer, who can also stop them. One test, because it
-//! looks at what the whole process writes.
+//! The library is silent: a training and a drawing tell everything to their observer, who can also stop them. One test, in a process
+//! of its own, because it looks at what the whole process writes, which the test runner would keep to itself.
 
 mod support;
 
@@ -58,10 +58,13 @@ fn written_by(work: impl FnOnce()) -> String {
         assert!(libc::dup2(file.as_raw_fd(), fd) >= 0);
         copy
     });
-    work();
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
     for (fd, copy) in [1, 2].into_iter().zip(&kept) {
         // SAFETY: as above.
         assert!(unsafe { libc::dup2(copy.as_raw_fd(), fd) } >= 0);
+    }
+    if let Err(panic) = outcome {
+        std::panic::resume_unwind(panic);
     }
     let mut text = String::new();
     std::io::Seek::rewind(&mut file).unwrap();
@@ -84,11 +87,26 @@ fn config(run: &Path) -> TrainConfig {
 
 #[test]
 fn a_training_and_a_drawing_tell_an_observer_and_nobody_else() {
+    const NAME: &str = "a_training_and_a_drawing_tell_an_observer_and_nobody_else";
+    const CHILD: &str = "HRA_OBSERVER_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        return train_and_draw();
+    }
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    let done = child.args(["--exact", NAME, "--nocapture"]).env(CHILD, "1").output().unwrap();
+    let text =
+        [done.stdout, done.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).join("\n");
+    assert!(done.status.success() && text.contains("1 passed"), "{text}");
+}
+
+fn train_and_draw() {
     support::pin_threads();
     let scratch = tempfile::tempdir().unwrap();
     let run = scratch.path().join("run");
     let stopping = Collector { stop_after: Some(2), ..Collector::default() };
     let watching = Collector::default();
+    let heard = written_by(|| eprintln!("a word"));
+    assert_eq!(heard, "a word\n", "what is written is seen");
     let written = written_by(|| {
         let error = train(config(&run), None, &stopping).map(drop).unwrap_err();
         assert!(matches!(&error, Error::Interrupted(why) if why.contains("step 2")), "{error}");

@@ -4,12 +4,13 @@
     python3 tests/same_results.py OLD > old.txt        losses and hashes of what this build makes
     python3 tests/same_results.py NEW --against old.txt
 
-Runs every method for a few steps and every verb that makes something, on the embedded model and one thread, and lists losses and
-gradient norms of each step, and a hash of every file that was made. Lists hold on one machine: another processor rounds otherwise
+Runs every method for a few steps and the verbs that make something (not `hra compare`, whose cells are such runs), on the embedded
+model and one thread, and lists losses and gradient norms of each step, and a hash of every picture, weight file and table that was made. Lists hold on one machine: another processor rounds otherwise
 (tools/run_tests.py), so none is stored. Standard library only.
 """
 
 import argparse
+import difflib
 import hashlib
 import json
 import os
@@ -22,9 +23,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets"
 MODEL = ASSETS / "tiny-sd"
 
-# Records and files that tell of the clock, the machine or a path.
+# What a record tells of the clock or the machine.
 CLOCK = ("seconds", "memory", "time")
-SKIPPED = ("tensorboard", "log.txt", "record.json", "plan.json", "task.json", "report.html", "report.md", "report.json", "summary.json")
 
 SUBJECT = [
     "train", "--pretrained_model_name_or_path", MODEL, "--instance_data_dir", ASSETS / "subjects/cat/train", "--instance_prompt",
@@ -121,7 +121,7 @@ def listing(binary):
             if words[0] == "inspect":
                 yield f"{name} {hashlib.sha256(printed.encode()).hexdigest()}"
             for path in sorted(folder.rglob("*")):
-                if not path.is_file() or any(part in path.parts for part in SKIPPED):
+                if not path.is_file():
                     continue
                 stamp = (path.stat().st_mtime_ns, path.stat().st_size)
                 if seen.get(path) == stamp:
@@ -157,11 +157,11 @@ def main():
             print(line, flush=True)
         return 0
     expected, found = options.against.read_text().splitlines(), list(lines)
-    differ = [(a, b) for a, b in zip(expected, found) if a != b]
-    for a, b in differ:
-        print(f"- {a}\n+ {b}")
-    print(f"{len(expected)} lines before, {len(found)} now, {len(differ)} differ")
-    return int(bool(differ) or len(expected) != len(found))
+    differ = [line for line in difflib.unified_diff(expected, found, n=0, lineterm="") if line[:3] not in ("---", "+++", "@@ ")]
+    for line in differ:
+        print(line)
+    print(f"{len(expected)} lines before, {len(found)} now, {len(differ)} lines of difference")
+    return int(bool(differ))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     HRA_TEST_THREADS=2    threads that libtorch computes with (default 1)
     HRA_TEST_CPU=avx2     compute as on a processor that has no more than this: default (SSE), avx2 or avx512
     --everywhere          once for each of these that this processor has, on one and on two threads; a line for each
+                          (what libtorch chooses by itself may go further: plain `make test` runs that)
 
 Sums are rounded in the order in which a processor's instructions and the threads add them up, so a test with a limit of its own
 making passes on one machine alone. libtorch, oneDNN and MKL each choose their kernels by processor, and each can be told.
@@ -14,6 +15,7 @@ import argparse
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -62,8 +64,8 @@ def environment(level, threads):
 
 def run(level, threads, words):
     """Runs the suite; returns the exit code and the line that counts."""
-    command = [os.environ.get("CARGO", "cargo"), "test", "--locked", "--no-fail-fast", *words]
-    started, counts, results, names, failed = time.monotonic(), [0, 0, 0], 0, [], []
+    command = [*shlex.split(os.environ.get("CARGO") or "cargo"), "test", "--locked", "--no-fail-fast", *words]
+    started, counts, names, ended, failed = time.monotonic(), [0, 0, 0], [], set(), []
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(level, threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace",
@@ -76,18 +78,20 @@ def run(level, threads, words):
                 failed.append(f"{names[-1] if names else '?'} {match[1]}")
             elif match := RESULT.search(line):
                 counts = [count + int(more) for count, more in zip(counts, match.groups())]
-                results += 1
+                ended.update(names[-1:])
     seconds = round(time.monotonic() - started)
     for name in failed:
         print(f"failed: {name}")
+    lost = [name for name in names if name not in ended]
+    for name in lost:
+        print(f"ended without a result: {name}")
     code = child.returncode
-    ended = len(names) - results
     line = (
         f"{len(names)} test binaries: {counts[0]} passed, {counts[1]} failed, {counts[2]} ignored"
-        + (f", {ended} ended without a result" if ended else "")
+        + (f", {len(lost)} ended without a result" if lost else "")
         + f", {seconds} s ({level or 'as libtorch chooses'}, {threads} thread{'s' if threads > 1 else ''})"
     )
-    if code == 0 and (counts[1] or ended or not counts[0]):
+    if code == 0 and (counts[1] or lost or not counts[0]):
         code = 1
     return code, line + ("" if code == 0 else f": FAILED, cargo's exit code {child.returncode}")
 
@@ -108,7 +112,7 @@ def level_asked():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Runs all Rust tests and counts them.")
+    parser = argparse.ArgumentParser(description="Runs all Rust tests and counts them.", allow_abbrev=False)
     parser.add_argument("--everywhere", action="store_true",
                         help="at every level that this processor has, on one and on two threads")
     arguments, words = parser.parse_known_args()
@@ -123,4 +127,9 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except FileNotFoundError as error:
+        sys.exit(f"cannot run {error.filename}: is Rust installed, and on the path?")

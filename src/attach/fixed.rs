@@ -95,7 +95,7 @@ pub enum Effect<'a> {
 /// Puts adapters with a strength each on a network. A layer ends with one low-rank product where all of its adapters have
 /// one, and with one new weight otherwise.
 ///
-/// With `keep_base` the base model can be had again by [`super::attach::set_enabled`]; without it, new weights take the
+/// With `keep_base` the base model can be had again by [`super::set_enabled`]; without it, new weights take the
 /// place of the frozen ones and cost no memory beside them.
 pub fn attach_fixed(
     network: &mut dyn Layers,

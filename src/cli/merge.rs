@@ -2,8 +2,7 @@
 
 use crate::adapter::combine::{How, combine};
 use crate::adapter::peft::{self, AdapterFile};
-use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
-use crate::attach::loaded::{TEXT_CLASS, UNET_CLASS};
+use crate::attach::loaded::{FULL_UNET, TEXT_CLASS, TEXT_ENCODER, UNET_CLASS};
 use crate::cli::adapter_with_strength;
 use crate::error::{Error, Result};
 use crate::platform::files;

@@ -19,7 +19,7 @@ pub enum Event<'a> {
     Progress { what: &'a str, done: u64, total: u64, message: &'a str },
     /// Nothing of `what` is counted any more.
     Finished { what: &'a str },
-    /// A picture was written.
+    /// A class picture, or the contact sheet of previews, was written.
     Picture(&'a Path),
     /// A record of a training: the line of `metrics.jsonl`.
     Metrics(&'a serde_json::Value),

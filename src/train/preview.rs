@@ -10,9 +10,8 @@ use crate::diffusion::sample::{self, Guides, Noise, Settings, Steering, Strength
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
 use crate::model::control::Control;
-use crate::platform::files;
 use crate::platform::observer::{Event, Observer};
-use crate::platform::seed;
+use crate::platform::{files, seed};
 use crate::train::config::TrainConfig;
 use crate::train::loss::{Batch, training_loss};
 use crate::train::pictures::{Pictures, encode};

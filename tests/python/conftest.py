@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import cases
 
-torch.set_num_threads(int(os.environ.get("HRA_TEST_THREADS") or 1))
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

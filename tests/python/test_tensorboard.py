@@ -1,4 +1,4 @@
-"""TensorBoard's own reader on what src/tensorboard.rs writes (by way of tests/tensorboard.rs)."""
+"""TensorBoard's own reader on what src/train/tensorboard.rs writes (by way of tests/tensorboard.rs)."""
 
 import os
 import pathlib

@@ -8,7 +8,7 @@ pub struct Noise {
     pub latents: Tensor,
     /// `(steps, b, c, h, w)`; empty unless the sampler is ancestral.
     pub steps: Tensor,
-    /// Unit noise for the latents of a [`Start`]'s picture, like `latents`; `None` takes the middle of what its encoder says.
+    /// Unit noise for the latents of a [`Start`](super::Start)'s picture, like `latents`; `None` takes the middle of what its encoder says.
     pub image: Option<Tensor>,
     /// The same for the masked picture that an inpainting UNet sees.
     pub masked_image: Option<Tensor>,

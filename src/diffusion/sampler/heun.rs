@@ -4,9 +4,8 @@ use tch::Tensor;
 
 use crate::Result;
 use crate::diffusion::noise::{Prediction, SchedulerConfig};
-use crate::diffusion::sampler::Model;
-use crate::diffusion::sampler::euler;
 use crate::diffusion::sampler::schedule::scaled;
+use crate::diffusion::sampler::{Model, euler};
 
 /// Euler's steps, and the bound on predicted clean latents (`clip_sample`).
 #[derive(Debug)]

@@ -6,11 +6,10 @@ use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
 use crate::data::image::RgbImage;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::lab::compare::control;
 use crate::lab::compare::draw::{self, Drawing};
-use crate::lab::compare::score;
 use crate::lab::compare::subjects::CLASS_LOOK_ALIKES;
 use crate::lab::compare::task::{Task, TaskSet};
+use crate::lab::compare::{control, score};
 use crate::lab::evaluate::Towers;
 use crate::lab::results::{
     self, Budget, CellRecord, Environment, Evaluation, FORMAT, LossPoint, PictureScores, PromptScores,
@@ -18,13 +17,11 @@ use crate::lab::results::{
 };
 use crate::model::control::{CONTROL_ENCODER, FILE_STEM};
 use crate::platform::device::{self, Compute};
-use crate::platform::doctor;
-use crate::platform::files;
 use crate::platform::observer::Observer;
-use crate::train::Resume;
+use crate::platform::{doctor, files};
 use crate::train::config::TrainConfig;
 use crate::train::run::{CONFIG_FILE, METRICS_FILE, Record};
-use crate::train::{self, checkpoint};
+use crate::train::{self, Resume, checkpoint};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -2,14 +2,12 @@
 //! text from plans and records is escaped by `maud`; the content security policy lets only this page's own script and style
 //! run (by their hashes) and only pictures of its own folder load.
 
-use crate::lab::report::chart;
 use crate::lab::report::names::{CELLS_FILE, JSON_FILE, MARKDOWN_FILE, PICTURES_FILE};
-use crate::lab::report::pictures;
 use crate::lab::report::plots::figures;
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, Difference, Estimate, Row, RowKind};
 use crate::lab::report::values::Column;
-use crate::lab::report::words;
+use crate::lab::report::{chart, pictures, words};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use maud::{DOCTYPE, Markup, PreEscaped, html};

@@ -3,8 +3,7 @@
 use crate::lab::report::paper;
 use crate::lab::report::search::{BestRate, best_rates};
 use crate::lab::report::statistics::{Bootstrap, MANY_SUBJECTS, mean, mean_of_means, spread};
-use crate::lab::report::values::PAPER;
-use crate::lab::report::values::{self, CellValues, Column};
+use crate::lab::report::values::{self, CellValues, Column, PAPER};
 use crate::lab::results::{BASE, CellRecord, Plan, PlannedCell, Set};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};

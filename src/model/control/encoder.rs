@@ -4,8 +4,7 @@
 use crate::error::{Error, Result};
 use crate::model::UNet;
 use crate::model::layers::{Layer, Layers, Module};
-use crate::platform::files;
-use crate::platform::seed;
+use crate::platform::{files, seed};
 use crate::weights::scope::{Scope, Weights};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};

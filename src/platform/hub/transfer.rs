@@ -249,7 +249,6 @@ fn copy(
     let mut reader = answer.into_body().into_reader();
     let mut buffer = vec![0u8; 1 << 18];
     loop {
-        tick(have)?;
         let n = reader.read(&mut buffer).map_err(|e| Failure::Network(e.to_string()))?;
         if n == 0 {
             return Ok(have);
@@ -259,6 +258,7 @@ fn copy(
             return Err(Failure::Answer("more bytes than it promised".into()));
         }
         file.write_all(&buffer[..n]).map_err(|e| Error::io("write", part, e))?;
+        tick(have)?;
     }
 }
 
