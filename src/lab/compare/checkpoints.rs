@@ -5,7 +5,7 @@ use crate::diffusion::sample::Strength;
 use crate::error::{Error, Result};
 use crate::lab::compare::draw::{self, Drawing, Sampling};
 use crate::lab::compare::score;
-use crate::lab::compare::subjects::Prompt;
+use crate::lab::compare::subject::Prompt;
 use crate::lab::evaluate::scores::without_token;
 use crate::lab::evaluate::{TowerPaths, Towers};
 use crate::lab::report::{best_step, steps_plot};

@@ -15,8 +15,10 @@ mod plan;
 mod pool;
 mod score;
 pub mod shard;
+mod subject;
 pub mod subjects;
 mod task;
+mod validate;
 
 pub use config::CompareConfig;
 pub use estimate::Estimate;

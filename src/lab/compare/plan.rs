@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, MethodEntry, Protocol};
 use crate::lab::compare::draw::{Pairs, Sampling};
-use crate::lab::compare::subjects::{Subject, hash, slug};
+use crate::lab::compare::subject::{Picture, Subject, hash, slug};
 use crate::lab::compare::task::{Task, TaskSet};
 use crate::lab::evaluate::{TowerPaths, towers};
 use crate::lab::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, ScoredWith, Set};
@@ -372,7 +372,7 @@ fn short(key: &str) -> String {
 }
 
 fn planned_subject(subject: &Subject) -> PlannedSubject {
-    let place = |kind: &str, pictures: &[super::subjects::Picture]| {
+    let place = |kind: &str, pictures: &[Picture]| {
         pictures.iter().map(|p| format!("subjects/{}/{kind}/{}", subject.name, p.name)).collect()
     };
     PlannedSubject {

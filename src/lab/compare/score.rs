@@ -4,7 +4,7 @@ use crate::data::ImageFolder;
 use crate::data::image::{RgbImage, load_rgb};
 use crate::error::Result;
 use crate::lab::compare::draw::{Drawing, file_name};
-use crate::lab::compare::subjects::Prompt;
+use crate::lab::compare::subject::Prompt;
 use crate::lab::evaluate::scores::{self, References};
 use crate::lab::evaluate::{Subject, Towers};
 use crate::lab::results::{Evaluation, PictureScores, PromptScores, Scores, Set};

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::lab::compare::control::{self, Agreement};
 use crate::lab::compare::draw::{Pairs, Sampling};
-use crate::lab::compare::subjects::Prompt;
+use crate::lab::compare::subject::Prompt;
 use crate::lab::evaluate::TowerPaths;
 use crate::lab::results::{self, PlannedCell, ScoredWith, Set};
 use crate::train::config::TrainConfig;

@@ -1,0 +1,123 @@
+//! A subject of a comparison, or a set of pairs in its place: what is trained on, drawn from and measured with.
+
+use crate::data::image::decode::MAX_FILE_BYTES;
+use crate::error::Result;
+use crate::lab::compare::control::set::ControlSet;
+use crate::platform::files;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+
+/// A prompt as it is drawn, and as CLIP reads it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prompt {
+    /// With the rare token.
+    pub prompt: String,
+    /// Without it (protocol `paper`: with it).
+    pub text: String,
+}
+
+/// A picture of the user's: where it is, and what is in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Picture {
+    /// Name of the file.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Of its pixels.
+    pub hash: String,
+}
+
+/// A subject, resolved; or a set of pairs, whose captions are the prompts and which has no pictures of its own here.
+#[derive(Debug, Clone, Default)]
+pub struct Subject {
+    /// Its name.
+    pub name: String,
+    /// What it is one of.
+    pub class: String,
+    /// What it is trained with.
+    pub instance_prompt: String,
+    /// What class pictures are drawn with.
+    pub class_prompt: String,
+    /// For the tables.
+    pub prompts: Vec<Prompt>,
+    /// To choose by.
+    pub validation_prompts: Vec<Prompt>,
+    /// Trained on.
+    pub train: Vec<Picture>,
+    /// Seen by validation only; may be empty.
+    pub validation: Vec<Picture>,
+    /// Seen by the tables only.
+    pub test: Vec<Picture>,
+    /// Others of its class; empty where the class pictures take their place.
+    pub look_alikes: Vec<Picture>,
+    /// Where the subject is in each of [`Self::test`].
+    pub masks: Vec<Picture>,
+    /// What a reader must know of it.
+    pub notes: Vec<String>,
+    /// Its pairs, where control is taught.
+    pub control: Option<ControlSet>,
+}
+
+impl Subject {
+    /// Every kind of picture with the folder it has in `subjects/NAME/`.
+    pub fn pictures(&self) -> [(&'static str, &[Picture]); 5] {
+        [
+            ("train", &self.train),
+            ("validation", &self.validation),
+            ("test", &self.test),
+            ("look_alikes", &self.look_alikes),
+            ("masks", &self.masks),
+        ]
+    }
+
+    /// Copies its pictures into the comparison's folder.
+    pub fn copy_into(&self, comparison: &Path) -> Result<()> {
+        if let Some(control) = &self.control {
+            return control.copy_into(&comparison.join("subjects").join(&self.name));
+        }
+        for (kind, pictures) in self.pictures() {
+            let folder = comparison.join("subjects").join(&self.name).join(kind);
+            if pictures.is_empty() {
+                files::remove_dir_all(&folder)?;
+            } else if folder.is_dir() {
+                // What an earlier plan put there and this one does not; hidden files are another worker's, half written.
+                for entry in files::list_dir(&folder)? {
+                    let name = entry.name.to_string_lossy();
+                    if !name.starts_with('.') && !pictures.iter().any(|p| p.name == name) {
+                        files::remove_file(&entry.path)?;
+                    }
+                }
+            } else {
+                files::create_dir_all(&folder)?;
+            }
+            for picture in pictures {
+                let to = folder.join(&picture.name);
+                let bytes = files::read(&picture.path, MAX_FILE_BYTES)?;
+                if !to.is_file() || files::read(&to, MAX_FILE_BYTES)? != bytes {
+                    files::write_atomic(&to, &bytes)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// SHA-256 in hexadecimal.
+pub fn hash(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// A name for folders: lower case, digits and single hyphens.
+pub fn slug(text: &str) -> String {
+    let mut slug = String::new();
+    for c in text.to_lowercase().chars() {
+        if c.is_ascii_alphanumeric() || c == '.' && !slug.is_empty() {
+            slug.push(c);
+        } else if !slug.is_empty() && !slug.ends_with('-') {
+            slug.push('-');
+        }
+    }
+    let slug: String = slug.trim_matches(['-', '.']).chars().take(60).collect();
+    if slug.is_empty() { "x".into() } else { slug }
+}

@@ -1,0 +1,218 @@
+//! What is wrong with a comparison's config, all of it at once.
+
+use crate::error::{Error, Result};
+use crate::lab::compare::config::CompareConfig;
+use crate::lab::compare::control;
+use crate::train::config::{TrainConfig, own_names};
+use std::collections::BTreeSet;
+
+/// What the keys of `[train]` and `[[method]]` may not be: the comparison sets them itself.
+const OURS: [&str; 13] = [
+    "output_dir",
+    "seed",
+    "instance_data_dir",
+    "instance_prompt",
+    "held_out_data_dir",
+    "train_data_dir",
+    "validation_image",
+    "class_prompt",
+    "class_data_dir",
+    "validation_prompt",
+    "validation_steps",
+    "checkpoints_total_limit",
+    "init_adapter",
+];
+
+/// What a `[[method]]` may say: the method and what it is trained by. Everything else is the same for all.
+const METHODS_OWN: [&str; 18] = [
+    "method",
+    "rank",
+    "block_size",
+    "lora_alpha",
+    "use_rslora",
+    "init_lora_weights",
+    "coft_eps",
+    "hra_lambda",
+    "gram_schmidt",
+    "hra_init",
+    "allow_odd_rank",
+    "target_modules",
+    "bias",
+    "learning_rate",
+    "train_text_encoder",
+    "text_target_modules",
+    "text_encoder_lr",
+    "control_lr",
+];
+
+/// Scores that a search may be about, and the tower that each needs. Identity is not among them: its look-alikes hold the
+/// tables' pictures of other subjects.
+const OBJECTIVES: [(&str, &str); 10] = [
+    ("dino", "dino"),
+    ("dinov2", "dinov2"),
+    ("clip_i", "clip"),
+    ("clip_t", "clip"),
+    ("lpips_vgg", "lpips_vgg"),
+    ("lpips_alex", "lpips_alex"),
+    ("diversity_vgg", "lpips_vgg"),
+    ("diversity_alex", "lpips_alex"),
+    ("diversity_clip", "clip"),
+    ("drift_clip", "clip"),
+];
+
+/// Scores of control that a search may be about; they need no tower.
+const CONTROL_OBJECTIVES: [&str; 3] = ["edge_f1", "edge_iou", "subject_miou"];
+
+impl CompareConfig {
+    /// Refuses what cannot be compared, with all problems at once.
+    pub fn validate(&self) -> Result<()> {
+        TrainConfig::from_tables(&[&self.train]).map_err(|e| Error::config(format!("[train]: {e}")))?;
+        let mut problems = Vec::new();
+        let mut check = |good: bool, problem: String| {
+            if !good {
+                problems.push(problem);
+            }
+        };
+        let counts = [self.draw.num_images, self.draw.num_validation_images, self.draw.num_drift_images];
+        check((1..=64).contains(&self.jobs), format!("jobs: expected 1 to 64, found {}", self.jobs));
+        check(
+            counts.iter().all(|n| (1..=10_000).contains(n)),
+            format!("draw: expected 1 to 10000 pictures for a prompt, found {counts:?}"),
+        );
+        check(!self.seeds.is_empty(), "seeds: expected one or more, found none".into());
+        check(!self.methods.is_empty(), "method: expected a [[method]] or more, found none".into());
+        let kinds = [!self.subjects.is_empty(), self.dreambooth.is_some(), !self.controls.is_empty()];
+        check(
+            kinds.iter().filter(|there| **there).count() == 1,
+            "expected either [[subject]] tables, a [dreambooth] table or [[control]] tables".into(),
+        );
+        for (what, names) in [
+            ("method: label", self.methods.iter().map(|m| m.label.as_str()).collect::<Vec<_>>()),
+            ("subject: name", self.subjects.iter().map(|s| s.name.as_str()).collect()),
+            ("control: name", self.controls.iter().map(|c| c.name.as_str()).collect()),
+        ] {
+            let unique: BTreeSet<&&str> = names.iter().collect();
+            check(unique.len() == names.len(), format!("{what}: expected different ones, found {names:?}"));
+        }
+        let seeds: BTreeSet<&u64> = self.seeds.iter().collect();
+        check(
+            seeds.len() == self.seeds.len(),
+            format!("seeds: expected different ones, found {:?}", self.seeds),
+        );
+        let names = self.subjects.iter().map(|s| ("subject", &s.name));
+        for (what, name) in names.chain(self.controls.iter().map(|c| ("control", &c.name))) {
+            check(
+                is_folder_name(name),
+                format!("{what}: name: expected letters, digits, - and _, found `{name}`"),
+            );
+        }
+        if !self.controls.is_empty() {
+            control::problems::problems(self).into_iter().for_each(|problem| check(false, problem));
+        }
+        for method in &self.methods {
+            check(
+                method.label != crate::lab::results::BASE,
+                format!("method: label: `{}` is the base model's row", method.label),
+            );
+        }
+        for (place, table) in std::iter::once(("[train]".to_string(), &self.train))
+            .chain(self.methods.iter().map(|m| (format!("method `{}`", m.label), &m.settings)))
+        {
+            for key in OURS.iter().filter(|key| table.contains_key(**key)) {
+                check(false, format!("{place}: {key} is set by the comparison itself; leave it out"));
+            }
+        }
+        for method in &self.methods {
+            for key in
+                own_names(method.settings.clone()).keys().filter(|key| !METHODS_OWN.contains(&key.as_str()))
+            {
+                let all = "is not a method's own: set it in [train], for all methods alike";
+                check(false, format!("method `{}`: {key} {all}", method.label));
+            }
+        }
+        let validation =
+            self.search.is_some() && self.draw.validation_prompts.is_empty() && self.controls.is_empty();
+        check(!validation, "draw: a [search] needs validation_prompts, which no table uses".into());
+        if let Some(search) = &self.search {
+            check(
+                search.learning_rates.is_empty() != search.factors.is_empty(),
+                "search: expected either learning_rates or factors".into(),
+            );
+            let rates = search.learning_rates.iter().chain(&search.factors);
+            check(
+                rates.clone().all(|r| r.is_finite() && *r > 0.0),
+                "search: expected positive numbers".into(),
+            );
+            let towers = serde_json::to_value(&self.scores).unwrap_or_default();
+            for key in self.objective().keys() {
+                if !self.controls.is_empty() && CONTROL_OBJECTIVES.contains(&key.as_str()) {
+                    continue;
+                }
+                let tower = OBJECTIVES.iter().find(|(score, _)| score == key).map(|(_, tower)| *tower);
+                let known: Vec<&str> = OBJECTIVES.iter().map(|(score, _)| *score).collect();
+                let found =
+                    || format!("search: objective: expected one of {}, found `{key}`", known.join(", "));
+                check(tower.is_some(), found());
+                if let Some(tower) = tower {
+                    let there = !towers[tower].is_null();
+                    check(there, format!("search: objective: `{key}` needs `{tower}` in [scores]"));
+                }
+            }
+            let rates: BTreeSet<u64> = rates.map(|r| r.to_bits()).collect();
+            let seeds: BTreeSet<&u64> = search.seeds.iter().collect();
+            check(
+                seeds.len() == search.seeds.len()
+                    && rates.len() == search.learning_rates.len() + search.factors.len(),
+                "search: expected each seed and rate once".into(),
+            );
+            check(!search.seeds.is_empty(), "search: seeds: expected one or more, found none".into());
+        }
+        let mut totals = BTreeSet::new();
+        for method in &self.methods {
+            match self.train_config(method) {
+                Err(e) => check(false, e.to_string()),
+                Ok(config) => {
+                    // With words in the places that the comparison fills.
+                    let filled = match self.controls.is_empty() {
+                        true => TrainConfig {
+                            instance_data_dir: "folder".into(),
+                            instance_prompt: "prompt".into(),
+                            class_prompt: "prompt".into(),
+                            ..config
+                        },
+                        false => config,
+                    };
+                    let of_controls = self.controls.iter().map(|entry| entry.applied_to(filled.clone()));
+                    let trained: Vec<TrainConfig> =
+                        if self.controls.is_empty() { vec![filled.clone()] } else { of_controls.collect() };
+                    let wrong = trained.iter().find_map(|config| config.validate().err());
+                    let wrong = wrong.map(|e| format!("method `{}`: {e}", method.label));
+                    check(wrong.is_none(), wrong.unwrap_or_default());
+                    let every = filled.checkpointing_steps;
+                    let all = every < 1
+                        || self.score_steps.iter().all(|s| *s == filled.max_train_steps || s % every == 0);
+                    check(all, format!("score_steps: expected multiples of checkpointing_steps ({every})"));
+                    check(
+                        self.score_steps.is_empty() || !filled.use_ema,
+                        "score_steps: checkpoints hold the adapter itself and the end of a run with use_ema its average".into(),
+                    );
+                    totals.insert(filled.max_train_steps);
+                }
+            }
+        }
+        if let Some(total) = totals.first() {
+            let all = self.score_steps.iter().all(|s| (1..=*total).contains(s));
+            check(
+                all,
+                format!("score_steps: expected steps from 1 to {total}, found {:?}", self.score_steps),
+            );
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n"))) }
+    }
+}
+
+fn is_folder_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 100
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+}
