@@ -1,4 +1,5 @@
-//! Rooms (the folders of src/) import downwards only, in the order that src/lib.rs draws; no files import each other in a circle. That a folder's `mod.rs` calls the files below it, which use its types, is no circle.
+//! Rooms (the folders of src/) import downwards only, in the order that src/lib.rs draws, and no files import each other in a circle.
+//! That a folder's `mod.rs` calls the files below it, which use its types, is no circle.
 
 mod support;
 

@@ -11,6 +11,7 @@ mod preview;
 pub mod run;
 mod setup;
 pub mod tensorboard;
+mod totals;
 
 pub use checkpoint::Resume;
 
@@ -40,6 +41,7 @@ use setup::{find_checkpoint, resolution, trained_parts};
 use std::path::PathBuf;
 use std::time::Instant;
 use tch::Kind;
+use totals::{Reading, Totals};
 
 /// How far the weights moved is measured at every so many records, and at the end: it looks at every adapted weight.
 const RECORDS_A_MOVEMENT: i64 = 10;
@@ -83,7 +85,9 @@ struct Trainer<'a> {
     parts: Vec<TrainedPart>,
     fingerprint: String,
     metrics: Metrics,
-    sums: Sums,
+    totals: Totals,
+    /// Mean loss up to the last record.
+    mean_loss: Option<f64>,
     /// Seconds of earlier sessions, and when this one began to train.
     earlier: f64,
     started: Instant,
@@ -243,6 +247,7 @@ impl<'a> Trainer<'a> {
         }
         let metrics = Metrics::open(folder.path(), step, resume.is_some())?;
         let learning_rates = config.learning_rates();
+        let totals = Totals::new(&sums, compute.device);
         let trainer = Self {
             observer,
             config,
@@ -261,7 +266,8 @@ impl<'a> Trainer<'a> {
             parts,
             fingerprint,
             metrics,
-            sums,
+            totals,
+            mean_loss: None,
             earlier,
             started: Instant::now(),
         };
@@ -290,18 +296,11 @@ impl<'a> Trainer<'a> {
             if self.observer.asks_to_stop() {
                 return Err(self.stop(step - 1));
             }
-            let gradient_norm = self.step(step)?;
+            self.step(step)?;
             let due = |every: i64| step % every == 0 || step == total;
             let look = due(self.config.validation_steps);
-            let log = look || due(self.config.log_every);
-            let message = format!(
-                "loss {:.4} lr {:.2e} {:.2} step/s",
-                self.sums.loss / self.sums.count,
-                self.learning_rates[0].at(step - 1),
-                (step - first) as f64 / self.started.elapsed().as_secs_f64()
-            );
-            if log {
-                last = Some(self.record(step, gradient_norm, look)?);
+            if look || due(self.config.log_every) {
+                last = Some(self.record(step, look)?);
             }
             if due(self.config.checkpointing_steps) {
                 self.save(step)?;
@@ -319,10 +318,13 @@ impl<'a> Trainer<'a> {
                     Err(e) => return Err(e),
                 }
             }
-            progress.set(step as u64, &message);
+            let rate = (step - first) as f64 / self.started.elapsed().as_secs_f64();
+            let loss = self.mean_loss.map_or_else(String::new, |loss| format!("loss {loss:.4} "));
+            let learning_rate = self.learning_rates[0].at(step - 1);
+            progress.set(step as u64, &format!("{loss}lr {learning_rate:.2e} {rate:.2} step/s"));
         }
         drop(progress);
-        let state = self.state(total.max(first));
+        let state = self.state(total.max(first))?;
         if let Some(ema) = &self.ema {
             // The last checkpoint, if there is one, keeps the values that training would go on with.
             self.parameters.set(&ema.average);
@@ -339,8 +341,8 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// One optimiser step; the gradient's norm before clipping.
-    fn step(&mut self, step: i64) -> Result<f64> {
+    /// One optimiser step. Nothing is waited for: [`Totals`] keeps the losses until they are recorded.
+    fn step(&mut self, step: i64) -> Result<()> {
         let config = &self.config;
         let accumulation = config.gradient_accumulation_steps as u64;
         let scale = if self.model.unet.kind() == Kind::Half { HALF_LOSS_SCALE } else { 1.0 };
@@ -359,46 +361,39 @@ impl<'a> Trainer<'a> {
             let regulariser =
                 if config.hra_lambda > 0.0 { attach::regulariser(&mut self.model) } else { None };
             let total = match &regulariser {
-                Some(regulariser) => loss.total + regulariser * config.hra_lambda,
-                None => loss.total,
+                Some(regulariser) => &loss.total + regulariser * config.hra_lambda,
+                None => loss.total.shallow_clone(),
             };
-            let value = total.double_value(&[]); // waits for the device
-            if !value.is_finite() {
-                return Err(self.not_finite(step, "the loss"));
-            }
-            (total * (scale / accumulation as f64)).backward();
             let share = 1.0 / accumulation as f64;
-            self.sums.loss += value * share;
-            self.sums.instance += loss.instance.double_value(&[]) * share;
-            self.sums.prior += loss.prior.map_or(0.0, |p| p.double_value(&[])) * share;
-            self.sums.regulariser += regulariser.map_or(0.0, |r| r.double_value(&[])) * share;
+            let parts = [Some(&total), Some(&loss.instance), loss.prior.as_ref(), regulariser.as_ref()];
+            self.totals.add(step, parts, share);
+            (total * (scale / accumulation as f64)).backward();
         }
-        self.sums.count += 1.0;
         let norm = self.parameters.gradient_norm() / scale;
+        self.totals.end_step(step, &norm);
         let factor = clip_factor(&norm, config.max_grad_norm) / scale;
-        let norm = norm.double_value(&[]);
-        if !norm.is_finite() {
-            return Err(self.not_finite(step, "the gradient"));
-        }
         let rates: Vec<f64> = self.learning_rates.iter().map(|rate| rate.at(step - 1)).collect();
         self.optimizer.step(&mut self.parameters, &factor, &rates);
         attach::project(&mut self.model);
         if let Some(ema) = &mut self.ema {
             ema.update(&self.parameters, step);
         }
-        Ok(norm)
+        Ok(())
     }
 
-    fn record(&mut self, step: i64, gradient_norm: f64, look: bool) -> Result<Record> {
+    /// Waits for the device, and writes what the steps since the last record came to.
+    fn record(&mut self, step: i64, look: bool) -> Result<Record> {
+        let Reading { sums, gradient_norm, .. } = self.read(true)?;
         let config = &self.config;
         let last = step == config.max_train_steps;
-        let mean = |sum: f64| sum / self.sums.count;
+        let mean = |sum: f64| sum / sums.count;
+        self.mean_loss = Some(mean(sums.loss));
         let mut record = Record {
             step,
-            loss: mean(self.sums.loss),
-            loss_instance: mean(self.sums.instance),
-            loss_prior: config.with_prior_preservation.then(|| mean(self.sums.prior)),
-            regulariser: (config.hra_lambda > 0.0).then(|| mean(self.sums.regulariser)),
+            loss: mean(sums.loss),
+            loss_instance: mean(sums.instance),
+            loss_prior: config.with_prior_preservation.then(|| mean(sums.prior)),
+            regulariser: (config.hra_lambda > 0.0).then(|| mean(sums.regulariser)),
             learning_rate: self.learning_rates[0].at(step - 1),
             gradient_norm,
             seconds: self.seconds(),
@@ -417,7 +412,6 @@ impl<'a> Trainer<'a> {
         self.metrics.write(&record)?;
         let told = serde_json::to_value(&record).map_err(|e| Error::Run(e.to_string()))?;
         self.observer.tell(Event::Metrics(&told));
-        self.sums = Sums::default();
         Ok(record)
     }
 
@@ -442,14 +436,25 @@ impl<'a> Trainer<'a> {
         self.earlier + self.started.elapsed().as_secs_f64()
     }
 
-    fn state(&self, step: i64) -> State {
-        State::new(step, self.seconds(), &self.fingerprint, &self.parameters, self.sums.clone())
+    /// Waits for the device. Fails where a number since the last reading was not finite: nothing is saved then.
+    fn read(&mut self, clear: bool) -> Result<Reading> {
+        let reading = self.totals.read(clear);
+        match reading.not_finite {
+            Some((step, what)) => Err(self.not_finite(step, what)),
+            None => Ok(reading),
+        }
     }
 
-    fn save(&self, step: i64) -> Result<PathBuf> {
+    fn state(&mut self, step: i64) -> Result<State> {
+        let sums = self.read(false)?.sums;
+        Ok(State::new(step, self.seconds(), &self.fingerprint, &self.parameters, sums))
+    }
+
+    fn save(&mut self, step: i64) -> Result<PathBuf> {
+        let state = self.state(step)?;
         checkpoint::save(
             self.folder.path(),
-            &self.state(step),
+            &state,
             &self.parts,
             &self.parameters,
             &self.optimizer,
@@ -459,7 +464,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// Saves after a request to stop; what to tell the user.
-    fn stop(&self, step: i64) -> Error {
+    fn stop(&mut self, step: i64) -> Error {
         let folder = files::shell_word(&self.folder.path().to_string_lossy());
         match self.save(step) {
             Ok(path) => Error::Interrupted(format!(
