@@ -409,9 +409,8 @@ impl<'a> Trainer<'a> {
             let look = |h: &HeldOut, t: &Self| h.loss(&t.model, t.control.as_ref(), &t.schedule);
             record.held_out_loss = self.with_average(|t| Ok(t.held_out.as_ref().map(|h| look(h, t))))?;
         }
-        self.metrics.write(&record)?;
-        let told = serde_json::to_value(&record).map_err(|e| Error::Run(e.to_string()))?;
-        self.observer.tell(Event::Metrics(&told));
+        let written = self.metrics.write(&record)?;
+        self.observer.tell(Event::Metrics(&written));
         Ok(record)
     }
 

@@ -191,8 +191,8 @@ impl Metrics {
         Ok(Self { path, file, events })
     }
 
-    /// Appends one record.
-    pub fn write(&mut self, record: &Record) -> Result<()> {
+    /// Appends one record; gives it as it was written.
+    pub fn write(&mut self, record: &Record) -> Result<serde_json::Value> {
         let value = serde_json::to_value(record).map_err(|e| Error::Run(e.to_string()))?;
         // One write for the whole line: a reader never sees half of it.
         self.file
@@ -205,6 +205,7 @@ impl Metrics {
                 self.events.scalar(key, number as f32, record.step, now)?;
             }
         }
-        self.events.flush()
+        self.events.flush()?;
+        Ok(value)
     }
 }
