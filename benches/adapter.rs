@@ -10,10 +10,11 @@
 
 use divan::Bencher;
 use hra::adapter::blocks::{Cayley, Partition};
-use hra::adapter::boft::BoftConfig;
-use hra::adapter::hra::{Hra, HraConfig, HraInit};
-use hra::adapter::lora::{LoraConfig, LoraInit};
-use hra::adapter::oft::{Coft, OftConfig};
+use hra::adapter::methods::boft::BoftConfig;
+use hra::adapter::methods::dora::DoraConfig;
+use hra::adapter::methods::hra::{Hra, HraConfig, HraInit};
+use hra::adapter::methods::lora::LoraConfig;
+use hra::adapter::methods::oft::{Coft, OftConfig};
 use hra::adapter::{Adapter, Frozen, Geometry, Method};
 use std::fmt;
 use tch::{Device, Kind, Tensor};
@@ -44,28 +45,20 @@ enum How {
 impl How {
     /// The method, where the layer has one of ours.
     fn method(self) -> Option<Method> {
-        let lora = |rank, dora| {
-            Method::Lora(LoraConfig {
-                rank,
-                alpha: rank as f64,
-                rslora: false,
-                init: LoraInit::Gaussian,
-                dora,
-            })
-        };
+        let lora = |rank| LoraConfig::new(rank, rank as f64);
         let partition = Partition::Blocks(BLOCKS);
         match self {
             Self::Frozen | Self::DenseHra => None,
-            Self::Lora(rank) => Some(lora(rank, false)),
-            Self::Dora => Some(lora(RANK, true)),
-            Self::Hra => Some(Method::Hra(hra_config())),
-            Self::Oft => Some(Method::Oft(OftConfig {
+            Self::Lora(rank) => Some(Method::new(lora(rank))),
+            Self::Dora => Some(Method::new(DoraConfig(lora(RANK)))),
+            Self::Hra => Some(Method::new(hra_config())),
+            Self::Oft => Some(Method::new(OftConfig {
                 partition,
                 cayley: Cayley::Exact,
                 coft: Coft::None,
                 block_share: false,
             })),
-            Self::Boft => Some(Method::Boft(BoftConfig { partition, factors: 1 })),
+            Self::Boft => Some(Method::new(BoftConfig { partition, factors: 1 })),
         }
     }
 }

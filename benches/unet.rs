@@ -89,7 +89,7 @@ fn attach_new(model: &mut StableDiffusion, words: &[&str]) -> Vec<Tensor> {
     let command = TrainConfig::augment_args(clap::Command::new("train"));
     let matches = command.get_matches_from([&["train"], words].concat());
     let method = TrainConfig::from_matches(&matches, &[]).expect("the words are right").method();
-    let method = method.expect("the words name a method");
+    let method = method.ok().flatten().expect("the words name a method");
     let targets = TargetRule::from_words(&ATTENTION.map(String::from)).expect("plain names");
     attach::attach_new(&mut model.unet, &targets, &method, Bias::None, 0).expect("the layers can be adapted");
     let parameters = attach::pack_parameters(&mut [&mut model.unet]);

@@ -2,9 +2,9 @@
 
 mod support;
 
-use hra::adapter::hra::{Hra, HraConfig, HraInit};
+use hra::adapter::methods::hra::{Hra, HraConfig, HraInit};
 use hra::adapter::reflections::wy_factor;
-use hra::adapter::{Adapter, Form, Frozen, Geometry, Reflections};
+use hra::adapter::{Adapter, Form, Frozen, Geometry, MethodSettings, Reflections};
 use proptest::prelude::*;
 use support::relative_error;
 use tch::{Device, Kind, Tensor};

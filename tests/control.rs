@@ -5,7 +5,8 @@ mod support;
 
 use hra::StableDiffusion;
 use hra::adapter::Method;
-use hra::adapter::hra::{HraConfig, HraInit};
+use hra::adapter::methods::full::FullConfig;
+use hra::adapter::methods::hra::{HraConfig, HraInit};
 use hra::adapter::peft::Bias;
 use hra::adapter::target::{ATTENTION, TargetRule};
 use hra::attach;
@@ -45,14 +46,14 @@ fn new_encoder(model: &StableDiffusion) -> ConditionEncoder {
     let config = EncoderConfig::new(&model.unet, model.vae.factor(), "other", None);
     let mut encoder = ConditionEncoder::start(config, 3, Device::Cpu);
     let everything = TargetRule::from_words(&[".*".to_string()]).unwrap();
-    attach::attach_new(&mut encoder, &everything, &Method::Full, Bias::None, 0).unwrap();
+    attach::attach_new(&mut encoder, &everything, &Method::new(FullConfig), Bias::None, 0).unwrap();
     encoder
 }
 
 fn attach_hra(model: &mut StableDiffusion) {
     let config = HraConfig { rank: 4, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false };
     let targets = TargetRule::from_words(&ATTENTION.map(String::from)).unwrap();
-    attach::attach_new(&mut model.unet, &targets, &Method::Hra(config), Bias::None, 5).unwrap();
+    attach::attach_new(&mut model.unet, &targets, &Method::new(config), Bias::None, 5).unwrap();
 }
 
 /// Conditions for the sample of the case's call, anything but zero.

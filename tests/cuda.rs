@@ -13,7 +13,7 @@ mod support;
 
 use hra::StableDiffusion;
 use hra::adapter::Method;
-use hra::adapter::hra::{HraConfig, HraInit};
+use hra::adapter::methods::hra::{HraConfig, HraInit};
 use hra::adapter::peft::Bias;
 use hra::adapter::target::{ATTENTION, TargetRule};
 use hra::attach;
@@ -123,7 +123,7 @@ fn loss_and_gradients(device: Device, gram_schmidt: bool) -> (Tensor, Vec<(Strin
     }
     let targets = TargetRule::from_words(&words).unwrap();
     let config = HraConfig { rank: 8, gram_schmidt, init: HraInit::Auto, allow_odd_rank: false };
-    attach::attach_new(&mut model.unet, &targets, &Method::Hra(config), Bias::Only, 5).unwrap();
+    attach::attach_new(&mut model.unet, &targets, &Method::new(config), Bias::Only, 5).unwrap();
     let mut parameters = attach::pack_parameters(&mut [&mut model.unet]);
     // Away from the start, where pairs of reflections cancel.
     tch::manual_seed(2);

@@ -3,10 +3,12 @@
 mod support;
 
 use hra::adapter::blocks::{Cayley, Partition};
-use hra::adapter::boft::BoftConfig;
-use hra::adapter::hra::{HraConfig, HraInit};
-use hra::adapter::lora::{LoraConfig, LoraInit};
-use hra::adapter::oft::{Coft, OftConfig};
+use hra::adapter::methods::boft::BoftConfig;
+use hra::adapter::methods::dora::DoraConfig;
+use hra::adapter::methods::full::FullConfig;
+use hra::adapter::methods::hra::{HraConfig, HraInit};
+use hra::adapter::methods::lora::{LoraConfig, LoraInit};
+use hra::adapter::methods::oft::{Coft, OftConfig};
 use hra::adapter::{Adapter, Boft, Dora, Frozen, Geometry, Lora, Method, Oft};
 use proptest::prelude::*;
 use std::sync::Mutex;
@@ -36,20 +38,20 @@ fn oft(partition: Partition) -> OftConfig {
 
 /// Every kind of adapter, for a layer whose inputs come in blocks of `b`.
 fn methods(b: i64) -> Vec<Method> {
-    let lora = LoraConfig { rank: 2, alpha: 3.0, rslora: false, init: LoraInit::Gaussian, dora: false };
+    let lora = LoraConfig { rank: 2, alpha: 3.0, rslora: false, ..LoraConfig::new(1, 1.0) };
     let blocks = oft(Partition::BlockSize(b));
     let hra = HraConfig { rank: 2, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false };
     vec![
-        Method::Hra(hra),
-        Method::Lora(lora),
-        Method::Lora(LoraConfig { rslora: true, init: LoraInit::Kaiming, ..lora }),
-        Method::Lora(LoraConfig { dora: true, ..lora }),
-        Method::Oft(blocks),
-        Method::Oft(OftConfig { block_share: true, ..blocks }),
-        Method::Oft(OftConfig { cayley: Cayley::Neumann(5), ..blocks }),
-        Method::Oft(OftConfig { coft: Coft::Paper { eps: 1e-2 }, ..blocks }),
-        Method::Boft(BoftConfig { partition: Partition::BlockSize(b), factors: 1 }),
-        Method::Full,
+        Method::new(hra),
+        Method::new(lora.clone()),
+        Method::new(LoraConfig { rslora: true, init: LoraInit::Kaiming, ..lora.clone() }),
+        Method::new(DoraConfig(lora)),
+        Method::new(blocks),
+        Method::new(OftConfig { block_share: true, ..blocks }),
+        Method::new(OftConfig { cayley: Cayley::Neumann(5), ..blocks }),
+        Method::new(OftConfig { coft: Coft::Paper { eps: 1e-2 }, ..blocks }),
+        Method::new(BoftConfig { partition: Partition::BlockSize(b), factors: 1 }),
+        Method::new(FullConfig),
     ]
 }
 
@@ -95,7 +97,10 @@ proptest! {
                 let new = merged(&*adapter, &weight.flatten(1, -1), 1.0).reshape(&weight.size()[..]).to_kind(Kind::Float);
                 for bias in [None, Some(&bias)] {
                     let frozen = Frozen { weight, bias, geometry };
-                    let error = relative_error(&adapter.forward(&frozen, x), &frozen.apply(x, &new, bias));
+                    let own = bias.and_then(|bias| adapter.change_bias(&bias.to_kind(Kind::Double), 1.0));
+                    let own = own.map(|bias| bias.to_kind(Kind::Float));
+                    let merged = frozen.apply(x, &new, own.as_ref().or(bias));
+                    let error = relative_error(&adapter.forward(&frozen, x), &merged);
                     prop_assert!(error < 1e-5, "{} {geometry:?}: {error:.1e}", method.describe());
                 }
                 // Half precision: products in the dtype of the input, numbers of the adapter in f32.
@@ -105,7 +110,9 @@ proptest! {
                 let y = adapter.forward(&frozen, &half(x));
                 prop_assert_eq!(y.kind(), Kind::BFloat16);
                 let exact = Frozen { weight, bias: Some(&bias), geometry };
-                let error = relative_error(&y, &exact.apply(x, &new, Some(&bias)));
+                let own = adapter.change_bias(&bias.to_kind(Kind::Double), 1.0);
+                let own = own.map_or_else(|| bias.shallow_clone(), |own| own.to_kind(Kind::Float));
+                let error = relative_error(&y, &exact.apply(x, &new, Some(&own)));
                 prop_assert!(error < 0.05, "{} {geometry:?} in bf16: {error:.1e}", method.describe());
             }
         }
@@ -266,7 +273,7 @@ fn gradients_equal_finite_differences_of_the_merged_weight() {
     let target = randn(4, &[7, d_out]);
     let weight = randn(1, &[d_out, b * n]);
     for method in methods(b) {
-        if matches!(method, Method::Lora(LoraConfig { dora: true, .. })) {
+        if method.name() == "dora" {
             continue; // its norm is held fixed: the next test
         }
         let mut adapter = random(&method, &weight, 3);
@@ -397,36 +404,42 @@ fn several_butterfly_factors_multiply_as_in_peft() {
 #[test]
 fn what_does_not_divide_is_refused_with_what_does() {
     let problem = |method: Method| method.parameters_for(&[7, 12]).unwrap_err();
-    let text = problem(Method::Oft(oft(Partition::Blocks(5))));
+    let text = problem(Method::new(oft(Partition::Blocks(5))));
     assert!(text.contains("12 inputs, found 5") && text.ends_with("hint: 1, 2, 3, 4, 6"), "{text}");
-    let text = problem(Method::Oft(oft(Partition::BlockSize(5))));
+    let text = problem(Method::new(oft(Partition::BlockSize(5))));
     assert!(text.contains("12 inputs, found 5") && text.ends_with("hint: 2, 3, 4, 6, 12"), "{text}");
-    let boft = Method::Boft(BoftConfig { partition: Partition::Blocks(24), factors: 1 });
+    let boft = Method::new(BoftConfig { partition: Partition::Blocks(24), factors: 1 });
     assert_eq!(boft.start(&randn(0, &[7, 12]), 0).err(), boft.parameters_for(&[7, 12]).err());
     assert!(problem(boft).contains("1, 2, 3, 4, 6"));
     assert!(
-        problem(Method::Oft(oft(Partition::Blocks(12)))).contains("1, 2, 3, 4, 6"),
+        problem(Method::new(oft(Partition::Blocks(12)))).contains("1, 2, 3, 4, 6"),
         "blocks of one cannot turn"
     );
-    let lora = LoraConfig { rank: 13, alpha: 1.0, rslora: false, init: LoraInit::Kaiming, dora: false };
-    assert!(problem(Method::Lora(lora)).contains("at most 12"));
+    let lora = LoraConfig {
+        rank: 13,
+        alpha: 1.0,
+        rslora: false,
+        init: LoraInit::Kaiming,
+        ..LoraConfig::new(1, 1.0)
+    };
+    assert!(problem(Method::new(lora)).contains("at most 12"));
     let hra = HraConfig { rank: 14, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false };
-    assert!(problem(Method::Hra(hra)).contains("at most 12"));
+    assert!(problem(Method::new(hra)).contains("at most 12"));
 }
 
 #[test]
 fn settings_that_no_layer_can_train_are_refused() {
-    let lora = LoraConfig { rank: 4, alpha: 4.0, rslora: false, init: LoraInit::Gaussian, dora: false };
+    let lora = LoraConfig { rank: 4, alpha: 4.0, rslora: false, ..LoraConfig::new(1, 1.0) };
     let blocks = oft(Partition::Blocks(4));
     for (method, word) in [
-        (Method::Lora(LoraConfig { rank: 0, ..lora }), "rank"),
-        (Method::Lora(LoraConfig { alpha: f64::NAN, ..lora }), "lora_alpha"),
-        (Method::Lora(LoraConfig { alpha: 0.0, ..lora }), "lora_alpha"),
-        (Method::Oft(oft(Partition::Blocks(0))), "rank"),
-        (Method::Oft(oft(Partition::BlockSize(1))), "block_size"),
-        (Method::Oft(OftConfig { coft: Coft::Paper { eps: 0.0 }, ..blocks }), "coft_eps"),
-        (Method::Oft(OftConfig { coft: Coft::Peft { eps: 1.0 }, ..blocks }), "--method coft"),
-        (Method::Boft(BoftConfig { partition: Partition::Blocks(4), factors: 2 }), "butterfly"),
+        (Method::new(LoraConfig { rank: 0, ..lora.clone() }), "rank"),
+        (Method::new(LoraConfig { alpha: f64::NAN, ..lora.clone() }), "lora_alpha"),
+        (Method::new(LoraConfig { alpha: 0.0, ..lora }), "lora_alpha"),
+        (Method::new(oft(Partition::Blocks(0))), "rank"),
+        (Method::new(oft(Partition::BlockSize(1))), "block_size"),
+        (Method::new(OftConfig { coft: Coft::Paper { eps: 0.0 }, ..blocks }), "coft_eps"),
+        (Method::new(OftConfig { coft: Coft::Peft { eps: 1.0 }, ..blocks }), "--method coft"),
+        (Method::new(BoftConfig { partition: Partition::Blocks(4), factors: 2 }), "butterfly"),
     ] {
         let text = method.validate().unwrap_err().to_string();
         assert!(text.contains(word), "{text}");

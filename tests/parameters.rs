@@ -2,10 +2,12 @@
 
 use hra::adapter::Method;
 use hra::adapter::blocks::{Cayley, Partition};
-use hra::adapter::boft::BoftConfig;
-use hra::adapter::hra::{HraConfig, HraInit};
-use hra::adapter::lora::{LoraConfig, LoraInit};
-use hra::adapter::oft::{Coft, OftConfig};
+use hra::adapter::methods::boft::BoftConfig;
+use hra::adapter::methods::dora::DoraConfig;
+use hra::adapter::methods::full::FullConfig;
+use hra::adapter::methods::hra::{HraConfig, HraInit};
+use hra::adapter::methods::lora::LoraConfig;
+use hra::adapter::methods::oft::{Coft, OftConfig};
 
 /// Weights, biases and norms of Stable Diffusion 1.5's UNet.
 #[derive(Default)]
@@ -100,28 +102,29 @@ fn the_papers_parameter_counts_for_stable_diffusion_1_5() {
     assert_eq!(unet.weights.iter().filter(|(name, _)| attention.contains(name)).count(), 128);
     assert_eq!(unet.weights.iter().filter(|(name, _)| with_geglu.contains(name)).count(), 144);
 
-    let everything: usize = unet.weights.iter().map(|(_, s)| Method::Full.parameters_for(s).unwrap()).sum();
+    let everything: usize =
+        unet.weights.iter().map(|(_, s)| Method::new(FullConfig).parameters_for(s).unwrap()).sum();
     assert_eq!(everything + unet.others as usize, 859_520_964);
 
     let hra = |rank| {
-        Method::Hra(HraConfig { rank, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: true })
+        Method::new(HraConfig { rank, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: true })
     };
     assert_eq!(unet.sum(&attention, &hra(7)), 696_192); // the paper's 0.69 M
     assert_eq!(unet.sum(&attention, &hra(8)), 795_648);
     assert_eq!(unet.sum(&with_geglu, &hra(8)), 895_488); // 0.89 M
 
-    let config = LoraConfig { rank: 4, alpha: 4.0, rslora: false, init: LoraInit::Gaussian, dora: false };
-    assert_eq!(unet.sum(&attention, &Method::Lora(config)), 797_184); // 0.80 M
-    assert_eq!(unet.sum(&with_geglu, &Method::Lora(config)), 1_246_464); // 1.25 M
+    let config = LoraConfig { rank: 4, alpha: 4.0, rslora: false, ..LoraConfig::new(1, 1.0) };
+    assert_eq!(unet.sum(&attention, &Method::new(config.clone())), 797_184); // 0.80 M
+    assert_eq!(unet.sum(&with_geglu, &Method::new(config.clone())), 1_246_464); // 1.25 M
     let outputs: i64 = unet.weights.iter().filter(|(name, _)| *name == "attention").map(|(_, s)| s[0]).sum();
-    let dora = Method::Lora(LoraConfig { dora: true, ..config });
+    let dora = Method::new(DoraConfig(config.clone()));
     assert_eq!(unet.sum(&attention, &dora), 797_184 + outputs as usize);
 
     let partition = Partition::Blocks(4);
     let oft = OftConfig { partition, cayley: Cayley::Exact, coft: Coft::None, block_share: false };
-    assert_eq!(unet.sum(&attention, &Method::Oft(oft)), 11_602_368);
+    assert_eq!(unet.sum(&attention, &Method::new(oft)), 11_602_368);
     // The paper counts the raw blocks, as BOFT stores them: 23.30 M, 26.40 M.
-    let boft = Method::Boft(BoftConfig { partition, factors: 1 });
+    let boft = Method::new(BoftConfig { partition, factors: 1 });
     let raw = |names: &[&str]| {
         let outputs: i64 =
             unet.weights.iter().filter(|(name, _)| names.contains(name)).map(|(_, s)| s[0]).sum();

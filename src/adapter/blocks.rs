@@ -12,6 +12,8 @@
 //!
 //! so one symmetric eigenproblem serves. Tensors of blocks are `(blocks, b, b)`.
 
+use crate::adapter::how::{ELSEWHERE, How};
+use crate::error::Error;
 use tch::{Device, Kind, Tensor};
 
 /// How a layer's inputs are cut into blocks.
@@ -24,6 +26,24 @@ pub enum Partition {
 }
 
 impl Partition {
+    /// Blocks of `block_size` inputs where one is given, else `rank` blocks.
+    pub fn new(rank: i64, block_size: Option<i64>) -> Self {
+        block_size.map_or(Self::Blocks(rank), Self::BlockSize)
+    }
+
+    /// Refuses what fits no layer.
+    pub fn validate(self) -> crate::Result<()> {
+        match self {
+            Self::Blocks(n) if n < 1 => {
+                Err(Error::config(format!("rank: expected at least 1 block, found {n}")))
+            }
+            Self::BlockSize(b) if b < 2 => Err(Error::config(format!(
+                "block_size: expected at least 2, as a block of one input cannot turn, found {b}"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// `(blocks, block size)` for `d_in` inputs. Errors: why not, with the values that do.
     pub fn of(self, d_in: i64) -> Result<(i64, i64), String> {
         let (flag, given) = match self {
@@ -207,6 +227,13 @@ pub fn skew(upper: &Tensor, b: i64) -> Tensor {
     &half - half.transpose(1, 2)
 }
 
+/// The strict upper triangles `(n, b (b - 1) / 2)` of `s` `(n, b, b)`, row by row.
+pub fn upper(s: &Tensor) -> Tensor {
+    let (n, b) = (s.size()[0], s.size()[1]);
+    let at = Tensor::triu_indices(b, b, 1, (Kind::Int64, s.device()));
+    s.reshape([n, b * b]).index_select(1, &(at.get(0) * b + at.get(1)))
+}
+
 /// Every row of `rows` `(.., d)` times the block diagonal matrix; one block stands for as many as fit.
 pub fn rotate(rows: &Tensor, blocks: &Tensor) -> Tensor {
     let (n, b) = (blocks.size()[0], blocks.size()[1]);
@@ -223,4 +250,33 @@ pub fn orthogonality_error(blocks: &Tensor) -> f64 {
     let r = blocks.detach().to_device(Device::Cpu).to_kind(Kind::Double);
     let eye = Tensor::eye(r.size()[1], (Kind::Double, Device::Cpu));
     (r.bmm(&r.transpose(1, 2)) - eye).abs().max().double_value(&[])
+}
+
+/// S of the combination of exact Cayley blocks, each given by its S `(n, b, b)`, f64.
+pub(super) fn combined(name: &str, factors: &[(Tensor, f64)], how: How) -> crate::Result<Tensor> {
+    if factors.windows(2).any(|pair| pair[0].0.size() != pair[1].0.size()) {
+        return Err(Error::config(format!(
+            "{name}: expected blocks of one size in all adapters\n{ELSEWHERE}"
+        )));
+    }
+    let combined = match (factors, how) {
+        // As it is, no digit is lost.
+        ([(s, 1.0)], _) => Some(s.shallow_clone()),
+        (_, How::Geodesic) => {
+            let log = factors.iter().map(|(s, strength)| Cayley::log(s) * *strength).reduce(|a, b| a + b);
+            Cayley::of_log(&log.expect("the layer is in one of the files"))
+        }
+        (_, How::Chain) => {
+            // W R_1^T R_2^T .. = W (.. R_2 R_1)^T
+            let power = |(s, strength): &(Tensor, f64)| Cayley::Exact.power(s, *strength);
+            let product = factors.iter().map(power).reduce(|before, next| next.bmm(&before));
+            Cayley::inverse(&product.expect("the layer is in one of the files"))
+        }
+    };
+    combined.ok_or_else(|| {
+        Error::config(format!(
+            "{name}: the combination turns a plane by half a turn, which Cayley's blocks cannot express\nhint: give \
+             smaller strengths, or `hra export --to merged`"
+        ))
+    })
 }

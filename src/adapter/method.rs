@@ -1,132 +1,220 @@
-//! The methods and their settings, and a new adapter by them.
+//! What a method is: its settings, and all that the rest of the program asks of it. A method implements [`MethodSettings`]
+//! in its own file and has one line in [`super::methods`]; nothing else knows it by name.
 
-use crate::adapter::blocks::Cayley;
-use crate::adapter::boft::BoftConfig;
-use crate::adapter::hra::HraConfig;
-use crate::adapter::lora::LoraConfig;
-use crate::adapter::oft::{Coft, OftConfig};
-use crate::adapter::{Adapter, Boft, Dora, Full, Hra, Lora, Oft, matrix_shape};
-use crate::error::Result;
-use tch::{Kind, Tensor};
+use crate::adapter::Adapter;
+use crate::adapter::how::ELSEWHERE;
+use crate::adapter::peft_fields::Fields;
+use crate::error::{Error, Result};
+use serde_json::Value;
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::Arc;
+use tch::Tensor;
 
-/// A method with its settings.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Method {
-    /// Householder Reflection Adaptation.
-    Hra(HraConfig),
-    /// LoRA, and DoRA.
-    Lora(LoraConfig),
-    /// OFT, and COFT.
-    Oft(OftConfig),
-    /// BOFT.
-    Boft(BoftConfig),
-    /// The weights themselves.
-    Full,
-}
+pub use crate::adapter::how::How;
 
-impl Method {
+/// The settings of a method.
+pub trait MethodSettings: Comparable + Debug + Send + Sync {
     /// The word that names it on the command line.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Hra(_) => "hra",
-            Self::Lora(LoraConfig { dora: false, .. }) => "lora",
-            Self::Lora(_) => "dora",
-            Self::Oft(OftConfig { coft: Coft::None, .. }) => "oft",
-            Self::Oft(_) => "coft",
-            Self::Boft(_) => "boft",
-            Self::Full => "full",
-        }
-    }
+    fn name(&self) -> &'static str;
 
     /// In a few words, such as `HRA r 8`.
-    pub fn describe(&self) -> String {
-        match self {
-            Self::Hra(HraConfig { rank, gram_schmidt: false, .. }) => format!("HRA r {rank}"),
-            Self::Hra(HraConfig { rank, .. }) => format!("HRA r {rank}, Gram-Schmidt"),
-            Self::Lora(LoraConfig { rank, alpha, rslora, dora, .. }) => format!(
-                "{}{} r {rank}, alpha {alpha}",
-                if *rslora { "rs" } else { "" },
-                if *dora { "DoRA" } else { "LoRA" }
-            ),
-            Self::Oft(OftConfig { partition, cayley, coft, block_share }) => {
-                let shared = if *block_share { ", shared" } else { "" };
-                let series = if *cayley == Cayley::Exact { "" } else { ", Cayley-Neumann series" };
-                let partition = partition.describe();
-                match coft {
-                    Coft::None => format!("OFT {partition}{shared}{series}"),
-                    Coft::Paper { eps } => format!("COFT {partition}{shared}{series}, eps {eps}"),
-                    Coft::Peft { eps } => format!("PEFT's COFT {partition}{shared}{series}, eps {eps}"),
-                }
-            }
-            Self::Boft(BoftConfig { partition, factors: 1 }) => format!("BOFT {}", partition.describe()),
-            Self::Boft(BoftConfig { partition, factors }) => {
-                format!("BOFT {}, {factors} factors", partition.describe())
-            }
-            Self::Full => "full fine-tuning".into(),
-        }
-    }
+    fn describe(&self) -> String;
 
     /// Refuses settings that cannot be trained on any layer.
-    pub fn validate(&self) -> Result<()> {
-        match self {
-            Self::Hra(config) => config.validate(),
-            Self::Lora(config) => config.validate(),
-            Self::Oft(config) => config.validate(),
-            Self::Boft(config) => config.validate(),
-            Self::Full => Ok(()),
-        }
-    }
+    fn validate(&self) -> Result<()>;
 
     /// A new adapter for the frozen `weight`, `(d_out, d_in)` or `(d_out, c, kh, kw)`; draws on the CPU from `seed` alone.
     ///
     /// Errors: why this weight cannot be adapted so, and with which settings it could be.
-    pub fn start(&self, weight: &Tensor, seed: u64) -> std::result::Result<Box<dyn Adapter>, String> {
-        let (shape, device) = (weight.size(), weight.device());
-        Ok(match self {
-            Self::Hra(config) => Box::new(Hra::new(&weight.flatten(1, -1), *config, seed)?),
-            Self::Lora(config) if config.dora => Box::new(Dora::new(weight, *config, seed)?),
-            Self::Lora(config) => Box::new(Lora::new(&shape, device, *config, seed)?),
-            Self::Oft(config) => Box::new(Oft::new(&shape, device, *config)?),
-            Self::Boft(config) => Box::new(Boft::new(&shape, device, *config)?),
-            Self::Full => Box::new(Full::new(weight.to_kind(Kind::Float).copy())),
-        })
-    }
+    fn start(&self, weight: &Tensor, seed: u64) -> std::result::Result<Box<dyn Adapter>, String>;
 
     /// Number of values that train on a weight of this shape, `(d_out, d_in)` or `(d_out, c, kh, kw)`.
     ///
     /// Errors: those of [`Self::start`].
-    pub fn parameters_for(&self, weight: &[i64]) -> std::result::Result<usize, String> {
-        let (d_out, d_in) = matrix_shape(weight);
-        let count = match self {
-            Self::Hra(config) if config.rank > d_in => {
-                return Err(format!(
-                    "rank: expected at most {d_in}, the layer's inputs, found {}",
-                    config.rank
-                ));
-            }
-            Self::Hra(config) => config.rank * d_in,
-            Self::Lora(config) => {
-                config.check_rank(weight)?;
-                config.rank * (d_in + d_out) + if config.dora { d_out } else { 0 }
-            }
-            Self::Oft(config) => {
-                let (n, b) = config.shape(d_in)?;
-                n * (b * (b - 1) / 2)
-            }
-            Self::Boft(config) => {
-                let (n, b) = config.partition.of(d_in)?;
-                config.factors * n * b * b + d_out
-            }
-            Self::Full => d_out * d_in,
-        };
-        Ok(count as usize)
+    fn parameters_for(&self, weight: &[i64]) -> std::result::Result<usize, String>;
+
+    /// Whether every weight and norm of a network trains, in place of adapters on some layers: full fine-tuning.
+    fn trains_whole_network(&self) -> bool {
+        false
     }
 
+    /// Whether biases can be trained and kept beside the adapter.
+    fn keeps_bias(&self) -> bool {
+        true
+    }
+
+    /// Whether Python's PEFT reads its files.
+    fn is_known_to_peft(&self) -> bool {
+        true
+    }
+
+    /// Whether all layers have the same settings. LoRA's may differ in rank and alpha.
+    fn is_uniform(&self) -> bool {
+        true
+    }
+
+    /// The last parts of its tensors' names in files, such as `hra_u`.
+    fn tensor_names(&self) -> &'static [&'static str];
+
+    /// `peft_type` and its own fields in PEFT's `adapter_config.json`; `None` for what is no adapter.
+    fn to_peft(&self) -> Option<(&'static str, Value)>;
+
     /// What PEFT's config has no field for, as text for the tensor file.
-    pub fn metadata(&self) -> Vec<(&'static str, String)> {
-        match self {
-            Self::Oft(OftConfig { coft: Coft::Paper { eps }, .. }) => vec![("coft_eps", eps.to_string())],
-            _ => Vec::new(),
-        }
+    fn metadata(&self) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
+
+    /// Takes over what the tensors of a file, and its text, say of the settings that its config does not.
+    ///
+    /// Errors: where they contradict each other.
+    fn settle(&mut self, _file: &FileFacts) -> std::result::Result<Vec<String>, Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// The adapter of one layer of a file. Errors: what is wrong with its tensors.
+    fn adapter(&self, parts: Parts) -> std::result::Result<Box<dyn Adapter>, String>;
+
+    /// Adapters of this method as one: see [`super::combine`]. `methods` are those of all files, layers have some of them.
+    ///
+    /// Errors: what cannot be one adapter of this method, and the reason.
+    fn combine(&self, _methods: &[&Method], _layers: &[LayerChain], _how: How) -> Result<Combined> {
+        Err(Error::config(format!(
+            "{} adapters cannot be combined without the base model\n{ELSEWHERE}",
+            self.describe()
+        )))
     }
 }
+
+/// Settings of any method, compared and told apart by their type.
+pub trait Comparable: Any {
+    /// Whether `other` is of the same type, with the same values.
+    fn equals(&self, other: &dyn Any) -> bool;
+}
+
+impl<T: PartialEq + Any> Comparable for T {
+    fn equals(&self, other: &dyn Any) -> bool {
+        other.downcast_ref::<T>().is_some_and(|other| self == other)
+    }
+}
+
+/// A method with its settings, shared.
+#[derive(Debug, Clone)]
+pub struct Method(Arc<dyn MethodSettings>);
+
+impl Method {
+    /// With these settings.
+    pub fn new(settings: impl MethodSettings) -> Self {
+        Self(Arc::new(settings))
+    }
+
+    /// The settings, if they are of this type.
+    pub fn of<T: MethodSettings>(&self) -> Option<&T> {
+        (&*self.0 as &dyn Any).downcast_ref()
+    }
+
+    /// Whether both have settings of one type, so that their adapters may be combined.
+    pub fn is_like(&self, other: &Self) -> bool {
+        (&*self.0 as &dyn Any).type_id() == (&*other.0 as &dyn Any).type_id()
+    }
+}
+
+impl From<Box<dyn MethodSettings>> for Method {
+    fn from(settings: Box<dyn MethodSettings>) -> Self {
+        Self(settings.into())
+    }
+}
+
+impl std::ops::Deref for Method {
+    type Target = dyn MethodSettings;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0
+    }
+}
+
+impl PartialEq for Method {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.equals(&*other.0 as &dyn Any)
+    }
+}
+
+/// A method as the registry lists it.
+pub struct Entry {
+    /// The word that names it on the command line.
+    pub name: &'static str,
+    /// What it is, in a line.
+    pub about: &'static str,
+    /// The settings of a run that mean something to it.
+    pub settings: &'static [&'static str],
+    /// The method from a run's settings, of which it takes its own.
+    pub from_settings: fn(&toml::Table) -> Result<Method>,
+    /// How it is read from PEFT's files; `None` where another entry reads them, or there are none.
+    pub reader: Option<PeftReader>,
+}
+
+/// How a method is read from PEFT's `adapter_config.json`.
+pub struct PeftReader {
+    /// `peft_type`.
+    pub peft_type: &'static str,
+    /// What its tensors' names begin with, such as `hra_`.
+    pub prefix: &'static str,
+    /// The settings, with what is wrong left in the fields; `None` where another entry of this `peft_type` is meant.
+    pub read: fn(&mut Fields) -> Option<Box<dyn MethodSettings>>,
+}
+
+/// A method's own part of a run's settings.
+pub(super) fn own<T: serde::de::DeserializeOwned>(settings: &toml::Table) -> Result<T> {
+    settings.clone().try_into().map_err(|e: toml::de::Error| Error::config(e.to_string()))
+}
+
+/// What a tensor file says beside its config.
+pub struct FileFacts<'a> {
+    /// All layers.
+    pub layers: &'a [Parts],
+    /// The file's own text.
+    pub metadata: &'a BTreeMap<String, String>,
+}
+
+/// The tensors of one layer, by the method's names.
+#[derive(Default)]
+pub struct Parts {
+    /// The layer.
+    pub layer: String,
+    /// Its name as the file has it, which patterns are matched with.
+    pub name: String,
+    /// By the last parts of their names.
+    pub tensors: BTreeMap<&'static str, Tensor>,
+}
+
+impl Parts {
+    /// Takes a tensor that must be there.
+    pub fn take(&mut self, name: &str) -> std::result::Result<Tensor, String> {
+        let tensor = self.tensors.remove(name);
+        tensor.ok_or_else(|| format!("expected a tensor {name} beside the others, found none"))
+    }
+}
+
+/// One of a layer's adapters.
+pub struct Link<'a> {
+    /// The settings of its file.
+    pub method: &'a Method,
+    /// The adapter.
+    pub adapter: &'a dyn Adapter,
+    /// 0 is the base model, 1 as trained.
+    pub strength: f64,
+}
+
+impl<'a> Link<'a> {
+    /// The adapter as the type that its method makes.
+    pub fn get<T: Adapter>(&self) -> &'a T {
+        (self.adapter as &dyn Any).downcast_ref().expect("adapters of one method are combined")
+    }
+}
+
+/// A layer's name, and its adapters in the order given; at least one.
+pub type LayerChain<'a> = (&'a str, Vec<Link<'a>>);
+
+/// A method with its tensors by name.
+pub type Combined = (Method, Vec<(String, Tensor)>);

@@ -1,42 +1,37 @@
 //! Adapters for one layer of any network: a few trained numbers beside a frozen weight.
 //!
 //! A layer shows its adapter the frozen weight `(d_out, d_in)` and its input `(.., d_in)`, nothing else; this folder
-//! knows no UNet and no diffusion. One file a method:
+//! knows no UNet and no diffusion.
 //!
-//! - [`hra`]: Householder Reflection Adaptation, trained in the compact WY form;
-//! - [`lora`], [`dora`]: low-rank changes, and these with a length for each output;
-//! - [`oft`], [`boft`]: rotations of blocks of inputs, one and several factors; [`blocks`] is their algebra;
-//! - [`full`]: the whole weight, for full fine-tuning;
-//! - [`method`]: the methods and their settings, and a new adapter by them;
+//! - [`method`]: what a method is, and what the rest of the program asks of it;
+//! - [`methods`]: the registry, and a file for each method;
+//! - [`blocks`]: the algebra of rotations of blocks of inputs, which OFT and BOFT share;
 //! - [`reflections`]: the algebra of fixed products of reflections: strength, chains, how far they turn;
-//! - [`combine`]: several adapters as one;
+//! - [`combine`], [`how`]: several adapters as one;
 //! - [`target`]: which layers are adapted, by PEFT's rules;
-//! - [`peft`], [`peft_config`], `peft_patterns`: PEFT's `adapter_model.safetensors` and `adapter_config.json`;
+//! - [`peft`], [`peft_config`], [`peft_fields`], `peft_patterns`: PEFT's `adapter_model.safetensors` and `adapter_config.json`;
 //! - [`lora_file`]: LoRA in one file, in the styles of other programs.
 
 pub mod blocks;
-pub mod boft;
 pub mod combine;
-pub mod dora;
-pub mod full;
-pub mod hra;
-pub mod lora;
+pub mod how;
 pub mod lora_file;
 pub mod method;
-pub mod oft;
+pub mod methods;
 pub mod peft;
 pub mod peft_config;
-mod peft_patterns;
+pub mod peft_fields;
+pub mod peft_patterns;
 pub mod reflections;
 pub mod target;
 
-pub use boft::Boft;
-pub use dora::Dora;
-pub use full::Full;
-pub use hra::Hra;
-pub use lora::Lora;
-pub use method::Method;
-pub use oft::Oft;
+pub use method::{Method, MethodSettings};
+pub use methods::boft::Boft;
+pub use methods::dora::Dora;
+pub use methods::full::Full;
+pub use methods::hra::Hra;
+pub use methods::lora::Lora;
+pub use methods::oft::Oft;
 pub use reflections::Reflections;
 use tch::{Device, Kind, Tensor};
 
@@ -108,7 +103,7 @@ impl Frozen<'_> {
 }
 
 /// A trained change of one layer.
-pub trait Adapter: Send {
+pub trait Adapter: std::any::Any + Send {
     /// The adapted layer's output for input `x`, in the dtype of `x`, with gradients for [`Self::parameters`].
     fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor;
 
@@ -129,6 +124,21 @@ pub trait Adapter: Send {
 
     /// What it does to `weight` `(d_out, d_in)` (f64, CPU) at a strength: 0 leaves the weight, 1 is as trained.
     fn change(&self, weight: &Tensor, strength: f64) -> Change;
+
+    /// What it does to the layer's bias `(d_out)` (f64, CPU) at a strength; `None` where it leaves biases alone.
+    fn change_bias(&self, _bias: &Tensor, _strength: f64) -> Option<Tensor> {
+        None
+    }
+
+    /// `(d_in, d_out)` as far as its tensors tell; 0 where they do not.
+    fn size(&self) -> (i64, i64) {
+        (0, 0)
+    }
+
+    /// Whether [`Self::change`] adds the same to any weight, which then need not be known.
+    fn adds_the_same_to_any_weight(&self) -> bool {
+        false
+    }
 
     /// Whether [`Self::change`] is a move from the base model's weight, which adds to what other adapters do, and not
     /// something done to whatever weight there is.

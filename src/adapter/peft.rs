@@ -5,21 +5,18 @@
 //! `save_pretrained`). What PEFT's config has no field for goes into the metadata of the tensor file, which PEFT ignores
 //! silently; unknown config fields make it warn.
 
-use crate::adapter::boft::BoftConfig;
-use crate::adapter::lora::LoraConfig;
-use crate::adapter::oft::{Coft, MOST_EPS, OftConfig};
+use crate::adapter::Adapter;
+use crate::adapter::method::{FileFacts, MethodSettings, Parts};
+use crate::adapter::methods;
 use crate::adapter::peft_config::ReadConfig;
-use crate::adapter::peft_patterns::Patterns;
-use crate::adapter::{Adapter, Boft, Dora, Hra, Lora, Method, Oft};
 use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::weights::tensor_file::{self, TensorFile};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 pub use crate::adapter::peft_config::{AdapterConfig, Bias};
-pub use crate::adapter::peft_patterns::Exceptions;
 
 /// File names in an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -45,14 +42,6 @@ pub struct AdapterFile {
     pub notes: Vec<String>,
 }
 
-/// The tensors of one layer, by the method's names.
-#[derive(Default)]
-struct Parts {
-    /// The layer's name as the file has it, which patterns are matched with.
-    name: String,
-    tensors: BTreeMap<&'static str, Tensor>,
-}
-
 impl AdapterFile {
     /// Reads a PEFT folder; tensors become f32 on the CPU. All problems of the file are reported at once.
     pub fn read(dir: &Path) -> Result<Self> {
@@ -66,14 +55,13 @@ impl AdapterFile {
             ));
         }
         let text = String::from_utf8_lossy(&files::read(&config_path, MAX_CONFIG)?).into_owned();
-        let ReadConfig { mut config, patterns, mut notes } = ReadConfig::parse(&config_path, &text)?;
+        let mut config = ReadConfig::parse(&config_path, &text)?;
         let file = TensorFile::open(&dir.join(WEIGHTS_FILE))?;
         let metadata = file.texts();
-        restore_coft(&mut config.method, &metadata);
-        let mut found = Found::in_file(&file, &config.method)?;
-        let layers = found.adapters(&mut config, &patterns, &mut notes);
+        let mut found = Found::in_file(&file, &*config.method)?;
+        let layers = found.adapters(&mut config, &metadata);
         if layers.is_empty() && found.problems.is_empty() {
-            let names = part_names(&config.method)[0];
+            let names = config.method.tensor_names()[0];
             found.problems.push(format!(
                 "expected tensors named `..LAYER.{names}`, found {}",
                 tensor_file::list(&file.names())
@@ -82,7 +70,9 @@ impl AdapterFile {
         if !found.problems.is_empty() {
             return Err(Error::Weights { path: file.path().to_path_buf(), problems: found.problems });
         }
-        Ok(Self { config, layers, biases: found.biases, unused: found.unused, metadata, notes })
+        let notes = std::mem::take(&mut config.notes);
+        let Found { biases, unused, .. } = found;
+        Ok(Self { config: config.finish(), layers, biases, unused, metadata, notes })
     }
 }
 
@@ -96,24 +86,24 @@ struct Found {
 }
 
 impl Found {
-    fn in_file(file: &TensorFile, method: &Method) -> Result<Self> {
+    fn in_file(file: &TensorFile, method: &dyn MethodSettings) -> Result<Self> {
         let mut found = Self::default();
         for key in file.names() {
             let name = key.strip_prefix("base_model.model.").unwrap_or(&key);
             // transformers 4 puts this before the names of a text tower, 5 does not
             let short = name.strip_prefix("text_model.").unwrap_or(name);
-            let part = part_names(method).iter().find_map(|part| {
+            let part = method.tensor_names().iter().find_map(|part| {
                 let layer = |name: &str| Some(name.strip_suffix(part)?.strip_suffix('.')?.to_string());
                 Some((*part, layer(name)?, layer(short)?))
             });
             let bias =
                 short.strip_suffix(".bias").map(|layer| layer.strip_suffix(".base_layer").unwrap_or(layer));
-            let of_adapter = [".hra_", ".lora_", ".oft_", ".boft_"].iter().any(|p| name.contains(p));
+            let of_adapter = methods::readers().any(|r| name.split('.').any(|p| p.starts_with(r.prefix)));
             if part.is_none() && of_adapter {
                 found.problems.push(format!(
                     "`{key}`: expected only tensors of {}, which are named {}",
                     method.describe(),
-                    part_names(method).join(", ")
+                    method.tensor_names().join(", ")
                 ));
                 continue;
             } else if part.is_none() && bias.is_none() {
@@ -132,8 +122,8 @@ impl Found {
             }
             let earlier = match (part, bias) {
                 (Some((part, name, layer)), _) => {
-                    let parts = found.parts.entry(layer).or_default();
-                    parts.name = name;
+                    let parts = found.parts.entry(layer.clone()).or_default();
+                    (parts.layer, parts.name) = (layer, name);
                     parts.tensors.insert(part, tensor)
                 }
                 (None, bias) => found.biases.insert(bias.unwrap_or_default().to_string(), tensor),
@@ -148,115 +138,26 @@ impl Found {
     /// The adapters that the tensors are; problems are added to the others.
     fn adapters(
         &mut self,
-        config: &mut AdapterConfig,
-        patterns: &Patterns,
-        notes: &mut Vec<String>,
+        config: &mut ReadConfig,
+        metadata: &BTreeMap<String, String>,
     ) -> BTreeMap<String, Box<dyn Adapter>> {
-        let names: Vec<String> = self.parts.values().map(|parts| parts.name.clone()).collect();
-        let exceptions = patterns.resolve(&names).unwrap_or_else(|problems| {
-            self.problems.extend(problems);
-            Exceptions::default()
-        });
-        let mut factors = BTreeSet::new();
-        let mut layers = BTreeMap::new();
-        for (layer, parts) in std::mem::take(&mut self.parts) {
-            let rank = exceptions.rank.get(&parts.name).copied();
-            let alpha = exceptions.alpha.get(&parts.name).copied();
-            if let Method::Lora(lora) = &config.method {
-                config.exceptions.rank.extend(rank.filter(|r| *r != lora.rank).map(|r| (layer.clone(), r)));
-                config
-                    .exceptions
-                    .alpha
-                    .extend(alpha.filter(|a| *a != lora.alpha).map(|a| (layer.clone(), a)));
-            }
-            factors.extend(parts.tensors.get("boft_R").and_then(|r| r.size().first().copied()));
-            match adapter(&config.method, parts, rank, alpha) {
+        let layers: Vec<Parts> = std::mem::take(&mut self.parts).into_values().collect();
+        match config.method.settle(&FileFacts { layers: &layers, metadata }) {
+            Ok(notes) => config.notes.extend(notes),
+            Err(problems) => self.problems.extend(problems),
+        }
+        let mut adapters = BTreeMap::new();
+        for parts in layers {
+            let layer = parts.layer.clone();
+            match config.method.adapter(parts) {
                 Ok(adapter) => {
-                    layers.insert(layer, adapter);
+                    adapters.insert(layer, adapter);
                 }
                 Err(problem) => self.problems.push(format!("`{layer}`: {problem}")),
             }
         }
-        if let Method::Boft(boft) = &mut config.method
-            && !factors.is_empty()
-            && factors != BTreeSet::from([boft.factors])
-        {
-            if factors == BTreeSet::from([1]) {
-                // PEFT without its CUDA extension makes one factor whatever the config says, and writes the config.
-                notes.push(format!(
-                    "its config speaks of {} butterfly factors, its tensors are of one",
-                    boft.factors
-                ));
-                *boft = BoftConfig { factors: 1, ..*boft };
-            } else {
-                self.problems.push(format!(
-                    "boft_n_butterfly_factor: expected {} factors in every boft_R, found {factors:?}",
-                    boft.factors
-                ));
-            }
-        }
-        layers
+        adapters
     }
-}
-
-/// The last parts of a method's tensor names.
-fn part_names(method: &Method) -> &'static [&'static str] {
-    match method {
-        Method::Hra(_) => &["hra_u"],
-        Method::Lora(LoraConfig { dora: false, .. }) => &["lora_A.weight", "lora_B.weight"],
-        Method::Lora(_) => &["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"],
-        Method::Oft(_) => &["oft_R.weight"],
-        Method::Boft(_) => &["boft_R", "boft_s"],
-        Method::Full => &["weight"],
-    }
-}
-
-/// The adapter of one layer; `rank` and `alpha` where the layer is an exception.
-fn adapter(
-    method: &Method,
-    mut parts: Parts,
-    rank: Option<i64>,
-    alpha: Option<f64>,
-) -> std::result::Result<Box<dyn Adapter>, String> {
-    let mut take = |name: &str| {
-        parts
-            .tensors
-            .remove(name)
-            .ok_or_else(|| format!("expected a tensor {name} beside the others, found none"))
-    };
-    Ok(match method {
-        Method::Hra(hra) => {
-            let hra_u = take("hra_u")?;
-            let shape = hra_u.size();
-            if shape.len() != 2 || shape[0] < 1 || shape[1] != hra.rank {
-                return Err(format!("hra_u: expected shape (d_in, {}), found {shape:?}", hra.rank));
-            }
-            super::check_stored_rank(hra.rank)?;
-            // HRA divides by the vectors' norms.
-            if hra_u.norm_scalaropt_dim(2, [0], false).min().double_value(&[]) == 0.0 {
-                return Err("hra_u: holds a vector of length zero, which has no direction".into());
-            }
-            Box::new(Hra::from_vectors(hra_u, hra.gram_schmidt))
-        }
-        Method::Lora(config) => {
-            let (a, b) = (take("lora_A.weight")?, take("lora_B.weight")?);
-            let expected = rank.unwrap_or(config.rank);
-            let found = a.size().first().copied().unwrap_or_default();
-            if found != expected {
-                return Err(format!("lora_A: expected rank {expected}, found {found}"));
-            }
-            let scale = LoraConfig::scale(expected, alpha.unwrap_or(config.alpha), config.rslora);
-            let lora = Lora::from_tensors(a, b, scale)?;
-            if config.dora {
-                Box::new(Dora::from_tensors(lora, take("lora_magnitude_vector")?)?)
-            } else {
-                Box::new(lora)
-            }
-        }
-        Method::Oft(config) => Box::new(Oft::from_tensor(take("oft_R.weight")?, *config)?),
-        Method::Boft(_) => Box::new(Boft::from_tensors(take("boft_R")?, take("boft_s")?)?),
-        Method::Full => return Err("expected an adapter, found a whole weight".into()),
-    })
 }
 
 impl AdapterFile {
@@ -273,17 +174,6 @@ impl AdapterFile {
             tensors.push((format!("{name}.{base}"), bias.shallow_clone()));
         }
         tensors
-    }
-}
-
-/// The paper's COFT, which a file keeps as text: a constraint of training that its use does not need.
-fn restore_coft(method: &mut Method, metadata: &BTreeMap<String, String>) {
-    if let Method::Oft(OftConfig { coft: coft @ Coft::None, .. }) = method
-        && let Some(eps) = metadata.get("coft_eps").and_then(|text| text.parse::<f64>().ok())
-        && eps > 0.0
-        && eps <= MOST_EPS
-    {
-        *coft = Coft::Paper { eps };
     }
 }
 

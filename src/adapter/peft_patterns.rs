@@ -10,11 +10,20 @@ const MAX_PATTERNS: usize = 10_000;
 /// A regular expression for the end of a layer's name, after a dot or whole (PEFT `get_pattern_key`); `None` if it is none, or
 /// none that a file may ask for: a hostile file may hold many large ones.
 pub(super) fn pattern(key: &str) -> Option<regex::Regex> {
+    bounded(key, r"(?:.*\.)?")
+}
+
+/// The same for whole names (Python's `re.fullmatch`).
+pub fn whole_pattern(key: &str) -> Option<regex::Regex> {
+    bounded(key, "")
+}
+
+fn bounded(key: &str, before: &str) -> Option<regex::Regex> {
     if key.len() > MAX_PATTERN {
         return None;
     }
     let limit = 1 << 18;
-    let whole = format!(r"^(?:.*\.)?(?:{key})$");
+    let whole = format!("^{before}(?:{key})$");
     regex::RegexBuilder::new(&whole).size_limit(limit).dfa_size_limit(limit).build().ok()
 }
 
@@ -28,8 +37,8 @@ pub struct Exceptions {
 }
 
 /// The patterns as they stand in a file, in its order, of which the first that matches counts.
-#[derive(Debug, Default)]
-pub(super) struct Patterns {
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Patterns {
     rank: Vec<(String, i64)>,
     alpha: Vec<(String, f64)>,
 }
@@ -59,9 +68,9 @@ impl Patterns {
         }
     }
 
-    /// What the patterns say of these layers, by PEFT's rule: a key must match the name's end, after a dot or at its start
+    /// What the patterns say of these layers, each with its name as the file has it, by PEFT's rule: a key must match the name's end, after a dot or at its start
     /// (`get_pattern_key`). Errors: keys that are no regular expressions.
-    pub(super) fn resolve(&self, layers: &[String]) -> Result<Exceptions, Vec<String>> {
+    pub(super) fn resolve(&self, layers: &[(&str, &str)]) -> Result<Exceptions, Vec<String>> {
         let mut problems = Vec::new();
         let rank = first_matches("rank_pattern", &self.rank, layers, &mut problems);
         let alpha = first_matches("alpha_pattern", &self.alpha, layers, &mut problems);
@@ -72,7 +81,7 @@ impl Patterns {
 fn first_matches<T: Copy>(
     field: &str,
     patterns: &[(String, T)],
-    layers: &[String],
+    layers: &[(&str, &str)],
     problems: &mut Vec<String>,
 ) -> BTreeMap<String, T> {
     let mut found = BTreeMap::new();
@@ -80,8 +89,8 @@ fn first_matches<T: Copy>(
         // One at a time, so that no more than one is in memory.
         match pattern(key) {
             Some(regex) => {
-                for layer in layers.iter().filter(|layer| regex.is_match(layer)) {
-                    found.entry(layer.clone()).or_insert(*value);
+                for (layer, _) in layers.iter().filter(|(_, name)| regex.is_match(name)) {
+                    found.entry((*layer).to_string()).or_insert(*value);
                 }
             }
             None => {

@@ -177,6 +177,10 @@ fn layer_effect(
                 adapter.change(&weight, *strength)
             };
             reports[i].add(&change, &weight);
+            if let Some(frozen) = layer.bias() {
+                let before = bias.as_ref().map_or_else(|| wide(frozen), Tensor::shallow_clone);
+                bias = adapter.change_bias(&before, *strength).or(bias);
+            }
             reports[i].note(&adapter.notes(&layer.weight().size()));
             form = Some(match (form, change.form) {
                 (None, new) => new,

@@ -23,7 +23,7 @@ pub fn attach_new(
     run_seed: u64,
 ) -> Result<usize> {
     let _guard = tch::no_grad_guard();
-    let full = *method == Method::Full;
+    let full = method.trains_whole_network();
     let mut count = 0;
     let mut others = Vec::new();
     let mut problems = Vec::new();

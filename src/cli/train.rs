@@ -1,6 +1,5 @@
 //! `hra train`.
 
-use crate::adapter::Method;
 use crate::cli::terminal;
 use crate::error::{Error, Result};
 use crate::lab::compare::checkpoints::{self, Judges, Scored};
@@ -131,7 +130,7 @@ fn json(outcome: &Outcome, config: &TrainConfig, scored: Option<&Scored>) -> Val
     let moved = outcome.movement;
     json!({
         "folder": outcome.folder,
-        "method": config.method().map_or("none", |method| method.name()),
+        "method": config.method,
         "parameters": outcome.parameters,
         "steps": outcome.steps,
         "seconds": outcome.seconds,
@@ -147,11 +146,18 @@ fn json(outcome: &Outcome, config: &TrainConfig, scored: Option<&Scored>) -> Val
 
 fn report(outcome: &Outcome, config: &TrainConfig) {
     let folder = outcome.folder.display();
-    let (what, readers) = match (config.method(), config.is_control()) {
-        (Some(Method::Full), false) => ("UNet", "loadable by diffusers"),
-        (Some(Method::Full), true) => ("UNet and control encoder", "each loadable by diffusers"),
-        (Some(_), false) => ("adapter", "loadable by PEFT"),
-        (Some(_), true) => ("adapter and control encoder", "loadable by PEFT and diffusers"),
+    let method = config.method().ok().flatten();
+    let whole = method.as_ref().map(|method| method.trains_whole_network());
+    let peft = method.is_some_and(|method| method.is_known_to_peft());
+    let (what, readers) = match (whole, config.is_control()) {
+        (Some(true), false) => ("UNet", "loadable by diffusers"),
+        (Some(true), true) => ("UNet and control encoder", "each loadable by diffusers"),
+        (Some(false), false) if peft => ("adapter", "loadable by PEFT"),
+        (Some(false), true) if peft => ("adapter and control encoder", "loadable by PEFT and diffusers"),
+        (Some(false), false) => ("adapter", "hra export makes a LoRA or a whole model of it"),
+        (Some(false), true) => {
+            ("adapter and control encoder", "hra export makes a LoRA or a whole model of the adapter")
+        }
         (None, _) => ("control encoder", "loadable by diffusers"),
     };
     println!("{what}: {folder} ({} values, {readers})", outcome.parameters);

@@ -359,7 +359,7 @@ impl LayerReport {
             name: name.to_string(),
             parameters: parameters.iter().map(|(_, t)| t.numel()).sum(),
             norm: squares.sqrt(),
-            change_norm: fixed_change(&parameters).then(|| low_rank_norm(adapter, &parameters)),
+            change_norm: adapter.adds_the_same_to_any_weight().then(|| change_norm(adapter)),
             relative_change,
             largest_angle: angles.map(|a| a.first().map_or(0.0, |angle| angle.to_degrees())),
             distance: angles.map(|a| a.iter().map(|x| x * x).sum::<f64>().sqrt().to_degrees()),
@@ -376,14 +376,9 @@ impl LayerReport {
     }
 }
 
-/// Whether these are the parameters of a method that adds the same to any weight.
-fn fixed_change(parameters: &[(&'static str, Tensor)]) -> bool {
-    parameters.iter().all(|(name, _)| name.starts_with("lora_A") || name.starts_with("lora_B"))
-}
-
-/// `||up down||_F`.
-fn low_rank_norm(adapter: &dyn Adapter, parameters: &[(&'static str, Tensor)]) -> f64 {
-    let (d_in, d_out) = (parameters[0].1.size()[1..].iter().product(), parameters[1].1.size()[0]);
+/// `||W' - W||_F` of an adapter that adds the same to any weight.
+fn change_norm(adapter: &dyn Adapter) -> f64 {
+    let (d_in, d_out) = adapter.size();
     let nothing = Tensor::zeros([1], (Kind::Double, Device::Cpu)).expand([d_out, d_in], false);
     match adapter.change(&nothing, 1.0).form {
         Form::LowRank { down, up } => {

@@ -15,7 +15,6 @@ mod totals;
 
 pub use checkpoint::Resume;
 
-use crate::adapter::Method;
 use crate::adapter::target::TargetRule;
 use crate::attach::parameters::Parameters;
 use crate::attach::{self, Movement};
@@ -82,6 +81,8 @@ struct Trainer<'a> {
     learning_rates: Vec<LearningRate>,
     /// Number of adapted layers.
     layers: usize,
+    /// Whether there are adapters beside base weights that stay.
+    has_adapter: bool,
     parts: Vec<TrainedPart>,
     fingerprint: String,
     metrics: Metrics,
@@ -161,7 +162,7 @@ impl<'a> Trainer<'a> {
         let targets = TargetRule::from_words(&config.target_modules)?;
         let schedule = NoiseSchedule::new(&model.scheduler, compute.device)?;
         let fingerprint = model.fingerprint()?;
-        let method = config.method();
+        let method = config.method()?;
         let text_targets = TargetRule::from_words(&config.text_target_modules)?;
         let mut layers = 0;
         if let Some(method) = &method {
@@ -228,7 +229,7 @@ impl<'a> Trainer<'a> {
 
         let batches = Batches::new(&model, &config, resolution, (instance, class), observer)?;
         let held_out = held_out.map(|f| HeldOut::new(&model, &config, resolution, &f)).transpose()?;
-        if method == Some(Method::Full) {
+        if method.as_ref().is_some_and(|method| method.trains_whole_network()) {
             attach::release_base(&mut model.unet);
         }
         let mut optimizer = AdamW::new(config.adamw(), &parameters);
@@ -263,6 +264,7 @@ impl<'a> Trainer<'a> {
             ema,
             learning_rates,
             layers,
+            has_adapter: method.is_some_and(|method| !method.trains_whole_network()),
             parts,
             fingerprint,
             metrics,
@@ -427,8 +429,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn movement(&mut self) -> Option<Movement> {
-        let has_adapter = self.config.method().is_some_and(|method| method != Method::Full);
-        has_adapter.then(|| attach::movement(&mut self.model))
+        self.has_adapter.then(|| attach::movement(&mut self.model))
     }
 
     fn seconds(&self) -> f64 {

@@ -1,7 +1,8 @@
 //! What a run needs before its first step: its files, its pictures, where it goes on, and where it starts.
 
 use crate::adapter::Method;
-use crate::adapter::peft::{AdapterConfig, AdapterFile, Bias, Exceptions};
+use crate::adapter::methods::full::FullConfig;
+use crate::adapter::peft::{AdapterConfig, AdapterFile, Bias};
 use crate::adapter::target::TargetRule;
 use crate::attach;
 use crate::attach::loaded::{TEXT_CLASS, TEXT_ENCODER, UNET_CLASS};
@@ -29,9 +30,9 @@ pub(super) fn trained_parts(
     text_targets: &TargetRule,
     control: Option<&EncoderConfig>,
 ) -> Result<Vec<TrainedPart>> {
-    let mut parts = match config.method() {
+    let mut parts = match config.method()? {
         None => Vec::new(),
-        Some(Method::Full) => {
+        Some(method) if method.trains_whole_network() => {
             let files = vec![("config.json", model.unet_config()?)];
             vec![TrainedPart::Network { folder: "unet", files }]
         }
@@ -58,7 +59,6 @@ fn adapter_parts(
         bias: config.bias,
         targets: targets.to_json(),
         base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
-        exceptions: Exceptions::default(),
     };
     let mut parts = vec![TrainedPart::Peft { place: "", config: adapter(targets), class: UNET_CLASS }];
     if config.train_text_encoder {
@@ -83,7 +83,7 @@ pub(super) fn control_encoder(
     let seed = seed::derive(config.seed, "control encoder", 0);
     let mut encoder = ConditionEncoder::start(own, seed, model.unet.device());
     let everything = TargetRule::from_words(&[".*".to_string()])?;
-    attach::attach_new(&mut encoder, &everything, &Method::Full, Bias::None, 0)?;
+    attach::attach_new(&mut encoder, &everything, &Method::new(FullConfig), Bias::None, 0)?;
     Ok(Some(encoder))
 }
 
@@ -158,7 +158,7 @@ pub(super) fn start_from(
 ) -> Result<()> {
     let Some(word) = &config.init_adapter else { return Ok(()) };
     let path = hub::resolve(word, Wanted::Adapter, observer)?;
-    let own = config.method().map_or_else(String::new, |method| method.describe());
+    let own = config.method()?.map_or_else(String::new, |method| method.describe());
     let mut values: BTreeMap<(String, String), Tensor> = BTreeMap::new();
     let mut problems = Vec::new();
     for place in ["", TEXT_ENCODER] {
@@ -173,7 +173,7 @@ pub(super) fn start_from(
             if what != own {
                 problems.push(format!("{} is {what}, this run trains {own}", folder.display()));
             }
-            if file.config.exceptions != Exceptions::default() {
+            if !file.config.method.is_uniform() {
                 problems.push(format!("{} has other ranks or alphas for some layers", folder.display()));
             }
             if file.metadata.get("base_fingerprint").is_some_and(|base| base != fingerprint) {

@@ -299,7 +299,7 @@ fn check_parts(file: &TensorFile) -> Result<Tower> {
     }
     let hint = if has("conditioner.embedders.") {
         "\nhint: this is a checkpoint of another family (Stable Diffusion XL), which is not supported"
-    } else if names.iter().any(|name| name.contains("lora_") || name.contains("hra_u")) {
+    } else if names.iter().any(|name| name.contains("lora_") || name.starts_with("base_model.model.")) {
         "\nhint: this looks like an adapter: give it with --adapter"
     } else if has("down_blocks.") || has("encoder.") || has("text_model.") {
         "\nhint: this looks like one part of a Hugging Face folder: give the folder"

@@ -369,13 +369,16 @@ pub fn train_config(scratch: &Path, input: &[u8]) {
     let matches = command.try_get_matches_from(["train"]).expect("no flag is needed");
     let given = TrainConfig::from_matches(&matches, &[&path]);
     for config in [given, TrainConfig::read(&path)].into_iter().flatten() {
-        let _ =
-            (config.method().map(|m| m.describe()), config.to_toml(), config.check_resume(&config, &Silent));
+        let _ = (
+            config.method().map(|m| m.map(|m| m.describe())),
+            config.to_toml(),
+            config.check_resume(&config, &Silent),
+        );
         if config.validate().is_err() {
             continue;
         }
         for shape in [[8, 8], [320, 768]] {
-            let Some(method) = config.method() else { continue };
+            let Ok(Some(method)) = config.method() else { continue };
             let _ = method.parameters_for(&shape);
             let weight = Tensor::ones(shape, (Kind::Float, Device::Cpu));
             let _ = method.start(&weight, config.seed).map(|adapter| adapter.project());

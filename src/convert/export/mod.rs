@@ -6,9 +6,10 @@ mod report;
 pub use report::{Approximation, ReadBack, Written};
 
 use crate::adapter::combine::{How, combine};
-use crate::adapter::lora::{LoraConfig, LoraInit};
 use crate::adapter::lora_file::{self, Change, Style};
-use crate::adapter::peft::{self, AdapterConfig, AdapterFile, Bias, Exceptions};
+use crate::adapter::methods::lora::LoraConfig;
+use crate::adapter::peft::{self, AdapterConfig, AdapterFile, Bias};
+use crate::adapter::peft_patterns::Exceptions;
 use crate::adapter::{Form, Method};
 use crate::attach::fixed::{AttachReport, Effect, effects};
 use crate::attach::loaded::{LoadedAdapter, TEXT_CLASS, TEXT_ENCODER, UNET_CLASS};
@@ -353,13 +354,11 @@ fn write_peft_lora(
                 exceptions.alpha.insert(change.layer.clone(), r as f64);
             }
             let alpha = rank as f64; // a scale of 1
-            let init = LoraInit::Gaussian;
             let config = AdapterConfig {
-                method: Method::Lora(LoraConfig { rank, alpha, rslora: false, init, dora: false }),
+                method: Method::new(LoraConfig { exceptions, ..LoraConfig::new(rank, alpha) }),
                 bias: Bias::None,
                 targets: own.iter().map(|change| change.layer.clone()).collect::<Vec<_>>().into(),
                 base_model: base_name(model),
-                exceptions,
             };
             let tensors: Vec<(String, Tensor)> = own
                 .iter()

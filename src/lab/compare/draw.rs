@@ -13,7 +13,7 @@ use crate::platform::device::{self, Compute};
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
-use crate::train::config::TrainConfig;
+use crate::train::config::{MethodName, TrainConfig};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -86,7 +86,7 @@ pub fn load(
     let mut control = None;
     if let Some(adapter) = adapter {
         // A control encoder may have been trained alone.
-        if config.method().is_some() {
+        if config.method != MethodName::NONE {
             let names = model.layer_names()?;
             let loaded = LoadedAdapter::read(adapter, &names)?;
             fixed::attach_fixed(&mut model, vec![(loaded, 1.0)], false)?;

@@ -12,7 +12,7 @@ use crate::lab::results::{self, CellRecord, RECORD_FILE};
 use crate::platform::device;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
-use crate::train::config::{MethodName, TrainConfig};
+use crate::train::config::TrainConfig;
 use std::path::Path;
 use std::time::Instant;
 use tch::{Kind, Tensor};
@@ -137,7 +137,9 @@ impl Probe {
         let train = &task.train;
         let rows = train.train_batch_size * train.gradient_accumulation_steps;
         let rows = if train.with_prior_preservation { 2 * rows } else { rows };
-        let calls = if train.method == MethodName::Full { CALLS_A_FULL_STEP } else { CALLS_A_STEP };
+        let method = train.method().ok().flatten();
+        let whole = method.is_some_and(|method| method.trains_whole_network());
+        let calls = if whole { CALLS_A_FULL_STEP } else { CALLS_A_STEP };
         self.seconds * rows as f64 * calls
     }
 

@@ -2,48 +2,26 @@
 //! folder ([`merge`]). Names are those of diffusers' DreamBooth scripts where they have one. No tensors and no paths opened here.
 
 mod merge;
+mod method_name;
 mod validate;
 
 pub use merge::own_names;
+pub use method_name::MethodName;
 
 use crate::adapter::Method;
-use crate::adapter::blocks::{Cayley, Partition};
-use crate::adapter::boft::BoftConfig;
-use crate::adapter::hra::{HraConfig, HraInit};
-use crate::adapter::lora::{LoraConfig, LoraInit};
-use crate::adapter::oft::{Coft, OftConfig};
+use crate::adapter::methods::hra::HraInit;
+use crate::adapter::methods::lora::LoraInit;
 use crate::adapter::peft::Bias;
 use crate::adapter::target::{ATTENTION, TEXT_ATTENTION};
 use crate::data::image::edges::Thresholds;
 use crate::data::pairs::{ConditionKind, PairSettings};
 use crate::diffusion::sampler::SamplerKind;
+use crate::error::Result;
 use crate::platform::device::{DeviceChoice, Precision};
 use crate::train::optim::{AdamWConfig, LearningRate, LrSchedule};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
-
-/// How the base model is adapted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum MethodName {
-    /// Householder Reflection Adaptation
-    Hra,
-    /// Low-rank adaptation
-    Lora,
-    /// LoRA with a trained magnitude for each output
-    Dora,
-    /// Orthogonal fine-tuning: a rotation of blocks of the inputs
-    Oft,
-    /// OFT whose rotations stay small
-    Coft,
-    /// OFT of butterfly factors, with a trained scale for each output
-    Boft,
-    /// All weights of the UNet, without an adapter
-    Full,
-    /// No adapter: the control encoder alone
-    None,
-}
 
 /// Everything that a training run depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Args)]
@@ -173,7 +151,7 @@ pub struct TrainConfig {
     pub class_scheduler: Option<SamplerKind>,
 
     /// Adaptation method
-    #[arg(long, value_enum, default_value_t = MethodName::Hra, help_heading = "Adapter")]
+    #[arg(long, value_parser = MethodName::parser(), default_value_t = MethodName::DEFAULT, help_heading = "Adapter")]
     pub method: MethodName,
     /// Capacity: hra reflections (even), lora and dora rank; oft, coft and boft split a layer's inputs into this many blocks
     #[arg(long, alias = "hra-r", default_value_t = 8, help_heading = "Adapter")]
@@ -305,34 +283,8 @@ pub struct TrainConfig {
 
 impl TrainConfig {
     /// The method with its settings; none where the control encoder trains alone.
-    pub fn method(&self) -> Option<Method> {
-        Some(match self.method {
-            MethodName::None => return None,
-            MethodName::Hra => Method::Hra(HraConfig {
-                rank: self.rank,
-                gram_schmidt: self.gram_schmidt,
-                init: self.hra_init,
-                allow_odd_rank: self.allow_odd_rank,
-            }),
-            MethodName::Lora | MethodName::Dora => Method::Lora(LoraConfig {
-                rank: self.rank,
-                alpha: self.lora_alpha.unwrap_or(self.rank as f64),
-                rslora: self.use_rslora,
-                init: self.init_lora_weights,
-                dora: self.method == MethodName::Dora,
-            }),
-            MethodName::Oft | MethodName::Coft => Method::Oft(OftConfig {
-                partition: self.partition(),
-                cayley: Cayley::Exact,
-                coft: match self.method {
-                    MethodName::Coft => Coft::Paper { eps: self.coft_eps },
-                    _ => Coft::None,
-                },
-                block_share: false,
-            }),
-            MethodName::Boft => Method::Boft(BoftConfig { partition: self.partition(), factors: 1 }),
-            MethodName::Full => Method::Full,
-        })
+    pub fn method(&self) -> Result<Option<Method>> {
+        self.method.entry().map(|entry| (entry.from_settings)(&self.to_table()?)).transpose()
     }
 
     /// Whether control trains.
@@ -351,10 +303,6 @@ impl TrainConfig {
             thresholds: Thresholds { low: self.canny_low, high: self.canny_high },
             palette: self.palette.clone(),
         }
-    }
-
-    fn partition(&self) -> Partition {
-        self.block_size.map_or(Partition::Blocks(self.rank), Partition::BlockSize)
     }
 
     /// The optimiser's settings.
@@ -380,7 +328,7 @@ impl TrainConfig {
             power: self.lr_power,
         };
         let mut rates = Vec::new();
-        if self.method != MethodName::None {
+        if self.method != MethodName::NONE {
             rates.push(rate(self.learning_rate));
         }
         if self.train_text_encoder {

@@ -1,5 +1,7 @@
 //! What can be checked of the settings without opening a file.
 
+use crate::adapter::Method;
+use crate::adapter::methods::METHODS;
 use crate::adapter::peft::Bias;
 use crate::adapter::target::TargetRule;
 use crate::data::pairs::ConditionKind;
@@ -7,63 +9,91 @@ use crate::error::{Error, Result};
 use crate::train::config::{MethodName, TrainConfig};
 use std::path::Path;
 
+/// What is wrong with the settings, one sentence each.
+#[derive(Default)]
+struct Problems(Vec<String>);
+
+impl Problems {
+    fn require(&mut self, ok: bool, problem: &str) {
+        if !ok {
+            self.0.push(problem.to_string());
+        }
+    }
+}
+
+fn given(path: &Path) -> bool {
+    !path.as_os_str().is_empty()
+}
+
+/// From 0 up to what f32 holds; larger factors are none for libtorch.
+fn natural(x: f64) -> bool {
+    (0.0..=f64::from(f32::MAX)).contains(&x)
+}
+
+fn positive(x: f64) -> bool {
+    natural(x) && x > 0.0
+}
+
 impl TrainConfig {
     /// Checks everything that can be checked without opening a file; all problems are listed.
     pub fn validate(&self) -> Result<()> {
-        let mut problems = Vec::new();
-        let mut require = |ok: bool, problem: &str| {
-            if !ok {
-                problems.push(problem.to_string());
-            }
-        };
-        let given = |path: &Path| !path.as_os_str().is_empty();
-        require(
+        let mut problems = Problems::default();
+        problems.require(
             given(&self.pretrained_model_name_or_path),
             "pretrained_model_name_or_path: a model folder is needed",
         );
         if self.is_control() {
-            require(
-                !given(&self.instance_data_dir) && self.instance_prompt.is_empty(),
-                "instance_data_dir and instance_prompt: train_data_dir has pictures and captions of its own",
-            );
-            require(
-                !self.with_prior_preservation,
-                "with_prior_preservation: class pictures have no conditions; leave it out with train_data_dir",
-            );
-            let (images, prompts) = (self.validation_image.len(), self.validation_prompt.len());
-            require(
-                images == prompts || images == 1 && prompts > 0,
-                "validation_image: expected one for each validation_prompt, or one for all",
-            );
+            self.check_control(&mut problems);
         } else {
-            require(
-                given(&self.instance_data_dir),
-                "instance_data_dir: a folder with the subject's pictures is needed (or train_data_dir, to train control)",
-            );
-            require(
-                !self.instance_prompt.trim().is_empty(),
-                "instance_prompt: a prompt is needed, such as \"a photo of sks dog\"",
-            );
-            let idle = self.validation_image.is_empty()
-                && self.control_lr.is_none()
-                && self.proportion_empty_prompts == 0.0
-                && self.palette.is_none()
-                && !self.make_conditions
-                && self.condition == ConditionKind::Other;
-            require(
-                idle && self.method != MethodName::None,
-                "condition, make_conditions, palette, proportion_empty_prompts, control_lr, validation_image and method none: only with \
-                 train_data_dir",
-            );
+            self.check_subject(&mut problems);
         }
-        require(
-            (0.0..=1.0).contains(&self.proportion_empty_prompts),
-            "proportion_empty_prompts: expected a share, 0 to 1",
+        self.check_counts(&mut problems);
+        self.check_numbers(&mut problems);
+        self.check_adapter(&mut problems);
+        let Problems(problems) = problems;
+        if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n"))) }
+    }
+
+    fn check_control(&self, problems: &mut Problems) {
+        problems.require(
+            !given(&self.instance_data_dir) && self.instance_prompt.is_empty(),
+            "instance_data_dir and instance_prompt: train_data_dir has pictures and captions of its own",
         );
-        require(
-            (0.0..=1e9).contains(&self.canny_low) && (self.canny_low..=1e9).contains(&self.canny_high),
-            "canny_low and canny_high: expected two numbers from 0 up, the first not above the second",
+        problems.require(
+            !self.with_prior_preservation,
+            "with_prior_preservation: class pictures have no conditions; leave it out with train_data_dir",
         );
+        let (images, prompts) = (self.validation_image.len(), self.validation_prompt.len());
+        problems.require(
+            images == prompts || images == 1 && prompts > 0,
+            "validation_image: expected one for each validation_prompt, or one for all",
+        );
+    }
+
+    fn check_subject(&self, problems: &mut Problems) {
+        problems.require(
+            given(&self.instance_data_dir),
+            "instance_data_dir: a folder with the subject's pictures is needed (or train_data_dir, to train control)",
+        );
+        problems.require(
+            !self.instance_prompt.trim().is_empty(),
+            "instance_prompt: a prompt is needed, such as \"a photo of sks dog\"",
+        );
+        let idle = self.validation_image.is_empty()
+            && self.control_lr.is_none()
+            && self.proportion_empty_prompts == 0.0
+            && self.palette.is_none()
+            && !self.make_conditions
+            && self.condition == ConditionKind::Other;
+        problems.require(
+            idle && self.method != MethodName::NONE,
+            "condition, make_conditions, palette, proportion_empty_prompts, control_lr, validation_image and method none: only with \
+             train_data_dir",
+        );
+    }
+
+    fn check_counts(&self, problems: &mut Problems) {
+        let mut require = |ok, problem| problems.require(ok, problem);
         require(given(&self.output_dir), "output_dir: a folder is needed");
         if self.with_prior_preservation {
             require(!self.class_prompt.trim().is_empty(), "class_prompt: needed for prior preservation");
@@ -84,9 +114,23 @@ impl TrainConfig {
         require(self.train_batch_size >= 1, "train_batch_size: expected 1 or more");
         require(self.sample_batch_size >= 1, "sample_batch_size: expected 1 or more");
         require(self.gradient_accumulation_steps >= 1, "gradient_accumulation_steps: expected 1 or more");
-        // Factors that f32 does not hold are none for libtorch.
-        let natural = |x: f64| (0.0..=f64::from(f32::MAX)).contains(&x);
-        let positive = |x: f64| natural(x) && x > 0.0;
+        require(self.lr_warmup_steps >= 0, "lr_warmup_steps: expected 0 or more");
+        require(self.validation_steps >= 1, "validation_steps: expected 1 or more");
+        require(self.checkpointing_steps >= 1, "checkpointing_steps: expected 1 or more");
+        require(self.checkpoints_total_limit != Some(0), "checkpoints_total_limit: expected 1 or more");
+        require(self.log_every >= 1, "log_every: expected 1 or more");
+    }
+
+    fn check_numbers(&self, problems: &mut Problems) {
+        let mut require = |ok, problem| problems.require(ok, problem);
+        require(
+            (0.0..=1.0).contains(&self.proportion_empty_prompts),
+            "proportion_empty_prompts: expected a share, 0 to 1",
+        );
+        require(
+            (0.0..=1e9).contains(&self.canny_low) && (self.canny_low..=1e9).contains(&self.canny_high),
+            "canny_low and canny_high: expected two numbers from 0 up, the first not above the second",
+        );
         require(self.text_encoder_lr.is_none_or(positive), "text_encoder_lr: expected a number above 0");
         require(self.control_lr.is_none_or(positive), "control_lr: expected a number above 0");
         require(positive(self.learning_rate), "learning_rate: expected a number above 0");
@@ -103,45 +147,69 @@ impl TrainConfig {
         require((0.0..1.0).contains(&self.adam_beta1), "adam_beta1: expected 0 up to 1");
         require((0.0..1.0).contains(&self.adam_beta2), "adam_beta2: expected 0 up to 1");
         require((0.0..1.0).contains(&self.ema_decay), "ema_decay: expected 0 up to 1");
-        require(self.lr_warmup_steps >= 0, "lr_warmup_steps: expected 0 or more");
         require(
             natural(self.lr_num_cycles) && natural(self.lr_power),
             "lr_num_cycles and lr_power: expected 0 or more",
         );
-        require(self.validation_steps >= 1, "validation_steps: expected 1 or more");
-        require(self.checkpointing_steps >= 1, "checkpointing_steps: expected 1 or more");
-        require(self.checkpoints_total_limit != Some(0), "checkpoints_total_limit: expected 1 or more");
-        require(self.log_every >= 1, "log_every: expected 1 or more");
+    }
+
+    fn check_adapter(&self, problems: &mut Problems) {
+        let mut require = |ok, problem| problems.require(ok, problem);
         require(!self.target_modules.is_empty(), "target_modules: expected at least one name");
         require(!self.text_target_modules.is_empty(), "text_target_modules: expected at least one name");
-        let hra = self.method == MethodName::Hra;
-        require(hra || self.hra_lambda == 0.0, "hra_lambda: only method hra has this regulariser");
-        require(hra || !self.gram_schmidt, "gram_schmidt: only method hra has this variant");
-        let blocks = [MethodName::Oft, MethodName::Coft, MethodName::Boft].contains(&self.method);
-        require(
-            blocks || self.block_size.is_none(),
-            "block_size: only methods oft, coft and boft have blocks",
-        );
-        let lora = [MethodName::Lora, MethodName::Dora].contains(&self.method);
-        require(lora || self.lora_alpha.is_none(), "lora_alpha: only methods lora and dora have it");
-        require(lora || !self.use_rslora, "use_rslora: only methods lora and dora have it");
-        let full = self.method == MethodName::Full;
-        require(!full || !self.train_text_encoder, "train_text_encoder: method full trains the UNet alone");
-        require(
-            !full || self.init_adapter.is_none(),
-            "init_adapter: method full starts from a model, not an adapter",
-        );
-        let none = self.method == MethodName::None;
+        let none = self.method == MethodName::NONE;
         require(!none || self.init_adapter.is_none(), "init_adapter: method none has no adapter");
         require(
             !none || !self.train_text_encoder,
             "train_text_encoder: method none trains the control encoder alone",
         );
         require(!none || self.bias == Bias::None, "bias: method none trains the control encoder alone");
-        problems.extend(self.method().and_then(|method| method.validate().err()).map(|e| e.to_string()));
-        for words in [&self.target_modules, &self.text_target_modules] {
-            problems.extend(TargetRule::from_words(words).err().map(|e| e.to_string()));
+        match self.method() {
+            Ok(Some(method)) => self.check_method(&method, problems),
+            Ok(None) => {}
+            Err(e) => problems.0.push(e.to_string()),
         }
-        if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n"))) }
+        for words in [&self.target_modules, &self.text_target_modules] {
+            problems.0.extend(TargetRule::from_words(words).err().map(|e| e.to_string()));
+        }
+        self.check_foreign(problems);
+    }
+
+    fn check_method(&self, method: &Method, problems: &mut Problems) {
+        problems.0.extend(method.validate().err().map(|e| e.to_string()));
+        let name = self.method;
+        let whole = method.trains_whole_network();
+        problems.require(
+            !whole || !self.train_text_encoder,
+            &format!("train_text_encoder: method {name} trains the UNet alone"),
+        );
+        problems.require(
+            !whole || self.init_adapter.is_none(),
+            &format!("init_adapter: method {name} starts from a model, not an adapter"),
+        );
+        problems.require(
+            method.keeps_bias() || self.bias == Bias::None,
+            &format!("bias: method {name} has no place for trained biases"),
+        );
+    }
+
+    /// Settings of other methods that are set: they would be without effect.
+    fn check_foreign(&self, problems: &mut Problems) {
+        let set = [
+            ("hra_lambda", self.hra_lambda != 0.0),
+            ("gram_schmidt", self.gram_schmidt),
+            ("block_size", self.block_size.is_some()),
+            ("lora_alpha", self.lora_alpha.is_some()),
+            ("use_rslora", self.use_rslora),
+        ];
+        let own = self.method.entry().map_or(&[][..], |entry| entry.settings);
+        for (setting, _) in set.iter().filter(|(setting, set)| *set && !own.contains(setting)) {
+            let of = METHODS.iter().filter(|entry| entry.settings.contains(setting));
+            let of: Vec<&str> = of.map(|entry| entry.name).collect();
+            problems.0.push(match &of[..] {
+                [one] => format!("{setting}: only method {one} has it"),
+                _ => format!("{setting}: only the methods {} have it", of.join(", ")),
+            });
+        }
     }
 }

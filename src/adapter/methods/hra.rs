@@ -10,9 +10,14 @@
 //! The Gram-Schmidt variant (paper section 3.3, lambda = infinity) is `H = I - 2 Q Q^T` with orthonormal `Q`.
 //! Raw vectors, norms and `T` are f32; products with activations are in the activations' dtype.
 
+use crate::adapter::how::ELSEWHERE;
+use crate::adapter::method::{
+    Combined, Entry, How, LayerChain, Link, Method, MethodSettings, Parts, PeftReader, own,
+};
 use crate::adapter::reflections::{Reflections, wy_factor};
-use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
+use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, check_stored_rank, matrix_shape};
 use crate::error::{Error, Result};
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 /// How the raw vectors start.
@@ -25,22 +30,50 @@ pub enum HraInit {
     Peft,
 }
 
-/// The settings of a new HRA adapter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The settings of HRA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
 pub struct HraConfig {
     /// Number of reflections r.
     pub rank: i64,
     /// Orthonormalise the vectors (PEFT's `apply_GS`).
     pub gram_schmidt: bool,
     /// Start of the vectors.
+    #[serde(rename = "hra_init")]
     pub init: HraInit,
     /// Allow an odd rank, which cannot start at the identity.
     pub allow_odd_rank: bool,
 }
 
-impl HraConfig {
-    /// Refuses ranks that cannot be trained as asked.
-    pub fn validate(&self) -> Result<()> {
+/// HRA's line in the registry.
+pub const METHOD: Entry = Entry {
+    name: "hra",
+    about: "Householder Reflection Adaptation",
+    settings: &["rank", "gram_schmidt", "hra_init", "allow_odd_rank", "hra_lambda"],
+    from_settings: |settings| own::<HraConfig>(settings).map(Method::new),
+    reader: Some(PeftReader {
+        peft_type: "HRA",
+        prefix: "hra_",
+        read: |fields| {
+            Some(Box::new(HraConfig {
+                rank: fields.positive("r"),
+                gram_schmidt: fields.flag("apply_GS", false),
+                init: HraInit::Peft,
+                allow_odd_rank: true,
+            }))
+        },
+    }),
+};
+
+impl MethodSettings for HraConfig {
+    fn name(&self) -> &'static str {
+        METHOD.name
+    }
+
+    fn describe(&self) -> String {
+        format!("HRA r {}{}", self.rank, if self.gram_schmidt { ", Gram-Schmidt" } else { "" })
+    }
+
+    fn validate(&self) -> Result<()> {
         if self.rank < 1 {
             return Err(Error::config(format!("rank: expected at least 1, found {}", self.rank)));
         }
@@ -55,6 +88,103 @@ impl HraConfig {
         }
         Ok(())
     }
+
+    fn start(&self, weight: &Tensor, seed: u64) -> std::result::Result<Box<dyn Adapter>, String> {
+        Ok(Box::new(Hra::new(&weight.flatten(1, -1), *self, seed)?))
+    }
+
+    fn parameters_for(&self, weight: &[i64]) -> std::result::Result<usize, String> {
+        let d_in = matrix_shape(weight).1;
+        check_rank(self.rank, d_in)?;
+        Ok((self.rank * d_in) as usize)
+    }
+
+    fn tensor_names(&self) -> &'static [&'static str] {
+        &["hra_u"]
+    }
+
+    fn to_peft(&self) -> Option<(&'static str, Value)> {
+        Some(("HRA", json!({"apply_GS": self.gram_schmidt, "init_weights": true, "r": self.rank})))
+    }
+
+    fn adapter(&self, mut parts: Parts) -> std::result::Result<Box<dyn Adapter>, String> {
+        let hra_u = parts.take("hra_u")?;
+        let shape = hra_u.size();
+        if shape.len() != 2 || shape[0] < 1 || shape[1] != self.rank {
+            return Err(format!("hra_u: expected shape (d_in, {}), found {shape:?}", self.rank));
+        }
+        check_stored_rank(self.rank)?;
+        // HRA divides by the vectors' norms.
+        if hra_u.norm_scalaropt_dim(2, [0], false).min().double_value(&[]) == 0.0 {
+            return Err("hra_u: holds a vector of length zero, which has no direction".into());
+        }
+        Ok(Box::new(Hra::from_vectors(hra_u, self.gram_schmidt)))
+    }
+
+    /// A product of reflections, written as reflections.
+    fn combine(&self, methods: &[&Method], layers: &[LayerChain], how: How) -> Result<Combined> {
+        let vectors: Vec<Tensor> =
+            layers.iter().map(|(name, chain)| combined(name, chain, how)).collect::<Result<_>>()?;
+        let longest = vectors.iter().map(|v| v.size()[1]).max().unwrap_or(0);
+        let parity = longest % 2;
+        // One rank for all layers: the sum of the ranks where the number of reflections allows it.
+        let ranks: i64 = methods.iter().filter_map(|method| method.of::<Self>()).map(|hra| hra.rank).sum();
+        let rank = longest.max(ranks - (ranks + parity) % 2).max(2 - parity);
+        let mut tensors = Vec::new();
+        for ((name, _), vectors) in layers.iter().zip(vectors) {
+            let missing = rank - vectors.size()[1];
+            if missing % 2 != 0 {
+                return Err(Error::config(format!(
+                    "{name}: expected an {} number of reflections as in other layers, found the opposite (the sign of the \
+                     determinant); one HRA adapter has one number for all layers\n{ELSEWHERE}",
+                    if parity == 0 { "even" } else { "odd" }
+                )));
+            }
+            // Pairs of equal vectors cancel.
+            let pairs = Tensor::ones([vectors.size()[0], missing], (Kind::Float, Device::Cpu));
+            tensors.push((format!("{name}.hra_u"), Tensor::cat(&[vectors, pairs], 1)));
+        }
+        Ok((Method::new(Self { rank, gram_schmidt: false, ..*self }), tensors))
+    }
+}
+
+fn check_rank(rank: i64, d_in: i64) -> std::result::Result<(), String> {
+    if rank <= d_in {
+        return Ok(());
+    }
+    Err(format!("rank: expected at most {d_in}, the layer's inputs, found {rank}"))
+}
+
+/// The vectors `(d_in, n)` of one layer's combination, n as small as it comes.
+fn combined(name: &str, chain: &[Link], how: How) -> Result<Tensor> {
+    let unreachable = || {
+        Error::config(format!(
+            "{name}: an odd number of reflections (determinant -1) has no orthogonal matrix between it and the base \
+             model\nhint: give it strength 1 and `--how chain`; `hra sample --adapter DIR=S` does the nearest thing"
+        ))
+    };
+    let factors: Vec<(&Hra, f64)> = chain.iter().map(|link| (link.get::<Hra>(), link.strength)).collect();
+    if how == How::Geodesic {
+        let factors: Vec<(Reflections, f64)> =
+            factors.iter().map(|(hra, s)| (hra.reflections(), *s)).collect();
+        return Ok(Reflections::geodesic_sum(&factors).ok_or_else(unreachable)?.vectors());
+    }
+    // As they are, no digit is lost.
+    if factors.iter().all(|(hra, strength)| !hra.gram_schmidt && *strength == 1.0) {
+        return Ok(Tensor::cat(&factors.iter().map(|(hra, _)| &hra.v).collect::<Vec<_>>(), 1));
+    }
+    let mut product: Option<Reflections> = None;
+    for (hra, strength) in factors {
+        let (power, left_over) = hra.reflections().power(strength);
+        if left_over && strength.fract() != 0.0 {
+            return Err(unreachable());
+        }
+        product = Some(match product {
+            None => power,
+            Some(before) => before.then(&power),
+        });
+    }
+    Ok(product.expect("the layer is in one of the files").vectors())
 }
 
 /// The HRA adapter of one layer.
@@ -91,9 +221,7 @@ impl Hra {
         let _guard = tch::no_grad_guard();
         let d_in = weight.size()[1];
         let r = config.rank;
-        if r > d_in {
-            return Err(format!("rank: expected at most {d_in}, the layer's inputs, found {r}"));
-        }
+        check_rank(r, d_in)?;
         let v = if config.gram_schmidt && config.init == HraInit::Auto {
             least_energy_directions(weight, r)
         } else {
@@ -156,6 +284,10 @@ impl Adapter for Hra {
 
     fn replace_parameters(&mut self, replace: &mut dyn FnMut(&Tensor) -> Tensor) {
         self.v = replace(&self.v);
+    }
+
+    fn size(&self) -> (i64, i64) {
+        (self.v.size()[0], 0)
     }
 
     /// `||I - U^T U||_F^2` on unit columns (paper eq. 6); nothing for the Gram-Schmidt variant, where it is zero.

@@ -5,8 +5,15 @@
 //! with dense raw blocks and that scale; PEFT makes more only with its CUDA extension.
 
 use crate::adapter::blocks::{self, Cayley, Partition};
+use crate::adapter::how::ELSEWHERE;
+use crate::adapter::method::{
+    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, Parts, PeftReader, own,
+};
+use crate::adapter::peft_fields::halves;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
 use crate::error::{Error, Result};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use tch::{Device, Kind, Tensor};
 
 /// The settings of a BOFT adapter.
@@ -18,22 +25,134 @@ pub struct BoftConfig {
     pub factors: i64,
 }
 
-impl BoftConfig {
-    /// Refuses settings that cannot be trained on any layer.
-    pub fn validate(&self) -> Result<()> {
-        match self.partition {
-            Partition::Blocks(n) if n < 1 => {
-                Err(Error::config(format!("rank: expected at least 1 block, found {n}")))
-            }
-            Partition::BlockSize(b) if b < 2 => Err(Error::config(format!(
-                "block_size: expected at least 2, as a block of one input cannot turn, found {b}"
-            ))),
-            _ if self.factors != 1 => Err(Error::config(format!(
-                "boft_n_butterfly_factor: expected 1 for training, found {}",
-                self.factors
-            ))),
-            _ => Ok(()),
+/// BOFT's line in the registry.
+pub const METHOD: Entry = Entry {
+    name: "boft",
+    about: "OFT of butterfly factors, with a trained scale for each output",
+    settings: &["rank", "block_size"],
+    from_settings: |settings| {
+        #[derive(serde::Deserialize)]
+        struct Own {
+            rank: i64,
+            block_size: Option<i64>,
         }
+        let Own { rank, block_size } = own(settings)?;
+        Ok(Method::new(BoftConfig { partition: Partition::new(rank, block_size), factors: 1 }))
+    },
+    reader: Some(PeftReader {
+        peft_type: "BOFT",
+        prefix: "boft_",
+        read: |fields| {
+            fields.refuse("fan_in_fan_out", "weights stored the other way round");
+            let partition = fields.partition("boft_block_num", "boft_block_size", 4);
+            let factors = fields.integer("boft_n_butterfly_factor", 1);
+            if factors < 1 {
+                fields.expected("boft_n_butterfly_factor", "a positive number");
+            }
+            Some(Box::new(BoftConfig { partition, factors }))
+        },
+    }),
+};
+
+impl MethodSettings for BoftConfig {
+    fn name(&self) -> &'static str {
+        METHOD.name
+    }
+
+    fn describe(&self) -> String {
+        let partition = self.partition.describe();
+        match self.factors {
+            1 => format!("BOFT {partition}"),
+            factors => format!("BOFT {partition}, {factors} factors"),
+        }
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.partition.validate()?;
+        if self.factors == 1 {
+            return Ok(());
+        }
+        let found = self.factors;
+        Err(Error::config(format!("boft_n_butterfly_factor: expected 1 for training, found {found}")))
+    }
+
+    fn start(&self, weight: &Tensor, _: u64) -> std::result::Result<Box<dyn Adapter>, String> {
+        Ok(Box::new(Boft::new(&weight.size(), weight.device(), *self)?))
+    }
+
+    fn parameters_for(&self, weight: &[i64]) -> std::result::Result<usize, String> {
+        let (d_out, d_in) = matrix_shape(weight);
+        let (n, b) = self.partition.of(d_in)?;
+        Ok((self.factors * n * b * b + d_out) as usize)
+    }
+
+    fn tensor_names(&self) -> &'static [&'static str] {
+        &["boft_R", "boft_s"]
+    }
+
+    fn to_peft(&self) -> Option<(&'static str, Value)> {
+        let (blocks, size) = halves(self.partition);
+        let own = json!({
+            "boft_block_num": blocks,
+            "boft_block_size": size,
+            "boft_dropout": 0.0,
+            "boft_n_butterfly_factor": self.factors,
+            "fan_in_fan_out": false,
+            "init_weights": true,
+        });
+        Some(("BOFT", own))
+    }
+
+    /// PEFT without its CUDA extension makes one factor whatever the config says, and writes the config.
+    fn settle(&mut self, file: &FileFacts) -> std::result::Result<Vec<String>, Vec<String>> {
+        let raw = file.layers.iter().filter_map(|parts| parts.tensors.get("boft_R"));
+        let factors: BTreeSet<i64> = raw.filter_map(|raw| raw.size().first().copied()).collect();
+        if factors.is_empty() || factors == BTreeSet::from([self.factors]) {
+            return Ok(Vec::new());
+        }
+        let said = self.factors;
+        if factors == BTreeSet::from([1]) {
+            self.factors = 1;
+            return Ok(vec![format!(
+                "its config speaks of {said} butterfly factors, its tensors are of one"
+            )]);
+        }
+        Err(vec![format!(
+            "boft_n_butterfly_factor: expected {said} factors in every boft_R, found {factors:?}"
+        )])
+    }
+
+    fn adapter(&self, mut parts: Parts) -> std::result::Result<Box<dyn Adapter>, String> {
+        Ok(Box::new(Boft::from_tensors(parts.take("boft_R")?, parts.take("boft_s")?)?))
+    }
+
+    /// Rotations of the same blocks, multiplied or added up; scales multiply.
+    fn combine(&self, _: &[&Method], layers: &[LayerChain], how: How) -> Result<Combined> {
+        let mut tensors = Vec::new();
+        for (name, chain) in layers {
+            let mut factors = Vec::new();
+            let mut scale: Option<Tensor> = None;
+            for link in chain {
+                let boft = link.get::<Boft>();
+                let raw = boft.wide(); // [m, n, b, b]
+                if raw.size()[0] != 1 {
+                    return Err(Error::config(format!(
+                        "{name}: expected BOFT adapters of one butterfly factor, found {}\n{ELSEWHERE}",
+                        raw.size()[0]
+                    )));
+                }
+                let raw = raw.squeeze_dim(0);
+                factors.push(((&raw - raw.transpose(1, 2)) * 0.5, link.strength));
+                let own = (&boft.scale - 1.0) * link.strength + 1.0;
+                // One file may hold them as a row and the other as a column, which would make a matrix of them.
+                scale =
+                    Some(scale.map_or_else(|| own.shallow_clone(), |before| &before * own.view_as(&before)));
+            }
+            let s = blocks::combined(name, &factors, how)?;
+            tensors.push((format!("{name}.boft_R"), s.unsqueeze(0).to_kind(Kind::Float)));
+            tensors.extend(scale.map(|scale| (format!("{name}.boft_s"), scale)));
+        }
+        Ok((Method::new(*self), tensors))
     }
 }
 
@@ -171,6 +290,11 @@ impl Adapter for Boft {
         Err(format!(
             "expected blocks for {d_in} inputs and {d_out} scales for this model, found boft_R {raw:?} and {scales} scales"
         ))
+    }
+
+    fn size(&self) -> (i64, i64) {
+        let raw = self.raw.size();
+        (raw[1] * raw[2], self.scale.numel() as i64)
     }
 
     /// `diag(1 + strength (s - 1)) W B^T` with each factor's blocks on the geodesic of the rotation group.

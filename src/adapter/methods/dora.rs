@@ -7,9 +7,74 @@
 //! |W_i + s (B A)_i|^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 <B_i (A A^T), B_i>
 //! ```
 
-use crate::adapter::lora::{Lora, LoraConfig};
+use crate::adapter::method::{Entry, FileFacts, Method, MethodSettings, Parts, PeftReader};
+use crate::adapter::methods::lora::{Lora, LoraConfig};
 use crate::adapter::{Adapter, Change, Form, Frozen};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
+
+/// The settings of DoRA: those of its LoRA.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DoraConfig(pub LoraConfig);
+
+/// DoRA's line in the registry.
+pub const METHOD: Entry = Entry {
+    name: "dora",
+    about: "LoRA with a trained magnitude for each output",
+    settings: crate::adapter::methods::lora::METHOD.settings,
+    from_settings: |settings| LoraConfig::from_settings(settings).map(|lora| Method::new(DoraConfig(lora))),
+    reader: Some(PeftReader {
+        peft_type: "LORA",
+        prefix: "lora_",
+        read: |fields| match fields.flag("use_dora", false) {
+            true => Some(Box::new(DoraConfig(LoraConfig::read(fields)))),
+            false => None,
+        },
+    }),
+};
+
+impl MethodSettings for DoraConfig {
+    fn name(&self) -> &'static str {
+        METHOD.name
+    }
+
+    fn describe(&self) -> String {
+        self.0.describe_as("DoRA")
+    }
+
+    fn validate(&self) -> crate::Result<()> {
+        self.0.validate()
+    }
+
+    fn start(&self, weight: &Tensor, seed: u64) -> Result<Box<dyn Adapter>, String> {
+        Ok(Box::new(Dora::new(weight, &self.0, seed)?))
+    }
+
+    fn parameters_for(&self, weight: &[i64]) -> Result<usize, String> {
+        Ok(self.0.parameters_for(weight)? + weight[0] as usize)
+    }
+
+    fn is_uniform(&self) -> bool {
+        self.0.is_uniform()
+    }
+
+    fn tensor_names(&self) -> &'static [&'static str] {
+        &["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"]
+    }
+
+    fn to_peft(&self) -> Option<(&'static str, Value)> {
+        Some(("LORA", self.0.peft_fields(true)))
+    }
+
+    fn settle(&mut self, file: &FileFacts) -> Result<Vec<String>, Vec<String>> {
+        self.0.settle(file)
+    }
+
+    fn adapter(&self, mut parts: Parts) -> Result<Box<dyn Adapter>, String> {
+        let lora = self.0.lora(&mut parts)?;
+        Ok(Box::new(Dora::from_tensors(lora, parts.take("lora_magnitude_vector")?)?))
+    }
+}
 
 /// The DoRA adapter of one layer.
 pub struct Dora {
@@ -33,7 +98,7 @@ impl Dora {
     }
 
     /// A new adapter for the frozen `weight`, whose row norms the magnitudes start at.
-    pub fn new(weight: &Tensor, config: LoraConfig, seed: u64) -> Result<Self, String> {
+    pub fn new(weight: &Tensor, config: &LoraConfig, seed: u64) -> Result<Self, String> {
         let _guard = tch::no_grad_guard();
         let lora = Lora::new(&weight.size(), weight.device(), config, seed)?;
         let norms = weight.flatten(1, -1).norm_scalaropt_dim_dtype(2, [1], false, Kind::Float);
@@ -77,6 +142,10 @@ impl Adapter for Dora {
 
     fn check(&self, weight: &[i64]) -> Result<(), String> {
         self.lora.check(weight)
+    }
+
+    fn size(&self) -> (i64, i64) {
+        self.lora.size()
     }
 
     /// On the straight line from W to W'.

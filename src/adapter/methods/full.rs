@@ -1,7 +1,60 @@
 //! Full fine-tuning as an adapter: the trained weight itself, in the place of the frozen one.
 
+use crate::adapter::method::{Entry, Method, MethodSettings, Parts};
 use crate::adapter::{Adapter, Change, Form, Frozen};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
+
+/// Full fine-tuning; it has no settings of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FullConfig;
+
+/// Full fine-tuning's line in the registry.
+pub const METHOD: Entry = Entry {
+    name: "full",
+    about: "All weights of the UNet, without an adapter",
+    settings: &[],
+    from_settings: |_| Ok(Method::new(FullConfig)),
+    reader: None,
+};
+
+impl MethodSettings for FullConfig {
+    fn name(&self) -> &'static str {
+        METHOD.name
+    }
+
+    fn describe(&self) -> String {
+        "full fine-tuning".into()
+    }
+
+    fn validate(&self) -> crate::Result<()> {
+        Ok(())
+    }
+
+    fn start(&self, weight: &Tensor, _: u64) -> Result<Box<dyn Adapter>, String> {
+        Ok(Box::new(Full::new(weight.to_kind(Kind::Float).copy())))
+    }
+
+    fn parameters_for(&self, weight: &[i64]) -> Result<usize, String> {
+        Ok(weight.iter().product::<i64>() as usize)
+    }
+
+    fn trains_whole_network(&self) -> bool {
+        true
+    }
+
+    fn tensor_names(&self) -> &'static [&'static str] {
+        &["weight"]
+    }
+
+    fn to_peft(&self) -> Option<(&'static str, Value)> {
+        None
+    }
+
+    fn adapter(&self, _: Parts) -> Result<Box<dyn Adapter>, String> {
+        Err("expected an adapter, found a whole weight".into())
+    }
+}
 
 /// A whole weight.
 pub struct Full {

@@ -1,0 +1,39 @@
+//! The registry: the methods there are, a file and a line each; [`super::method`] says what a method is.
+
+pub mod boft;
+pub mod dora;
+pub mod full;
+pub mod hra;
+pub mod lora;
+pub mod oft;
+
+use crate::adapter::method::{Entry, PeftReader};
+
+/// All methods, in the order in which they are told.
+#[rustfmt::skip]
+pub const METHODS: &[Entry] = &[
+    hra::METHOD,
+    lora::METHOD,
+    dora::METHOD,
+    oft::METHOD,
+    oft::CONSTRAINED,
+    boft::METHOD,
+    full::METHOD,
+];
+
+/// The method of that name.
+pub fn find(name: &str) -> Option<&'static Entry> {
+    METHODS.iter().find(|entry| entry.name == name)
+}
+
+/// The readers of PEFT's files.
+pub fn readers() -> impl Iterator<Item = &'static PeftReader> {
+    METHODS.iter().filter_map(|entry| entry.reader.as_ref())
+}
+
+/// Every `peft_type` that can be read, once.
+pub fn peft_types() -> Vec<&'static str> {
+    let mut types: Vec<&str> = readers().map(|reader| reader.peft_type).collect();
+    types.dedup();
+    types
+}

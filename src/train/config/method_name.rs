@@ -1,0 +1,63 @@
+//! The word that names a run's method: one of the registry's, or none.
+
+use crate::adapter::method::Entry;
+use crate::adapter::methods::{self, METHODS};
+use crate::error::{Error, Result};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use serde::{Deserialize, Serialize};
+
+/// How the base model is adapted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MethodName(&'static str);
+
+impl MethodName {
+    /// No adapter: the control encoder trains alone.
+    pub const NONE: Self = Self("none");
+
+    /// What is used where nothing is said.
+    pub const DEFAULT: Self = Self(METHODS[0].name);
+
+    /// Reads it from the command line, which lists all names.
+    pub fn parser() -> impl TypedValueParser<Value = Self> {
+        let values = METHODS.iter().map(|entry| PossibleValue::new(entry.name).help(entry.about));
+        let none = PossibleValue::new(Self::NONE.0).help("No adapter: the control encoder alone");
+        PossibleValuesParser::new(values.chain([none])).try_map(|word| word.parse::<Self>())
+    }
+
+    /// The method in the registry.
+    pub fn entry(self) -> Option<&'static Entry> {
+        methods::find(self.0)
+    }
+}
+
+impl std::fmt::Display for MethodName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::str::FromStr for MethodName {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self> {
+        let mut names = METHODS.iter().map(|entry| entry.name).chain([Self::NONE.0]);
+        if let Some(name) = names.clone().find(|name| *name == word) {
+            return Ok(Self(name));
+        }
+        let first = names.next().unwrap_or_default();
+        let all = names.fold(first.to_string(), |all, name| format!("{all}, {name}"));
+        Err(Error::config(format!("method: expected one of {all}, found {word}")))
+    }
+}
+
+impl Serialize for MethodName {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for MethodName {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
