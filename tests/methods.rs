@@ -5,6 +5,7 @@ mod support;
 use hra::adapter::blocks::{Cayley, Partition};
 use hra::adapter::methods::boft::BoftConfig;
 use hra::adapter::methods::dora::DoraConfig;
+use hra::adapter::methods::ether_plus::EtherPlusConfig;
 use hra::adapter::methods::full::FullConfig;
 use hra::adapter::methods::hra::{HraConfig, HraInit};
 use hra::adapter::methods::lora::{LoraConfig, LoraInit};
@@ -51,6 +52,7 @@ fn methods(b: i64) -> Vec<Method> {
         Method::new(OftConfig { cayley: Cayley::Neumann(5), ..blocks }),
         Method::new(OftConfig { coft: Coft::Paper { eps: 1e-2 }, ..blocks }),
         Method::new(BoftConfig { partition: Partition::BlockSize(b), factors: 1 }),
+        Method::new(EtherPlusConfig { partition: Partition::Blocks(1) }),
         Method::new(FullConfig),
     ]
 }
@@ -444,4 +446,34 @@ fn settings_that_no_layer_can_train_are_refused() {
         let text = method.validate().unwrap_err().to_string();
         assert!(text.contains(word), "{text}");
     }
+}
+
+#[test]
+fn ether_plus_is_the_papers_product_on_both_sides_and_its_change_is_bounded() {
+    // arXiv 2405.20271, eq. 5: H+ = I - u u^T + v v^T on each diagonal block, W' = H_out W H_in
+    let weight = randn(1, &[8, 12]);
+    let method = Method::new(EtherPlusConfig { partition: Partition::Blocks(2) });
+    let adapter = random(&method, &weight, 5);
+    let tensors: Vec<Tensor> =
+        adapter.parameters().into_iter().map(|(_, t)| t.to_kind(Kind::Double)).collect();
+    let dense = |u: &Tensor, v: &Tensor| {
+        let (n, b) = (u.size()[0], u.size()[1]);
+        let h = Tensor::zeros([n * b, n * b], F64);
+        for i in 0..n {
+            let unit = |t: &Tensor| t.get(i) / t.get(i).norm();
+            let (u, v) = (unit(u), unit(v));
+            let block = Tensor::eye(b, F64) - u.outer(&u) + v.outer(&v);
+            h.narrow(0, i * b, b).narrow(1, i * b, b).copy_(&block);
+        }
+        h
+    };
+    let (h_in, h_out) = (dense(&tensors[0], &tensors[1]), dense(&tensors[2], &tensors[3]));
+    let expected = h_out.matmul(&weight.to_kind(Kind::Double)).matmul(&h_in);
+    assert!(distance(&merged(&*adapter, &weight, 1.0), &expected) < 1e-6);
+    // its scale is the straight line
+    let half = (&expected + weight.to_kind(Kind::Double)) * 0.5;
+    assert!(distance(&merged(&*adapter, &weight, 0.5), &half) < 1e-6);
+    // and no block is further from the identity than the square root of 2
+    let away = (h_in - Tensor::eye(12, F64)).norm().double_value(&[]);
+    assert!(away <= 2.0 + 1e-12 && away > 0.1, "{away}");
 }

@@ -63,6 +63,7 @@ fn lora_and_dora() {
 fn rotations_of_blocks() {
     trains_and_resumes(&["--method", "oft", "--rank", "4"], &ADAPTER);
     trains_and_resumes(&["--method", "boft", "--block_size", "8"], &ADAPTER);
+    trains_and_resumes(&["--method", "ether+", "--rank", "4"], &ADAPTER);
     // A ball so small that the projection bites: every block ends on its surface.
     let scratch = trains_and_resumes(&["--method", "coft", "--rank", "4", "--coft_eps", "1e-7"], &ADAPTER);
     let file = TensorFile::open(&scratch.path("run/adapter_model.safetensors")).unwrap();

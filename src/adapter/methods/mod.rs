@@ -2,6 +2,7 @@
 
 pub mod boft;
 pub mod dora;
+pub mod ether_plus;
 pub mod full;
 pub mod hra;
 pub mod lora;
@@ -18,6 +19,7 @@ pub const METHODS: &[Entry] = &[
     oft::METHOD,
     oft::CONSTRAINED,
     boft::METHOD,
+    ether_plus::METHOD,
     full::METHOD,
 ];
 
