@@ -8,9 +8,12 @@ use hra::adapter::methods::dora::DoraConfig;
 use hra::adapter::methods::ether_plus::EtherPlusConfig;
 use hra::adapter::methods::full::FullConfig;
 use hra::adapter::methods::hra::{HraConfig, HraInit};
+use hra::adapter::methods::ia3::Ia3Config;
 use hra::adapter::methods::lora::{LoraConfig, LoraInit};
 use hra::adapter::methods::oft::{Coft, OftConfig};
+use hra::adapter::peft::{self, AdapterFile};
 use hra::adapter::{Adapter, Boft, Dora, Frozen, Geometry, Lora, Method, Oft};
+use hra::weights::tensor_file::TensorFile;
 use proptest::prelude::*;
 use std::sync::Mutex;
 use support::relative_error;
@@ -53,6 +56,7 @@ fn methods(b: i64) -> Vec<Method> {
         Method::new(OftConfig { coft: Coft::Paper { eps: 1e-2 }, ..blocks }),
         Method::new(BoftConfig { partition: Partition::BlockSize(b), factors: 1 }),
         Method::new(EtherPlusConfig { partition: Partition::Blocks(1) }),
+        Method::new(Ia3Config::default()),
         Method::new(FullConfig),
     ]
 }
@@ -476,4 +480,43 @@ fn ether_plus_is_the_papers_product_on_both_sides_and_its_change_is_bounded() {
     // and no block is further from the identity than the square root of 2
     let away = (h_in - Tensor::eye(12, F64)).norm().double_value(&[]);
     assert!(away <= 2.0 + 1e-12 && away > 0.1, "{away}");
+}
+
+#[test]
+fn ia3_is_pefts() {
+    let folder = support::root().join("tests/fixtures/ia3");
+    let file = AdapterFile::read(&folder).unwrap();
+    assert!(file.unused.is_empty() && file.notes.is_empty());
+    let numbers = TensorFile::open(&folder.join("numbers.safetensors")).unwrap();
+    let get = |name: &str| numbers.read(name).unwrap();
+    for (name, adapter) in &file.layers {
+        let (weight, bias) = (get(&format!("{name}.weight")), get(&format!("{name}.bias")));
+        let (x, geometry) = match weight.dim() {
+            2 => (get("rows"), Geometry::Linear),
+            _ => (get("picture"), Geometry::Conv { stride: 1, padding: 1 }),
+        };
+        adapter.check(&weight.size()).unwrap();
+        let frozen = Frozen { weight: &weight, bias: Some(&bias), geometry };
+        let y = adapter.forward(&frozen, &x);
+        assert!(relative_error(&y, &get(&format!("output.{name}"))) < 1e-6, "{name}");
+        let new = merged(&**adapter, &weight.flatten(1, -1), 1.0).view_as(&weight);
+        assert!(relative_error(&new, &get(&format!("merged.{name}.weight"))) < 1e-6, "{name}");
+        let wide = bias.to_kind(Kind::Double);
+        let new = adapter.change_bias(&wide, 1.0).unwrap_or(wide);
+        assert!(relative_error(&new, &get(&format!("merged.{name}.bias"))) < 1e-6, "{name}");
+    }
+    assert_eq!(file.layers.len(), 4);
+    // written again, it says the same
+    let again = tempfile::tempdir().unwrap();
+    let class = ("Layers", "__main__");
+    peft::write(again.path(), &file.config, class, &file.tensors(), Kind::Float, &[]).unwrap();
+    let read = |dir: &std::path::Path| {
+        let text = std::fs::read_to_string(dir.join(peft::CONFIG_FILE)).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        for key in ["target_modules", "feedforward_modules"] {
+            config[key].as_array_mut().unwrap().sort_by_key(|name| name.to_string());
+        }
+        config
+    };
+    assert_eq!(read(again.path()), read(&folder));
 }

@@ -137,3 +137,13 @@ fn a_run_starts_where_another_adapter_ended() {
         done.err
     );
 }
+
+#[test]
+fn factors_of_outputs() {
+    // Those of to_out.0 multiply its bias too.
+    trains_and_resumes(&["--method", "ia3"], &ADAPTER);
+    let scratch = Scratch::new();
+    let flags = scratch.train_flags("run", &["--method", "ia3", "--bias", "only"]);
+    let refused = scratch.run(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(refused.err.contains("bias: method ia3 has no place for trained biases"), "{}", refused.err);
+}

@@ -27,7 +27,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
-from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from peft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from peft.tuners.boft import layer as boft
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -96,6 +96,8 @@ METHODS = {
     "boft-layers": dict(method=BOFTConfig, boft_block_size=4, targets=LAYERS),
     "boft-all": dict(method=BOFTConfig, boft_block_size=4, bias="all"),
     "hra-all": dict(r=4, bias="all"),
+    "ia3": dict(method=IA3Config, feedforward_modules=[]),
+    "ia3-layers": dict(method=IA3Config, targets=LAYERS, feedforward_modules=["conv1", "proj_in"]),
     "text-lora": dict(method=LoraConfig, r=4, lora_alpha=6, targets=TEXT_ATTENTION + ["fc1"]),
     "text-oft": EXACT | dict(targets=TEXT_ATTENTION),
 }

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, get_peft_model
+from peft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -68,6 +68,7 @@ RUNS = {
     "boft-b8": Run(
         ["--method", "boft", "--block-size", 8, "--bias", "only"], BOFTConfig,
         BOFT | dict(boft_block_num=0, boft_block_size=8, bias="boft_only") | TARGETS),
+    "ia3": Run(["--method", "ia3"], IA3Config, dict(feedforward_modules=set()) | TARGETS),
     "full": Run(["--method", "full", "--learning_rate", 1e-4]),
 }
 ADAPTERS = {name: run for name, run in RUNS.items() if run.config}

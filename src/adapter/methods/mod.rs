@@ -5,6 +5,7 @@ pub mod dora;
 pub mod ether_plus;
 pub mod full;
 pub mod hra;
+pub mod ia3;
 pub mod lora;
 pub mod oft;
 
@@ -20,6 +21,7 @@ pub const METHODS: &[Entry] = &[
     oft::CONSTRAINED,
     boft::METHOD,
     ether_plus::METHOD,
+    ia3::METHOD,
     full::METHOD,
 ];
 
