@@ -15,6 +15,7 @@ use hra::adapter::target::{ATTENTION, TargetRule};
 use hra::attach;
 use hra::diffusion::noise::NoiseSchedule;
 use hra::diffusion::stable_diffusion::StableDiffusion;
+use hra::model::Conditioning;
 use hra::train::config::TrainConfig;
 use hra::train::loss::{Batch, training_loss};
 use std::fmt;
@@ -59,20 +60,20 @@ fn step(bencher: Bencher, Row(row): Row) {
     let schedule = NoiseSchedule::new(&model.scheduler, OPTIONS.1).expect("the embedded model's schedule");
     tch::manual_seed(0);
     let side = model.unet.sample_size().expect("the embedded model says its size");
-    let shape = [PICTURES, model.unet.in_channels(), side, side];
+    let shape = [PICTURES, model.denoiser().in_channels(), side, side];
     let (states, _) = model.encode_prompts(&["a fluent 3d emoji of a cat face"]).expect("a short prompt");
     let batch = Batch {
         latents: Tensor::randn(shape, OPTIONS),
         noise: Tensor::randn(shape, OPTIONS),
         timesteps: Tensor::from_slice(&[20i64, 300, 600, 980]),
-        context: states.repeat([PICTURES, 1, 1]),
+        conditioning: states.repeat(PICTURES),
         conditions: None,
         class_half: true,
     };
     let (batch, trained) = if METHODS[row].1.is_empty() {
-        let context = batch.context.detach().set_requires_grad(true);
-        let trained = vec![context.shallow_clone()];
-        (Batch { context, ..batch }, trained)
+        let states = batch.conditioning.states().detach().set_requires_grad(true);
+        let trained = vec![states.shallow_clone()];
+        (Batch { conditioning: Conditioning::new(states), ..batch }, trained)
     } else {
         (batch, attach_new(&mut model, METHODS[row].1))
     };

@@ -12,10 +12,11 @@ use hra::adapter::target::{ATTENTION, TargetRule};
 use hra::attach;
 use hra::attach::parameters::Parameters;
 use hra::diffusion::noise::NoiseSchedule;
-use hra::diffusion::sample::{self, Guides, Noise, Settings, Steering, Strength};
+use hra::diffusion::sample::{From, Noise, Request, Session, Settings, Steering, Strength};
 use hra::diffusion::sampler::SamplerKind;
-use hra::model::control::{ConditionEncoder, Control, ControlNet, EncoderConfig, Passes, Signals};
+use hra::model::control::{ConditionEncoder, Control, ControlNet, EncoderConfig, Passes};
 use hra::model::layers::{Layers, Module};
+use hra::model::{Call, Conditioning, Denoiser, Signals};
 use hra::platform::observer::Silent;
 use hra::train::loss::{Batch, training_loss};
 use support::{Case, cases, relative_error, root};
@@ -98,16 +99,18 @@ fn a_new_encoder_changes_nothing_whatever_the_condition() {
         let mut model = load(&case);
         let [sample, timesteps, context] = call(&case);
         let _guard = tch::no_grad_guard();
-        let base = model.unet.forward(&sample, &timesteps, &context);
+        let context = Conditioning::new(context);
+        let call = Call { sample: &sample, timesteps: &timesteps, conditioning: &context };
+        let base = model.unet.predict(call, &Signals::default());
         attach_hra(&mut model);
         let control = Control::Encoder(new_encoder(&model));
         for scale in [1.0, 50.0] {
             let features = control.features(&(conditions(&model, &sample) * scale));
-            let signals = || control.signals(&features, 1.0, Passes::Both, (&sample, &timesteps, &context));
-            let with = model.unet.controlled(&sample, &timesteps, &context, &signals());
+            let signals = || control.signals(&features, 1.0, Passes::Both, call);
+            let with = model.unet.predict(call, &signals());
             assert!(relative_error(&with, &base) < 1e-6, "{}: with the adapter", case.name);
             attach::set_enabled(&mut model, false);
-            let without = model.unet.controlled(&sample, &timesteps, &context, &signals());
+            let without = model.unet.predict(call, &signals());
             assert_eq!(without, base, "{}: bit for bit without it", case.name);
             attach::set_enabled(&mut model, true);
         }
@@ -119,7 +122,8 @@ fn batch(case: &Case, model: &StableDiffusion) -> Batch {
     let [latents, timesteps, context] = call(case);
     tch::manual_seed(12);
     let conditions = Some(conditions(model, &latents));
-    Batch { noise: latents.randn_like(), timesteps, context, conditions, latents, class_half: false }
+    let conditioning = Conditioning::new(context);
+    Batch { noise: latents.randn_like(), timesteps, conditioning, conditions, latents, class_half: false }
 }
 
 #[test]
@@ -152,7 +156,7 @@ fn gradients_reach_the_adapter_and_the_last_convolution_and_later_the_others_and
         for (name, norm) in gradients(&mut parameters) {
             assert!(norm > 0.0, "{} {name}", case.name);
         }
-        let frozen: &mut [&mut dyn Layers] = &mut [&mut model.unet, &mut model.text_encoder];
+        let frozen: &mut [&mut dyn Layers] = &mut [&mut model.unet, &mut model.texts[0].encoder];
         for module in frozen.iter_mut().flat_map(|network| network.modules_mut()) {
             let (name, tensors) = match module {
                 Module::Layer(layer) => (&layer.name, [Some(layer.weight()), layer.bias()]),
@@ -173,13 +177,15 @@ fn conditional_passes_leave_the_negative_half_alone() {
         // Another text for the negative half, so that a half in the wrong place shows.
         let context = Tensor::cat(&[&context.flip([0]), &context], 0);
         let [sample, timesteps] = [sample, timesteps].map(|t| Tensor::cat(&[&t, &t], 0));
-        let base = model.unet.forward(&sample, &timesteps, &context);
+        let context = Conditioning::new(context);
+        let call = Call { sample: &sample, timesteps: &timesteps, conditioning: &context };
+        let base = model.unet.predict(call, &Signals::default());
         let shown = conditions(&model, &sample.narrow(0, 0, 2));
         for control in [controlnet(&case), random_encoder(&case)] {
             let features = control.features(&shown);
             let out = |passes| {
-                let signals = control.signals(&features, 0.7, passes, (&sample, &timesteps, &context));
-                model.unet.controlled(&sample, &timesteps, &context, &signals)
+                let signals = control.signals(&features, 0.7, passes, call);
+                model.unet.predict(call, &signals)
             };
             let (both, conditional) = (out(Passes::Both), out(Passes::Conditional));
             let half = |t: &Tensor, i: i64| t.narrow(0, 2 * i, 2);
@@ -206,6 +212,10 @@ fn settings(sampler: SamplerKind, steps: usize, guidance: f64) -> Settings {
     }
 }
 
+fn noise(model: &StableDiffusion, settings: &Settings, seeds: &[u64]) -> Noise {
+    Session::<_, Control>::over(model, None).noise(seeds, settings, None).unwrap()
+}
+
 /// Final latents of two pictures at once.
 fn draw(
     model: &StableDiffusion,
@@ -213,13 +223,11 @@ fn draw(
     noise: &Noise,
     control: Option<(&Control, &Tensor, Strength)>,
 ) -> Tensor {
-    let steering = control.map(|(control, conditions, strength)| Steering {
-        control,
-        conditions: conditions.shallow_clone(),
-        strength,
-    });
-    let guides = Guides { control: steering, ..Guides::default() };
-    let pictures = sample::sample(model, settings, noise, &guides, 2, &Silent, &mut || {}).unwrap();
+    let mut session = Session::over(model, control.map(|(control, ..)| control));
+    let steering = control
+        .map(|(_, conditions, strength)| Steering { conditions: conditions.shallow_clone(), strength });
+    let request = Request { from: From::Noise(noise), steering, ..Request::new(settings, &[], 2) };
+    let pictures = session.draw(&request, &Silent).unwrap();
     Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0)
 }
 
@@ -228,7 +236,7 @@ fn without_strength_or_steps_a_control_draws_the_base_models_picture() {
     let case = &stored()[1];
     let model = load(case);
     let settings = settings(SamplerKind::Ddim, 4, 5.0);
-    let noise = Noise::draw(&[1, 2], &settings, &model).unwrap();
+    let noise = noise(&model, &settings, &[1, 2]);
     let base = draw(&model, &settings, &noise, None);
     tch::manual_seed(14);
     let shown = Tensor::rand([1, 3, settings.height, settings.width], (Kind::Float, Device::Cpu));
@@ -268,7 +276,7 @@ fn the_steered_calls_are_those_of_diffusers() {
     let control = controlnet(case);
     for (sampler, steps, start, end, kept) in KEPT {
         let settings = settings(sampler, steps, 1.0);
-        let noise = Noise::draw(&[4, 5], &settings, &model).unwrap();
+        let noise = noise(&model, &settings, &[4, 5]);
         let _guard = tch::no_grad_guard();
         tch::manual_seed(15);
         let shown = Tensor::rand([2, 3, settings.height, settings.width], (Kind::Float, Device::Cpu));
@@ -278,17 +286,18 @@ fn the_steered_calls_are_those_of_diffusers() {
         let plan = settings.plan(&model).unwrap();
         assert_eq!(plan.model_calls(), kept.len(), "{sampler}");
         let features = control.features(&shown);
-        let context = model.encode_prompts(&[&settings.prompt]).unwrap().0.repeat([2, 1, 1]);
+        let conditioning = &model.encode_prompts(&[&settings.prompt]).unwrap().0.repeat(2);
         let mut calls = kept.iter();
         let expected = plan.run(
             &noise.latents * plan.init_noise_sigma(),
             &mut |x, t| {
                 let timesteps = Tensor::full([2], t, (Kind::Float, Device::Cpu));
+                let call = Call { sample: x, timesteps: &timesteps, conditioning };
                 let signals = match calls.next() {
-                    Some(1) => control.signals(&features, 0.9, Passes::Both, (x, &timesteps, &context)),
+                    Some(1) => control.signals(&features, 0.9, Passes::Both, call),
                     _ => Signals::default(),
                 };
-                Ok(model.unet.controlled(x, &timesteps, &context, &signals))
+                Ok(model.denoiser().predict(call, &signals))
             },
             &mut |_| unreachable!("no sampler here draws noise on its way"),
             &mut |_| Ok(()),

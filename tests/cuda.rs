@@ -18,8 +18,10 @@ use hra::adapter::peft::Bias;
 use hra::adapter::target::{ATTENTION, TargetRule};
 use hra::attach;
 use hra::diffusion::noise::NoiseSchedule;
-use hra::diffusion::sample::{Guides, Noise, Settings, sample};
+use hra::diffusion::sample::{Request, Session, Settings};
 use hra::diffusion::sampler::SamplerKind;
+use hra::model::control::Control;
+use hra::model::{Conditioning, Denoiser};
 use hra::platform::cuda::cuda_memory;
 use hra::platform::device::{self, DeviceChoice};
 use hra::platform::observer::Silent;
@@ -90,7 +92,8 @@ fn the_networks_give_what_they_give_on_the_cpu() {
     let (here, there) = (load(Device::Cpu), load(gpu));
     assert_eq!(there.unet.device(), gpu);
 
-    let states = |model: &StableDiffusion| model.encode_prompts(&[PROMPT, ""]).unwrap().0;
+    let states =
+        |model: &StableDiffusion| model.encode_prompts(&[PROMPT, ""]).unwrap().0.states().shallow_clone();
     let context = states(&here);
     check("text states", &states(&there), &context, 1e-4);
 
@@ -98,9 +101,12 @@ fn the_networks_give_what_they_give_on_the_cpu() {
     let side = here.unet.sample_size().unwrap();
     let sample = Tensor::randn([2, 4, side, side], CPU);
     let timesteps = Tensor::from_slice(&[3i64, 801]);
-    let expected = here.unet.forward(&sample, &timesteps, &context);
-    let found =
-        there.unet.forward(&sample.to_device(gpu), &timesteps.to_device(gpu), &context.to_device(gpu));
+    let expected = here.unet.forward(&sample, &timesteps, &Conditioning::new(context.shallow_clone()));
+    let found = there.unet.forward(
+        &sample.to_device(gpu),
+        &timesteps.to_device(gpu),
+        &Conditioning::new(context.to_device(gpu)),
+    );
     check("unet", &found, &expected, 1e-4);
 
     let size = side * here.vae.factor();
@@ -132,11 +138,12 @@ fn loss_and_gradients(device: Device, gram_schmidt: bool) -> (Tensor, Vec<(Strin
 
     let side = model.unet.sample_size().unwrap();
     let random = |shape: &[i64]| Tensor::randn(shape, CPU).to_device(device);
+    let text = &model.texts[0].encoder;
     let batch = Batch {
         latents: random(&[2, 4, side, side]),
         noise: random(&[2, 4, side, side]),
         timesteps: Tensor::from_slice(&[40i64, 700]).to_device(device),
-        context: random(&[2, model.text_encoder.length(), model.text_encoder.width()]),
+        conditioning: Conditioning::new(random(&[2, text.length(), text.width()])),
         conditions: None,
         class_half: true,
     };
@@ -191,8 +198,8 @@ fn twelve_ddim_steps_end_where_the_cpu_ends() {
         height: 64,
     };
     let draw = |model: &StableDiffusion| {
-        let noise = Noise::draw(&[0, 1], &settings, model).unwrap();
-        let pictures = sample(model, &settings, &noise, &Guides::default(), 2, &Silent, &mut || {}).unwrap();
+        let mut session: Session<_, Control> = Session::over(model, None);
+        let pictures = session.draw(&Request::new(&settings, &[0, 1], 2), &Silent).unwrap();
         Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0)
     };
     check("latents", &draw(&there), &draw(&here), 1e-3);

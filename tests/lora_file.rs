@@ -50,7 +50,7 @@ fn every_style_has_the_effect_that_python_gives_it() {
     let mut model = StableDiffusion::load(&dir, Kind::Float, Device::Cpu).unwrap();
     let parts = [
         (Part::UNet, weights(&mut model.unet, "unet/diffusion_pytorch_model.safetensors")),
-        (Part::TextEncoder, weights(&mut model.text_encoder, "text_encoder/model.safetensors")),
+        (Part::TextEncoder, weights(&mut model.texts[0].encoder, "text_encoder/model.safetensors")),
     ];
     let expected = TensorFile::open(&fixture("expected")).unwrap();
     let probe = expected.read("probe").unwrap();

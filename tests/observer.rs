@@ -4,7 +4,7 @@
 mod support;
 
 use hra::Error;
-use hra::diffusion::sample::{Guides, Noise, Settings, sample};
+use hra::diffusion::sample::{Request, Session, Settings};
 use hra::diffusion::sampler::SamplerKind;
 use hra::diffusion::stable_diffusion::StableDiffusion;
 use hra::platform::observer::{Event, Observer};
@@ -114,12 +114,12 @@ fn train_and_draw() {
         assert_eq!(outcome.steps, 4);
         let model = StableDiffusion::load(&tiny_sd(), Kind::Float, Device::Cpu).unwrap();
         let settings = Settings::square(&model, "a cat face", Some(SamplerKind::Ddim), 2, 4.0, 64).unwrap();
-        let noise = Noise::draw(&[7], &settings, &model).unwrap();
+        let mut session = Session::open(model, Vec::new(), None).unwrap();
         let stopped = Collector { stop_after: Some(0), ..Collector::default() };
-        let guides = Guides::default();
-        let drawn = sample(&model, &settings, &noise, &guides, 1, &watching, &mut || {});
+        let request = Request::new(&settings, &[7], 1);
+        let drawn = session.draw(&request, &watching);
         assert_eq!(drawn.unwrap().len(), 1);
-        let drawn = sample(&model, &settings, &noise, &guides, 1, &stopped, &mut || {});
+        let drawn = session.draw(&request, &stopped);
         assert!(matches!(drawn.map(drop), Err(Error::Interrupted(_))));
     });
     assert_eq!(written, "", "the library wrote to the terminal");

@@ -11,8 +11,9 @@ use hra::attach;
 use hra::attach::fixed::attach_fixed;
 use hra::attach::loaded::{LayerNames, LoadedAdapter};
 use hra::diffusion::noise::NoiseSchedule;
-use hra::model::control::{CONTROL_ENCODER, ConditionEncoder, Control, ControlNet, Passes, Signals};
+use hra::model::control::{CONTROL_ENCODER, ConditionEncoder, Control, ControlNet, Passes};
 use hra::model::layers::Layers;
+use hra::model::{Call, Conditioning, Signals};
 use hra::train::loss::{Batch, training_loss};
 use hra::train::optim::{AdamW, AdamWConfig, clip_factor};
 use hra::weights::tensor_file::TensorFile;
@@ -27,7 +28,8 @@ fn load(case: &Case) -> StableDiffusion {
 }
 
 fn unet_call(case: &Case, model: &StableDiffusion) -> Tensor {
-    model.unet.forward(&case.get("unet.sample"), &case.get("unet.timestep"), &case.get("unet.context"))
+    let conditioning = Conditioning::new(case.get("unet.context"));
+    model.denoiser().forward(&case.get("unet.sample"), &case.get("unet.timestep"), &conditioning)
 }
 
 #[test]
@@ -37,13 +39,13 @@ fn prompts_become_the_same_ids_and_states() {
         let json = case.json();
         for (i, prompt) in json["prompts"].as_array().unwrap().iter().enumerate() {
             let prompt = prompt.as_str().unwrap();
-            let (ids, cut) = model.tokenizer.encode(prompt).unwrap();
+            let (ids, cut) = model.texts[0].tokenizer.encode(prompt).unwrap();
             let expected: Vec<i64> =
                 Vec::try_from(case.get(&format!("text.{i}.input_ids")).reshape([-1])).unwrap();
             assert_eq!(ids, expected, "{} `{prompt}`", case.name);
             assert_eq!(cut, 0);
             let (states, _) = model.encode_prompts(&[prompt]).unwrap();
-            case.check(&format!("text.{i}.hidden"), &states, 1e-5);
+            case.check(&format!("text.{i}.hidden"), states.states(), 1e-5);
         }
     }
 }
@@ -156,11 +158,11 @@ fn adapters_of_the_text_encoder_give_the_same_states() {
     for case in cases() {
         for adapter in adapters(&case, "hidden") {
             let mut model = load(&case);
-            let reports = attach_fixed(&mut model.text_encoder, fixed(&case, &adapter), false).unwrap();
+            let reports = attach_fixed(&mut model.texts[0].encoder, fixed(&case, &adapter), false).unwrap();
             assert!(reports[0].unused.is_empty());
             let json = case.json();
             let (states, _) = model.encode_prompts(&[json["prompts"][0].as_str().unwrap()]).unwrap();
-            case.check(&format!("{adapter}.hidden"), &states, 1e-5);
+            case.check(&format!("{adapter}.hidden"), states.states(), 1e-5);
         }
     }
 }
@@ -184,7 +186,7 @@ fn three_training_steps_are_the_same() {
             latents: case.get("step.latents"),
             noise: case.get("step.noise"),
             timesteps: case.get("step.timestep"),
-            context: case.get("step.context"),
+            conditioning: Conditioning::new(case.get("step.context")),
             conditions: None,
             class_half: true,
         };
@@ -254,14 +256,14 @@ fn controlnets_give_the_same_tensors() {
         assert_eq!(control.misfit(&model.unet, model.vae.factor()), None);
         let features = control.features(&control_case.get("control.image"));
         control_case.check("control.hint", &features, 1e-5);
-        let call = [case.get("unet.sample"), case.get("unet.timestep"), case.get("unet.context")];
-        let [sample, timesteps, context] = &call;
-        let signals = |scale| control.signals(&features, scale, Passes::Both, (sample, timesteps, context));
+        let (sample, timesteps) = (&case.get("unet.sample"), &case.get("unet.timestep"));
+        let call = Call { sample, timesteps, conditioning: &Conditioning::new(case.get("unet.context")) };
+        let signals = |scale| control.signals(&features, scale, Passes::Both, call);
         let unscaled = signals(1.0);
         // The case's single residuals have the scale of its call, 0.8.
         control_case.check("control.down.last", &(unscaled.skips.last().unwrap() * 0.8), 1e-5);
         control_case.check("control.mid", &(unscaled.middle.as_ref().unwrap() * 0.8), 1e-5);
-        let out = model.unet.controlled(sample, timesteps, context, &signals(0.8));
+        let out = model.denoiser().predict(call, &signals(0.8));
         control_case.check("control.out", &out, 1e-5);
         assert!(relative_error(&out, &case.get("unet.out")) > 1e-2, "{}: it steers", case.name);
     }
@@ -293,8 +295,9 @@ fn control_encoders_give_the_same_output_and_gradients() {
         }
         let _guard = tch::no_grad_guard();
         let signals = Signals { hint: Some(out), ..Signals::default() };
-        let (sample, timesteps) = (case.get("unet.sample"), case.get("unet.timestep"));
-        let out = model.unet.controlled(&sample, &timesteps, &case.get("unet.context"), &signals);
+        let (sample, timesteps) = (&case.get("unet.sample"), &case.get("unet.timestep"));
+        let call = Call { sample, timesteps, conditioning: &Conditioning::new(case.get("unet.context")) };
+        let out = model.denoiser().predict(call, &signals);
         expected.check("encoder.unet.out", &out, 1e-5);
         compared += 1;
     }

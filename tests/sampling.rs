@@ -4,7 +4,7 @@ mod support;
 
 use clap::ValueEnum;
 use hra::StableDiffusion;
-use hra::diffusion::sample::{Guides, Noise, Settings, sample};
+use hra::diffusion::sample::{From, Noise, Request, Session, Settings};
 use hra::diffusion::sampler::{Plan, SamplerKind};
 use hra::platform::observer::Silent;
 use support::{cases, relative_error};
@@ -24,7 +24,8 @@ fn every_scheduler_gives_the_latents_of_python() {
     let mut failures = Vec::new();
     for case in cases() {
         let model = StableDiffusion::load(&case.pipeline(), Kind::Float, Device::Cpu).unwrap();
-        let json = case.json();
+        let mut session = Session::open(model, Vec::new(), None).unwrap();
+        let (json, factor) = (case.json(), session.model().vae.factor());
         let latents = case.get("sample.noise");
         for sampler in SamplerKind::value_variants() {
             let key = format!("sample.{}.latents", sampler.name());
@@ -37,8 +38,8 @@ fn every_scheduler_gives_the_latents_of_python() {
                 karras: None,
                 steps: json["steps"].as_u64().unwrap() as usize,
                 guidance: json["guidance"].as_f64().unwrap(),
-                width: latents.size()[3] * model.vae.factor(),
-                height: latents.size()[2] * model.vae.factor(),
+                width: latents.size()[3] * factor,
+                height: latents.size()[2] * factor,
             };
             let steps = if case.has(&steps) {
                 case.get(&steps)
@@ -46,12 +47,12 @@ fn every_scheduler_gives_the_latents_of_python() {
                 Tensor::empty([0], (Kind::Float, Device::Cpu))
             };
             let noise = Noise { latents: latents.shallow_clone(), steps, image: None, masked_image: None };
-            let pictures =
-                sample(&model, &settings, &noise, &Guides::default(), 2, &Silent, &mut || {}).unwrap();
+            let request = Request { from: From::Noise(&noise), ..Request::new(&settings, &[], 2) };
+            let pictures = session.draw(&request, &Silent).unwrap();
             let found = Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0);
             let error = relative_error(&found, &case.get(&key));
             println!("{} {key}: {error:.1e}", case.name);
-            if error.is_nan() || error > tolerance(&model, *sampler) {
+            if error.is_nan() || error > tolerance(session.model(), *sampler) {
                 failures.push(format!("{} {key}: {error:.1e}", case.name));
             }
         }
@@ -74,7 +75,7 @@ fn every_ddim_step_is_that_of_python() {
         let start = case.get("sample.noise") * plan.init_noise_sigma();
         let predict = |x: &Tensor, timestep: f64| {
             let timesteps = Tensor::full([2], timestep, (Kind::Float, Device::Cpu));
-            let halves = model.unet.forward(&Tensor::cat(&[x, x], 0), &timesteps, &states).chunk(2, 0);
+            let halves = model.denoiser().forward(&Tensor::cat(&[x, x], 0), &timesteps, &states).chunk(2, 0);
             Ok(&halves[0] + (&halves[1] - &halves[0]) * guidance)
         };
         let end = plan.run_keeping(

@@ -4,6 +4,7 @@ mod support;
 
 use hra::StableDiffusion;
 use hra::convert::single_file::{Replaced, write_checkpoint, write_folder};
+use hra::model::Conditioning;
 use hra::model::layers::Layers;
 use hra::weights::part::Part;
 use hra::weights::source::TEXT_FILES;
@@ -25,16 +26,14 @@ fn a_checkpoint_gives_the_folders_tensors_states_and_output() {
         let _guard = tch::no_grad_guard();
         let prompts = case.json();
         for prompt in prompts["prompts"].as_array().unwrap() {
-            let states =
-                |model: &StableDiffusion| model.encode_prompts(&[prompt.as_str().unwrap()]).unwrap().0;
+            let states = |model: &StableDiffusion| {
+                model.encode_prompts(&[prompt.as_str().unwrap()]).unwrap().0.states().copy()
+            };
             assert!(states(&one).equal(&states(&other)), "{} {prompt}", case.name);
         }
         let call = |model: &StableDiffusion| {
-            model.unet.forward(
-                &case.get("unet.sample"),
-                &case.get("unet.timestep"),
-                &case.get("unet.context"),
-            )
+            let conditioning = Conditioning::new(case.get("unet.context"));
+            model.denoiser().forward(&case.get("unet.sample"), &case.get("unet.timestep"), &conditioning)
         };
         assert!(call(&one).equal(&call(&other)), "{}", case.name);
         let image = case.get("vae.image");
@@ -81,9 +80,10 @@ fn keys_and_shapes_are_those_of_published_checkpoints() {
         let file = TensorFile::open(&checkpoint(&case, dir.path())).unwrap();
         let mut model = load(&case.pipeline());
         let [unet, text] = [Part::UNet, Part::TextEncoder].map(|part| model.source.names(part).unwrap());
-        for (names, network) in
-            [(unet, &mut model.unet as &mut dyn Layers), (text, &mut model.text_encoder as &mut dyn Layers)]
-        {
+        for (names, network) in [
+            (unet, &mut model.unet as &mut dyn Layers),
+            (text, &mut model.texts[0].encoder as &mut dyn Layers),
+        ] {
             for layer in network.layers_mut() {
                 match names.layer(&layer.name) {
                     Some(name) => {
@@ -237,6 +237,6 @@ fn the_last_block_of_the_second_generation_is_filled_in() {
     };
     assert!(block(23).equal(&block(22)) && !block(22).equal(&block(21)));
     let loaded = load(&path);
-    let states = |model: &StableDiffusion| model.encode_prompts(&["a red apple"]).unwrap().0;
+    let states = |model: &StableDiffusion| model.encode_prompts(&["a red apple"]).unwrap().0.states().copy();
     assert!(states(&loaded).equal(&states(&load(&model))), "the last block is not computed");
 }

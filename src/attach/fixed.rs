@@ -99,7 +99,16 @@ pub enum Effect<'a> {
 /// place of the frozen ones and cost no memory beside them.
 pub fn attach_fixed(
     network: &mut dyn Layers,
-    adapters: Vec<(LoadedAdapter, f64)>,
+    mut adapters: Vec<(LoadedAdapter, f64)>,
+    keep_base: bool,
+) -> Result<Vec<AttachReport>> {
+    attach_again(network, &mut adapters, keep_base)
+}
+
+/// As [`attach_fixed`], of adapters that may be put on again, at other strengths.
+pub fn attach_again(
+    network: &mut dyn Layers,
+    adapters: &mut [(LoadedAdapter, f64)],
     keep_base: bool,
 ) -> Result<Vec<AttachReport>> {
     effects(network, adapters, &mut |effect| {
@@ -113,29 +122,30 @@ pub fn attach_fixed(
 /// LoRA adapters add up. Fully trained weights, biases and norms add what they moved from the base model.
 pub fn effects(
     network: &mut dyn Layers,
-    mut adapters: Vec<(LoadedAdapter, f64)>,
+    adapters: &mut [(LoadedAdapter, f64)],
     take: &mut dyn FnMut(Effect) -> Result<()>,
 ) -> Result<Vec<AttachReport>> {
     let _guard = tch::no_grad_guard();
     let mut reports: Vec<AttachReport> = adapters.iter().map(|(a, s)| AttachReport::new(a, *s)).collect();
+    adapters.iter_mut().for_each(|(adapter, _)| adapter.begin());
     let mut problems = vec![Vec::new(); adapters.len()];
     for module in network.modules_mut() {
         match module {
             Module::Layer(layer) => {
-                let (form, bias) = layer_effect(layer, &mut adapters, &mut reports, &mut problems)?;
+                let (form, bias) = layer_effect(layer, adapters, &mut reports, &mut problems)?;
                 if form.is_some() || bias.is_some() {
                     take(Effect::Layer { layer, form, bias })?;
                 }
             }
             Module::Norm(norm) => {
-                let (scale, shift) = norm_effect(norm, &mut adapters, &mut problems)?;
+                let (scale, shift) = norm_effect(norm, adapters, &mut problems)?;
                 if scale.is_some() || shift.is_some() {
                     take(Effect::Norm { norm, scale, shift })?;
                 }
             }
         }
     }
-    for ((report, (adapter, _)), mut problems) in reports.iter_mut().zip(&adapters).zip(problems) {
+    for ((report, (adapter, _)), mut problems) in reports.iter_mut().zip(&*adapters).zip(problems) {
         report.unused.extend(adapter.left());
         report.mean_change /= report.layers.max(1) as f64;
         if report.layers == 0 && problems.is_empty() && !adapter.is_control_alone {
@@ -163,7 +173,7 @@ fn layer_effect(
     let mut form: Option<Form> = None;
     let mut bias = None;
     for (i, (source, strength)) in adapters.iter_mut().enumerate() {
-        if let Some(adapter) = source.take_layer(&layer.name)? {
+        if let Some(adapter) = source.layer(&layer.name)? {
             if let Err(problem) = adapter.check(&layer.weight().size()) {
                 problems[i].push(format!("`{}`: {problem}", layer.name));
                 continue;
@@ -191,7 +201,7 @@ fn layer_effect(
                 (Some(Form::Dense(_)), new) => Form::Dense(new.merged(&weight)),
             });
         }
-        if let Some(trained) = source.take_bias(&layer.name)? {
+        if let Some(trained) = source.bias(&layer.name)? {
             match layer.bias() {
                 Some(frozen) if frozen.size() == trained.size() => {
                     moved(&mut bias, &wide(frozen), &wide(&trained), *strength);
@@ -217,8 +227,8 @@ fn norm_effect(
     let (mut scale, mut shift) = (None, None);
     for (i, (source, strength)) in adapters.iter_mut().enumerate() {
         let pairs = [
-            (source.take_scale(&norm.name)?, norm.weight(), &mut scale),
-            (source.take_bias(&norm.name)?, norm.bias(), &mut shift),
+            (source.scale(&norm.name)?, norm.weight(), &mut scale),
+            (source.bias(&norm.name)?, norm.bias(), &mut shift),
         ];
         for (trained, frozen, sum) in pairs {
             let Some(trained) = trained else { continue };

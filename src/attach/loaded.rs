@@ -53,13 +53,29 @@ pub struct LoadedAdapter {
     layers: BTreeMap<String, Box<dyn Adapter>>,
     biases: BTreeMap<String, Tensor>,
     /// A whole network is read layer by layer, when a layer asks for it.
-    full: Option<WholeNetwork>,
+    full: Option<TensorFile>,
+    /// Layers, biases and tensors of the whole network that fitted something.
+    used: BTreeSet<String>,
+    used_biases: BTreeSet<String>,
 }
 
-/// The file of a fully fine-tuned network, and the tensors that were not taken yet.
-struct WholeNetwork {
-    file: TensorFile,
-    left: BTreeSet<String>,
+/// The adapter of a layer: held in memory, or read for the occasion.
+pub enum LayerAdapter<'a> {
+    /// In memory.
+    Held(&'a (dyn Adapter + 'static)),
+    /// A weight of a fully fine-tuned network.
+    Read(Full),
+}
+
+impl std::ops::Deref for LayerAdapter<'_> {
+    type Target = dyn Adapter;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Self::Held(adapter) => *adapter,
+            Self::Read(adapter) => adapter,
+        }
+    }
 }
 
 impl LoadedAdapter {
@@ -75,6 +91,8 @@ impl LoadedAdapter {
             layers: BTreeMap::new(),
             biases: BTreeMap::new(),
             full: None,
+            used: BTreeSet::new(),
+            used_biases: BTreeSet::new(),
         };
         if let Some(file) = lora_file_at(path) {
             refuse_pickle(&file)?;
@@ -87,7 +105,7 @@ impl LoadedAdapter {
             let file = TensorFile::open(&full)?;
             loaded.what = "full fine-tuning".into();
             loaded.base_fingerprint = file.texts().remove("base_fingerprint");
-            loaded.full = Some(WholeNetwork { left: file.names().into_iter().collect(), file });
+            loaded.full = Some(file);
             return Ok(loaded);
         }
         let unet = path.join(peft::CONFIG_FILE).is_file();
@@ -169,14 +187,20 @@ impl LoadedAdapter {
         Ok(())
     }
 
-    /// The adapter of a layer, for good.
-    pub fn take_layer(&mut self, name: &str) -> Result<Option<Box<dyn Adapter>>> {
-        match &mut self.full {
-            None => Ok(self.layers.remove(name)),
-            Some(full) => {
-                Ok(full.take(format!("{name}.weight"))?.map(|t| Box::new(Full::new(t)) as Box<dyn Adapter>))
-            }
+    /// Forgets what was used, to be put on (again).
+    pub fn begin(&mut self) {
+        self.used.clear();
+        self.used_biases.clear();
+    }
+
+    /// The adapter of a layer.
+    pub fn layer(&mut self, name: &str) -> Result<Option<LayerAdapter<'_>>> {
+        if self.full.is_some() {
+            return Ok(self.whole(format!("{name}.weight"))?.map(|t| LayerAdapter::Read(Full::new(t))));
         }
+        let Some(adapter) = self.layers.get(name) else { return Ok(None) };
+        self.used.insert(name.to_string());
+        Ok(Some(LayerAdapter::Held(adapter.as_ref())))
     }
 
     /// What to tell the user if this was made for another base model than the one with this fingerprint.
@@ -190,23 +214,46 @@ impl LoadedAdapter {
         ))
     }
 
-    /// The trained bias of a layer or norm `(n)`, for good.
-    pub fn take_bias(&mut self, name: &str) -> Result<Option<Tensor>> {
-        match &mut self.full {
-            None => Ok(self.biases.remove(name)),
-            Some(full) => full.take(format!("{name}.bias")),
+    /// The adapter of a layer, for good; none of a fully fine-tuned network.
+    pub fn take_layer(&mut self, name: &str) -> Option<Box<dyn Adapter>> {
+        self.layers.remove(name)
+    }
+
+    /// The trained bias of a layer or norm `(n)`.
+    pub fn bias(&mut self, name: &str) -> Result<Option<Tensor>> {
+        if self.full.is_some() {
+            return self.whole(format!("{name}.bias"));
         }
+        let Some(bias) = self.biases.get(name) else { return Ok(None) };
+        self.used_biases.insert(name.to_string());
+        Ok(Some(bias.shallow_clone()))
     }
 
-    /// The trained scale of a norm `(n)`, for good.
-    pub fn take_scale(&mut self, name: &str) -> Result<Option<Tensor>> {
-        self.full.as_mut().map_or(Ok(None), |full| full.take(format!("{name}.weight")))
+    /// The trained scale of a norm `(n)`.
+    pub fn scale(&mut self, name: &str) -> Result<Option<Tensor>> {
+        if self.full.is_some() { self.whole(format!("{name}.weight")) } else { Ok(None) }
     }
 
-    /// Names of what was not taken.
+    /// Names of what fitted nothing so far.
     pub fn left(&self) -> Vec<String> {
-        let full = self.full.iter().flat_map(|f| f.left.iter().cloned());
-        self.layers.keys().chain(self.biases.keys()).cloned().chain(full).collect()
+        let full = self.full.iter().flat_map(TensorFile::names).filter(|key| !self.used.contains(key));
+        let layers = self.layers.keys().filter(|name| !self.used.contains(*name));
+        let biases = self.biases.keys().filter(|name| !self.used_biases.contains(*name));
+        layers.chain(biases).cloned().chain(full).collect()
+    }
+
+    /// A tensor of a fully fine-tuned network.
+    fn whole(&mut self, key: String) -> Result<Option<Tensor>> {
+        let Some(file) = self.full.as_ref().filter(|file| file.shape(&key).is_some()) else {
+            return Ok(None);
+        };
+        let tensor = file.read_as(&key, Kind::Float, Device::Cpu)?;
+        if tensor.isfinite().all().int64_value(&[]) == 0 {
+            let problem = format!("`{key}`: holds numbers that are not finite");
+            return Err(Error::format(file.path(), problem));
+        }
+        self.used.insert(key);
+        Ok(Some(tensor))
     }
 }
 
@@ -249,18 +296,4 @@ pub fn lora_layer(layer: &LoraLayer) -> std::result::Result<Box<dyn Adapter>, St
         }
         Some(magnitude) => Box::new(Dora::from_tensors(lora, magnitude.shallow_clone())?),
     })
-}
-
-impl WholeNetwork {
-    fn take(&mut self, key: String) -> Result<Option<Tensor>> {
-        if !self.left.remove(&key) {
-            return Ok(None);
-        }
-        let tensor = self.file.read_as(&key, Kind::Float, Device::Cpu)?;
-        if tensor.isfinite().all().int64_value(&[]) == 0 {
-            let problem = format!("`{key}`: holds numbers that are not finite");
-            return Err(Error::format(self.file.path(), problem));
-        }
-        Ok(Some(tensor))
-    }
 }

@@ -128,6 +128,12 @@ pub fn weight_count(network: &mut dyn Layers) -> usize {
     network.layers_mut().iter().map(|layer| layer.weight().numel()).sum()
 }
 
+/// Takes everything off that is attached to a network: it is the base model's again, unless new weights took the place of the
+/// frozen ones.
+pub fn detach(network: &mut dyn Layers) {
+    network.modules_mut().into_iter().for_each(Module::detach);
+}
+
 /// Switches everything that is attached to a network on or off.
 pub fn set_enabled(network: &mut dyn Layers, enabled: bool) {
     for module in network.modules_mut() {

@@ -103,7 +103,6 @@ pub struct Pairs {
 /// A control, and the conditions that it is shown.
 pub struct Controlled<'a> {
     asked: &'a Asked<'a>,
-    control: Control,
     conditions: Conditions<'a>,
     strength: Strength,
     /// The control encoder of an adapter, which the base model is drawn without.
@@ -248,7 +247,7 @@ impl Asked<'_> {
         prompts: usize,
         compute: &Compute,
         observer: &dyn Observer,
-    ) -> Result<Option<Controlled<'_>>> {
+    ) -> Result<Option<(Controlled<'_>, Control)>> {
         let args = self.args;
         if args.control.is_empty() && self.pairs.is_none() {
             if args.controlnet.is_some() {
@@ -310,7 +309,7 @@ impl Asked<'_> {
             }
         };
         let of_adapter = matches!(control, Control::Encoder(_));
-        Ok(Some(Controlled { asked: self, control, conditions, strength, of_adapter }))
+        Ok(Some((Controlled { asked: self, conditions, strength, of_adapter }, control)))
     }
 }
 
@@ -394,10 +393,10 @@ impl Controlled<'_> {
     }
 
     /// How a condition that [`Self::condition`] gave steers.
-    pub fn steering(&self, condition: &RgbImage) -> Steering<'_> {
+    pub fn steering(&self, condition: &RgbImage) -> Steering {
         let (width, height) = condition.dimensions();
         let conditions = conditions(&[condition], width.into(), height.into());
-        Steering { control: &self.control, conditions, strength: self.strength }
+        Steering { conditions, strength: self.strength }
     }
 
     /// What the pictures of prompt `p` say of their control.

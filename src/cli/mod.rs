@@ -7,6 +7,7 @@ mod evaluate;
 mod export;
 mod inspect;
 mod merge;
+mod noise;
 mod output;
 mod prepare;
 mod sample;

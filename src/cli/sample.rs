@@ -1,26 +1,28 @@
 //! `hra sample`.
 
+use crate::attach;
 use crate::attach::loaded::LoadedAdapter;
-use crate::attach::{self, fixed};
 use crate::cli::control::{ControlArgs, Controlled, Pairs};
+use crate::cli::noise::{Source, read_noise};
 use crate::cli::output::Output;
 use crate::cli::start::{Pictures, StartArgs};
 use crate::cli::terminal;
 use crate::data::image::grid::{Grid, GridRow};
-use crate::data::image::png;
-use crate::diffusion::sample::{self, Guides, Noise, Picture, Settings};
+use crate::data::image::{RgbImage, png};
+use crate::diffusion::sample::{From, Noise, Picture, Request, Session, Settings, Start};
 use crate::diffusion::sampler::{SamplerKind, Spacing};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::device::{self, DeviceChoice, Precision};
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::{Counter, Observer};
-use crate::weights::tensor_file::{self, TensorFile};
+use crate::weights::tensor_file;
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 /// Flags of `hra sample`.
 #[derive(Debug, Args)]
@@ -123,24 +125,11 @@ pub struct SampleArgs {
 /// Rows of the contact sheet: a sheet of thousands of pictures is of no use, and does not fit into memory.
 const MAX_ROWS: usize = 100;
 
-/// Where the noise comes from.
-enum Source {
-    Seeds(Vec<u64>),
-    Given(Noise),
-}
-
 /// Runs `hra sample`.
 pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
     let given =
         args.latents.as_deref().map(|path| read_noise(path, args.step_noise.as_deref())).transpose()?;
-    if !(1..=4096).contains(&args.batch_size) || !(1..=100_000).contains(&args.num_images.unwrap_or(1)) {
-        return Err(Error::config(
-            "--batch-size: expected 1 to 4096, and --num-images: expected 1 to 100000",
-        ));
-    }
-    if args.with_base && args.adapter.is_empty() {
-        return Err(Error::config("--with-base compares an adapter with the base model: give an --adapter"));
-    }
+    check_flags(args)?;
     let pictures = args.start.read()?;
     let compute = device::resolve(args.device, Some(args.dtype))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
@@ -156,51 +145,18 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
     let asked = args.control.look(&adapters, observer)?;
     let prompts = prompts(args, asked.pairs.as_ref())?;
     let names = asked.pairs.as_ref().map(Pairs::names).transpose()?;
-
-    let config = args.config.as_deref();
-    let mut model = StableDiffusion::load_with(&dir, config, compute.kind, compute.device)?;
-    model.notes.iter().for_each(|note| eprintln!("note: {note}"));
-    device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
-    let mut reports = Vec::new();
-    if !adapters.is_empty() {
-        let names = model.layer_names()?;
-        let adapters: Vec<(LoadedAdapter, f64)> = adapters
-            .iter()
-            .map(|(path, strength)| Ok((LoadedAdapter::read(path, &names)?, *strength)))
-            .collect::<Result<_>>()?;
-        let base = model.fingerprint()?;
-        for (adapter, _) in &adapters {
-            if let Some(note) = adapter.other_base(&base) {
-                eprintln!("warning: {note}");
-            }
-        }
-        reports = fixed::attach_fixed(&mut model, adapters, args.with_base)?;
-        reports.iter().for_each(|report| eprintln!("{report}"));
-    }
-    let control = asked.load(prompts.len(), &compute, observer)?;
-    let settings = settings(args, &model, given.as_ref(), pictures.as_ref(), control.as_ref())?;
-    settings.validate(&model)?;
+    let mut session = open(args, &dir, &adapters, &compute)?;
+    let controlled = asked.load(prompts.len(), &compute, observer)?.map(|(controlled, control)| {
+        session.set_control(Some(control));
+        controlled
+    });
+    let model = session.model();
+    let settings = settings(args, model, given.as_ref(), pictures.as_ref(), controlled.as_ref())?;
+    settings.validate(model)?;
     let start = pictures.map(|pictures| pictures.start(settings.width, settings.height)).transpose()?;
-    let first = control.as_ref().map(|control| control.condition(0, &settings)).transpose()?;
-    let steering = control.as_ref().zip(first.as_ref()).map(|(control, first)| control.steering(first));
-    let guides = Guides { start: start.as_ref(), control: steering };
-    guides.validate(&settings, &model)?;
-    note_of_size(args, &settings, &model);
-    if let (Some(control), Some(first)) = (&control, &first) {
-        control.warn_of_no_edges(first);
-    }
-    let source = source(args, &model, &settings, &guides, given)?;
-    let all: Vec<&str> = prompts
-        .iter()
-        .map(String::as_str)
-        .chain([args.negative_prompt.as_str()])
-        .filter(|p| !p.is_empty())
-        .collect();
-    if !all.is_empty() {
-        model.prompt_ids(&all)?.1.iter().for_each(|warning| eprintln!("warning: {warning}"));
-    }
-
-    let count = source.count();
+    let source = Source::new(args.num_images.unwrap_or(1), args.seed, given);
+    let mut job = Job { args, controlled, settings, start, source, prompts };
+    job.check(&mut session)?;
     if let Some(parent) = args.save_latents.as_deref().and_then(Path::parent)
         && !parent.as_os_str().is_empty()
         && !parent.is_dir()
@@ -210,87 +166,200 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
             parent.display()
         )));
     }
-    let output = Output { dir: &args.output, names, count };
+    let output = Output { dir: &args.output, names, count: job.source.count() };
     let read = [args.start.files(), asked.files()].concat();
-    output.prepare(args.with_base, prompts.len(), &read)?;
-    let passes = if args.with_base { 2 } else { 1 };
-    let calls =
-        sample::model_calls(&model, &settings, &guides, count, args.batch_size)? * prompts.len() * passes;
-    let progress = Counter::new(observer, "sampling", 0, calls as u64);
-    let mut done = 0;
-    let mut rows = Vec::new();
-    let mut latents = Vec::new();
-    let mut drawn = Vec::new();
-    for (p, prompt) in prompts.iter().enumerate() {
-        let settings = Settings { prompt: prompt.clone(), ..settings.clone() };
-        let noise = source.noise(&settings, &model, &guides)?;
-        let condition = control.as_ref().map(|control| control.condition(p, &settings)).transpose()?;
-        let mut images: Vec<_> = condition.iter().cloned().collect();
-        for base in if args.with_base { &[true, false][..] } else { &[false] } {
-            attach::set_enabled(&mut model, !base);
-            let mut tick = || {
-                done += 1;
-                progress.set(done, prompt);
-            };
-            // An adapter's control encoder is not the base model's.
-            let control = control.as_ref().filter(|control| !(*base && control.of_adapter));
-            let steering = control.zip(condition.as_ref()).map(|(control, image)| control.steering(image));
-            let guides = Guides { start: start.as_ref(), control: steering };
-            let mut pictures =
-                sample::sample(&model, &settings, &noise, &guides, args.batch_size, observer, &mut tick)?;
-            source.name(&mut pictures);
-            let names = if *base { String::new() } else { args.adapter.join(", ") };
-            let text = |seed| {
-                let mut text = settings.to_text(seed, &model.name(), &names);
-                args.start.add_to(&mut text);
-                text.extend(control.iter().flat_map(|control| control.text(p)));
-                text
-            };
-            output.save(p, &pictures, *base, &text)?;
-            if !base {
-                let wanted = pictures.iter().filter(|_| args.save_latents.is_some());
-                latents.extend(wanted.map(|p| p.latents.shallow_clone()));
-                drawn.extend(pictures.iter().enumerate().map(|(i, picture)| {
-                    let base = args.with_base.then(|| output.file(p, i, true));
-                    json!({"file": output.file(p, i, false), "base": base, "prompt": prompt, "seed": picture.seed})
-                }));
-            }
-            images.extend(pictures.into_iter().map(|p| p.image));
-        }
-        if rows.len() < MAX_ROWS {
-            rows.push(GridRow { label: prompt.clone(), images });
-        }
+    output.prepare(args.with_base, job.prompts.len(), &read)?;
+    let drawn = job.draw(&mut session, &output, observer)?;
+    job.finish(&session, drawn)
+}
+
+fn check_flags(args: &SampleArgs) -> Result<()> {
+    if !(1..=4096).contains(&args.batch_size) || !(1..=100_000).contains(&args.num_images.unwrap_or(1)) {
+        return Err(Error::config(
+            "--batch-size: expected 1 to 4096, and --num-images: expected 1 to 100000",
+        ));
     }
-    drop(progress);
-    if prompts.len() > MAX_ROWS {
-        eprintln!("note: grid.png holds the first {MAX_ROWS} of {} prompts", prompts.len());
+    if args.with_base && args.adapter.is_empty() {
+        return Err(Error::config("--with-base compares an adapter with the base model: give an --adapter"));
     }
-    let columns = (0..passes).flat_map(|pass| {
-        let what = if passes == 1 { "" } else { ["base, ", "tuned, "][pass] };
-        source.labels().into_iter().map(move |label| format!("{what}{label}"))
-    });
-    if let Some(path) = &args.save_latents {
-        tensor_file::write(path, &[("latents".to_string(), Tensor::cat(&latents, 0))], &[])?;
-    }
-    let condition = control.iter().map(|_| "condition".to_string());
-    let grid = Grid { columns: condition.chain(columns).collect(), rows };
-    let all = Settings { prompt: prompts.join("\n"), ..settings };
-    let mut text = all.to_text(Some(args.seed), &model.name(), &args.adapter.join(", "));
-    args.start.add_to(&mut text);
-    text.extend(control.iter().flat_map(Controlled::about));
-    let sheet = args.output.join("grid.png");
-    png::save_png(&sheet, &grid.render(), &text)?;
-    if args.json {
-        return super::print_json(&json!({
-            "output": args.output, "pictures": drawn, "grid": sheet, "latents": args.save_latents, "adapters": reports,
-            "start": args.start.to_json(), "control": control.map(|c| c.about().into_iter().collect::<BTreeMap<_, _>>()),
-        }));
-    }
-    let total = prompts.len() * count;
-    let base =
-        if args.with_base { format!(", and {total} of the base model in base/") } else { String::new() };
-    println!("{total} picture{} in {}{base}", if total == 1 { "" } else { "s" }, args.output.display());
     Ok(())
+}
+
+/// The model with its adapters; says what putting them on did.
+fn open(
+    args: &SampleArgs,
+    dir: &Path,
+    adapters: &[(PathBuf, f64)],
+    compute: &device::Compute,
+) -> Result<Session> {
+    let mut model = StableDiffusion::load_with(dir, args.config.as_deref(), compute.kind, compute.device)?;
+    model.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
+    if adapters.is_empty() {
+        return Session::open(model, Vec::new(), None);
+    }
+    let names = model.layer_names()?;
+    let adapters: Vec<(LoadedAdapter, f64)> = adapters
+        .iter()
+        .map(|(path, strength)| Ok((LoadedAdapter::read(path, &names)?, *strength)))
+        .collect::<Result<_>>()?;
+    let base = model.fingerprint()?;
+    for note in adapters.iter().filter_map(|(adapter, _)| adapter.other_base(&base)) {
+        eprintln!("warning: {note}");
+    }
+    let session = if args.with_base {
+        Session::open(model, adapters, None)?
+    } else {
+        Session::open_for_good(model, adapters, None)?
+    };
+    session.reports().iter().for_each(|report| eprintln!("{report}"));
+    Ok(session)
+}
+
+/// What is drawn, for all prompts.
+struct Job<'a> {
+    args: &'a SampleArgs,
+    controlled: Option<Controlled<'a>>,
+    /// With an empty prompt.
+    settings: Settings,
+    start: Option<Start>,
+    source: Source,
+    prompts: Vec<String>,
+}
+
+/// What was drawn.
+#[derive(Default)]
+struct Drawn {
+    rows: Vec<GridRow>,
+    latents: Vec<Tensor>,
+    /// A line of `--json` for each picture.
+    pictures: Vec<Value>,
+}
+
+impl Job<'_> {
+    /// What the request for a prompt is, less its noise.
+    fn request<'r>(
+        &'r self,
+        settings: &'r Settings,
+        from: From<'r>,
+        condition: Option<&RgbImage>,
+    ) -> Request<'r> {
+        let steering =
+            self.controlled.as_ref().zip(condition).map(|(control, image)| control.steering(image));
+        let batch_size = self.args.batch_size;
+        Request { settings, from, start: self.start.as_ref(), steering, batch_size, tick: None }
+    }
+
+    /// Refuses what cannot be drawn, and says what a user should know, before anything is written.
+    fn check(&mut self, session: &mut Session) -> Result<()> {
+        let args = self.args;
+        let first = self.controlled.as_ref().map(|c| c.condition(0, &self.settings)).transpose()?;
+        session.check(&self.request(&self.settings, From::Seeds(&[]), first.as_ref()))?;
+        note_of_size(args, &self.settings, session.model());
+        if let (Some(control), Some(first)) = (&self.controlled, &first) {
+            control.warn_of_no_edges(first);
+        }
+        let asked = (args.num_images, args.seed);
+        self.source.check(asked, session, &self.settings, self.start.as_ref())?;
+        let all = self.prompts.iter().chain([&args.negative_prompt]).map(String::as_str);
+        let all: Vec<&str> = all.filter(|p| !p.is_empty()).collect();
+        if !all.is_empty() {
+            session.model().tokens(&all)?.1.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        }
+        Ok(())
+    }
+
+    fn draw(&self, session: &mut Session, output: &Output, observer: &dyn Observer) -> Result<Drawn> {
+        let passes = if self.args.with_base { &[true, false][..] } else { &[false] };
+        let calls = session.calls(&self.request(&self.settings, self.source.from(), None))?;
+        let total = calls * self.prompts.len() * passes.len();
+        let progress = Counter::new(observer, "sampling", 0, total as u64);
+        let done = Cell::new(0);
+        let mut drawn = Drawn::default();
+        for (p, prompt) in self.prompts.iter().enumerate() {
+            let settings = Settings { prompt: prompt.clone(), ..self.settings.clone() };
+            let condition = self.controlled.as_ref().map(|c| c.condition(p, &settings)).transpose()?;
+            let mut images: Vec<_> = condition.iter().cloned().collect();
+            let tick = || {
+                done.set(done.get() + 1);
+                progress.set(done.get(), prompt);
+            };
+            for base in passes {
+                session.set_enabled(!base);
+                // An adapter's control encoder is not the base model's.
+                let control = self.controlled.as_ref().filter(|control| !(*base && control.of_adapter));
+                let shown = control.and(condition.as_ref());
+                let request =
+                    Request { tick: Some(&tick), ..self.request(&settings, self.source.from(), shown) };
+                let pictures = session.draw(&request, observer)?;
+                let names = if *base { String::new() } else { self.args.adapter.join(", ") };
+                let text = |seed| {
+                    let mut text = settings.to_text(seed, &session.model().name(), &names);
+                    self.args.start.add_to(&mut text);
+                    text.extend(control.iter().flat_map(|control| control.text(p)));
+                    text
+                };
+                output.save(p, &pictures, *base, &text)?;
+                if !base {
+                    drawn.add(self.args, output, p, prompt, &pictures);
+                }
+                images.extend(pictures.into_iter().map(|p| p.image));
+            }
+            if drawn.rows.len() < MAX_ROWS {
+                drawn.rows.push(GridRow { label: prompt.clone(), images });
+            }
+        }
+        Ok(drawn)
+    }
+
+    /// Writes what holds all pictures, and says what was drawn.
+    fn finish(self, session: &Session, drawn: Drawn) -> Result<()> {
+        let Self { args, controlled, settings, source, prompts, .. } = self;
+        let Drawn { rows, latents, pictures } = drawn;
+        if prompts.len() > MAX_ROWS {
+            eprintln!("note: grid.png holds the first {MAX_ROWS} of {} prompts", prompts.len());
+        }
+        let passes: &[&str] = if args.with_base { &["base, ", "tuned, "] } else { &[""] };
+        let columns = passes
+            .iter()
+            .flat_map(|pass| source.labels().into_iter().map(move |label| format!("{pass}{label}")));
+        if let Some(path) = &args.save_latents {
+            tensor_file::write(path, &[("latents".to_string(), Tensor::cat(&latents, 0))], &[])?;
+        }
+        let condition = controlled.iter().map(|_| "condition".to_string());
+        let grid = Grid { columns: condition.chain(columns).collect(), rows };
+        let total = prompts.len() * source.count();
+        let all = Settings { prompt: prompts.join("\n"), ..settings };
+        let mut text = all.to_text(Some(args.seed), &session.model().name(), &args.adapter.join(", "));
+        args.start.add_to(&mut text);
+        text.extend(controlled.iter().flat_map(Controlled::about));
+        let sheet = args.output.join("grid.png");
+        png::save_png(&sheet, &grid.render(), &text)?;
+        if args.json {
+            return super::print_json(&json!({
+                "output": args.output, "pictures": pictures, "grid": sheet, "latents": args.save_latents,
+                "adapters": session.reports(), "start": args.start.to_json(),
+                "control": controlled.map(|c| c.about().into_iter().collect::<BTreeMap<_, _>>()),
+            }));
+        }
+        let base =
+            if args.with_base { format!(", and {total} of the base model in base/") } else { String::new() };
+        println!("{total} picture{} in {}{base}", if total == 1 { "" } else { "s" }, args.output.display());
+        Ok(())
+    }
+}
+
+impl Drawn {
+    fn add(&mut self, args: &SampleArgs, output: &Output, p: usize, prompt: &str, pictures: &[Picture]) {
+        for (i, picture) in pictures.iter().enumerate() {
+            if args.save_latents.is_some() {
+                self.latents.push(picture.latents.shallow_clone());
+            }
+            let base = args.with_base.then(|| output.file(p, i, true));
+            let file = output.file(p, i, false);
+            self.pictures.push(json!({"file": file, "base": base, "prompt": prompt, "seed": picture.seed}));
+        }
+    }
 }
 
 /// Says so where a picture is drawn much larger than the model knows pictures, which costs time and coherence, unless asked for.
@@ -321,50 +390,6 @@ fn prompts(args: &SampleArgs, pairs: Option<&Pairs>) -> Result<Vec<String>> {
     Ok(prompts)
 }
 
-fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
-    let read = |path: &Path, name: &str, dims: usize| {
-        let file = TensorFile::open(path)?;
-        let tensor = file.read_as(name, Kind::Float, Device::Cpu)?;
-        if tensor.dim() != dims || tensor.numel() == 0 {
-            let found = tensor.size();
-            return Err(Error::format(
-                path,
-                format!("`{name}`: expected {dims} dimensions, found shape {found:?}"),
-            ));
-        }
-        Ok(tensor)
-    };
-    let latents = read(path, "latents", 4)?;
-    let beside = |name: &str| {
-        if TensorFile::open(path)?.shape(name).is_none() {
-            return Ok(None);
-        }
-        let (tensor, expected) = (read(path, name, 4)?, latents.size());
-        if tensor.size() != expected {
-            let found = tensor.size();
-            return Err(Error::format(
-                path,
-                format!("`{name}`: expected shape {expected:?}, found {found:?}"),
-            ));
-        }
-        Ok(Some(tensor))
-    };
-    let (image, masked_image) = (beside("image_noise")?, beside("masked_image_noise")?);
-    let Some(steps) = steps else {
-        let steps = Tensor::empty([0], (Kind::Float, Device::Cpu));
-        return Ok(Noise { latents, steps, image, masked_image });
-    };
-    let noise = read(steps, "noise", 5)?;
-    if noise.size()[1..] != latents.size()[..] {
-        let (expected, found) = (latents.size(), noise.size());
-        return Err(Error::format(
-            steps,
-            format!("`noise`: expected (steps, ..) over {expected:?}, found {found:?}"),
-        ));
-    }
-    Ok(Noise { latents, steps: noise, image, masked_image })
-}
-
 fn settings(
     args: &SampleArgs,
     model: &StableDiffusion,
@@ -393,69 +418,4 @@ fn settings(
         width: args.width.unwrap_or(own[0]),
         height: args.height.unwrap_or(own[1]),
     })
-}
-
-fn source(
-    args: &SampleArgs,
-    model: &StableDiffusion,
-    settings: &Settings,
-    guides: &Guides,
-    given: Option<Noise>,
-) -> Result<Source> {
-    let Some(mut noise) = given else {
-        let count = args.num_images.unwrap_or(1) as u64;
-        return Ok(Source::Seeds((0..count).map(|i| args.seed.wrapping_add(i)).collect()));
-    };
-    let (expected, found) = (settings.latent_shape(model), noise.latents.size());
-    if found[1..] != expected[1..] {
-        return Err(Error::config(format!(
-            "--latents: expected (b, {}, {}, {}) for this model at {}x{} pixels, found {found:?}",
-            expected[1], expected[2], expected[3], settings.width, settings.height
-        )));
-    }
-    if args.num_images.is_some_and(|n| n as i64 != found[0]) {
-        return Err(Error::config(format!(
-            "--num-images: --latents holds {} pictures; leave it out",
-            found[0]
-        )));
-    }
-    let needed = guides.plan(settings, model)?.noise_steps();
-    if needed > 0 && noise.steps.dim() != 5 {
-        // Without the noise of each step, picture i takes it from seed + i as it would without --latents.
-        let seeds: Vec<u64> = (0..found[0] as u64).map(|i| args.seed.wrapping_add(i)).collect();
-        noise.steps = Noise::draw_guided(&seeds, settings, model, guides)?.steps;
-    } else if needed > 0 && noise.steps.size()[0] < needed as i64 {
-        let found = noise.steps.size()[0];
-        return Err(Error::config(format!("--step-noise: expected noise for {needed} steps, found {found}")));
-    }
-    Ok(Source::Given(noise))
-}
-
-impl Source {
-    fn count(&self) -> usize {
-        match self {
-            Self::Seeds(seeds) => seeds.len(),
-            Self::Given(noise) => noise.latents.size()[0] as usize,
-        }
-    }
-
-    fn noise(&self, settings: &Settings, model: &StableDiffusion, guides: &Guides) -> Result<Noise> {
-        match self {
-            Self::Seeds(seeds) => Noise::draw_guided(seeds, settings, model, guides),
-            Self::Given(noise) => Ok(noise.shallow_clone()),
-        }
-    }
-
-    fn name(&self, pictures: &mut [Picture]) {
-        if let Self::Seeds(seeds) = self {
-            pictures.iter_mut().zip(seeds).for_each(|(picture, seed)| picture.seed = Some(*seed));
-        }
-    }
-
-    fn labels(&self) -> Vec<String> {
-        match self {
-            Self::Seeds(seeds) => seeds.iter().map(|seed| format!("seed {seed}")).collect(),
-            Self::Given(_) => (0..self.count()).map(|i| format!("latents {i}")).collect(),
-        }
-    }
 }

@@ -195,7 +195,7 @@ fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<Report>
             let names = [names.unet, names.text_encoder].concat();
             let mut layers = BTreeMap::new();
             for (name, _) in names {
-                if let Some(adapter) = loaded.take_layer(&name)? {
+                if let Some(adapter) = loaded.take_layer(&name) {
                     layers.insert(name, adapter);
                 }
             }

@@ -6,7 +6,7 @@ use crate::diffusion::noise::{Prediction, SchedulerConfig};
 use crate::error::{Error, Result};
 use crate::model::layers::{Layer, Layers, Module};
 use crate::model::text::{TextEncoder, Tokenizer};
-use crate::model::{UNet, Vae};
+use crate::model::{Conditioning, Denoiser, UNet, Vae};
 use crate::platform::hub;
 use crate::weights::ldm::Names;
 use crate::weights::part::Part;
@@ -15,16 +15,25 @@ use crate::weights::tensor_file;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
+/// A tokenizer and the encoder that reads its ids.
+pub struct TextTower {
+    /// Prompts to ids.
+    pub tokenizer: Tokenizer,
+    /// Ids to states.
+    pub encoder: TextEncoder,
+}
+
+/// Ids of prompts, `(b, n)` for each text tower.
+pub struct Tokens(Vec<Tensor>);
+
 /// Stable Diffusion 1.x or 2.x, frozen.
 pub struct StableDiffusion {
     /// Where it was loaded from, a folder or a checkpoint file.
     pub dir: PathBuf,
     /// Its files, open for reading.
     pub source: Source,
-    /// Prompts to ids.
-    pub tokenizer: Tokenizer,
-    /// Ids to states.
-    pub text_encoder: TextEncoder,
+    /// What reads prompts, in the order in which their states stand beside each other.
+    pub texts: Vec<TextTower>,
     /// The denoiser.
     pub unet: UNet,
     /// Pictures to latents and back, f32.
@@ -61,46 +70,68 @@ impl StableDiffusion {
         // The UNet first: it is the largest, and reading the others on top of it keeps the peak low.
         let (unet, unused) = UNet::load(&source, kind, device)?;
         note("unet", unused);
-        let (text_encoder, unused) = TextEncoder::load(&source, kind, device)?;
+        let (encoder, unused) = TextEncoder::load(&source, kind, device)?;
         note("text_encoder", unused);
         let (vae, unused) = Vae::load(&source, device)?;
         note("vae", unused);
         note("checkpoint", source.foreign_keys());
-        let tokenizer = Tokenizer::load(&source, text_encoder.length() as usize)?;
+        let tokenizer = Tokenizer::load(&source, encoder.length() as usize)?;
+        let texts = vec![TextTower { tokenizer, encoder }];
         notes.extend(other_prediction(&source, &scheduler)?);
         let dir = source.path().to_path_buf();
-        let model = Self { dir, source, tokenizer, text_encoder, unet, vae, scheduler, notes };
+        let model = Self { dir, source, texts, unet, vae, scheduler, notes };
         model.check_fit()?;
         Ok(model)
     }
 
-    /// States of prompts, `(b, n, width)` in the compute dtype, and a warning for each prompt that was cut.
-    pub fn encode_prompts(&self, prompts: &[&str]) -> Result<(Tensor, Vec<String>)> {
-        let (ids, warnings) = self.prompt_ids(prompts)?;
-        Ok((self.text_states(&ids), warnings))
+    /// What prompts become, and a warning for each prompt that was cut.
+    pub fn encode_prompts(&self, prompts: &[&str]) -> Result<(Conditioning, Vec<String>)> {
+        let (tokens, warnings) = self.tokens(prompts)?;
+        Ok((self.conditioning(&tokens), warnings))
     }
 
-    /// Ids of prompts `(b, n)`, and a warning for each prompt that was cut.
-    pub fn prompt_ids(&self, prompts: &[&str]) -> Result<(Tensor, Vec<String>)> {
+    /// Tokens of prompts, and a warning for each prompt that was cut.
+    pub fn tokens(&self, prompts: &[&str]) -> Result<(Tokens, Vec<String>)> {
         let mut warnings = Vec::new();
-        let mut rows = Vec::new();
-        for prompt in prompts {
-            let (ids, cut) = self.tokenizer.encode(prompt)?;
-            if cut > 0 {
-                let room = self.tokenizer.length() - 2;
-                warnings.push(format!(
-                    "prompt `{prompt}` has {cut} tokens more than the {room} that fit; they are left out"
-                ));
+        let mut ids = Vec::new();
+        for tower in &self.texts {
+            let mut rows = Vec::new();
+            for prompt in prompts {
+                let (row, cut) = tower.tokenizer.encode(prompt)?;
+                if cut > 0 {
+                    let room = tower.tokenizer.length() - 2;
+                    warnings.push(format!(
+                        "prompt `{prompt}` has {cut} tokens more than the {room} that fit; they are left out"
+                    ));
+                }
+                rows.push(Tensor::from_slice(&row));
             }
-            rows.push(Tensor::from_slice(&ids));
+            ids.push(Tensor::stack(&rows, 0));
         }
-        Ok((Tensor::stack(&rows, 0), warnings))
+        Ok((Tokens(ids), warnings))
     }
 
-    /// States `(b, n, width)` of ids `(b, n)`, without gradient.
-    pub fn text_states(&self, ids: &Tensor) -> Tensor {
+    /// What tokens become, in the compute dtype, without gradient.
+    pub fn conditioning(&self, tokens: &Tokens) -> Conditioning {
         let _guard = tch::no_grad_guard();
-        self.text_encoder.forward(ids)
+        self.conditioning_with_gradient(tokens)
+    }
+
+    /// As [`Self::conditioning`], where text encoders train.
+    pub fn conditioning_with_gradient(&self, tokens: &Tokens) -> Conditioning {
+        let states = self.texts.iter().zip(&tokens.0).map(|(tower, ids)| tower.encoder.forward(ids));
+        let beside = states.reduce(|left, right| Tensor::cat(&[left, right], -1));
+        Conditioning::new(beside.expect("a model has a text encoder"))
+    }
+
+    /// The network that predicts.
+    pub fn denoiser(&self) -> &dyn Denoiser {
+        &self.unet
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> Device {
+        self.unet.device()
     }
 
     /// What identifies the base model's weights: [`Source::fingerprint`].
@@ -119,10 +150,8 @@ impl StableDiffusion {
         let named = |layers: Vec<&mut Layer>, names: Names| {
             layers.into_iter().map(|layer| (layer.name.clone(), names.layer(&layer.name))).collect()
         };
-        Ok(LayerNames {
-            unet: named(self.unet.layers_mut(), unet),
-            text_encoder: named(self.text_encoder.layers_mut(), text),
-        })
+        let towers = self.texts.iter_mut().flat_map(|tower| tower.encoder.layers_mut()).collect();
+        Ok(LayerNames { unet: named(self.unet.layers_mut(), unet), text_encoder: named(towers, text) })
     }
 
     /// The folder's or file's own name, or its repository's on the hub, for the settings that a picture carries.
@@ -169,7 +198,7 @@ impl StableDiffusion {
         };
         expect(
             "unet: cross_attention_dim (width of the text encoder)",
-            self.text_encoder.width(),
+            self.texts.iter().map(|tower| tower.encoder.width()).sum(),
             self.unet.context_width(),
         );
         if !self.is_inpainting() {
@@ -184,22 +213,23 @@ impl StableDiffusion {
             self.vae.latent_channels(),
             self.unet.out_channels(),
         );
-        if i64::from(self.tokenizer.largest_id()) >= self.text_encoder.vocabulary() {
-            problems.push(format!(
-                "tokenizer: ids up to {}, but the text encoder knows {} tokens",
-                self.tokenizer.largest_id(),
-                self.text_encoder.vocabulary()
-            ));
+        for TextTower { tokenizer, encoder } in &self.texts {
+            let (largest, known) = (tokenizer.largest_id(), encoder.vocabulary());
+            if i64::from(largest) >= known {
+                problems.push(format!(
+                    "tokenizer: ids up to {largest}, but the text encoder knows {known} tokens"
+                ));
+            }
         }
         if problems.is_empty() { Ok(()) } else { Err(Error::format(&self.dir, problems.join("\n"))) }
     }
 }
 
 impl Layers for StableDiffusion {
-    /// Of the UNet, then of the text encoder; their names do not meet.
+    /// Of the UNet, then of the text encoders; their names do not meet.
     fn modules_mut(&mut self) -> Vec<Module<'_>> {
         let mut parts = self.unet.modules_mut();
-        parts.extend(self.text_encoder.modules_mut());
+        parts.extend(self.texts.iter_mut().flat_map(|tower| tower.encoder.modules_mut()));
         parts
     }
 }

@@ -197,6 +197,24 @@ pub enum Module<'a> {
     Norm(&'a mut Norm),
 }
 
+impl Module<'_> {
+    /// Whether something is put on it.
+    pub fn is_attached(&self) -> bool {
+        match self {
+            Self::Layer(layer) => layer.attached.is_some(),
+            Self::Norm(norm) => norm.attached.is_some(),
+        }
+    }
+
+    /// Takes off what was put on it.
+    pub fn detach(self) {
+        match self {
+            Self::Layer(layer) => layer.attached = None,
+            Self::Norm(norm) => norm.attached = None,
+        }
+    }
+}
+
 /// A network whose layers can carry adapters.
 pub trait Layers {
     /// Every part with weights, in the order of the network.

@@ -3,7 +3,7 @@
 //! Field names are the checkpoint's. A timestep belongs to each sample of a batch. Compute dtype f32, bf16 or f16.
 
 use crate::error::Result;
-use crate::model::control::Signals;
+use crate::model::denoiser::{Call, Denoiser, Signals};
 use crate::model::down::{Block, DownPath, attentions, same_padding};
 use crate::model::layers::{Layer, Layers, Module, Norm};
 use crate::model::resnet::{Resnet, Upsample};
@@ -64,23 +64,32 @@ impl UNet {
         }
     }
 
-    /// Predicts noise (or velocity): `sample (b, in_channels, h, w)` of any dtype, `timesteps (b)`, `context (b, n, d)`,
-    /// result in f32 `(b, out_channels, h, w)`.
-    pub fn forward(&self, sample: &Tensor, timesteps: &Tensor, context: &Tensor) -> Tensor {
-        self.controlled(sample, timesteps, context, &Signals::default())
+    /// Channels after the first convolution, where a control encoder's hint is added.
+    pub fn first_channels(&self) -> i64 {
+        self.down.config().block_out_channels[0]
     }
 
-    /// As [`Self::forward`], with what a control adds on the way.
-    pub fn controlled(
-        &self,
-        sample: &Tensor,
-        timesteps: &Tensor,
-        context: &Tensor,
-        signals: &Signals,
-    ) -> Tensor {
-        let context = context.to_kind(self.kind);
-        let time = self.down.time(timesteps);
-        let (middle, mut skips) = self.down.forward(sample, &time, &context, signals.hint.as_ref());
+    /// Channels of every skip connection, in the order of their making.
+    pub fn skip_channels(&self) -> &[i64] {
+        &self.down.skip_channels
+    }
+
+    /// Latent height or width that the model was trained at, where its file says.
+    pub fn sample_size(&self) -> Option<i64> {
+        self.down.config().sample_size.as_ref().and_then(serde_json::Value::as_i64)
+    }
+
+    /// Width of the text states that it attends to.
+    pub fn context_width(&self) -> i64 {
+        self.down.config().cross_attention_dim
+    }
+}
+
+impl Denoiser for UNet {
+    fn predict(&self, call: Call, signals: &Signals) -> Tensor {
+        let context = call.conditioning.states().to_kind(self.kind);
+        let time = self.down.time(call.timesteps);
+        let (middle, mut skips) = self.down.forward(call.sample, &time, &context, signals.hint.as_ref());
         for (skip, signal) in skips.iter_mut().zip(&signals.skips) {
             *skip = &*skip + signal.to_kind(self.kind);
         }
@@ -101,43 +110,19 @@ impl UNet {
         self.conv_out.forward(&self.conv_norm_out.forward(&x).silu()).to_kind(Kind::Float)
     }
 
-    /// Channels that the network takes: those of the latents, and of what an inpainting model sees beside them.
-    pub fn in_channels(&self) -> i64 {
+    fn in_channels(&self) -> i64 {
         self.down.config().in_channels
     }
 
-    /// Channels of its answer.
-    pub fn out_channels(&self) -> i64 {
+    fn out_channels(&self) -> i64 {
         self.down.config().out_channels
     }
 
-    /// Channels after the first convolution, where a control encoder's hint is added.
-    pub fn first_channels(&self) -> i64 {
-        self.down.config().block_out_channels[0]
-    }
-
-    /// Channels of every skip connection, in the order of their making.
-    pub fn skip_channels(&self) -> &[i64] {
-        &self.down.skip_channels
-    }
-
-    /// Latent height or width that the model was trained at, where its file says.
-    pub fn sample_size(&self) -> Option<i64> {
-        self.down.config().sample_size.as_ref().and_then(serde_json::Value::as_i64)
-    }
-
-    /// Width of the text states that it attends to.
-    pub fn context_width(&self) -> i64 {
-        self.down.config().cross_attention_dim
-    }
-
-    /// Where its weights are.
-    pub fn device(&self) -> Device {
+    fn device(&self) -> Device {
         self.device
     }
 
-    /// The compute dtype.
-    pub fn kind(&self) -> Kind {
+    fn kind(&self) -> Kind {
         self.kind
     }
 }

@@ -6,4 +6,5 @@ pub mod doctor;
 pub mod files;
 pub mod hub;
 pub mod observer;
+pub mod random;
 pub mod seed;

@@ -4,16 +4,17 @@
 use crate::data::image::RgbImage;
 use crate::data::{Crop, Window};
 use crate::diffusion::sample::conditions;
-use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::diffusion::stable_diffusion::{StableDiffusion, Tokens};
 use crate::error::Result;
+use crate::model::{Conditioning, Denoiser};
 use crate::platform::observer::Observer;
-use crate::platform::seed;
+use crate::platform::{random, seed};
 use crate::train::config::TrainConfig;
 use crate::train::loss::Batch;
 use crate::train::pictures::{Pictures, encode};
 use std::collections::HashMap;
 use std::ops::Range;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 /// Moments are kept for at most this many different crops; a folder of large pictures with random crops has more, and
 /// is encoded anew at each step.
@@ -37,10 +38,9 @@ struct Source {
 
 /// One prompt for all pictures.
 struct Prompt {
-    /// `(1, n)`.
-    ids: Tensor,
-    /// Its states `(1, n, d)`, unless the text encoder trains: then they are made anew for each batch, with gradient.
-    states: Option<Tensor>,
+    tokens: Tokens,
+    /// What it becomes, unless text encoders train: then it is made anew for each batch, with gradient.
+    conditioning: Option<Conditioning>,
 }
 
 /// Makes the batches of a run.
@@ -113,11 +113,11 @@ impl Batches {
     /// captions carry gradients.
     pub fn batch(&mut self, model: &StableDiffusion, index: u64, trains_text: bool) -> Result<Batch> {
         let mut rows = Vec::new();
-        let mut contexts = Vec::new();
+        let mut conditionings = Vec::new();
         let numbers = index * self.batch_size..(index + 1) * self.batch_size;
         for source in std::iter::once(&mut self.instance).chain(&mut self.class) {
             let samples = source.samples(self.draws, numbers.clone());
-            contexts.push(source.context(model, self.draws, &samples, trains_text)?);
+            conditionings.push(source.conditioning(model, self.draws, &samples, trains_text)?);
             let _guard = tch::no_grad_guard();
             for sample in samples {
                 rows.push(source.row(model, self.draws, sample)?);
@@ -132,7 +132,7 @@ impl Batches {
             latents: Tensor::cat(&latents, 0),
             noise: Tensor::cat(&noise, 0).to_device(device),
             timesteps: Tensor::from_slice(&timesteps).to_device(device),
-            context: Tensor::cat(&contexts, 0),
+            conditioning: Conditioning::cat(&conditionings.iter().collect::<Vec<_>>()),
             conditions: (!conditions.is_empty()).then(|| Tensor::cat(&conditions, 0).to_device(device)),
             class_half: self.class.is_some(),
         })
@@ -164,9 +164,9 @@ impl Prompt {
         trains_text: bool,
         observer: &dyn Observer,
     ) -> Result<Self> {
-        let (ids, warnings) = model.prompt_ids(&[prompt])?;
+        let (tokens, warnings) = model.tokens(&[prompt])?;
         warnings.iter().for_each(|w| observer.warn(w));
-        Ok(Self { states: (!trains_text).then(|| model.text_states(&ids)), ids })
+        Ok(Self { conditioning: (!trains_text).then(|| model.conditioning(&tokens)), tokens })
     }
 }
 
@@ -178,7 +178,7 @@ fn warn_of_long_captions(
 ) -> Result<()> {
     let mut cut = Vec::new();
     for i in 0..pictures.len() {
-        cut.extend(model.prompt_ids(&[pictures.caption(i).unwrap_or_default()])?.1);
+        cut.extend(model.tokens(&[pictures.caption(i).unwrap_or_default()])?.1);
     }
     if let Some(first) = cut.first() {
         observer.warn(&format!("{} of {} captions are cut; {first}", cut.len(), pictures.len()));
@@ -205,20 +205,20 @@ impl Source {
         numbers.map(sample).collect()
     }
 
-    /// Text states `(b, n, d)` of samples.
-    fn context(
+    /// What is said of samples.
+    fn conditioning(
         &self,
         model: &StableDiffusion,
         draws: Draws,
         samples: &[Sample],
         trains_text: bool,
-    ) -> Result<Tensor> {
+    ) -> Result<Conditioning> {
         if let Some(prompt) = &self.prompt {
-            let states = match &prompt.states {
+            let one = match &prompt.conditioning {
                 Some(fixed) => fixed.shallow_clone(),
-                None => model.text_encoder.forward(&prompt.ids),
+                None => model.conditioning_with_gradient(&prompt.tokens),
             };
-            return Ok(states.repeat([samples.len() as i64, 1, 1]));
+            return Ok(one.repeat(samples.len() as i64));
         }
         let caption = |sample: &Sample| {
             // The upper 53 bits, a number from 0 up to 1.
@@ -226,8 +226,8 @@ impl Source {
             if draw < self.empty { "" } else { self.pictures.caption(sample.image).unwrap_or_default() }
         };
         let captions: Vec<&str> = samples.iter().map(caption).collect();
-        let (ids, _) = model.prompt_ids(&captions)?;
-        Ok(if trains_text { model.text_encoder.forward(&ids) } else { model.text_states(&ids) })
+        let (tokens, _) = model.tokens(&captions)?;
+        Ok(if trains_text { model.conditioning_with_gradient(&tokens) } else { model.conditioning(&tokens) })
     }
 
     fn row(&mut self, model: &StableDiffusion, draws: Draws, sample: Sample) -> Result<Row> {
@@ -252,14 +252,10 @@ impl Source {
         let side = i64::from(draws.resolution);
         let condition = prepared.and_then(|(_, condition)| condition);
         let shape = mean.size();
-        let draw_unit = |seed: u64| {
-            tch::manual_seed(seed as i64);
-            Tensor::randn(&shape[..], (Kind::Float, Device::Cpu))
-        };
-        let latents = mean + deviation * draw_unit(latent_seed).to_device(model.unet.device());
+        let latents = mean + deviation * random::normal(latent_seed, &shape).to_device(model.unet.device());
         Ok(Row {
             latents: latents * model.vae.scaling_factor(),
-            noise: draw_unit(noise_seed),
+            noise: random::normal(noise_seed, &shape),
             timestep,
             condition: condition.map(|c| conditions(&[&c], side, side)),
         })

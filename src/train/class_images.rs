@@ -5,9 +5,10 @@
 
 use crate::data::ImageFolder;
 use crate::data::image::png;
-use crate::diffusion::sample::{self, Guides, Noise, Settings};
+use crate::diffusion::sample::{Request, Session, Settings};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
+use crate::model::control::Control;
 use crate::platform::observer::{Counter, Event, Observer};
 use crate::platform::{files, seed};
 use crate::train::config::TrainConfig;
@@ -117,15 +118,13 @@ impl ClassImages {
         observer: &dyn Observer,
     ) -> Result<()> {
         let name = model.name();
+        let mut session: Session<_, Control> = Session::over(model, None);
         let progress = Counter::new(observer, "class pictures", 0, missing.len() as u64);
         let mut done = 0;
         for indices in missing.chunks(config.sample_batch_size) {
             let seeds: Vec<u64> =
                 indices.iter().map(|i| seed::derive(seed, "class image", *i as u64)).collect();
-            let noise = Noise::draw(&seeds, &self.settings, model)?;
-            let guides = Guides::default();
-            let drawn =
-                sample::sample(model, &self.settings, &noise, &guides, seeds.len(), observer, &mut || {});
+            let drawn = session.draw(&Request::new(&self.settings, &seeds, seeds.len()), observer);
             let pictures = drawn.map_err(|e| match e {
                 Error::Interrupted(_) => Error::Interrupted(format!(
                     "stopped after {done} of {} class pictures\nhint: go on with `hra train --resume latest --output_dir {}`",

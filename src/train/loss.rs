@@ -1,8 +1,8 @@
 //! The training loss: denoising error on instance pictures, prior preservation, min-SNR weights.
 
 use crate::diffusion::noise::NoiseSchedule;
-use crate::model::UNet;
-use crate::model::control::{Control, Passes, Signals};
+use crate::model::control::{Control, Passes};
+use crate::model::{Call, Conditioning, Denoiser, Signals};
 use tch::{Kind, Tensor};
 
 /// One batch, everything drawn already. With `class_half` the first half are instance pictures, the second class pictures.
@@ -13,8 +13,8 @@ pub struct Batch {
     pub noise: Tensor,
     /// Timesteps `(b)`, i64.
     pub timesteps: Tensor,
-    /// Text states `(b, n, d)`.
-    pub context: Tensor,
+    /// What is said of them, a row for each.
+    pub conditioning: Conditioning,
     /// Conditions `(b, 3, H, W)` in [0, 1], where control trains.
     pub conditions: Option<Tensor>,
     /// Whether the second half are class pictures.
@@ -28,7 +28,7 @@ impl Batch {
             latents: self.latents.shallow_clone(),
             noise: self.noise.shallow_clone(),
             timesteps: self.timesteps.shallow_clone(),
-            context: self.context.shallow_clone(),
+            conditioning: self.conditioning.shallow_clone(),
             conditions: self.conditions.as_ref().map(Tensor::shallow_clone),
             class_half: self.class_half,
         }
@@ -52,7 +52,7 @@ pub struct Loss {
 /// `snr_gamma` weights each sample, of both halves, by min-SNR (arXiv 2303.09556) before the mean; diffusers' scripts
 /// weight only one half, or the wrong one. `control` reads the batch's conditions.
 pub fn training_loss(
-    unet: &UNet,
+    denoiser: &dyn Denoiser,
     control: Option<&Control>,
     schedule: &NoiseSchedule,
     batch: &Batch,
@@ -61,14 +61,14 @@ pub fn training_loss(
 ) -> Loss {
     let noisy = schedule.add_noise(&batch.latents, &batch.noise, &batch.timesteps);
     let target = schedule.target(&batch.latents, &batch.noise, &batch.timesteps);
-    let call = (&noisy, &batch.timesteps, &batch.context);
+    let call = Call { sample: &noisy, timesteps: &batch.timesteps, conditioning: &batch.conditioning };
     let signals = match (control, &batch.conditions) {
         (Some(control), Some(conditions)) => {
             control.signals(&control.features(conditions), 1.0, Passes::Both, call)
         }
         _ => Signals::default(),
     };
-    let prediction = unet.controlled(call.0, call.1, call.2, &signals);
+    let prediction = denoiser.predict(call, &signals);
     let errors = (&prediction - target).square().flatten(1, -1).mean_dim(1, false, Kind::Float); // [b]
     let errors = match snr_gamma {
         Some(gamma) => errors * schedule.snr_weights(&batch.timesteps, gamma),

@@ -169,25 +169,26 @@ impl<'a> Trainer<'a> {
             layers += attach::attach_new(&mut model.unet, &targets, method, config.bias, config.seed)?;
             setup::warn_of_idle_words("target_modules", &targets, &mut model.unet, observer);
             if config.train_text_encoder {
-                let (network, seed) = (&mut model.text_encoder, seed::derive(config.seed, "text encoder", 0));
-                layers += attach::attach_new(network, &text_targets, method, config.bias, seed)?;
+                for (i, tower) in model.texts.iter_mut().enumerate() {
+                    let (network, seed) =
+                        (&mut tower.encoder, seed::derive(config.seed, "text encoder", i as u64));
+                    layers += attach::attach_new(network, &text_targets, method, config.bias, seed)?;
+                }
             }
         }
         let mut encoder = setup::control_encoder(&config, &model, &instance)?;
         if config.train_text_encoder {
-            setup::warn_of_idle_words(
-                "text_target_modules",
-                &text_targets,
-                &mut model.text_encoder,
-                observer,
-            );
+            for tower in &mut model.texts {
+                let network = &mut tower.encoder;
+                setup::warn_of_idle_words("text_target_modules", &text_targets, network, observer);
+            }
         }
         let mut networks: Vec<&mut dyn Layers> = Vec::new();
         if method.is_some() {
             networks.push(&mut model.unet);
         }
         if config.train_text_encoder {
-            networks.push(&mut model.text_encoder);
+            networks.extend(model.texts.iter_mut().map(|tower| &mut tower.encoder as &mut dyn Layers));
         }
         networks.extend(encoder.iter_mut().map(|encoder| encoder as &mut dyn Layers));
         let mut parameters = attach::pack_parameters(&mut networks);
@@ -282,7 +283,7 @@ impl<'a> Trainer<'a> {
             let done = format!("this run is complete ({first} of {total} steps)");
             self.observer.say(&format!("{done}; raise --max_train_steps to train on"));
         } else {
-            let (device, kind) = (self.model.unet.device(), self.model.unet.kind());
+            let (device, kind) = (self.model.device(), self.model.denoiser().kind());
             let (device, kind) = (format!("{device:?}").to_lowercase(), format!("{kind:?}").to_lowercase());
             let count = self.parameters.count();
             self.observer.say(&format!(
@@ -347,7 +348,7 @@ impl<'a> Trainer<'a> {
     fn step(&mut self, step: i64) -> Result<()> {
         let config = &self.config;
         let accumulation = config.gradient_accumulation_steps as u64;
-        let scale = if self.model.unet.kind() == Kind::Half { HALF_LOSS_SCALE } else { 1.0 };
+        let scale = if self.model.denoiser().kind() == Kind::Half { HALF_LOSS_SCALE } else { 1.0 };
         self.parameters.zero_gradient();
         for micro in 0..accumulation {
             let index = (step - 1) as u64 * accumulation + micro;

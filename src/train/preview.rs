@@ -6,17 +6,18 @@ use crate::data::image::grid::{Grid, GridRow};
 use crate::data::image::{RgbImage, center_crop, png};
 use crate::data::pairs::ConditionFiles;
 use crate::diffusion::noise::NoiseSchedule;
-use crate::diffusion::sample::{self, Guides, Noise, Settings, Steering, Strength};
-use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::diffusion::sample::{self, Request, Session, Settings, Steering, Strength};
+use crate::diffusion::stable_diffusion::{StableDiffusion, Tokens};
 use crate::error::Result;
+use crate::model::Denoiser;
 use crate::model::control::Control;
 use crate::platform::observer::{Event, Observer};
-use crate::platform::{files, seed};
+use crate::platform::{files, random, seed};
 use crate::train::config::TrainConfig;
 use crate::train::loss::{Batch, training_loss};
 use crate::train::pictures::{Pictures, encode};
 use std::path::{Path, PathBuf};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// The contact sheet of previews.
 const GRID_FILE: &str = "grid.png";
@@ -115,16 +116,14 @@ impl Previews {
         let columns = condition.chain(seeds.iter().map(|s| format!("seed {s}"))).collect();
         let mut grid = Grid { columns, rows: Vec::new() };
         let name = model.name();
+        let mut session = Session::over(model, control);
         for (p, (settings, condition)) in self.rows.iter().enumerate() {
-            let noise = Noise::draw(&seeds, settings, model)?;
-            let steering = condition.as_ref().zip(control).map(|(condition, control)| Steering {
-                control,
+            let mut request = Request::new(settings, &seeds, config.sample_batch_size);
+            request.steering = condition.as_ref().filter(|_| control.is_some()).map(|condition| Steering {
                 conditions: sample::conditions(&[condition], settings.width, settings.height),
                 strength: Strength::default(),
             });
-            let guides = Guides { control: steering, ..Guides::default() };
-            let batch = config.sample_batch_size;
-            let pictures = sample::sample(model, settings, &noise, &guides, batch, observer, &mut || {})?;
+            let pictures = session.draw(&request, observer)?;
             for (i, picture) in pictures.iter().enumerate() {
                 let by = format!("{} at step {step}", config.output_dir.display());
                 let mut text = settings.to_text(Some(seeds[i]), &name, &by);
@@ -142,8 +141,8 @@ impl Previews {
 
 /// Held-out pictures, encoded once, with the noise that they are always measured with.
 pub struct HeldOut {
-    /// Each with the ids of its prompt `(1, n)`, whose states may change in training.
-    batches: Vec<(Batch, Tensor)>,
+    /// Each with the tokens of its prompt, which may come to mean something else in training.
+    batches: Vec<(Batch, Tokens)>,
 }
 
 impl HeldOut {
@@ -166,23 +165,22 @@ impl HeldOut {
             let (pixels, condition) = pictures.prepare(image, resolution, window)?;
             let (mean, _) = encode(model, &pixels);
             let latents = mean * model.vae.scaling_factor(); // [1, c, h, w]
-            tch::manual_seed(seed::derive(config.seed, "held-out noise", image as u64) as i64);
             let mut shape = latents.size();
             shape[0] = HELD_OUT_TIMESTEPS;
-            let noise = Tensor::randn(&shape[..], (Kind::Float, tch::Device::Cpu)).to_device(device);
-            let (ids, _) = model.prompt_ids(&[pictures.caption(image).unwrap_or(&config.instance_prompt)])?;
+            let noise = random::normal(seed::derive(config.seed, "held-out noise", image as u64), &shape);
+            let (tokens, _) = model.tokens(&[pictures.caption(image).unwrap_or(&config.instance_prompt)])?;
             let side = i64::from(resolution);
             // Equal rows share their memory.
             let condition = condition.map(|c| sample::conditions(&[&c], side, side).to_device(device));
             let batch = Batch {
                 latents: latents.repeat([HELD_OUT_TIMESTEPS, 1, 1, 1]),
-                noise,
+                noise: noise.to_device(device),
                 timesteps: Tensor::from_slice(&timesteps).to_device(device),
-                context: model.text_states(&ids).repeat([HELD_OUT_TIMESTEPS, 1, 1]),
+                conditioning: model.conditioning(&tokens).repeat(HELD_OUT_TIMESTEPS),
                 conditions: condition.map(|c| c.expand([HELD_OUT_TIMESTEPS, -1, -1, -1], false)),
                 class_half: false,
             };
-            batches.push((batch, ids));
+            batches.push((batch, tokens));
         }
         Ok(Self { batches })
     }
@@ -190,9 +188,9 @@ impl HeldOut {
     /// Mean denoising error over all pictures and timesteps.
     pub fn loss(&self, model: &StableDiffusion, control: Option<&Control>, schedule: &NoiseSchedule) -> f64 {
         let _guard = tch::no_grad_guard();
-        let loss = |(batch, ids): &(Batch, Tensor)| {
-            let context = model.text_states(ids).repeat([HELD_OUT_TIMESTEPS, 1, 1]);
-            let batch = Batch { context, ..batch.shallow_clone() };
+        let loss = |(batch, tokens): &(Batch, Tokens)| {
+            let conditioning = model.conditioning(tokens).repeat(HELD_OUT_TIMESTEPS);
+            let batch = Batch { conditioning, ..batch.shallow_clone() };
             training_loss(&model.unet, control, schedule, &batch, 0.0, None).total.double_value(&[])
         };
         let sum: f64 = self.batches.iter().map(loss).sum();

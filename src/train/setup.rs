@@ -81,7 +81,7 @@ pub(super) fn control_encoder(
     let name = config.condition.to_string();
     let own = EncoderConfig::new(&model.unet, model.vae.factor(), &name, thresholds);
     let seed = seed::derive(config.seed, "control encoder", 0);
-    let mut encoder = ConditionEncoder::start(own, seed, model.unet.device());
+    let mut encoder = ConditionEncoder::start(own, seed, model.device());
     let everything = TargetRule::from_words(&[".*".to_string()])?;
     attach::attach_new(&mut encoder, &everything, &Method::new(FullConfig), Bias::None, 0)?;
     Ok(Some(encoder))

@@ -118,7 +118,8 @@ def test_the_config_has_pefts_fields_and_loads_without_a_warning(trained, tmp_pa
     found = {field: getattr(config, field) for field in run.fields if part == "unet" or field != "target_modules"}
     assert found == {field: run.fields[field] for field in found}
     model = getattr(cases.load(cases.tiny_sd()), part)
-    get_peft_model(model, run.config(target_modules=config.target_modules)).save_pretrained(tmp_path)
+    named = {field: getattr(config, field) for field in ("target_modules", "feedforward_modules") if hasattr(config, field)}
+    get_peft_model(model, run.config(**named)).save_pretrained(tmp_path)
     ours, pefts = (json.loads((f / "adapter_config.json").read_text()) for f in (folder, tmp_path))
     assert ours.keys() == pefts.keys()
     assert ours["auto_mapping"] == pefts["auto_mapping"] and ours["peft_type"] == pefts["peft_type"]

@@ -172,8 +172,9 @@ impl Network {
     fn forward(&mut self) {
         let _guard = tch::no_grad_guard();
         let (states, _) = self.model.encode_prompts(&["a cat"]).expect("a prompt");
-        let latents = Tensor::ones([1, self.model.unet.in_channels(), 8, 8], (Kind::Float, Device::Cpu));
-        let _ = self.model.unet.forward(&latents, &Tensor::from_slice(&[500i64]), &states);
+        let latents =
+            Tensor::ones([1, self.model.denoiser().in_channels(), 8, 8], (Kind::Float, Device::Cpu));
+        let _ = self.model.denoiser().forward(&latents, &Tensor::from_slice(&[500i64]), &states);
     }
 }
 

@@ -14,6 +14,7 @@ use crate::adapter::blocks::Partition;
 use crate::adapter::method::{Entry, Method, MethodSettings, Parts, PeftReader, own};
 use crate::adapter::peft_fields::halves;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, matrix_shape};
+use crate::platform::random;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -79,12 +80,9 @@ impl MethodSettings for EtherPlusConfig {
     fn start(&self, weight: &Tensor, seed: u64) -> Result<Box<dyn Adapter>, String> {
         let _guard = tch::no_grad_guard();
         let shapes = self.shapes(&weight.size())?;
-        tch::manual_seed(seed as i64);
-        let pair = |shape: [i64; 2]| {
-            let u = Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_device(weight.device());
-            Pair { v: -&u, u }
-        };
-        let [input, output] = shapes.map(pair);
+        let draw = || shapes.map(|shape| Tensor::randn(shape, (Kind::Float, Device::Cpu)));
+        let pair = |u: Tensor| Pair { v: -&u, u };
+        let [input, output] = random::seeded(seed, draw).map(|u| pair(u.to_device(weight.device())));
         Ok(Box::new(EtherPlus { input, output }))
     }
 

@@ -17,6 +17,7 @@ use crate::adapter::method::{
 use crate::adapter::reflections::{Reflections, wy_factor};
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, check_stored_rank, matrix_shape};
 use crate::error::{Error, Result};
+use crate::platform::random;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -225,7 +226,6 @@ impl Hra {
         let v = if config.gram_schmidt && config.init == HraInit::Auto {
             least_energy_directions(weight, r)
         } else {
-            tch::manual_seed(seed as i64);
             let paired = r % 2 == 0 && !config.gram_schmidt;
             let columns = if paired { r / 2 } else { r };
             let bound = match config.init {
@@ -233,7 +233,8 @@ impl Hra {
                 // kaiming_uniform(a = sqrt 5) of a (d_in, columns) tensor, whose fan-in torch takes to be `columns`
                 HraInit::Peft => 1.0 / (columns as f64).sqrt(),
             };
-            let half = Tensor::empty([d_in, columns], (Kind::Float, Device::Cpu)).uniform_(-bound, bound);
+            let empty = Tensor::empty([d_in, columns], (Kind::Float, Device::Cpu));
+            let half = random::seeded(seed, || empty.shallow_clone().uniform_(-bound, bound));
             if paired { half.repeat_interleave_self_int(2, 1, None) } else { half }
         };
         Ok(Self::from_vectors(v.to_device(weight.device()), config.gram_schmidt))

@@ -10,6 +10,7 @@ use crate::adapter::peft_fields::{Fields, factor};
 use crate::adapter::peft_patterns::{Exceptions, Patterns};
 use crate::adapter::{Adapter, Change, Form, Frozen, check_stored_rank, matrix_shape};
 use crate::error::{Error, Result};
+use crate::platform::random;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -337,15 +338,14 @@ impl Lora {
         down[0] = r;
         let mut up = vec![1; weight.len()];
         up[..2].copy_from_slice(&[weight[0], r]);
-        tch::manual_seed(seed as i64);
         let options = (Kind::Float, Device::Cpu);
-        let a = match config.init {
+        let a = random::seeded(seed, || match config.init {
             LoraInit::Gaussian => Tensor::randn(&down[..], options) / r as f64,
             LoraInit::Kaiming => {
                 let bound = 1.0 / (matrix_shape(weight).1 as f64).sqrt();
                 Tensor::empty(&down[..], options).uniform_(-bound, bound)
             }
-        };
+        });
         let b = Tensor::zeros(&up[..], (Kind::Float, device));
         let scale = LoraConfig::scale(r, config.alpha, config.rslora);
         Self::from_tensors(a.to_device(device), b, scale)

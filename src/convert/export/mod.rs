@@ -120,12 +120,12 @@ fn read(model: &mut StableDiffusion, adapters: &[(PathBuf, f64)]) -> Result<Vec<
 /// What adapters make of a model, without touching it.
 fn goals(
     model: &mut StableDiffusion,
-    adapters: Vec<(LoadedAdapter, f64)>,
+    mut adapters: Vec<(LoadedAdapter, f64)>,
 ) -> Result<(Goals, Vec<AttachReport>)> {
     let text: BTreeSet<String> = model
-        .text_encoder
-        .modules_mut()
-        .into_iter()
+        .texts
+        .iter_mut()
+        .flat_map(|tower| tower.encoder.modules_mut())
         .map(|module| match module {
             Module::Layer(layer) => layer.name.clone(),
             Module::Norm(norm) => norm.name.clone(),
@@ -133,7 +133,7 @@ fn goals(
         .collect();
     let part = |name: &str| if text.contains(name) { Part::TextEncoder } else { Part::UNet };
     let mut goals = Goals::default();
-    let reports = effects(model, adapters, &mut |effect| {
+    let reports = effects(model, &mut adapters, &mut |effect| {
         let mut vector = |name: &str, what: &str, tensor: Option<Tensor>| {
             if let Some(tensor) = tensor {
                 goals.vectors.insert(format!("{name}.{what}"), (part(name), tensor));
@@ -298,7 +298,7 @@ fn write_lora(
         Target::PeftLora => write_peft_lora(model, request, &changes, &text)?,
         Target::KohyaLora => {
             // A1111 shows a LoRA with models of its family only: Stable Diffusion 2 is known by the width of its text.
-            let second = if model.text_encoder.width() == 1024 { "True" } else { "False" };
+            let second = if model.unet.context_width() == 1024 { "True" } else { "False" };
             let text = [&text[..], &[("ss_v2", second.to_string())]].concat();
             lora_file::write(&request.output, Style::Kohya, &changes, kind, &text)?;
         }

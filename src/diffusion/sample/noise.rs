@@ -1,5 +1,11 @@
 //! Noise that drawings start from and take in on their way.
 
+use crate::diffusion::sample::settings::Settings;
+use crate::diffusion::sample::start::Start;
+use crate::diffusion::sampler::Plan;
+use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::error::Result;
+use crate::platform::random;
 use tch::{Device, Kind, Tensor};
 
 /// Noise that a batch starts from and, for ancestral samplers, takes in on its way.
@@ -15,6 +21,46 @@ pub struct Noise {
 }
 
 impl Noise {
+    /// Draws the noise of `seeds`, one picture each, with what `start` takes from the same stream: noise for the picture's
+    /// latents before that of the drawing, and for those of the masked picture after it, whether the UNet sees them or not.
+    pub(super) fn draw(
+        seeds: &[u64],
+        settings: &Settings,
+        model: &StableDiffusion,
+        plan: &Plan,
+        start: Option<&Start>,
+    ) -> Result<Self> {
+        let shape = settings.latent_shape(model);
+        let options = (Kind::Float, Device::Cpu);
+        let (mut latents, mut images, mut masked) = (Vec::new(), Vec::new(), Vec::new());
+        let mut steps = Vec::new();
+        for &seed in seeds {
+            random::seeded(seed, || -> Result<()> {
+                if start.is_some_and(|start| start.uses_image(model)) {
+                    images.push(Tensor::f_randn(shape, options)?);
+                }
+                latents.push(Tensor::f_randn(shape, options)?);
+                if start.is_some_and(Start::is_inpainting) {
+                    masked.push(Tensor::f_randn(shape, options)?);
+                }
+                let of_steps: Vec<Tensor> =
+                    (0..plan.noise_steps()).map(|_| Tensor::randn(shape, options)).collect();
+                if !of_steps.is_empty() {
+                    steps.push(Tensor::stack(&of_steps, 0)); // [steps, 1, c, h, w]
+                }
+                Ok(())
+            })?;
+        }
+        let steps = if steps.is_empty() { Tensor::empty([0], options) } else { Tensor::cat(&steps, 1) };
+        let stack = |all: Vec<Tensor>| (!all.is_empty()).then(|| Tensor::cat(&all, 0));
+        Ok(Self {
+            latents: Tensor::cat(&latents, 0),
+            steps,
+            image: stack(images),
+            masked_image: stack(masked),
+        })
+    }
+
     /// The same tensors again.
     pub fn shallow_clone(&self) -> Self {
         let same = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::shallow_clone);

@@ -71,6 +71,11 @@ impl Settings {
         self.plan(model).map(|_| ())
     }
 
+    /// Whether the negative prompt has a say.
+    pub fn is_guided(&self) -> bool {
+        self.guidance > 1.0
+    }
+
     /// The sampler's steps for this model.
     pub fn plan(&self, model: &StableDiffusion) -> Result<Plan> {
         let config = self.sampler.settings(&model.scheduler, self.spacing, self.karras);

@@ -2,17 +2,17 @@
 //! where a mask is white.
 //!
 //! The numbers are those of `StableDiffusionImg2ImgPipeline` and `StableDiffusionInpaintPipeline` of Python `diffusers`
-//! 0.42.1, for one picture and a generator of its own; [`super::Noise`] draws in their order. A UNet of 4 input channels
+//! 0.42.1, for one picture and a generator of its own; [`super::Noise`] is drawn in their order. A UNet of 4 input channels
 //! is held to the picture from outside: after each step the latents outside the mask are replaced by the picture's at that
 //! noise level. One of 9 sees the mask and the masked picture beside its latents.
 
 use crate::data::image::{Filter, RgbImage, resize};
-use crate::diffusion::sample::noise::Noise;
 use crate::diffusion::sample::settings::Settings;
 use crate::diffusion::sampler::Plan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use tch::{Device, Kind, Tensor};
+use std::sync::atomic::{AtomicU64, Ordering};
+use tch::{Kind, Tensor};
 
 /// Mask values from here on are white: `VaeImageProcessor` compares with 0.5 of 255.
 const WHITE: u8 = 128;
@@ -20,6 +20,8 @@ const WHITE: u8 = 128;
 /// A picture to start from.
 #[derive(Debug, Clone)]
 pub struct Start {
+    /// Tells pictures apart in a session.
+    id: u64,
     image: RgbImage,
     /// Row by row, whether a pixel is drawn anew; `None` for image-to-image.
     mask: Option<Vec<bool>>,
@@ -48,7 +50,13 @@ impl Start {
                 "--mask: expected white where the picture is to be drawn anew, found black everywhere",
             ));
         }
-        Ok(Self { image, mask, strength })
+        static MADE: AtomicU64 = AtomicU64::new(0);
+        Ok(Self { id: MADE.fetch_add(1, Ordering::Relaxed), image, mask, strength })
+    }
+
+    /// A number of its own; a copy has the same.
+    pub(super) fn id(&self) -> u64 {
+        self.id
     }
 
     /// Whether only a part of the picture is drawn.
@@ -91,7 +99,7 @@ impl Start {
 
     /// Encodes the picture, once for all drawings.
     pub(super) fn prepare(&self, model: &StableDiffusion) -> Prepared {
-        let device = model.unet.device();
+        let device = model.device();
         let pixels = self.pixels();
         let posterior = |pixels: &Tensor| {
             let (mean, log_variance) = model.vae.encode(pixels);
@@ -173,19 +181,19 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// What the batch of `noise` starts from.
-    pub(super) fn begin(&self, noise: &Noise, plan: &Plan, device: Device) -> Begin {
-        let unit = noise.unit(device);
+    /// What a batch starts from: `unit` noise on the model's device, and noise of the picture's latents and of the masked
+    /// picture's, where it is drawn.
+    pub(super) fn begin(&self, unit: Tensor, [image, masked]: [Option<&Tensor>; 2], plan: &Plan) -> Begin {
         let batch = unit.size()[0];
-        let image = self.image.as_ref().map(|image| image.latents(noise.image.as_ref(), batch));
+        let image = self.image.as_ref().map(|own| own.latents(image, batch));
         let x = match &image {
             Some(image) if !self.is_noise => plan.add_noise(0, image, &unit),
             _ => &unit * plan.init_noise_sigma(),
         };
         let (mut beside, mut kept) = (None, None);
         match (&self.masked, &self.mask, image) {
-            (Some(masked), Some(mask), _) => {
-                let masked = masked.latents(noise.masked_image.as_ref(), batch);
+            (Some(own), Some(mask), _) => {
+                let masked = own.latents(masked, batch);
                 beside = Some(Tensor::cat(&[&mask.expand([batch, -1, -1, -1], true), &masked], 1));
             }
             (None, Some(mask), Some(image)) => {

@@ -3,13 +3,12 @@
 use crate::data::image::{Filter, RgbImage, resize};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::model::control::{Control, Passes, Signals};
+use crate::model::control::{Control, Passes};
+use crate::model::{Call, Signals};
 use tch::{Device, Kind, Tensor};
 
-/// A control with the conditions of the pictures that are drawn.
-pub struct Steering<'a> {
-    /// The network that reads the conditions.
-    pub control: &'a Control,
+/// The conditions of the pictures that are drawn.
+pub struct Steering {
     /// `(b, 3, height, width)` in [0, 1], f32: one for each picture, or one for all.
     pub conditions: Tensor,
     /// How strongly and where.
@@ -90,9 +89,9 @@ pub(super) struct Steered<'a> {
 impl<'a> Steered<'a> {
     /// For pictures `start..start + length`, which take `calls` model calls.
     pub(super) fn new(
-        steering: &Steering<'a>,
-        start: i64,
-        length: i64,
+        control: &'a Control,
+        steering: &Steering,
+        (start, length): (i64, i64),
         calls: usize,
         device: Device,
     ) -> Self {
@@ -102,27 +101,27 @@ impl<'a> Steered<'a> {
         } else {
             all.narrow(0, start, length)
         };
-        let features = steering.control.features(&own.to_device(device));
-        Self { control: steering.control, strength: steering.strength, features, calls, done: 0 }
+        let features = control.features(&own.to_device(device));
+        Self { control, strength: steering.strength, features, calls, done: 0 }
     }
 
     /// What is added to the next call.
-    pub(super) fn next(&mut self, sample: &Tensor, timesteps: &Tensor, context: &Tensor) -> Signals {
+    pub(super) fn next(&mut self, call: Call) -> Signals {
         let covered = self.strength.covers(self.done, self.calls);
         self.done += 1;
         if !covered || self.strength.scale == 0.0 {
             return Signals::default();
         }
         let Strength { scale, passes, .. } = self.strength;
-        self.control.signals(&self.features, scale, passes, (sample, timesteps, context))
+        self.control.signals(&self.features, scale, passes, call)
     }
 }
 
-impl Steering<'_> {
+impl Steering {
     /// Refuses a control of another model, and numbers that mean nothing.
-    pub fn validate(&self, model: &StableDiffusion) -> Result<()> {
+    pub(super) fn validate(&self, control: &Control, model: &StableDiffusion) -> Result<()> {
         self.strength.validate()?;
-        match self.control.misfit(&model.unet, model.vae.factor()) {
+        match control.misfit(&model.unet, model.vae.factor()) {
             Some(problem) => Err(Error::config(format!("control: {problem}"))),
             None => Ok(()),
         }

@@ -211,12 +211,12 @@ impl Cell<'_> {
     /// Draws what is missing; the base model's fingerprint, or `None` where the weights that should draw are gone.
     fn draw(&self) -> Result<Option<String>> {
         let (config, compute) = (&self.config, &self.compute);
-        let mut artist = draw::load(config, compute, None, self.observer)?;
-        let fingerprint = artist.model.fingerprint()?;
-        let resolution = config.resolution.unwrap_or(artist.model.native_size() as u32);
+        let mut session = draw::open(config, compute, self.observer)?;
+        let fingerprint = session.model().fingerprint()?;
+        let resolution = config.resolution.unwrap_or(session.model().native_size() as u32);
         results::write_json(&self.folder.join("resolution.json"), &resolution)?;
         if self.task.cell.learning_rate.is_none() && config.with_prior_preservation {
-            self.class_pictures(&mut artist.model)?;
+            self.class_pictures(session.model())?;
         }
         let shown: Vec<Vec<RgbImage>> =
             self.task.sets.iter().map(|set| self.conditions(set)).collect::<Result<_>>()?;
@@ -230,15 +230,14 @@ impl Cell<'_> {
                 if !weight_files(&adapter).iter().any(|path| path.is_file()) {
                     return Ok(None);
                 }
-                // What an earlier step put on it does not come off.
-                artist = draw::load(config, compute, Some(&adapter), self.observer)?;
+                draw::put_on(&mut session, config, &adapter)?;
             }
             let cell = &self.task.cell;
             let by = format!("{}, {}, seed {}, step {step}", cell.method, cell.subject, cell.seed);
             // What is drawn for drift follows no condition.
             let shown = shown.iter().map(Vec::as_slice).chain(std::iter::repeat(&[][..]));
             for ((name, drawing), shown) in drawings.iter().zip(shown) {
-                drawing.draw(&artist, shown, &by, &place.join(name), self.observer)?;
+                drawing.draw(&mut session, shown, &by, &place.join(name), self.observer)?;
             }
         }
         Ok(Some(fingerprint))
@@ -252,7 +251,7 @@ impl Cell<'_> {
     }
 
     /// Class pictures are made once, by whoever comes first.
-    fn class_pictures(&self, model: &mut StableDiffusion) -> Result<()> {
+    fn class_pictures(&self, model: &StableDiffusion) -> Result<()> {
         let folder = self.comparison.join(&self.task.class_folder);
         files::create_dir_all(&folder)?;
         let _lock = lock(&folder.join(".lock"), self.observer)?;

@@ -75,8 +75,9 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
     check(config, judges, observer)?;
     let run = &config.output_dir;
     let compute = device::resolve(config.device, Some(config.dtype))?;
-    let base = draw::load(config, &compute, None, observer)?;
-    let resolution = config.resolution.unwrap_or(base.model.native_size() as u32);
+    let mut session = draw::open(config, &compute, observer)?;
+    let resolution = config.resolution.unwrap_or(session.model().native_size() as u32);
+    let fingerprint = session.model().fingerprint()?;
     let drawing = |prompts: &[String]| -> Result<Drawing> {
         let sampling = Sampling {
             seed: config.seed,
@@ -87,7 +88,7 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
         };
         Ok(Drawing {
             sampling,
-            model: base.model.fingerprint()?,
+            model: fingerprint.clone(),
             resolution,
             batch: config.sample_batch_size,
             prompts: prompts.to_vec(),
@@ -98,8 +99,7 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
     let (own, drift) = (drawing(&config.validation_prompt)?, drawing(&judges.drift_prompts)?);
     let folder = run.join(FOLDER);
     let base_drift = folder.join("base");
-    drift.draw(&base, &[], "", &base_drift, observer)?;
-    drop(base);
+    drift.draw(&mut session, &[], "", &base_drift, observer)?;
 
     let towers = Towers::load(&judges.towers, compute.device, observer)?;
     let _guard = tch::no_grad_guard();
@@ -121,10 +121,10 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
         let place = folder.join(format!("step-{step:06}"));
         let (pictures, unrelated) = (place.join(Set::Validation.name()), place.join("drift"));
         if !own.is_done(&pictures) || !drift.is_done(&unrelated) {
-            let artist = draw::load(config, &compute, Some(&adapter), observer)?;
+            draw::put_on(&mut session, config, &adapter)?;
             let by = format!("{} at step {step}", run.display());
-            own.draw(&artist, &[], &by, &pictures, observer)?;
-            drift.draw(&artist, &[], &by, &unrelated, observer)?;
+            own.draw(&mut session, &[], &by, &pictures, observer)?;
+            drift.draw(&mut session, &[], &by, &unrelated, observer)?;
         }
         let prompts = score::prompts(&towers, &subject, &own, &texts, (&pictures, &folder), observer)?;
         let drifts = score::drift(&towers, &drift, &unrelated, &base_drift, &folder)?;

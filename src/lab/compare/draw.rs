@@ -1,9 +1,9 @@
 //! The pictures that scores are computed from: every picture from a seed of its own, the same for all methods.
 
+use crate::attach;
 use crate::attach::loaded::LoadedAdapter;
-use crate::attach::{self, fixed};
 use crate::data::image::{RgbImage, png};
-use crate::diffusion::sample::{self, Guides, Noise, Settings, Steering, Strength, conditions};
+use crate::diffusion::sample::{Request, Session, Settings, Steering, Strength, conditions};
 use crate::diffusion::sampler::SamplerKind;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
@@ -64,39 +64,31 @@ pub struct Pairs {
     pub shuffled: Vec<usize>,
 }
 
-/// What draws pictures: the base model as it is, or with an adapter and the control encoder that was trained beside it.
-pub struct Artist {
-    /// The model, adapted.
-    pub model: StableDiffusion,
-    control: Option<Control>,
-}
-
-/// Loads the base model of a training, with what was trained where `adapter` is given.
-pub fn load(
-    config: &TrainConfig,
-    compute: &Compute,
-    adapter: Option<&Path>,
-    observer: &dyn Observer,
-) -> Result<Artist> {
+/// Loads the base model of a training, to draw with.
+pub fn open(config: &TrainConfig, compute: &Compute, observer: &dyn Observer) -> Result<Session> {
     let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model, observer)?;
     let from = config.model_config.as_deref();
     let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
     model.expect_text_to_image()?;
     device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
-    let mut control = None;
-    if let Some(adapter) = adapter {
-        // A control encoder may have been trained alone.
-        if config.method != MethodName::NONE {
-            let names = model.layer_names()?;
-            let loaded = LoadedAdapter::read(adapter, &names)?;
-            fixed::attach_fixed(&mut model, vec![(loaded, 1.0)], false)?;
-        }
-        if config.is_control() {
-            let (encoder, _) = ConditionEncoder::load(&adapter.join(CONTROL_ENCODER), compute.device)?;
-            control = Some(Control::Encoder(encoder));
-        }
+    Session::open(model, Vec::new(), None)
+}
+
+/// Puts what was trained into `adapter` on the model, in place of what was on it before.
+pub fn put_on(session: &mut Session, config: &TrainConfig, adapter: &Path) -> Result<()> {
+    // A control encoder may have been trained alone.
+    if config.method == MethodName::NONE {
+        session.take_off()?;
+    } else {
+        let loaded = LoadedAdapter::read(adapter, session.layer_names()?)?;
+        session.put_on(vec![(loaded, 1.0)])?;
     }
-    Ok(Artist { model, control })
+    if config.is_control() {
+        let device = session.model().device();
+        let (encoder, _) = ConditionEncoder::load(&adapter.join(CONTROL_ENCODER), device)?;
+        session.set_control(Some(Control::Encoder(encoder)));
+    }
+    Ok(())
 }
 
 /// Name of a picture in its folder.
@@ -126,13 +118,12 @@ impl Drawing {
     /// Errors: an interrupt, latents that are not finite.
     pub fn draw(
         &self,
-        artist: &Artist,
+        session: &mut Session,
         shown: &[RgbImage],
         by: &str,
         folder: &Path,
         observer: &dyn Observer,
     ) -> Result<()> {
-        let model = &artist.model;
         if folder.is_dir() && !self.is_the_same(folder) {
             files::remove_dir_all(folder)?;
         }
@@ -143,29 +134,29 @@ impl Drawing {
                 continue;
             }
             let s = &self.sampling;
-            let settings =
-                Settings::square(model, prompt, s.scheduler, s.steps, s.guidance, self.resolution)?;
-            settings.validate(model)?;
+            let settings = {
+                let model = session.model();
+                Settings::square(model, prompt, s.scheduler, s.steps, s.guidance, self.resolution)?
+            };
             let seeds = self.seeds(p);
-            let noise = Noise::draw(&seeds, &settings, model)?;
-            let guides = Guides { control: self.steering(artist, shown, p), ..Guides::default() };
-            let pictures =
-                sample::sample(model, &settings, &noise, &guides, self.batch, observer, &mut || {})?;
+            let mut request = Request::new(&settings, &seeds, self.batch);
+            request.steering = if session.has_control() { self.steering(shown, p) } else { None };
+            let pictures = session.draw(&request, observer)?;
             for (i, picture) in pictures.iter().enumerate() {
-                let text = settings.to_text(Some(seeds[i]), &model.name(), by);
+                let text = settings.to_text(Some(seeds[i]), &session.model().name(), by);
                 png::save_png(&folder.join(file_name(p, i)), &picture.image, &text)?;
             }
         }
         Ok(())
     }
 
-    fn steering<'a>(&self, artist: &'a Artist, shown: &[RgbImage], prompt: usize) -> Option<Steering<'a>> {
-        let (pairs, control) = (self.pairs.as_ref()?, artist.control.as_ref()?);
+    fn steering(&self, shown: &[RgbImage], prompt: usize) -> Option<Steering> {
+        let pairs = self.pairs.as_ref()?;
         let own = std::iter::once(prompt).chain(pairs.shuffled.get(prompt).copied());
         let pictures: Vec<&RgbImage> = own.take(self.num_images).map(|pair| &shown[pair]).collect();
         let side = i64::from(self.resolution);
         let conditions = conditions(&pictures, side, side);
-        Some(Steering { control, conditions, strength: self.sampling.control })
+        Some(Steering { conditions, strength: self.sampling.control })
     }
 
     fn is_the_same(&self, folder: &Path) -> bool {

@@ -119,14 +119,14 @@ impl Probe {
         let batch = 2;
         let mut shape = settings.latent_shape(&model);
         shape[0] = batch;
-        let (context, _) = model.encode_prompts(&["", ""])?;
+        let (conditioning, _) = model.encode_prompts(&["", ""])?;
         let latents = Tensor::zeros(shape, (Kind::Float, compute.device));
         let timesteps = Tensor::full([batch], 500.0, (Kind::Float, compute.device));
         let mut seconds = f64::INFINITY;
         // The first call also allocates.
         for _ in 0..3 {
             let started = Instant::now();
-            let sum = model.unet.forward(&latents, &timesteps, &context).sum(Kind::Float);
+            let sum = model.denoiser().forward(&latents, &timesteps, &conditioning).sum(Kind::Float);
             let _ = sum.double_value(&[]); // waits for the device
             seconds = f64::min(seconds, started.elapsed().as_secs_f64() / batch as f64);
         }

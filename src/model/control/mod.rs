@@ -11,28 +11,16 @@ pub use encoder::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, P
 pub use net::ControlNet;
 
 use crate::model::UNet;
+use crate::model::denoiser::{Call, Signals};
 use tch::Tensor;
 
-/// What a control adds to one call of the UNet.
-#[derive(Debug, Default)]
-pub struct Signals {
-    /// To the output of the first convolution, `(b, c0, h, w)`.
-    pub hint: Option<Tensor>,
-    /// To the skip connections, in the order of their making.
-    pub skips: Vec<Tensor>,
-    /// To the output of the middle.
-    pub middle: Option<Tensor>,
-}
-
-impl Signals {
-    /// Each row after as many rows of zeros as there are rows: nothing is added to the first half of a batch.
-    fn in_second_half(self) -> Self {
-        let below = |t: Tensor| Tensor::cat(&[t.zeros_like(), t], 0);
-        Self {
-            hint: self.hint.map(below),
-            skips: self.skips.into_iter().map(below).collect(),
-            middle: self.middle.map(below),
-        }
+/// Each row after as many rows of zeros as there are rows: nothing is added to the first half of a batch.
+fn in_second_half(signals: Signals) -> Signals {
+    let below = |t: Tensor| Tensor::cat(&[t.zeros_like(), t], 0);
+    Signals {
+        hint: signals.hint.map(below),
+        skips: signals.skips.into_iter().map(below).collect(),
+        middle: signals.middle.map(below),
     }
 }
 
@@ -66,28 +54,27 @@ impl Control {
         }
     }
 
-    /// The signals, times `scale`, for a UNet call on `sample (n, c, h, w)` with `features` of `b` pictures: `n` is `b`, or `2 b`
+    /// The signals, times `scale`, for a call on `n` samples with `features` of `b` pictures: `n` is `b`, or `2 b`
     /// with guidance, where the first half are the passes of the negative prompt.
-    pub fn signals(
-        &self,
-        features: &Tensor,
-        scale: f64,
-        passes: Passes,
-        (sample, timesteps, context): (&Tensor, &Tensor, &Tensor),
-    ) -> Signals {
-        let (n, b) = (sample.size()[0], features.size()[0]);
+    pub fn signals(&self, features: &Tensor, scale: f64, passes: Passes, call: Call) -> Signals {
+        let (n, b) = (call.sample.size()[0], features.size()[0]);
         let second_half = n == 2 * b && passes == Passes::Conditional;
         let features = if n == b || second_half {
             features.shallow_clone()
         } else {
             Tensor::cat(&[features, features], 0)
         };
-        let seen = |t: &Tensor| if second_half { t.narrow(0, b, b) } else { t.shallow_clone() };
         let signals = match self {
             Self::Encoder(_) => Signals { hint: Some(features * scale), ..Signals::default() },
-            Self::Net(net) => net.forward(&seen(sample), &seen(timesteps), &seen(context), &features, scale),
+            Self::Net(net) if second_half => {
+                let (sample, timesteps) = (call.sample.narrow(0, b, b), call.timesteps.narrow(0, b, b));
+                let conditioning = &call.conditioning.narrow(b, b);
+                let seen = Call { sample: &sample, timesteps: &timesteps, conditioning };
+                net.forward(seen, &features, scale)
+            }
+            Self::Net(net) => net.forward(call, &features, scale),
         };
-        if second_half { signals.in_second_half() } else { signals }
+        if second_half { in_second_half(signals) } else { signals }
     }
 
     /// Why it cannot steer this UNet, whose latents are `factor` pixels wide, if so.

@@ -2,10 +2,10 @@
 
 use crate::error::{Error, Result};
 use crate::model::UNet;
-use crate::model::control::Signals;
 use crate::model::control::encoder::{
     CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, encoder_of,
 };
+use crate::model::denoiser::{Call, Denoiser, Signals};
 use crate::model::down::DownPath;
 use crate::model::layers::Layer;
 use crate::platform::files;
@@ -55,17 +55,10 @@ impl ControlNet {
     }
 
     /// The signals for one UNet call, times `scale`.
-    pub fn forward(
-        &self,
-        sample: &Tensor,
-        timesteps: &Tensor,
-        context: &Tensor,
-        features: &Tensor,
-        scale: f64,
-    ) -> Signals {
-        let time = self.down.time(timesteps);
-        let context = context.to_kind(self.kind);
-        let (middle, skips) = self.down.forward(sample, &time, &context, Some(features));
+    pub fn forward(&self, call: Call, features: &Tensor, scale: f64) -> Signals {
+        let time = self.down.time(call.timesteps);
+        let context = call.conditioning.states().to_kind(self.kind);
+        let (middle, skips) = self.down.forward(call.sample, &time, &context, Some(features));
         let skips = skips.iter().zip(&self.down_blocks).map(|(x, conv)| conv.forward(x) * scale).collect();
         Signals { hint: None, skips, middle: Some(self.mid_block.forward(&middle) * scale) }
     }

@@ -1,0 +1,129 @@
+//! What `hra sample` draws from: seeds, or noise that another program made.
+
+use crate::diffusion::sample::{From, Noise, Session, Settings, Start};
+use crate::error::{Error, Result};
+use crate::weights::tensor_file::TensorFile;
+use std::path::Path;
+use tch::{Device, Kind, Tensor};
+
+/// Where the noise comes from.
+pub enum Source {
+    /// Seeds of the pictures of a prompt.
+    Seeds(Vec<u64>),
+    /// The same noise for each prompt.
+    Given(Noise),
+}
+
+/// Reads `--latents` and `--step-noise`.
+pub fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
+    let read = |path: &Path, name: &str, dims: usize| {
+        let file = TensorFile::open(path)?;
+        let tensor = file.read_as(name, Kind::Float, Device::Cpu)?;
+        if tensor.dim() != dims || tensor.numel() == 0 {
+            let found = tensor.size();
+            return Err(Error::format(
+                path,
+                format!("`{name}`: expected {dims} dimensions, found shape {found:?}"),
+            ));
+        }
+        Ok(tensor)
+    };
+    let latents = read(path, "latents", 4)?;
+    let beside = |name: &str| {
+        if TensorFile::open(path)?.shape(name).is_none() {
+            return Ok(None);
+        }
+        let (tensor, expected) = (read(path, name, 4)?, latents.size());
+        if tensor.size() != expected {
+            let found = tensor.size();
+            return Err(Error::format(
+                path,
+                format!("`{name}`: expected shape {expected:?}, found {found:?}"),
+            ));
+        }
+        Ok(Some(tensor))
+    };
+    let (image, masked_image) = (beside("image_noise")?, beside("masked_image_noise")?);
+    let Some(steps) = steps else {
+        let steps = Tensor::empty([0], (Kind::Float, Device::Cpu));
+        return Ok(Noise { latents, steps, image, masked_image });
+    };
+    let noise = read(steps, "noise", 5)?;
+    if noise.size()[1..] != latents.size()[..] {
+        let (expected, found) = (latents.size(), noise.size());
+        return Err(Error::format(
+            steps,
+            format!("`noise`: expected (steps, ..) over {expected:?}, found {found:?}"),
+        ));
+    }
+    Ok(Noise { latents, steps: noise, image, masked_image })
+}
+
+impl Source {
+    /// `given` noise, else `count` seeds from `first` on.
+    pub fn new(count: usize, first: u64, given: Option<Noise>) -> Self {
+        let seeds = || (0..count as u64).map(|i| first.wrapping_add(i)).collect();
+        given.map_or_else(|| Self::Seeds(seeds()), Self::Given)
+    }
+
+    /// Refuses noise that does not fit, and adds that of the steps where a sampler takes it and none is given.
+    pub fn check(
+        &mut self,
+        asked: (Option<usize>, u64),
+        session: &mut Session,
+        settings: &Settings,
+        start: Option<&Start>,
+    ) -> Result<()> {
+        let Self::Given(noise) = self else { return Ok(()) };
+        let (expected, found) = (settings.latent_shape(session.model()), noise.latents.size());
+        if found[1..] != expected[1..] {
+            return Err(Error::config(format!(
+                "--latents: expected (b, {}, {}, {}) for this model at {}x{} pixels, found {found:?}",
+                expected[1], expected[2], expected[3], settings.width, settings.height
+            )));
+        }
+        let (count, seed) = asked;
+        if count.is_some_and(|n| n as i64 != found[0]) {
+            return Err(Error::config(format!(
+                "--num-images: --latents holds {} pictures; leave it out",
+                found[0]
+            )));
+        }
+        let needed = session.plan(settings, start)?.noise_steps();
+        if needed > 0 && noise.steps.dim() != 5 {
+            // Without the noise of each step, picture i takes it from seed + i as it would without --latents.
+            let seeds: Vec<u64> = (0..found[0] as u64).map(|i| seed.wrapping_add(i)).collect();
+            noise.steps = session.noise(&seeds, settings, start)?.steps;
+        } else if needed > 0 && noise.steps.size()[0] < needed as i64 {
+            let found = noise.steps.size()[0];
+            return Err(Error::config(format!(
+                "--step-noise: expected noise for {needed} steps, found {found}"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Number of pictures of a prompt.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Seeds(seeds) => seeds.len(),
+            Self::Given(noise) => noise.latents.size()[0] as usize,
+        }
+    }
+
+    /// As a request has it.
+    pub fn from(&self) -> From<'_> {
+        match self {
+            Self::Seeds(seeds) => From::Seeds(seeds),
+            Self::Given(noise) => From::Noise(noise),
+        }
+    }
+
+    /// What the contact sheet calls the pictures.
+    pub fn labels(&self) -> Vec<String> {
+        match self {
+            Self::Seeds(seeds) => seeds.iter().map(|seed| format!("seed {seed}")).collect(),
+            Self::Given(_) => (0..self.count()).map(|i| format!("latents {i}")).collect(),
+        }
+    }
+}

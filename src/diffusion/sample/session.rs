@@ -1,0 +1,397 @@
+//! The one way to draw: a model with what is put on it, asked for pictures. What several requests share is made once: what a
+//! text becomes, what a picture to start from becomes, a sampler's plan.
+
+use crate::attach::fixed::{AttachReport, attach_again};
+use crate::attach::loaded::{LayerNames, LoadedAdapter};
+use crate::attach::{detach, set_enabled};
+use crate::diffusion::sample::batch::{Drawing, Text, draw_batch, to_image};
+use crate::diffusion::sample::noise::Noise;
+use crate::diffusion::sample::settings::Settings;
+use crate::diffusion::sample::start::{Prepared, Start};
+use crate::diffusion::sample::steering::{Steered, Steering};
+use crate::diffusion::sampler::Plan;
+use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::error::{Error, Result};
+use crate::model::Conditioning;
+use crate::model::control::Control;
+use crate::model::layers::Layers;
+use crate::platform::observer::Observer;
+use std::borrow::Borrow;
+use std::collections::HashMap;
+use std::sync::Arc;
+use tch::{Device, Tensor};
+
+/// So many texts are kept; a file of prompts may hold any number.
+const MOST_TEXTS: usize = 256;
+/// So many pictures to start from are kept.
+const MOST_STARTS: usize = 8;
+
+/// What to draw.
+pub struct Request<'a> {
+    /// Prompt, size, sampler.
+    pub settings: &'a Settings,
+    /// What each picture begins with.
+    pub from: From<'a>,
+    /// A picture to start from.
+    pub start: Option<&'a Start>,
+    /// Conditions, which the session's control reads.
+    pub steering: Option<Steering>,
+    /// Pictures drawn at once.
+    pub batch_size: usize,
+    /// Called after every call of the denoiser.
+    pub tick: Option<&'a dyn Fn()>,
+}
+
+/// What pictures begin with.
+#[derive(Clone, Copy)]
+pub enum From<'a> {
+    /// A seed for each.
+    Seeds(&'a [u64]),
+    /// Noise, a row for each.
+    Noise(&'a Noise),
+}
+
+impl<'a> Request<'a> {
+    /// A picture for each seed, with nothing but the settings.
+    pub fn new(settings: &'a Settings, seeds: &'a [u64], batch_size: usize) -> Self {
+        Self { settings, from: From::Seeds(seeds), start: None, steering: None, batch_size, tick: None }
+    }
+
+    /// Number of pictures.
+    pub fn count(&self) -> usize {
+        match self.from {
+            From::Seeds(seeds) => seeds.len(),
+            From::Noise(noise) => noise.latents.size()[0] as usize,
+        }
+    }
+}
+
+/// A finished picture.
+pub struct Picture {
+    /// The seed it was drawn from; `None` if the noise was given.
+    pub seed: Option<u64>,
+    /// Final latents `(1, c, h, w)`, f32, CPU, not divided by the scaling factor.
+    pub latents: Tensor,
+    /// The pixels.
+    pub image: crate::data::image::RgbImage,
+}
+
+/// How often something was made in a session.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Made {
+    /// Texts encoded.
+    pub texts: usize,
+    /// Pictures to start from encoded.
+    pub starts: usize,
+    /// Sampler's plans.
+    pub plans: usize,
+}
+
+/// A model that draws. `M` and `C` own a model and a control, or borrow them.
+pub struct Session<M = StableDiffusion, C = Control> {
+    model: M,
+    control: Option<C>,
+    adapters: Vec<(LoadedAdapter, f64)>,
+    reports: Vec<AttachReport>,
+    names: Option<LayerNames>,
+    /// Whether the adapters can come off.
+    keeps_base: bool,
+    enabled: bool,
+    /// Whether an adapter changes what texts become.
+    adapts_text: bool,
+    texts: HashMap<(bool, String), Conditioning>,
+    starts: HashMap<u64, Prepared>,
+    plans: HashMap<String, Arc<Plan>>,
+    made: Made,
+}
+
+impl Session {
+    /// A model with adapters, each at its strength, and the control that reads conditions. The adapters can be scaled and taken
+    /// off again.
+    pub fn open(
+        model: StableDiffusion,
+        adapters: Vec<(LoadedAdapter, f64)>,
+        control: Option<Control>,
+    ) -> Result<Self> {
+        let mut session = Self::over(model, control);
+        session.put_on(adapters)?;
+        Ok(session)
+    }
+
+    /// As [`Self::open`], with adapters that stay: whole new weights take the place of the base model's, and cost no memory
+    /// beside them.
+    pub fn open_for_good(
+        model: StableDiffusion,
+        adapters: Vec<(LoadedAdapter, f64)>,
+        control: Option<Control>,
+    ) -> Result<Self> {
+        let mut session = Self { keeps_base: false, ..Self::over(model, control) };
+        session.adapters = adapters;
+        session.attach()?;
+        session.adapters = Vec::new();
+        Ok(session)
+    }
+
+    /// Puts adapters on, in place of those that were on before.
+    ///
+    /// Errors: adapters that do not fit; the model is then the base model.
+    pub fn put_on(&mut self, adapters: Vec<(LoadedAdapter, f64)>) -> Result<()> {
+        self.take_off()?;
+        self.adapters = adapters;
+        let done = self.attach();
+        if done.is_err() {
+            self.take_off()?;
+        }
+        done
+    }
+
+    /// Gives the adapters other strengths, in their order.
+    pub fn scale(&mut self, strengths: &[f64]) -> Result<()> {
+        if strengths.len() != self.adapters.len() {
+            let (expected, found) = (self.adapters.len(), strengths.len());
+            return Err(Error::config(format!(
+                "strengths: expected one for each of {expected} adapters that can be scaled, found {found}"
+            )));
+        }
+        self.adapters.iter_mut().zip(strengths).for_each(|((_, own), new)| *own = *new);
+        detach(&mut self.model);
+        self.attach()
+    }
+
+    /// Takes all adapters off: the model is the base model again, bit for bit.
+    pub fn take_off(&mut self) -> Result<()> {
+        if !self.keeps_base {
+            return Err(Error::config("the adapters of this session were put on for good"));
+        }
+        detach(&mut self.model);
+        self.adapters.clear();
+        self.reports.clear();
+        self.texts_changed();
+        Ok(())
+    }
+
+    /// What the layers of the model are called, for [`LoadedAdapter::read`].
+    pub fn layer_names(&mut self) -> Result<&LayerNames> {
+        if self.names.is_none() {
+            self.names = Some(self.model.layer_names()?);
+        }
+        Ok(self.names.as_ref().expect("they were just read"))
+    }
+
+    /// Switches the adapters on or off. Those that were put on for good stay.
+    pub fn set_enabled(&mut self, enabled: bool) {
+        self.enabled = enabled;
+        set_enabled(&mut self.model, enabled);
+    }
+
+    /// Replaces the control.
+    pub fn set_control(&mut self, control: Option<Control>) {
+        self.control = control;
+    }
+
+    fn attach(&mut self) -> Result<()> {
+        self.reports = attach_again(&mut self.model, &mut self.adapters, self.keeps_base)?;
+        self.enabled = true;
+        self.texts_changed();
+        Ok(())
+    }
+
+    fn texts_changed(&mut self) {
+        let mut layers = self.model.texts.iter_mut().flat_map(|tower| tower.encoder.modules_mut());
+        self.adapts_text = layers.any(|module| module.is_attached());
+        drop(layers);
+        self.texts.clear();
+    }
+}
+
+impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
+    /// A model as it is, and the control that reads conditions.
+    pub fn over(model: M, control: Option<C>) -> Self {
+        Self {
+            model,
+            control,
+            adapters: Vec::new(),
+            reports: Vec::new(),
+            names: None,
+            keeps_base: true,
+            enabled: true,
+            adapts_text: false,
+            texts: HashMap::new(),
+            starts: HashMap::new(),
+            plans: HashMap::new(),
+            made: Made::default(),
+        }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &StableDiffusion {
+        self.model.borrow()
+    }
+
+    /// Whether something reads conditions.
+    pub fn has_control(&self) -> bool {
+        self.control.is_some()
+    }
+
+    /// What putting the adapters on did, for each.
+    pub fn reports(&self) -> &[AttachReport] {
+        &self.reports
+    }
+
+    /// How often something was made.
+    pub fn made(&self) -> Made {
+        self.made
+    }
+
+    /// The sampler's steps for a request, less those that a [`Start`] leaves out.
+    pub fn plan(&mut self, settings: &Settings, start: Option<&Start>) -> Result<Arc<Plan>> {
+        let Settings { sampler, spacing, karras, steps, .. } = settings;
+        let key = format!("{sampler:?} {spacing:?} {karras:?} {steps} {:?}", start.map(Start::strength));
+        if let Some(plan) = self.plans.get(&key) {
+            return Ok(plan.clone());
+        }
+        let plan = Arc::new(match start {
+            None => settings.plan(self.model())?,
+            Some(start) => {
+                let config = sampler.settings(&self.model().scheduler, *spacing, *karras);
+                Plan::from_strength(*sampler, &config, *steps, start.strength())?
+            }
+        });
+        self.made.plans += 1;
+        self.plans.insert(key, plan.clone());
+        Ok(plan)
+    }
+
+    /// Refuses what does not fit the model or its control, before anything is drawn.
+    pub fn check(&mut self, request: &Request) -> Result<()> {
+        let Request { settings, start, .. } = request;
+        settings.validate(self.model())?;
+        if self.model().is_inpainting() && !start.is_some_and(Start::is_inpainting) {
+            return Err(Error::config(
+                "this model is made for inpainting (its UNet sees a mask and a masked picture): it expects a picture and a \
+                 mask\nhint: give --image FILE --mask FILE",
+            ));
+        }
+        if let Some(start) = start {
+            start.validate(settings, self.model())?;
+        }
+        if let Some(steering) = &request.steering {
+            steering.validate(self.control()?, self.model())?;
+        }
+        self.plan(settings, *start).map(|_| ())
+    }
+
+    /// Number of calls of the denoiser that a request takes.
+    pub fn calls(&mut self, request: &Request) -> Result<usize> {
+        let plan = self.plan(request.settings, request.start)?;
+        Ok(plan.model_calls() * request.count().div_ceil(request.batch_size.max(1)))
+    }
+
+    /// The noise of `seeds`, with what a [`Start`] takes from the same stream.
+    pub fn noise(&mut self, seeds: &[u64], settings: &Settings, start: Option<&Start>) -> Result<Noise> {
+        let plan = self.plan(settings, start)?;
+        Noise::draw(seeds, settings, self.model(), &plan, start)
+    }
+
+    /// Draws.
+    ///
+    /// Errors: an interrupt, a request that does not fit, or latents that are not finite.
+    pub fn draw(&mut self, request: &Request, observer: &dyn Observer) -> Result<Vec<Picture>> {
+        let _guard = tch::no_grad_guard();
+        self.check(request)?;
+        let settings = request.settings;
+        let plan = self.plan(settings, request.start)?;
+        let drawn;
+        let (noise, seeds) = match request.from {
+            From::Noise(noise) => (noise, &[][..]),
+            From::Seeds(seeds) => {
+                drawn = Noise::draw(seeds, settings, self.model(), &plan, request.start)?;
+                (&drawn, seeds)
+            }
+        };
+        let conditioning = self.conditioning(settings)?;
+        let text = Text { conditioning, guidance: settings.guidance };
+        self.prepare(request.start);
+        let model = self.model();
+        let drawing = Drawing {
+            model,
+            plan: &plan,
+            text: &text,
+            picture: request.start.and_then(|start| self.starts.get(&start.id())),
+            tick: request.tick,
+            observer,
+        };
+        let (mut pictures, mut first) = (Vec::new(), 0);
+        while first < noise.latents.size()[0] {
+            let length = (noise.latents.size()[0] - first).min(request.batch_size.max(1) as i64);
+            let steered = match &request.steering {
+                Some(steering) => {
+                    let calls = plan.model_calls();
+                    Some(Steered::new(self.control()?, steering, (first, length), calls, model.device()))
+                }
+                None => None,
+            };
+            let latents = draw_batch(&drawing, &noise.batch(first, length), steered)?;
+            for latents in latents.split(1, 0) {
+                if latents.isfinite().all().int64_value(&[]) == 0 {
+                    return Err(Error::NotFinite(format!(
+                        "prompt `{}`: the latents are not finite numbers\nhint: try --dtype f32",
+                        settings.prompt
+                    )));
+                }
+                // One at a time: the decoder is what needs most memory, and a picture must not depend on its neighbours.
+                let pixels = model.vae.decode(&(&latents / model.vae.scaling_factor()));
+                let mut image = to_image(&pixels)?;
+                if let Some(start) = request.start {
+                    start.paste(&mut image);
+                }
+                let seed = seeds.get(pictures.len()).copied();
+                pictures.push(Picture { seed, latents: latents.to_device(Device::Cpu), image });
+            }
+            first += length;
+        }
+        Ok(pictures)
+    }
+
+    fn control(&self) -> Result<&Control> {
+        let missing = || Error::config("conditions: expected a control that reads them, found none");
+        self.control.as_ref().map(Borrow::borrow).ok_or_else(missing)
+    }
+
+    /// What the negative prompt and the prompt become, or with no guidance the prompt alone.
+    fn conditioning(&mut self, settings: &Settings) -> Result<Conditioning> {
+        let adapted = self.enabled && self.adapts_text;
+        let prompts = [settings.negative_prompt.as_str(), settings.prompt.as_str()];
+        let prompts = if settings.is_guided() { &prompts[..] } else { &prompts[1..] };
+        if self.texts.len() + prompts.len() > MOST_TEXTS {
+            self.texts.retain(|(_, text), _| prompts.contains(&text.as_str()));
+        }
+        let key = |text: &str| (adapted, text.to_string());
+        let mut missing: Vec<&str> = Vec::new();
+        for prompt in prompts {
+            if !self.texts.contains_key(&key(prompt)) && !missing.contains(prompt) {
+                missing.push(prompt);
+            }
+        }
+        if !missing.is_empty() {
+            let (new, _) = self.model().encode_prompts(&missing)?;
+            self.made.texts += missing.len();
+            for (i, text) in missing.iter().enumerate() {
+                self.texts.insert(key(text), new.narrow(i as i64, 1));
+            }
+        }
+        let rows: Vec<&Conditioning> = prompts.iter().map(|prompt| &self.texts[&key(prompt)]).collect();
+        Ok(Conditioning::cat(&rows))
+    }
+
+    /// Encodes a picture to start from, where that was not done.
+    fn prepare(&mut self, start: Option<&Start>) {
+        let Some(start) = start.filter(|start| !self.starts.contains_key(&start.id())) else { return };
+        if self.starts.len() >= MOST_STARTS {
+            self.starts.clear();
+        }
+        self.made.starts += 1;
+        let prepared = start.prepare(self.model());
+        self.starts.insert(start.id(), prepared);
+    }
+}
