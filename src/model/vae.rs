@@ -6,6 +6,7 @@
 //! instance serves both directions, and decoding pads the latents with zeros.
 
 use crate::error::{Error, Result};
+use crate::platform::random;
 use crate::weights::config::VaeConfig;
 use crate::weights::part::Part;
 use crate::weights::scope::Weights;
@@ -46,17 +47,15 @@ impl Vae {
         }
         let mut store = nn::VarStore::new(device);
         let z = config.latent_channels;
-        let inner = AutoEncoderKL::new(
-            store.root(),
-            config.in_channels,
-            config.out_channels,
-            AutoEncoderKLConfig {
-                block_out_channels: config.block_out_channels.clone(),
-                layers_per_block: config.layers_per_block,
-                latent_channels: 2 * z,
-                norm_num_groups: config.norm_num_groups,
-            },
-        );
+        let sizes = AutoEncoderKLConfig {
+            block_out_channels: config.block_out_channels.clone(),
+            layers_per_block: config.layers_per_block,
+            latent_channels: 2 * z,
+            norm_num_groups: config.norm_num_groups,
+        };
+        // The crate draws numbers for its weights, which others drawing meanwhile would miss.
+        let (root, channels) = (store.root(), (config.in_channels, config.out_channels));
+        let inner = random::seeded(0, || AutoEncoderKL::new(root, channels.0, channels.1, sizes));
         store.freeze();
         let _guard = tch::no_grad_guard();
         for (name, mut variable) in store.variables() {

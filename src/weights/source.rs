@@ -17,7 +17,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// Every text file of a model folder that says how pictures are drawn. (`model_index.json` lists parts; ours are fixed.)
 pub const TEXT_FILES: [&str; 10] = [
@@ -45,7 +45,7 @@ pub struct Source {
 
 #[derive(Debug)]
 struct Checkpoint {
-    file: Rc<TensorFile>,
+    file: Arc<TensorFile>,
     tower: Tower,
     config: Option<PathBuf>,
 }
@@ -85,7 +85,7 @@ impl Source {
         refuse_pickle(path)?;
         let file = TensorFile::open(path)?;
         let tower = check_parts(&file)?;
-        let checkpoint = Checkpoint { file: Rc::new(file), tower, config: config.map(Path::to_path_buf) };
+        let checkpoint = Checkpoint { file: Arc::new(file), tower, config: config.map(Path::to_path_buf) };
         Ok(Self { path: path.to_path_buf(), checkpoint: Some(checkpoint) })
     }
 

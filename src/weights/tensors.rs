@@ -8,14 +8,14 @@ use crate::weights::tensor_file::{self, TensorFile};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 /// The tensors of one part, open for reading.
 #[derive(Debug)]
 pub struct Tensors {
     place: PathBuf,
-    files: Vec<Rc<TensorFile>>,
+    files: Vec<Arc<TensorFile>>,
     index: BTreeMap<String, Entry>,
     problems: Vec<String>,
     unknown: Vec<String>,
@@ -45,13 +45,13 @@ impl Tensors {
                 let name = current_name(&key).unwrap_or_else(|| key.clone());
                 tensors.insert(name, Entry { file: tensors.files.len(), key, form: Form::Same });
             }
-            tensors.files.push(Rc::new(file));
+            tensors.files.push(Arc::new(file));
         }
         Ok(tensors)
     }
 
     /// The part of a checkpoint whose names these are. What lies below `spare` is never called unused.
-    pub(super) fn in_checkpoint(file: &Rc<TensorFile>, names: &Names, spare: Option<String>) -> Self {
+    pub(super) fn in_checkpoint(file: &Arc<TensorFile>, names: &Names, spare: Option<String>) -> Self {
         let mut tensors = Self { spare, ..Self::empty(file.path()) };
         tensors.files.push(file.clone());
         for key in file.names().into_iter().filter(|key| key.starts_with(names.prefix())) {

@@ -7,7 +7,7 @@
 use crate::lab::results::PromptScores;
 use crate::platform::seed;
 use std::collections::BTreeMap;
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// How often units are drawn again.
 pub const RESAMPLES: usize = 10_000;
@@ -55,7 +55,7 @@ fn quantile(sorted: &[f64], q: f64) -> f64 {
 /// Draws units, the same for every comparison of one shape.
 #[derive(Default)]
 pub struct Bootstrap {
-    draws: BTreeMap<Vec<usize>, Rc<Vec<u16>>>,
+    draws: BTreeMap<Vec<usize>, Arc<Vec<u16>>>,
 }
 
 impl Bootstrap {
@@ -85,7 +85,7 @@ impl Bootstrap {
     }
 
     /// For each resample, for each group of these sizes, the numbers of the units drawn.
-    fn draws(&mut self, sizes: Vec<usize>) -> Rc<Vec<u16>> {
+    fn draws(&mut self, sizes: Vec<usize>) -> Arc<Vec<u16>> {
         if let Some(draws) = self.draws.get(&sizes) {
             return draws.clone();
         }
@@ -99,7 +99,7 @@ impl Bootstrap {
                 }
             }
         }
-        let draws = Rc::new(draws);
+        let draws = Arc::new(draws);
         self.draws.insert(sizes, draws.clone());
         draws
     }
