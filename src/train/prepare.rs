@@ -1,0 +1,287 @@
+//! What a run needs before its first step, by parts. Everything is checked before anything is written.
+
+use crate::adapter::Method;
+use crate::adapter::target::TargetRule;
+use crate::attach;
+use crate::attach::parameters::Parameters;
+use crate::data::ImageFolder;
+use crate::diffusion::noise::NoiseSchedule;
+use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::error::{Error, Result};
+use crate::model::control::{ConditionEncoder, Control};
+use crate::model::layers::Layers;
+use crate::platform::hub::{self, Wanted};
+use crate::platform::observer::Observer;
+use crate::platform::{device, files, seed};
+use crate::train::batches::Batches;
+use crate::train::checkpoint::{self, Loaded, Resume, TrainedPart};
+use crate::train::class_images::{self, ClassImages};
+use crate::train::config::TrainConfig;
+use crate::train::optim::{AdamW, Ema, LearningRate};
+use crate::train::pictures::Pictures;
+use crate::train::preview::{HeldOut, Previews};
+use crate::train::run::{Metrics, RunFolder, Sums};
+use crate::train::setup::{self, find_checkpoint, trained_parts};
+use crate::train::totals::Totals;
+
+/// A run that can begin, or go on.
+pub(super) struct Prepared {
+    pub(super) config: TrainConfig,
+    pub(super) run: Run,
+    pub(super) networks: Networks,
+    pub(super) data: Data,
+    pub(super) optimisation: Optimisation,
+}
+
+/// Where the run is written, and where it stands.
+pub(super) struct Run {
+    pub(super) folder: RunFolder,
+    pub(super) metrics: Metrics,
+    /// Of the base model.
+    pub(super) fingerprint: String,
+    /// Steps already taken.
+    pub(super) taken: i64,
+    /// Seconds of earlier sessions.
+    pub(super) earlier: f64,
+}
+
+/// What computes.
+pub(super) struct Networks {
+    pub(super) model: StableDiffusion,
+    pub(super) schedule: NoiseSchedule,
+    pub(super) control: Option<Control>,
+    /// Number of adapted layers.
+    pub(super) layers: usize,
+    /// Whether there are adapters beside base weights that stay.
+    pub(super) has_adapter: bool,
+}
+
+/// What is shown and looked at.
+pub(super) struct Data {
+    pub(super) batches: Batches,
+    pub(super) held_out: Option<HeldOut>,
+    pub(super) previews: Previews,
+}
+
+/// What changes the trained tensors, and keeps count.
+pub(super) struct Optimisation {
+    pub(super) parameters: Parameters,
+    /// The files that they go into.
+    pub(super) parts: Vec<TrainedPart>,
+    pub(super) optimizer: AdamW,
+    pub(super) ema: Option<Ema>,
+    pub(super) learning_rates: Vec<LearningRate>,
+    pub(super) totals: Totals,
+}
+
+/// Prepares a run from its start, or from a checkpoint of the run in `config.output_dir`.
+pub(super) fn prepare(
+    config: TrainConfig,
+    resume: Option<&Resume>,
+    observer: &dyn Observer,
+) -> Result<Prepared> {
+    config.validate()?;
+    let checkpoint = match resume {
+        None => RunFolder::check_new(&config.output_dir).map(|()| None)?,
+        Some(resume) => find_checkpoint(&config, resume, observer)?,
+    };
+    let inputs = Inputs::read(config, observer)?;
+    let fingerprint = inputs.model.fingerprint()?;
+    let Inputs { config, resolution, mut model, instance, held_out, mut report } = inputs;
+    let trained = Trained::attach(&config, &mut model, &instance, observer)?;
+    let Trained { method, layers, control, mut parameters, parts } = trained;
+    if checkpoint.is_none() {
+        setup::start_from(&config, &fingerprint, &parts, &mut parameters, observer)?;
+    }
+    let previews = Previews::new(&model, &config, resolution, held_out.as_ref(), observer)?;
+    let class_images = config
+        .with_prior_preservation
+        .then(|| ClassImages::check(&model, &config, resolution, &fingerprint))
+        .transpose()?;
+    check_base(&config, checkpoint.as_ref(), &fingerprint)?;
+
+    let folder = match resume {
+        None => RunFolder::create(&config.output_dir, &config.to_toml()?)?,
+        Some(_) => RunFolder::open(&config.output_dir, &config.to_toml()?)?,
+    };
+    let class = class_images
+        .map(|images| make_class(&images, &mut model, &config, resolution, &mut report, observer))
+        .transpose()?;
+    files::write_atomic(&folder.path().join("dataset.txt"), report.as_bytes())?;
+
+    let batches = Batches::new(&model, &config, resolution, (instance, class), observer)?;
+    let held_out = held_out.map(|f| HeldOut::new(&model, &config, resolution, &f)).transpose()?;
+    let whole = method.as_ref().is_some_and(|method| method.trains_whole_network());
+    if whole {
+        attach::release_base(&mut model.unet);
+    }
+    let schedule = NoiseSchedule::new(&model.scheduler, model.device())?;
+    let networks = Networks { schedule, control, layers, has_adapter: method.is_some() && !whole, model };
+    let (optimisation, taken, earlier) =
+        optimisation(&config, checkpoint, (parameters, parts), &networks, &folder, observer)?;
+    let metrics = Metrics::open(folder.path(), taken, resume.is_some())?;
+    let run = Run { folder, metrics, fingerprint, taken, earlier };
+    Ok(Prepared { run, networks, data: Data { batches, held_out, previews }, optimisation, config })
+}
+
+/// What a run reads.
+struct Inputs {
+    /// With its resolution.
+    config: TrainConfig,
+    resolution: u32,
+    model: StableDiffusion,
+    /// The subject's pictures, or pairs.
+    instance: Pictures,
+    held_out: Option<Pictures>,
+    /// What is said of the pictures.
+    report: String,
+}
+
+impl Inputs {
+    fn read(config: TrainConfig, observer: &dyn Observer) -> Result<Self> {
+        let compute = device::resolve(config.device, Some(config.dtype))?;
+        compute.notes.iter().for_each(|note| observer.note(note));
+        let (setting, path) = match &config.train_data_dir {
+            Some(path) => ("train_data_dir", path),
+            None => ("instance_data_dir", &config.instance_data_dir),
+        };
+        let instance = Pictures::read(&config, setting, path, observer)?;
+        let held_out = config.held_out_data_dir.as_deref();
+        let held_out =
+            held_out.map(|dir| Pictures::read(&config, "held_out_data_dir", dir, observer)).transpose()?;
+        let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model, observer)?;
+        let from = config.model_config.as_deref();
+        let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
+        model.expect_text_to_image()?;
+        model.notes.iter().for_each(|note| observer.note(note));
+        device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
+        let resolution = setup::resolution(&config, &model)?;
+        let config = TrainConfig { resolution: Some(resolution), ..config };
+        let (what, held_out_what) = if config.is_control() {
+            ("pairs", "held-out pairs")
+        } else {
+            ("subject pictures", "held-out pictures")
+        };
+        let mut report = format!("{what}: {}\n", instance.report(resolution));
+        if let Some(pictures) = &held_out {
+            report += &format!("{held_out_what}: {}\n", pictures.report(resolution));
+        }
+        observer.say(report.trim_end());
+        instance.warn_of_no_edges(&config, resolution, observer)?;
+        if !config.with_prior_preservation
+            && (config.class_data_dir.is_some() || !config.class_prompt.is_empty())
+        {
+            observer.note("class_data_dir and class_prompt have no effect without --with_prior_preservation");
+        }
+        Ok(Self { config, resolution, model, instance, held_out, report })
+    }
+}
+
+/// What trains.
+struct Trained {
+    /// None where the control encoder trains alone.
+    method: Option<Method>,
+    /// Number of adapted layers.
+    layers: usize,
+    control: Option<Control>,
+    parameters: Parameters,
+    parts: Vec<TrainedPart>,
+}
+
+impl Trained {
+    /// Puts new adapters on the networks, and makes a control encoder where control trains.
+    fn attach(
+        config: &TrainConfig,
+        model: &mut StableDiffusion,
+        instance: &Pictures,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let targets = TargetRule::from_words(&config.target_modules)?;
+        let text_targets = TargetRule::from_words(&config.text_target_modules)?;
+        let method = config.method()?;
+        let mut layers = 0;
+        if let Some(method) = &method {
+            layers += attach::attach_new(&mut model.unet, &targets, method, config.bias, config.seed)?;
+            setup::warn_of_idle_words("target_modules", &targets, &mut model.unet, observer);
+        }
+        let texts = if config.train_text_encoder { &mut model.texts[..] } else { &mut [] };
+        for (i, tower) in texts.iter_mut().enumerate() {
+            let (network, seed) = (&mut tower.encoder, seed::derive(config.seed, "text encoder", i as u64));
+            if let Some(method) = &method {
+                layers += attach::attach_new(network, &text_targets, method, config.bias, seed)?;
+            }
+        }
+        let mut encoder = setup::control_encoder(config, model, instance)?;
+        let texts = if config.train_text_encoder { &mut model.texts[..] } else { &mut [] };
+        for tower in texts.iter_mut() {
+            let network = &mut tower.encoder;
+            setup::warn_of_idle_words("text_target_modules", &text_targets, network, observer);
+        }
+        let mut networks: Vec<&mut dyn Layers> = Vec::new();
+        if method.is_some() {
+            networks.push(&mut model.unet);
+        }
+        networks.extend(texts.iter_mut().map(|tower| &mut tower.encoder as &mut dyn Layers));
+        networks.extend(encoder.iter_mut().map(|encoder| encoder as &mut dyn Layers));
+        let parameters = attach::pack_parameters(&mut networks);
+        let own = encoder.as_ref().map(ConditionEncoder::config);
+        let parts = trained_parts(config, model, &targets, &text_targets, own)?;
+        Ok(Self { method, layers, control: encoder.map(Control::Encoder), parameters, parts })
+    }
+}
+
+fn check_base(config: &TrainConfig, checkpoint: Option<&Loaded>, fingerprint: &str) -> Result<()> {
+    match checkpoint.filter(|loaded| loaded.state.base_fingerprint != fingerprint) {
+        None => Ok(()),
+        Some(loaded) => Err(Error::Run(format!(
+            "{}: the base model's weights are not those that this run began with (step {})",
+            config.pretrained_model_name_or_path.display(),
+            loaded.state.step
+        ))),
+    }
+}
+
+/// The class pictures, drawn by the base model, which an adapter that starts at the identity is only up to rounding.
+fn make_class(
+    images: &ClassImages,
+    model: &mut StableDiffusion,
+    config: &TrainConfig,
+    resolution: u32,
+    report: &mut String,
+    observer: &dyn Observer,
+) -> Result<Pictures> {
+    attach::set_enabled(model, false);
+    observer.say(&images.make(model, config, observer)?);
+    attach::set_enabled(model, true);
+    let folder = ImageFolder::scan(&class_images::folder(config))?;
+    *report += &format!("class pictures: {}\n", folder.report(resolution));
+    Ok(Pictures::Folder(folder))
+}
+
+/// The optimiser as it starts, or as the checkpoint has it; then the steps taken, and their seconds.
+fn optimisation(
+    config: &TrainConfig,
+    checkpoint: Option<Loaded>,
+    (mut parameters, parts): (Parameters, Vec<TrainedPart>),
+    networks: &Networks,
+    folder: &RunFolder,
+    observer: &dyn Observer,
+) -> Result<(Optimisation, i64, f64)> {
+    let mut optimizer = AdamW::new(config.adamw(), &parameters);
+    let mut ema = config.use_ema.then(|| Ema::new(config.ema_decay, &parameters));
+    let (mut step, mut seconds, mut sums) = (0, 0.0, Sums::default());
+    if let Some(loaded) = checkpoint {
+        loaded.restore(&parts, &mut parameters, &mut optimizer, ema.as_mut())?;
+        (step, seconds, sums) = (loaded.state.step, loaded.state.seconds, loaded.state.sums);
+        observer.say(&format!("resuming after step {step}"));
+        match checkpoint::remove_after(folder.path(), step)? {
+            0 => {}
+            n => observer.note(&format!(
+                "{n} checkpoints after step {step} are removed, as the steps after it are made anew"
+            )),
+        }
+    }
+    let totals = Totals::new(&sums, networks.model.device());
+    let learning_rates = config.learning_rates();
+    Ok((Optimisation { parameters, parts, optimizer, ema, learning_rates, totals }, step, seconds))
+}

@@ -1,0 +1,302 @@
+//! The loop: batch, loss, gradient, step, record, save.
+
+use crate::attach::{self, Movement};
+use crate::error::{Error, Result};
+use crate::platform::files;
+use crate::platform::observer::{Counter, Event, Observer};
+use crate::train::checkpoint::{self, State};
+use crate::train::config::TrainConfig;
+use crate::train::loss::{Batch, training_loss};
+use crate::train::optim::clip_factor;
+use crate::train::prepare::{Data, Networks, Optimisation, Prepared, Run};
+use crate::train::preview::HeldOut;
+use crate::train::run::Record;
+use crate::train::totals::Reading;
+use std::path::PathBuf;
+use std::time::Instant;
+use tch::{Kind, Tensor};
+
+/// How far the weights moved is measured at every so many records, and at the end: it looks at every adapted weight.
+const RECORDS_A_MOVEMENT: i64 = 10;
+
+/// In f16 the gradients of a mean over many pixels would vanish; in f32 and bf16 nothing is scaled.
+const HALF_LOSS_SCALE: f64 = 4096.0;
+
+/// What a finished run can say of itself.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The run folder, with the adapter at its top.
+    pub folder: PathBuf,
+    /// Optimiser steps taken, over all sessions.
+    pub steps: i64,
+    /// Loss of the last record; `None` if there was nothing left to do.
+    pub loss: Option<f64>,
+    /// How far the weights moved; full fine-tuning keeps no base weights to tell it by.
+    pub movement: Option<Movement>,
+    /// Seconds of training, over all sessions.
+    pub seconds: f64,
+    /// Trained values.
+    pub parameters: usize,
+}
+
+pub(super) struct Trainer<'a> {
+    observer: &'a dyn Observer,
+    config: TrainConfig,
+    run: Run,
+    networks: Networks,
+    data: Data,
+    optimisation: Optimisation,
+    /// Mean loss up to the last record.
+    mean_loss: Option<f64>,
+    started: Instant,
+}
+
+impl<'a> Trainer<'a> {
+    pub(super) fn new(prepared: Prepared, observer: &'a dyn Observer) -> Self {
+        let Prepared { config, run, networks, data, optimisation } = prepared;
+        let (mean_loss, started) = (None, Instant::now());
+        Self { observer, config, run, networks, data, optimisation, mean_loss, started }
+    }
+
+    pub(super) fn run(mut self) -> Result<Outcome> {
+        let (first, total) = (self.run.taken, self.config.max_train_steps);
+        let accumulation = self.config.gradient_accumulation_steps as u64;
+        self.announce(first, total);
+        let progress = Counter::new(self.observer, "training", first as u64, total.max(first) as u64);
+        let mut last = None;
+        for step in first + 1..=total {
+            if self.observer.asks_to_stop() {
+                return Err(self.stop(step - 1));
+            }
+            self.optimisation.parameters.zero_gradient();
+            for micro in 0..accumulation {
+                let index = (step - 1) as u64 * accumulation + micro;
+                let trains_text = self.config.train_text_encoder;
+                let batch = self.data.batches.batch(&self.networks.model, index, trains_text)?;
+                let loss = self.loss(step, &batch);
+                loss.backward();
+            }
+            self.update(step);
+            let due = |every: i64| step % every == 0 || step == total;
+            let look = due(self.config.validation_steps);
+            if look || due(self.config.log_every) {
+                last = Some(self.record(step, look)?);
+            }
+            if due(self.config.checkpointing_steps) {
+                self.save(step)?;
+            }
+            if look {
+                self.draw_previews(step)?;
+            }
+            let rate = (step - first) as f64 / self.started.elapsed().as_secs_f64();
+            let loss = self.mean_loss.map_or_else(String::new, |loss| format!("loss {loss:.4} "));
+            let learning_rate = self.optimisation.learning_rates[0].at(step - 1);
+            progress.set(step as u64, &format!("{loss}lr {learning_rate:.2e} {rate:.2} step/s"));
+        }
+        drop(progress);
+        self.finish(total.max(first), last)
+    }
+
+    /// What the gradient is taken of: the loss with the method's regulariser, as a share of the step. Nothing is waited for:
+    /// the totals keep the losses until they are recorded.
+    fn loss(&mut self, step: i64, batch: &Batch) -> Tensor {
+        let Self { config, networks, optimisation, .. } = self;
+        let share = 1.0 / config.gradient_accumulation_steps as f64;
+        let (control, schedule) = (networks.control.as_ref(), &networks.schedule);
+        let (prior_weight, snr_gamma) = (config.prior_loss_weight, config.snr_gamma);
+        let loss =
+            training_loss(networks.model.denoiser(), control, schedule, batch, prior_weight, snr_gamma);
+        let regulariser =
+            if config.hra_lambda > 0.0 { attach::regulariser(&mut networks.model) } else { None };
+        let total = match &regulariser {
+            Some(regulariser) => &loss.total + regulariser * config.hra_lambda,
+            None => loss.total.shallow_clone(),
+        };
+        let parts = [Some(&total), Some(&loss.instance), loss.prior.as_ref(), regulariser.as_ref()];
+        optimisation.totals.add(step, parts, share);
+        total * (self.loss_scale() / self.config.gradient_accumulation_steps as f64)
+    }
+
+    /// The optimiser's step.
+    fn update(&mut self, step: i64) {
+        let scale = self.loss_scale();
+        let Optimisation { parameters, optimizer, ema, learning_rates, totals, .. } = &mut self.optimisation;
+        let norm = parameters.gradient_norm() / scale;
+        totals.end_step(step, &norm);
+        let factor = clip_factor(&norm, self.config.max_grad_norm) / scale;
+        let rates: Vec<f64> = learning_rates.iter().map(|rate| rate.at(step - 1)).collect();
+        optimizer.step(parameters, &factor, &rates);
+        attach::project(&mut self.networks.model);
+        if let Some(ema) = ema {
+            ema.update(parameters, step);
+        }
+    }
+
+    fn loss_scale(&self) -> f64 {
+        if self.networks.model.denoiser().kind() == Kind::Half { HALF_LOSS_SCALE } else { 1.0 }
+    }
+
+    fn announce(&self, first: i64, total: i64) {
+        if first >= total {
+            let done = format!("this run is complete ({first} of {total} steps)");
+            self.observer.say(&format!("{done}; raise --max_train_steps to train on"));
+            return;
+        }
+        let Networks { model, control, layers, .. } = &self.networks;
+        let (device, kind) = (model.device(), model.denoiser().kind());
+        let (device, kind) = (format!("{device:?}").to_lowercase(), format!("{kind:?}").to_lowercase());
+        self.observer.say(&format!(
+            "training {} values on {layers} layers{}, steps {} to {total}, on {device} in {kind}",
+            self.optimisation.parameters.count(),
+            if control.is_some() { " and in the control encoder" } else { "" },
+            first + 1
+        ));
+    }
+
+    fn draw_previews(&mut self, step: i64) -> Result<()> {
+        if self.data.previews.is_empty() {
+            return Ok(());
+        }
+        let drawn = self.with_average(|t| {
+            let (place, networks) = ((t.run.folder.path(), step), &t.networks);
+            t.data.previews.draw(&networks.model, networks.control.as_ref(), &t.config, place, t.observer)
+        });
+        match drawn {
+            Ok(folder) => {
+                self.observer.say(&format!("previews of step {step}: {}", folder.display()));
+                Ok(())
+            }
+            Err(Error::Interrupted(_)) => Err(self.stop(step)),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Writes what was trained.
+    fn finish(&mut self, step: i64, last: Option<Record>) -> Result<Outcome> {
+        let state = self.state(step)?;
+        let Optimisation { parameters, parts, ema, .. } = &mut self.optimisation;
+        if let Some(ema) = ema {
+            // The last checkpoint, if there is one, keeps the values that training would go on with.
+            parameters.set(&ema.average);
+        }
+        checkpoint::write_trained(self.run.folder.path(), parts, parameters, &state)?;
+        Ok(Outcome {
+            folder: self.run.folder.path().to_path_buf(),
+            steps: state.step,
+            loss: last.map(|record| record.loss),
+            movement: self.movement(),
+            seconds: state.seconds,
+            parameters: self.optimisation.parameters.count(),
+        })
+    }
+
+    /// Waits for the device, and writes what the steps since the last record came to.
+    fn record(&mut self, step: i64, look: bool) -> Result<Record> {
+        let Reading { sums, gradient_norm, .. } = self.read(true)?;
+        let config = &self.config;
+        let last = step == config.max_train_steps;
+        let mean = |sum: f64| sum / sums.count;
+        self.mean_loss = Some(mean(sums.loss));
+        let mut record = Record {
+            step,
+            loss: mean(sums.loss),
+            loss_instance: mean(sums.instance),
+            loss_prior: config.with_prior_preservation.then(|| mean(sums.prior)),
+            regulariser: (config.hra_lambda > 0.0).then(|| mean(sums.regulariser)),
+            learning_rate: self.optimisation.learning_rates[0].at(step - 1),
+            gradient_norm,
+            seconds: self.seconds(),
+            ..Record::default()
+        };
+        if last || look || step % (config.log_every * RECORDS_A_MOVEMENT) == 0 {
+            let movement = self.movement();
+            record.weight_change = movement.map(|m| m.mean);
+            record.weight_change_max = movement.map(|m| m.largest);
+            record.orthogonality_error = movement.and_then(|m| m.orthogonality_error);
+        }
+        if look && self.data.held_out.is_some() {
+            let look = |h: &HeldOut, t: &Self| {
+                h.loss(&t.networks.model, t.networks.control.as_ref(), &t.networks.schedule)
+            };
+            record.held_out_loss = self.with_average(|t| Ok(t.data.held_out.as_ref().map(|h| look(h, t))))?;
+        }
+        let written = self.run.metrics.write(&record)?;
+        self.observer.tell(Event::Metrics(&written));
+        Ok(record)
+    }
+
+    /// Runs `look` with the averaged adapter in place, where there is one.
+    fn with_average<T>(&mut self, look: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
+        let Some(average) = self.optimisation.ema.as_ref().map(|ema| ema.average.shallow_clone()) else {
+            return look(self);
+        };
+        let own = self.optimisation.parameters.flat().copy();
+        self.optimisation.parameters.set(&average);
+        let result = look(self);
+        self.optimisation.parameters.set(&own);
+        result
+    }
+
+    fn movement(&mut self) -> Option<Movement> {
+        self.networks.has_adapter.then(|| attach::movement(&mut self.networks.model))
+    }
+
+    fn seconds(&self) -> f64 {
+        self.run.earlier + self.started.elapsed().as_secs_f64()
+    }
+
+    /// Waits for the device. Fails where a number since the last reading was not finite: nothing is saved then.
+    fn read(&mut self, clear: bool) -> Result<Reading> {
+        let reading = self.optimisation.totals.read(clear);
+        match reading.not_finite {
+            Some((step, what)) => Err(self.not_finite(step, what)),
+            None => Ok(reading),
+        }
+    }
+
+    fn state(&mut self, step: i64) -> Result<State> {
+        let sums = self.read(false)?.sums;
+        Ok(State::new(step, self.seconds(), &self.run.fingerprint, &self.optimisation.parameters, sums))
+    }
+
+    fn save(&mut self, step: i64) -> Result<PathBuf> {
+        let state = self.state(step)?;
+        checkpoint::save(
+            self.run.folder.path(),
+            &state,
+            &self.optimisation.parts,
+            &self.optimisation.parameters,
+            &self.optimisation.optimizer,
+            self.optimisation.ema.as_ref(),
+            self.config.checkpoints_total_limit,
+        )
+    }
+
+    /// Saves after a request to stop; what to tell the user.
+    fn stop(&mut self, step: i64) -> Error {
+        let folder = files::shell_word(&self.run.folder.path().to_string_lossy());
+        match self.save(step) {
+            Ok(path) => Error::Interrupted(format!(
+                "stopped after step {step}, saved {}\nhint: go on with `hra train --resume latest --output_dir {folder}`",
+                path.display()
+            )),
+            Err(e) => e,
+        }
+    }
+
+    fn not_finite(&self, step: i64, what: &str) -> Error {
+        let steps = checkpoint::list(self.run.folder.path()).unwrap_or_default();
+        let good = steps.last().map_or_else(
+            || "there is no checkpoint".to_string(),
+            |s| {
+                format!(
+                    "the last good checkpoint is {}",
+                    checkpoint::folder(self.run.folder.path(), *s).display()
+                )
+            },
+        );
+        Error::NotFinite(format!(
+            "step {step}: {what} is not a finite number; {good}\nhint: try a lower --learning_rate, or --dtype f32"
+        ))
+    }
+}
