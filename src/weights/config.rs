@@ -149,27 +149,7 @@ impl UNetConfig {
             ));
             return Err(problems);
         }
-        for (name, value, least, most) in [
-            ("in_channels", self.in_channels, 1, MAX_WIDTH),
-            ("out_channels", self.out_channels, 1, MAX_WIDTH),
-            ("cross_attention_dim", self.cross_attention_dim, 1, MAX_WIDTH),
-            ("conv_in_kernel", self.conv_in_kernel, 1, 7),
-            ("conv_out_kernel", self.conv_out_kernel, 1, 7),
-            ("downsample_padding", self.downsample_padding, 0, 1),
-        ] {
-            if !(least..=most).contains(&value) {
-                problems.push(format!("{name}: expected {least} to {most}, found {value}"));
-            }
-        }
-        for (name, value) in [
-            ("freq_shift", self.freq_shift),
-            ("norm_eps", self.norm_eps),
-            ("mid_block_scale_factor", self.mid_block_scale_factor),
-        ] {
-            if !is_factor(value) {
-                problems.push(format!("{name}: expected a number up to {MAX_FACTOR:e}, found {value:e}"));
-            }
-        }
+        problems.extend(self.out_of_range());
         let heads = self.num_attention_heads.as_ref().unwrap_or(&self.attention_head_dim);
         let mut expand = |value: &PerLevel, what: &str| {
             value.expand(n, what).unwrap_or_else(|problem| {
@@ -193,32 +173,16 @@ impl UNetConfig {
                 attends(&self.down_block_types[i], "CrossAttnDownBlock2D", "DownBlock2D", &mut problems);
             let up =
                 attends(&self.up_block_types[n - 1 - i], "CrossAttnUpBlock2D", "UpBlock2D", &mut problems);
-            let positive = |what: &str, value: i64, most: i64, problems: &mut Vec<String>| {
-                if !(1..=most).contains(&value) {
-                    problems.push(format!("{what}: expected 1 to {most}, found {value}"));
-                }
-            };
-            positive("block_out_channels", channels, MAX_WIDTH, &mut problems);
-            positive("layers_per_block", layers[i], 64, &mut problems);
-            positive("transformer_layers_per_block", transformers[i], 64, &mut problems);
-            positive("attention heads", heads[i], channels.max(1), &mut problems);
-            if heads[i] > 0 && channels % heads[i] != 0 {
-                problems.push(format!("{channels} channels do not divide into {} attention heads", heads[i]));
-            }
-            if self.norm_num_groups < 1 || channels % self.norm_num_groups != 0 {
-                problems.push(format!(
-                    "{channels} channels do not divide into {} norm groups",
-                    self.norm_num_groups
-                ));
-            }
-            levels.push(Level {
+            let level = Level {
                 channels,
                 layers: layers[i],
                 heads: heads[i],
                 transformers: transformers[i],
                 down_attends: down,
                 up_attends: up,
-            });
+            };
+            problems.extend(self.level_problems(&level));
+            levels.push(level);
         }
         // Few enough levels of at most 64 layers with 64 transformers each that this cannot overflow.
         let blocks: i64 =
@@ -233,6 +197,55 @@ impl UNetConfig {
             problems.push(format!("sample_size: expected 1 to {MAX_WIDTH}, found {size}"));
         }
         if problems.is_empty() { Ok(levels) } else { Err(problems) }
+    }
+
+    /// Numbers that no network of this kind has.
+    fn out_of_range(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        for (name, value, least, most) in [
+            ("in_channels", self.in_channels, 1, MAX_WIDTH),
+            ("out_channels", self.out_channels, 1, MAX_WIDTH),
+            ("cross_attention_dim", self.cross_attention_dim, 1, MAX_WIDTH),
+            ("conv_in_kernel", self.conv_in_kernel, 1, 7),
+            ("conv_out_kernel", self.conv_out_kernel, 1, 7),
+            ("downsample_padding", self.downsample_padding, 0, 1),
+        ] {
+            if !(least..=most).contains(&value) {
+                problems.push(format!("{name}: expected {least} to {most}, found {value}"));
+            }
+        }
+        for (name, value) in [
+            ("freq_shift", self.freq_shift),
+            ("norm_eps", self.norm_eps),
+            ("mid_block_scale_factor", self.mid_block_scale_factor),
+        ] {
+            if !is_factor(value) {
+                problems.push(format!("{name}: expected a number up to {MAX_FACTOR:e}, found {value:e}"));
+            }
+        }
+        problems
+    }
+
+    fn level_problems(&self, level: &Level) -> Vec<String> {
+        let mut problems = Vec::new();
+        let channels = level.channels;
+        let mut positive = |what: &str, value: i64, most: i64| {
+            if !(1..=most).contains(&value) {
+                problems.push(format!("{what}: expected 1 to {most}, found {value}"));
+            }
+        };
+        positive("block_out_channels", channels, MAX_WIDTH);
+        positive("layers_per_block", level.layers, 64);
+        positive("transformer_layers_per_block", level.transformers, 64);
+        positive("attention heads", level.heads, channels.max(1));
+        if level.heads > 0 && channels % level.heads != 0 {
+            problems.push(format!("{channels} channels do not divide into {} attention heads", level.heads));
+        }
+        if self.norm_num_groups < 1 || channels % self.norm_num_groups != 0 {
+            problems
+                .push(format!("{channels} channels do not divide into {} norm groups", self.norm_num_groups));
+        }
+        problems
     }
 
     /// Settings of other model families, which would change the network silently if they were passed over.

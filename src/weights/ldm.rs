@@ -355,6 +355,11 @@ mod tests {
             assert_eq!(names.key(today), Some((key.to_string(), Form::Same)), "{today}");
             assert_eq!(names.tensors(key), [(today.to_string(), Form::Same)], "{key}");
         }
+    }
+
+    #[test]
+    fn open_clips_projections_are_stacked_or_turned() {
+        let open = Names::text(Tower::OpenClip, 23);
         let key = "cond_stage_model.model.transformer.resblocks.7.attn.in_proj_bias";
         let stacked = ["q", "k", "v"].map(|p| format!("encoder.layers.7.self_attn.{p}_proj.bias"));
         for (i, name) in stacked.iter().enumerate() {

@@ -127,6 +127,8 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
         masks: masks.as_ref().map(|masks| masks.iter().collect()),
     };
     let subject = Subject::new(&towers, &references)?;
+    let scoring =
+        Scoring { args, towers: &towers, subject: &subject, conditions: &conditions, real: &real, observer };
 
     let mut found =
         Evaluation { step: 0, set: Set::Test, prompts: Vec::new(), drift: Vec::new(), scores: Scores::new() };
@@ -134,29 +136,7 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
     let mut done = 0;
     for (prompt, group) in groups(&drawn) {
         observer.check(|| "stopped; nothing was written".to_string())?;
-        let pictures: Vec<RgbImage> =
-            group.iter().map(|drawn| load_rgb(&drawn.path)).collect::<Result<_>>()?;
-        for (picture, drawn) in pictures.iter().zip(&group) {
-            if let Some(same) = real.pictures.iter().position(|other| other == picture) {
-                observer.warn(&format!(
-                    "{} and the real picture {} are the same, pixel by pixel",
-                    drawn.path.display(),
-                    real.paths[same].display()
-                ));
-            }
-        }
-        let text = prompt.map(|prompt| without_token(prompt, &args.token));
-        let (together, mut each) = subject.score(&towers, text.as_deref(), &pictures, observer)?;
-        if let Some(dir) = &args.base {
-            let base: Vec<RgbImage> =
-                group.iter().map(|drawn| load_rgb(&counterpart(&drawn.path, dir)?)).collect::<Result<_>>()?;
-            for (own, drift) in each.iter_mut().zip(drift(&towers, &pictures, &base)?) {
-                own.extend(drift);
-            }
-        }
-        for ((own, picture), drawn) in each.iter_mut().zip(&pictures).zip(&group) {
-            own.extend(conditions.score(&drawn.path, picture)?);
-        }
+        let (together, each) = scoring.group(prompt, &group)?;
         let scored = group.iter().zip(each).map(|(drawn, scores)| PictureScores {
             seed: 0,
             file: drawn.path.to_string_lossy().into_owned(),
@@ -190,6 +170,47 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
     }
     let counts = [drawn.len(), real.paths.len(), look_alikes.paths.len()];
     report::report(args, &found, &files, &towers::identity(&paths, observer)?, counts)
+}
+
+/// What pictures are scored by.
+struct Scoring<'a> {
+    args: &'a EvaluateArgs,
+    towers: &'a Towers,
+    subject: &'a Subject,
+    conditions: &'a Conditions,
+    real: &'a Known,
+    observer: &'a dyn Observer,
+}
+
+impl Scoring<'_> {
+    /// Scores of the pictures of a prompt together, and of each.
+    fn group(&self, prompt: Option<&str>, group: &[&Drawn]) -> Result<(Scores, Vec<Scores>)> {
+        let pictures: Vec<RgbImage> =
+            group.iter().map(|drawn| load_rgb(&drawn.path)).collect::<Result<_>>()?;
+        for (picture, drawn) in pictures.iter().zip(group) {
+            if let Some(same) = self.real.pictures.iter().position(|other| other == picture) {
+                self.observer.warn(&format!(
+                    "{} and the real picture {} are the same, pixel by pixel",
+                    drawn.path.display(),
+                    self.real.paths[same].display()
+                ));
+            }
+        }
+        let text = prompt.map(|prompt| without_token(prompt, &self.args.token));
+        let (together, mut each) =
+            self.subject.score(self.towers, text.as_deref(), &pictures, self.observer)?;
+        if let Some(dir) = &self.args.base {
+            let base: Vec<RgbImage> =
+                group.iter().map(|drawn| load_rgb(&counterpart(&drawn.path, dir)?)).collect::<Result<_>>()?;
+            for (own, drift) in each.iter_mut().zip(drift(self.towers, &pictures, &base)?) {
+                own.extend(drift);
+            }
+        }
+        for ((own, picture), drawn) in each.iter_mut().zip(&pictures).zip(group) {
+            own.extend(self.conditions.score(&drawn.path, picture)?);
+        }
+        Ok((together, each))
+    }
 }
 
 /// The pictures that were named, with their prompts.

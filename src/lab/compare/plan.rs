@@ -56,55 +56,7 @@ pub fn plan(
         Stage::First => None,
     };
     let tables = config.search.is_none() || chosen.is_some();
-    let mut tasks: Vec<Task> = Vec::new();
-    let mut add = |task: Task| {
-        // A training that serves the search and the tables is one cell with both sets.
-        if let Some(known) = tasks.iter_mut().find(|t| t.cell.id == task.cell.id) {
-            known.sets.extend(task.sets);
-            known.sets.sort_by_key(|s| s.set);
-        } else {
-            tasks.push(task);
-        }
-    };
-    for subject in subjects {
-        add(planner.base(subject)?);
-    }
-    if let Some(search) = &config.search {
-        let searched = |s: &&Subject| search.subjects.is_empty() || search.subjects.contains(&s.name);
-        if let Some(unknown) = search.subjects.iter().find(|n| !subjects.iter().any(|s| s.name == **n)) {
-            return Err(Error::config(format!(
-                "search: subjects: `{unknown}` is not a subject of this comparison (or has no folder)"
-            )));
-        }
-        for method in &config.methods {
-            for rate in config.learning_rates(method)? {
-                for subject in subjects.iter().filter(searched) {
-                    for seed in &search.seeds {
-                        add(planner.training(method, subject, *seed, rate, Set::Validation)?);
-                    }
-                }
-            }
-        }
-    }
-    if tables {
-        // Seeds on the outside: what is there early is a whole table of the first seed.
-        for seed in &config.seeds {
-            for subject in subjects {
-                for method in &config.methods {
-                    let rate = match chosen {
-                        None => planner.train_config(method)?.learning_rate,
-                        Some(chosen) => *chosen.get(&method.label).ok_or_else(|| {
-                            Error::Run(format!(
-                                "search: no learning rate of `{}` gave a score\nhint: try lower ones",
-                                method.label
-                            ))
-                        })?,
-                    };
-                    add(planner.training(method, subject, *seed, rate, Set::Test)?);
-                }
-            }
-        }
-    }
+    let mut tasks = planner.tasks(chosen, tables)?;
     // Nothing follows the tables, or a search alone.
     let is_final = tables || config.search.as_ref().is_some_and(|s| s.only);
     for task in &mut tasks {
@@ -147,6 +99,62 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
+    /// Every cell: the base model's, those of a search, and those of the tables, with the rates that a search has chosen.
+    fn tasks(&self, chosen: Option<&BTreeMap<String, f64>>, tables: bool) -> Result<Vec<Task>> {
+        let mut tasks: Vec<Task> = Vec::new();
+        let mut add = |task: Task| {
+            // A training that serves the search and the tables is one cell with both sets.
+            if let Some(known) = tasks.iter_mut().find(|t| t.cell.id == task.cell.id) {
+                known.sets.extend(task.sets);
+                known.sets.sort_by_key(|s| s.set);
+            } else {
+                tasks.push(task);
+            }
+        };
+        for subject in self.subjects {
+            add(self.base(subject)?);
+        }
+        if let Some(search) = &self.config.search {
+            let searched = |s: &&Subject| search.subjects.is_empty() || search.subjects.contains(&s.name);
+            if let Some(unknown) =
+                search.subjects.iter().find(|n| !self.subjects.iter().any(|s| s.name == **n))
+            {
+                return Err(Error::config(format!(
+                    "search: subjects: `{unknown}` is not a subject of this comparison (or has no folder)"
+                )));
+            }
+            for method in &self.config.methods {
+                for rate in self.config.learning_rates(method)? {
+                    for subject in self.subjects.iter().filter(searched) {
+                        for seed in &search.seeds {
+                            add(self.training(method, subject, *seed, rate, Set::Validation)?);
+                        }
+                    }
+                }
+            }
+        }
+        if tables {
+            // Seeds on the outside: what is there early is a whole table of the first seed.
+            for seed in &self.config.seeds {
+                for subject in self.subjects {
+                    for method in &self.config.methods {
+                        let rate = match chosen {
+                            None => self.train_config(method)?.learning_rate,
+                            Some(chosen) => *chosen.get(&method.label).ok_or_else(|| {
+                                Error::Run(format!(
+                                    "search: no learning rate of `{}` gave a score\nhint: try lower ones",
+                                    method.label
+                                ))
+                            })?,
+                        };
+                        add(self.training(method, subject, *seed, rate, Set::Test)?);
+                    }
+                }
+            }
+        }
+        Ok(tasks)
+    }
+
     fn train_config(&self, method: &MethodEntry) -> Result<TrainConfig> {
         self.config.train_config(method)
     }

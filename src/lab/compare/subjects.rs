@@ -129,25 +129,7 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
     let place = |what: &str| format!("subject `{}`: {what}", entry.name);
     let all = pictures(&entry.data_dir, &place("data_dir"))?;
     let mut notes = entry.notes.clone();
-    let mut train = all.clone();
-    let (validation, test) = if config.protocol == Protocol::Paper {
-        (Vec::new(), all)
-    } else {
-        let test = match &entry.test_data_dir {
-            Some(dir) => pictures(dir, &place("test_data_dir"))?,
-            None if train.len() < 2 => {
-                return Err(Error::Data(format!(
-                    "{}: expected two pictures or more, one of them for the tables, found {}\nhint: give a test_data_dir",
-                    place("data_dir"),
-                    train.len()
-                )));
-            }
-            None => train.split_off(train.len() - 1),
-        };
-        let validation =
-            if all.len() >= ENOUGH_FOR_VALIDATION { train.split_off(train.len() - 1) } else { Vec::new() };
-        (validation, test)
-    };
+    let (train, validation, test) = split(config, entry, all)?;
     if config.search.is_some() && validation.is_empty() {
         notes.push(format!(
             "{}: fewer than {ENOUGH_FOR_VALIDATION} pictures, none is left out for validation; its share of the search \
@@ -165,34 +147,9 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
             same.path.display()
         )));
     }
-    let masks = match &entry.masks_dir {
-        None => Vec::new(),
-        Some(dir) => {
-            let found = pictures(dir, &place("masks_dir"))?;
-            let mask = |test: &Picture| {
-                let same = |p: &&Picture| Path::new(&p.name).file_stem() == Path::new(&test.name).file_stem();
-                found.iter().find(same).cloned().ok_or_else(|| {
-                    Error::Data(format!(
-                        "{}: expected a mask for {}, found none",
-                        place("masks_dir"),
-                        test.name
-                    ))
-                })
-            };
-            test.iter().map(mask).collect::<Result<_>>()?
-        }
-    };
+    let masks = masks(entry, &test)?;
     let look_alikes = entry.look_alikes_dir.as_deref().map(|dir| pictures(dir, &place("look_alikes_dir")));
-    let templates =
-        [&entry.prompts, &config.draw.prompts, &config.draw.validation_prompts].into_iter().flatten();
-    for template in templates.chain([&entry.instance_prompt, &entry.class_prompt]) {
-        if fill(template, "", "").contains(['{', '}']) {
-            return Err(Error::config(format!(
-                "{}: expected {{subject}} and {{class}} and no other braces, found `{template}`",
-                place("prompts")
-            )));
-        }
-    }
+    check_templates(config, entry)?;
     let filled = |template: &str| fill(template, &format!("{} {}", entry.token, entry.class), &entry.class);
     let prompts = if entry.prompts.is_empty() { &config.draw.prompts } else { &entry.prompts };
     let paper = config.protocol == Protocol::Paper;
@@ -236,6 +193,61 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
         return Err(Error::config("draw: prompts: expected one or more, found none"));
     }
     Ok(subject)
+}
+
+/// Pictures to train on, to choose by, and for the tables.
+fn split(
+    config: &CompareConfig,
+    entry: &SubjectEntry,
+    all: Vec<Picture>,
+) -> Result<(Vec<Picture>, Vec<Picture>, Vec<Picture>)> {
+    if config.protocol == Protocol::Paper {
+        return Ok((all.clone(), Vec::new(), all));
+    }
+    let enough = all.len() >= ENOUGH_FOR_VALIDATION;
+    let mut train = all;
+    let test = match &entry.test_data_dir {
+        Some(dir) => pictures(dir, &format!("subject `{}`: test_data_dir", entry.name))?,
+        None if train.len() < 2 => {
+            return Err(Error::Data(format!(
+                "subject `{}`: data_dir: expected two pictures or more, one of them for the tables, found {}\nhint: give a \
+                 test_data_dir",
+                entry.name,
+                train.len()
+            )));
+        }
+        None => train.split_off(train.len() - 1),
+    };
+    let validation = if enough { train.split_off(train.len() - 1) } else { Vec::new() };
+    Ok((train, validation, test))
+}
+
+/// The masks of the pictures for the tables, where the subject has any.
+fn masks(entry: &SubjectEntry, test: &[Picture]) -> Result<Vec<Picture>> {
+    let Some(dir) = &entry.masks_dir else { return Ok(Vec::new()) };
+    let place = format!("subject `{}`: masks_dir", entry.name);
+    let found = pictures(dir, &place)?;
+    let mask = |test: &Picture| {
+        let same = |p: &&Picture| Path::new(&p.name).file_stem() == Path::new(&test.name).file_stem();
+        let missing = || Error::Data(format!("{place}: expected a mask for {}, found none", test.name));
+        found.iter().find(same).cloned().ok_or_else(missing)
+    };
+    test.iter().map(mask).collect()
+}
+
+/// Refuses prompts with other braces than the two that are filled in.
+fn check_templates(config: &CompareConfig, entry: &SubjectEntry) -> Result<()> {
+    let templates =
+        [&entry.prompts, &config.draw.prompts, &config.draw.validation_prompts].into_iter().flatten();
+    for template in templates.chain([&entry.instance_prompt, &entry.class_prompt]) {
+        if fill(template, "", "").contains(['{', '}']) {
+            return Err(Error::config(format!(
+                "{}: expected {{subject}} and {{class}} and no other braces, found `{template}`",
+                format_args!("subject `{}`: prompts", entry.name)
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn pictures(dir: &Path, what: &str) -> Result<Vec<Picture>> {

@@ -73,6 +73,19 @@ impl CompareConfig {
                 problems.push(problem);
             }
         };
+        self.check_counts(&mut check);
+        self.check_names(&mut check);
+        if !self.controls.is_empty() {
+            control::problems::problems(self).into_iter().for_each(|problem| check(false, problem));
+        }
+        self.check_keys(&mut check);
+        self.check_search(&mut check);
+        self.check_training(&mut check);
+        if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n"))) }
+    }
+
+    /// How many there are of what is compared.
+    fn check_counts(&self, check: &mut dyn FnMut(bool, String)) {
         let counts = [self.draw.num_images, self.draw.num_validation_images, self.draw.num_drift_images];
         check((1..=64).contains(&self.jobs), format!("jobs: expected 1 to 64, found {}", self.jobs));
         check(
@@ -81,6 +94,10 @@ impl CompareConfig {
         );
         check(!self.seeds.is_empty(), "seeds: expected one or more, found none".into());
         check(!self.methods.is_empty(), "method: expected a [[method]] or more, found none".into());
+    }
+
+    /// What is compared, and what it is called.
+    fn check_names(&self, check: &mut dyn FnMut(bool, String)) {
         let kinds = [!self.subjects.is_empty(), self.dreambooth.is_some(), !self.controls.is_empty()];
         check(
             kinds.iter().filter(|there| **there).count() == 1,
@@ -106,9 +123,10 @@ impl CompareConfig {
                 format!("{what}: name: expected letters, digits, - and _, found `{name}`"),
             );
         }
-        if !self.controls.is_empty() {
-            control::problems::problems(self).into_iter().for_each(|problem| check(false, problem));
-        }
+    }
+
+    /// Which settings are whose.
+    fn check_keys(&self, check: &mut dyn FnMut(bool, String)) {
         for method in &self.methods {
             check(
                 method.label != crate::lab::results::BASE,
@@ -130,6 +148,10 @@ impl CompareConfig {
                 check(false, format!("method `{}`: {key} {all}", method.label));
             }
         }
+    }
+
+    /// The search for learning rates.
+    fn check_search(&self, check: &mut dyn FnMut(bool, String)) {
         let validation =
             self.search.is_some() && self.draw.validation_prompts.is_empty() && self.controls.is_empty();
         check(!validation, "draw: a [search] needs validation_prompts, which no table uses".into());
@@ -143,21 +165,7 @@ impl CompareConfig {
                 rates.clone().all(|r| r.is_finite() && *r > 0.0),
                 "search: expected positive numbers".into(),
             );
-            let towers = serde_json::to_value(&self.scores).unwrap_or_default();
-            for key in self.objective().keys() {
-                if !self.controls.is_empty() && CONTROL_OBJECTIVES.contains(&key.as_str()) {
-                    continue;
-                }
-                let tower = OBJECTIVES.iter().find(|(score, _)| score == key).map(|(_, tower)| *tower);
-                let known: Vec<&str> = OBJECTIVES.iter().map(|(score, _)| *score).collect();
-                let found =
-                    || format!("search: objective: expected one of {}, found `{key}`", known.join(", "));
-                check(tower.is_some(), found());
-                if let Some(tower) = tower {
-                    let there = !towers[tower].is_null();
-                    check(there, format!("search: objective: `{key}` needs `{tower}` in [scores]"));
-                }
-            }
+            self.check_objective(check);
             let rates: BTreeSet<u64> = rates.map(|r| r.to_bits()).collect();
             let seeds: BTreeSet<&u64> = search.seeds.iter().collect();
             check(
@@ -167,6 +175,28 @@ impl CompareConfig {
             );
             check(!search.seeds.is_empty(), "search: seeds: expected one or more, found none".into());
         }
+    }
+
+    /// What a search is about.
+    fn check_objective(&self, check: &mut dyn FnMut(bool, String)) {
+        let towers = serde_json::to_value(&self.scores).unwrap_or_default();
+        for key in self.objective().keys() {
+            if !self.controls.is_empty() && CONTROL_OBJECTIVES.contains(&key.as_str()) {
+                continue;
+            }
+            let tower = OBJECTIVES.iter().find(|(score, _)| score == key).map(|(_, tower)| *tower);
+            let known: Vec<&str> = OBJECTIVES.iter().map(|(score, _)| *score).collect();
+            let found = || format!("search: objective: expected one of {}, found `{key}`", known.join(", "));
+            check(tower.is_some(), found());
+            if let Some(tower) = tower {
+                let there = !towers[tower].is_null();
+                check(there, format!("search: objective: `{key}` needs `{tower}` in [scores]"));
+            }
+        }
+    }
+
+    /// What each method would be trained by.
+    fn check_training(&self, check: &mut dyn FnMut(bool, String)) {
         let mut totals = BTreeSet::new();
         for method in &self.methods {
             match self.train_config(method) {
@@ -207,7 +237,6 @@ impl CompareConfig {
                 format!("score_steps: expected steps from 1 to {total}, found {:?}", self.score_steps),
             );
         }
-        if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n"))) }
     }
 }
 
