@@ -22,7 +22,7 @@ needs_photos = pytest.mark.skipif(not PHOTOS, reason=f"no photographs below {SHA
 
 @pytest.fixture(scope="session")
 def ours(tmp_path_factory):
-    """Runs examples/resize.rs on a file and gives the path of the picture it wrote."""
+    """Runs tests/probes/resize.rs on a file and gives the path of the picture it wrote."""
     subprocess.run(["cargo", "build", "--quiet", "--example", "resize"], cwd=ROOT, check=True)
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     output = tmp_path_factory.mktemp("ours") / "out.png"

@@ -1,4 +1,4 @@
-"""Checkpoints with LDM's key names, both ways: what examples/convert.rs writes, read by diffusers' own conversion; and what
+"""Checkpoints with LDM's key names, both ways: what tests/probes/convert.rs writes, read by diffusers' own conversion; and what
 an independent script writes, read by `hra`.
 
 `to_ldm` walks the modules that diffusers built and names them as CompVis' and OpenCLIP's code does. It serves any number of
@@ -29,7 +29,7 @@ UNET, VAE, CLIP, OPEN = "model.diffusion_model.", "first_stage_model.", "cond_st
 
 @pytest.fixture(scope="session")
 def convert():
-    """Runs examples/convert.rs."""
+    """Runs tests/probes/convert.rs."""
     subprocess.run(["cargo", "build", "--quiet", "--example", "convert"], cwd=REPO, check=True)
     target = Path(os.environ.get("CARGO_TARGET_DIR", REPO / "target"))
 

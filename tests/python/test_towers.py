@@ -158,7 +158,7 @@ def texts(folder, prompts):
 
 @pytest.fixture(scope="module")
 def embed():
-    """Runs examples/embed.rs."""
+    """Runs tests/probes/embed.rs."""
     subprocess.run(["cargo", "build", "--quiet", "--example", "embed"], cwd=REPO, check=True)
     target = Path(os.environ.get("CARGO_TARGET_DIR", REPO / "target"))
 
