@@ -143,7 +143,7 @@ fn merged_and_fixed_weights_give_what_peft_merges() {
             assert!(compared > 0, "{} {adapter}: no merged weight compared", case.name);
             for keep_base in [true, false] {
                 let mut model = load(&case);
-                let reports = attach_fixed(&mut model.unet, fixed(&case, &adapter), keep_base).unwrap();
+                let reports = attach_fixed(&mut model.unet, &mut fixed(&case, &adapter), keep_base).unwrap();
                 assert_eq!(reports[0].layers, file.layers.len());
                 assert!(reports[0].unused.is_empty());
                 let _guard = tch::no_grad_guard();
@@ -158,7 +158,8 @@ fn adapters_of_the_text_encoder_give_the_same_states() {
     for case in cases() {
         for adapter in adapters(&case, "hidden") {
             let mut model = load(&case);
-            let reports = attach_fixed(&mut model.texts[0].encoder, fixed(&case, &adapter), false).unwrap();
+            let reports =
+                attach_fixed(&mut model.texts[0].encoder, &mut fixed(&case, &adapter), false).unwrap();
             assert!(reports[0].unused.is_empty());
             let json = case.json();
             let (states, _) = model.encode_prompts(&[json["prompts"][0].as_str().unwrap()]).unwrap();

@@ -98,7 +98,8 @@ impl Found {
             });
             let bias =
                 short.strip_suffix(".bias").map(|layer| layer.strip_suffix(".base_layer").unwrap_or(layer));
-            let of_adapter = methods::readers().any(|r| name.split('.').any(|p| p.starts_with(r.prefix)));
+            let of_adapter =
+                methods::readers().any(|r| name.split('.').skip(1).any(|p| p.starts_with(r.prefix)));
             if part.is_none() && of_adapter {
                 found.problems.push(format!(
                     "`{key}`: expected only tensors of {}, which are named {}",

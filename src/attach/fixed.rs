@@ -99,15 +99,6 @@ pub enum Effect<'a> {
 /// place of the frozen ones and cost no memory beside them.
 pub fn attach_fixed(
     network: &mut dyn Layers,
-    mut adapters: Vec<(LoadedAdapter, f64)>,
-    keep_base: bool,
-) -> Result<Vec<AttachReport>> {
-    attach_again(network, &mut adapters, keep_base)
-}
-
-/// As [`attach_fixed`], of adapters that may be put on again, at other strengths.
-pub fn attach_again(
-    network: &mut dyn Layers,
     adapters: &mut [(LoadedAdapter, f64)],
     keep_base: bool,
 ) -> Result<Vec<AttachReport>> {

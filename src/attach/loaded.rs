@@ -1,5 +1,5 @@
 //! Adapters as they lie on disk, whatever their form: PEFT folders, run folders with a text encoder's adapter, single LoRA
-//! files, and fully fine-tuned networks. By layer name; a layer's adapter is taken out when it is used, and what is left
+//! files, and fully fine-tuned networks. By layer name; what no layer asked for
 //! fitted nothing.
 
 use crate::adapter::lora_file::{self, LoraFile, LoraLayer};

@@ -14,6 +14,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::platform::cuda::{self, CudaState, Driver, Gpu};
 use crate::platform::device::kib_line;
+use crate::platform::random;
 
 /// Everything that `hra doctor` found.
 #[derive(Debug, Serialize)]
@@ -238,8 +239,9 @@ fn tolerance(device: Device, kind: Kind) -> f64 {
 }
 
 /// Random numbers, rounded to `kind`, on the CPU.
-fn random(shape: &[i64], kind: Kind) -> std::result::Result<Tensor, tch::TchError> {
-    Tensor::f_randn(shape, (Kind::Float, Device::Cpu))?.f_to_kind(kind)
+fn normal(shape: &[i64], kind: Kind) -> std::result::Result<Tensor, tch::TchError> {
+    random::seeded(shape.iter().sum::<i64>() as u64, || Tensor::f_randn(shape, (Kind::Float, Device::Cpu)))?
+        .f_to_kind(kind)
 }
 
 /// Runs `compute` once to warm up and three times against the clock; returns its result and the best time in ms.
@@ -268,7 +270,7 @@ fn wait_for(device: Device) {
 /// `(m, k) x (k, n)`, the size of a feed-forward projection; some entries are summed up again in f64 without libtorch.
 fn product(device: Device, kind: Kind) -> std::result::Result<Measured, tch::TchError> {
     let (m, k, n) = (1024, 640, 1280);
-    let (a, b) = (random(&[m, k], kind)?, random(&[k, n], kind)?);
+    let (a, b) = (normal(&[m, k], kind)?, normal(&[k, n], kind)?);
     let (a_there, b_there) = (a.f_to_device(device)?, b.f_to_device(device)?);
     let (result, milliseconds) = timed(device, || a_there.f_matmul(&b_there))?;
     let result = result.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
@@ -295,7 +297,7 @@ fn product(device: Device, kind: Kind) -> std::result::Result<Measured, tch::Tch
 fn convolution(device: Device, kind: Kind) -> std::result::Result<Measured, tch::TchError> {
     let (channels, side, filters) = (160, 32, 320);
     let (image, weight) =
-        (random(&[1, channels, side, side], kind)?, random(&[filters, channels, 3, 3], kind)?);
+        (normal(&[1, channels, side, side], kind)?, normal(&[filters, channels, 3, 3], kind)?);
     let (image_there, weight_there) = (image.f_to_device(device)?, weight.f_to_device(device)?);
     let (result, milliseconds) =
         timed(device, || image_there.f_conv2d(&weight_there, None::<Tensor>, 1, 1, 1, 1))?;

@@ -87,7 +87,7 @@ pub(super) fn prepare(
     };
     let inputs = Inputs::read(config, observer)?;
     let fingerprint = inputs.model.fingerprint()?;
-    let Inputs { config, resolution, mut model, instance, held_out, mut report } = inputs;
+    let Inputs { config, resolution, mut model, schedule, instance, held_out, mut report } = inputs;
     let trained = Trained::attach(&config, &mut model, &instance, observer)?;
     let Trained { method, layers, control, mut parameters, parts } = trained;
     if checkpoint.is_none() {
@@ -115,7 +115,6 @@ pub(super) fn prepare(
     if whole {
         attach::release_base(&mut model.unet);
     }
-    let schedule = NoiseSchedule::new(&model.scheduler, model.device())?;
     let networks = Networks { schedule, control, layers, has_adapter: method.is_some() && !whole, model };
     let (optimisation, taken, earlier) =
         optimisation(&config, checkpoint, (parameters, parts), &networks, &folder, observer)?;
@@ -130,6 +129,7 @@ struct Inputs {
     config: TrainConfig,
     resolution: u32,
     model: StableDiffusion,
+    schedule: NoiseSchedule,
     /// The subject's pictures, or pairs.
     instance: Pictures,
     held_out: Option<Pictures>,
@@ -173,7 +173,8 @@ impl Inputs {
         {
             observer.note("class_data_dir and class_prompt have no effect without --with_prior_preservation");
         }
-        Ok(Self { config, resolution, model, instance, held_out, report })
+        let schedule = NoiseSchedule::new(&model.scheduler, model.device())?;
+        Ok(Self { config, resolution, model, schedule, instance, held_out, report })
     }
 }
 

@@ -174,7 +174,10 @@ pub(super) fn start_from(
                 problems.push(format!("{} is {what}, this run trains {own}", folder.display()));
             }
             if !file.config.method.is_uniform() {
-                problems.push(format!("{} has other ranks or alphas for some layers", folder.display()));
+                problems.push(format!(
+                    "{} has other settings (rank, alpha ..) for some layers",
+                    folder.display()
+                ));
             }
             if file.metadata.get("base_fingerprint").is_some_and(|base| base != fingerprint) {
                 observer.warn(&format!("{} was made for another base model", folder.display()));

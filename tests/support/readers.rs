@@ -164,7 +164,7 @@ impl Network {
     fn attach(&mut self, path: &Path, use_it: bool) {
         let Ok(adapter) = LoadedAdapter::read(path, &self.names) else { return };
         let _ = adapter.other_base(&"0".repeat(64));
-        if attach_fixed(&mut self.model, vec![(adapter, 0.7)], true).is_ok() && use_it {
+        if attach_fixed(&mut self.model, &mut [(adapter, 0.7)], true).is_ok() && use_it {
             self.forward();
         }
     }

@@ -147,13 +147,18 @@ impl Pair {
         self.u.numel() as i64
     }
 
+    fn blocks(&self) -> i64 {
+        self.u.size()[0]
+    }
+
     /// Every row of `rows` `(.., d)` times H, which is its own transpose.
     fn apply(&self, rows: &Tensor) -> Tensor {
-        let [u, v] = self.units().map(|t| t.to_kind(rows.kind()));
+        let [u, v] = self.units().map(|t| t.to_device(rows.device()).to_kind(rows.kind()));
         let shape = rows.size();
         let rows = rows.reshape([-1, u.size()[0], u.size()[1]]);
         let along = |t: &Tensor| (&rows * t).sum_dim_intlist(-1, true, rows.kind()) * t;
-        (&rows - along(&u) + along(&v)).reshape(&shape[..])
+        // In this order the start, v = -u, is the identity to the last bit.
+        (&rows + (along(&v) - along(&u))).reshape(&shape[..])
     }
 
     /// `(D, D^T S)` of `H = I + D^T S D`, `(2 blocks, d)` and `(d, 2 blocks)`, f64 on the CPU.
@@ -215,6 +220,11 @@ impl Adapter for EtherPlus {
     /// On the straight line from W to W': what is not orthogonal has no rotation between.
     fn change(&self, weight: &Tensor, strength: f64) -> Change {
         let _guard = tch::no_grad_guard();
+        let (rows, columns) = (weight.size()[0], weight.size()[1]);
+        if 2 * (self.input.blocks() + self.output.blocks()) > rows.min(columns) {
+            let new = self.output.apply(&self.input.apply(weight).tr()).tr();
+            return Form::Dense(weight + (new - weight) * strength).into();
+        }
         let ((d_in, s_in), (d_out, s_out)) = (self.input.factors(), self.output.factors());
         let left = weight.matmul(&s_in); // [d_out, 2 blocks]
         let turned = weight + left.matmul(&d_in); // W H_in

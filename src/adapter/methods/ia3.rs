@@ -5,21 +5,26 @@
 //! to its channels.
 
 use crate::adapter::how::ELSEWHERE;
-use crate::adapter::method::{Combined, Entry, How, LayerChain, Method, MethodSettings, Parts, PeftReader};
+use crate::adapter::method::{
+    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, Parts, PeftReader,
+};
 use crate::adapter::peft_patterns::whole_pattern;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry};
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use tch::{Device, Kind, Tensor};
 
 const NAME: &str = "ia3_l";
 
 /// The settings of (IA)^3.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Ia3Config {
     /// Layers whose inputs are multiplied: a list of name endings, or a regular expression for whole names. A new adapter has
     /// none.
     pub feedforward: Value,
+    /// The layers of a file that it means.
+    inputs: BTreeSet<String>,
 }
 
 /// (IA)^3's line in the registry.
@@ -27,7 +32,7 @@ pub const METHOD: Entry = Entry {
     name: "ia3",
     about: "A factor for each output",
     settings: &[],
-    from_settings: |_| Ok(Method::new(Ia3Config { feedforward: json!([]) })),
+    from_settings: |_| Ok(Method::new(Ia3Config::default())),
     reader: Some(PeftReader {
         peft_type: "IA3",
         prefix: "ia3_",
@@ -39,19 +44,14 @@ pub const METHOD: Entry = Entry {
             if !names && !matches!(pattern, Some(Some(_))) {
                 fields.expected("feedforward_modules", "a list of names, or a regular expression");
             }
-            Some(Box::new(Ia3Config { feedforward }))
+            Some(Box::new(Ia3Config { feedforward, inputs: BTreeSet::new() }))
         },
     }),
 };
 
-impl Ia3Config {
-    /// PEFT's `_check_target_module_feedforward`.
-    fn is_feedforward(&self, layer: &str) -> bool {
-        if let Some(pattern) = self.feedforward.as_str() {
-            return whole_pattern(pattern).is_some_and(|pattern| pattern.is_match(layer));
-        }
-        let names = self.feedforward.as_array().into_iter().flatten().filter_map(Value::as_str);
-        names.into_iter().any(|name| layer.ends_with(name))
+impl Default for Ia3Config {
+    fn default() -> Self {
+        Self { feedforward: json!([]), inputs: BTreeSet::new() }
     }
 }
 
@@ -84,6 +84,10 @@ impl MethodSettings for Ia3Config {
         false
     }
 
+    fn is_uniform(&self) -> bool {
+        self.inputs.is_empty()
+    }
+
     fn tensor_names(&self) -> &'static [&'static str] {
         &[NAME]
     }
@@ -97,10 +101,24 @@ impl MethodSettings for Ia3Config {
         Some(("IA3", own))
     }
 
+    /// Which layers have factors of inputs: PEFT's `_check_target_module_feedforward`.
+    fn settle(&mut self, file: &FileFacts) -> std::result::Result<Vec<String>, Vec<String>> {
+        let pattern = self.feedforward.as_str().and_then(whole_pattern);
+        let names: Vec<&str> =
+            self.feedforward.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let means = |name: &str| match &pattern {
+            Some(pattern) => pattern.is_match(name),
+            None => names.iter().any(|ending| name.ends_with(ending)),
+        };
+        let inputs = file.layers.iter().filter(|parts| means(&parts.name));
+        self.inputs = inputs.map(|parts| parts.layer.clone()).collect();
+        Ok(Vec::new())
+    }
+
     fn adapter(&self, mut parts: Parts) -> std::result::Result<Box<dyn Adapter>, String> {
         let factors = parts.take(NAME)?;
         let shape = factors.size();
-        let on_inputs = self.is_feedforward(&parts.name);
+        let on_inputs = self.inputs.contains(&parts.layer);
         let fits = match shape[..] {
             [1, n] if on_inputs => n > 0,
             [n, 1] if !on_inputs => n > 0,
@@ -118,22 +136,25 @@ impl MethodSettings for Ia3Config {
 
     /// Factors multiply, each moved from 1 to its strength; the order and the way do not matter.
     fn combine(&self, _: &[&Method], layers: &[LayerChain], _: How) -> Result<Combined> {
-        let mut tensors = Vec::new();
+        let (mut tensors, mut inputs) = (Vec::new(), BTreeSet::new());
         for (name, chain) in layers {
-            let mut product: Option<Tensor> = None;
-            for link in chain {
-                let ia3 = link.get::<Ia3>();
-                if ia3.on_inputs != self.is_feedforward(name) {
+            let first = chain[0].get::<Ia3>();
+            let mut product = first.at(chain[0].strength);
+            for link in &chain[1..] {
+                let next = link.get::<Ia3>();
+                if next.on_inputs != first.on_inputs || next.factors.size() != first.factors.size() {
                     return Err(Error::config(format!(
                         "{name}: expected factors of outputs in all adapters, or of inputs in all, found both\n{ELSEWHERE}"
                     )));
                 }
-                let own = ia3.at(link.strength);
-                product = Some(product.map_or_else(|| own.shallow_clone(), |before| before * &own));
+                product *= next.at(link.strength);
             }
-            tensors.extend(product.map(|t| (format!("{name}.{NAME}"), t.to_kind(Kind::Float))));
+            if first.on_inputs {
+                inputs.insert((*name).to_string());
+            }
+            tensors.push((format!("{name}.{NAME}"), product.to_kind(Kind::Float)));
         }
-        Ok((Method::new(self.clone()), tensors))
+        Ok((Method::new(Self { feedforward: json!(inputs), inputs }), tensors))
     }
 }
 
@@ -178,6 +199,11 @@ impl Adapter for Ia3 {
         }
         let (what, shape) = (if self.on_inputs { "inputs" } else { "outputs" }, self.factors.size());
         Err(format!("{NAME}: expected factors for {expected} {what} for this model, found {shape:?}"))
+    }
+
+    fn size(&self) -> (i64, i64) {
+        let n = self.factors.numel() as i64;
+        if self.on_inputs { (n, 0) } else { (0, n) }
     }
 
     /// On the straight line from W to W'.

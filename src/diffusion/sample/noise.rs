@@ -61,17 +61,6 @@ impl Noise {
         })
     }
 
-    /// The same tensors again.
-    pub fn shallow_clone(&self) -> Self {
-        let same = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::shallow_clone);
-        Self {
-            latents: self.latents.shallow_clone(),
-            steps: self.steps.shallow_clone(),
-            image: same(&self.image),
-            masked_image: same(&self.masked_image),
-        }
-    }
-
     /// The latents' unit noise where the model is.
     pub(super) fn unit(&self, device: Device) -> Tensor {
         self.latents.to_device(device).to_kind(Kind::Float)

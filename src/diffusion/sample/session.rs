@@ -1,7 +1,7 @@
 //! The one way to draw: a model with what is put on it, asked for pictures. What several requests share is made once: what a
 //! text becomes, what a picture to start from becomes, a sampler's plan.
 
-use crate::attach::fixed::{AttachReport, attach_again};
+use crate::attach::fixed::{AttachReport, attach_fixed};
 use crate::attach::loaded::{LayerNames, LoadedAdapter};
 use crate::attach::{detach, set_enabled};
 use crate::diffusion::sample::batch::{Drawing, Text, draw_batch, to_image};
@@ -145,8 +145,11 @@ impl Session {
         done
     }
 
-    /// Gives the adapters other strengths, in their order.
+    /// Gives the adapters other strengths, in their order, and leaves them as they are switched.
+    ///
+    /// Errors: another number of strengths; a file that cannot be read again, after which the adapters are off.
     pub fn scale(&mut self, strengths: &[f64]) -> Result<()> {
+        self.check_keeps_base()?;
         if strengths.len() != self.adapters.len() {
             let (expected, found) = (self.adapters.len(), strengths.len());
             return Err(Error::config(format!(
@@ -155,14 +158,18 @@ impl Session {
         }
         self.adapters.iter_mut().zip(strengths).for_each(|((_, own), new)| *own = *new);
         detach(&mut self.model);
-        self.attach()
+        let enabled = self.enabled;
+        let done = self.attach();
+        match &done {
+            Ok(()) => self.set_enabled(enabled),
+            Err(_) => self.take_off()?,
+        }
+        done
     }
 
     /// Takes all adapters off: the model is the base model again, bit for bit.
     pub fn take_off(&mut self) -> Result<()> {
-        if !self.keeps_base {
-            return Err(Error::config("the adapters of this session were put on for good"));
-        }
+        self.check_keeps_base()?;
         detach(&mut self.model);
         self.adapters.clear();
         self.reports.clear();
@@ -180,8 +187,17 @@ impl Session {
 
     /// Switches the adapters on or off. Those that were put on for good stay.
     pub fn set_enabled(&mut self, enabled: bool) {
-        self.enabled = enabled;
-        set_enabled(&mut self.model, enabled);
+        if self.keeps_base {
+            self.enabled = enabled;
+            set_enabled(&mut self.model, enabled);
+        }
+    }
+
+    fn check_keeps_base(&self) -> Result<()> {
+        if self.keeps_base {
+            return Ok(());
+        }
+        Err(Error::config("the adapters of this session were put on for good"))
     }
 
     /// Replaces the control.
@@ -190,7 +206,7 @@ impl Session {
     }
 
     fn attach(&mut self) -> Result<()> {
-        self.reports = attach_again(&mut self.model, &mut self.adapters, self.keeps_base)?;
+        self.reports = attach_fixed(&mut self.model, &mut self.adapters, self.keeps_base)?;
         self.enabled = true;
         self.texts_changed();
         Ok(())
@@ -215,7 +231,7 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             names: None,
             keeps_base: true,
             enabled: true,
-            adapts_text: false,
+            adapts_text: true, // as far as is known of a model that is lent
             texts: HashMap::new(),
             starts: HashMap::new(),
             plans: HashMap::new(),
@@ -265,7 +281,7 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
     /// Refuses what does not fit the model or its control, before anything is drawn.
     pub fn check(&mut self, request: &Request) -> Result<()> {
         let Request { settings, start, .. } = request;
-        settings.validate(self.model())?;
+        settings.check_numbers(self.model())?;
         if self.model().is_inpainting() && !start.is_some_and(Start::is_inpainting) {
             return Err(Error::config(
                 "this model is made for inpainting (its UNet sees a mask and a masked picture): it expects a picture and a \
@@ -299,6 +315,9 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
     pub fn draw(&mut self, request: &Request, observer: &dyn Observer) -> Result<Vec<Picture>> {
         let _guard = tch::no_grad_guard();
         self.check(request)?;
+        if request.count() == 0 {
+            return Ok(Vec::new());
+        }
         let settings = request.settings;
         let plan = self.plan(settings, request.start)?;
         let drawn;
@@ -373,12 +392,11 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
                 missing.push(prompt);
             }
         }
-        if !missing.is_empty() {
-            let (new, _) = self.model().encode_prompts(&missing)?;
-            self.made.texts += missing.len();
-            for (i, text) in missing.iter().enumerate() {
-                self.texts.insert(key(text), new.narrow(i as i64, 1));
-            }
+        // Each alone, so that what it becomes does not depend on the texts before it.
+        for text in missing {
+            let (new, _) = self.model().encode_prompts(&[text])?;
+            self.made.texts += 1;
+            self.texts.insert(key(text), new);
         }
         let rows: Vec<&Conditioning> = prompts.iter().map(|prompt| &self.texts[&key(prompt)]).collect();
         Ok(Conditioning::cat(&rows))

@@ -51,8 +51,14 @@ impl Settings {
         })
     }
 
-    /// Refuses sizes and numbers that the model cannot draw.
+    /// Refuses sizes, numbers and steps that the model cannot draw.
     pub fn validate(&self, model: &StableDiffusion) -> Result<()> {
+        self.check_numbers(model)?;
+        self.plan(model).map(|_| ())
+    }
+
+    /// Refuses sizes and numbers that the model cannot draw.
+    pub(super) fn check_numbers(&self, model: &StableDiffusion) -> Result<()> {
         let factor = model.vae.factor();
         for (flag, size) in [("--width", self.width), ("--height", self.height)] {
             if size < factor || size % factor != 0 || size > 8192 {
@@ -68,7 +74,7 @@ impl Settings {
                 self.guidance
             )));
         }
-        self.plan(model).map(|_| ())
+        Ok(())
     }
 
     /// Whether the negative prompt has a say.

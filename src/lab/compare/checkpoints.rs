@@ -125,6 +125,7 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
             let by = format!("{} at step {step}", run.display());
             own.draw(&mut session, &[], &by, &pictures, observer)?;
             drift.draw(&mut session, &[], &by, &unrelated, observer)?;
+            session.take_off()?;
         }
         let prompts = score::prompts(&towers, &subject, &own, &texts, (&pictures, &folder), observer)?;
         let drifts = score::drift(&towers, &drift, &unrelated, &base_drift, &folder)?;

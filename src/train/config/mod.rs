@@ -153,10 +153,10 @@ pub struct TrainConfig {
     /// Adaptation method
     #[arg(long, value_parser = MethodName::parser(), default_value_t = MethodName::DEFAULT, help_heading = "Adapter")]
     pub method: MethodName,
-    /// Capacity: hra reflections (even), lora and dora rank; oft, coft and boft split a layer's inputs into this many blocks
+    /// Capacity: hra reflections (even), lora and dora rank; oft, coft, boft and ether+ split a layer's inputs into this many blocks
     #[arg(long, alias = "hra-r", default_value_t = 8, help_heading = "Adapter")]
     pub rank: i64,
-    /// oft, coft, boft: size of a block, in place of the number of blocks
+    /// oft, coft, boft, ether+: size of a block, in place of the number of blocks
     #[arg(long, aliases = ["oft-block-size", "boft-block-size"], value_name = "SIZE", help_heading = "Adapter")]
     pub block_size: Option<i64>,
     /// lora, dora: the change is scaled by alpha / rank [default: the rank]
