@@ -3,6 +3,7 @@
 mod support;
 
 use hra::adapter::blocks::{Cayley, Partition};
+use hra::adapter::combine::{How, combine};
 use hra::adapter::methods::boft::BoftConfig;
 use hra::adapter::methods::dora::DoraConfig;
 use hra::adapter::methods::ether_plus::EtherPlusConfig;
@@ -12,8 +13,8 @@ use hra::adapter::methods::ia3::Ia3Config;
 use hra::adapter::methods::lora::{LoraConfig, LoraInit};
 use hra::adapter::methods::oft::{Coft, OftConfig};
 use hra::adapter::peft::{self, AdapterFile};
-use hra::adapter::{Adapter, Boft, Dora, Frozen, Geometry, Lora, Method, Oft};
-use hra::weights::tensor_file::TensorFile;
+use hra::adapter::{Adapter, Boft, Dora, Form, Frozen, Geometry, Lora, Method, Oft};
+use hra::weights::tensor_file::{self, TensorFile};
 use proptest::prelude::*;
 use std::sync::Mutex;
 use support::relative_error;
@@ -519,4 +520,45 @@ fn ia3_is_pefts() {
         config
     };
     assert_eq!(read(again.path()), read(&folder));
+}
+
+#[test]
+fn ia3_adapters_multiply_and_those_of_other_layers_are_refused() {
+    let file = |d_out: i64, factor: f64| {
+        let dir = tempfile::tempdir().unwrap();
+        let config =
+            serde_json::json!({"peft_type": "IA3", "target_modules": ["to_q"], "feedforward_modules": []});
+        std::fs::write(dir.path().join(peft::CONFIG_FILE), config.to_string()).unwrap();
+        let factors = Tensor::full([d_out, 1], factor, F32);
+        let tensors = [("base_model.model.a.to_q.ia3_l".to_string(), factors)];
+        tensor_file::write(&dir.path().join(peft::WEIGHTS_FILE), &tensors, &[]).unwrap();
+        AdapterFile::read(dir.path()).unwrap()
+    };
+    let (double, triple, other) = (file(5, 2.0), file(5, 3.0), file(4, 3.0));
+    let (_, tensors) = combine(&[(&double, 0.5), (&triple, 1.0)], How::Chain).unwrap();
+    assert!(distance(&tensors[0].1, &Tensor::full([5, 1], 1.5 * 3.0, F32)) < 1e-6);
+    let problem = combine(&[(&double, 1.0), (&other, 1.0)], How::Chain).unwrap_err().to_string();
+    assert!(problem.contains("layers of other sizes"), "{problem}");
+}
+
+#[test]
+fn ether_plus_of_many_blocks_is_the_same_map() {
+    // More blocks than a low-rank change would pay for: the weight itself is made.
+    let weight = randn(1, &[8, 12]);
+    for blocks in [1, 4] {
+        let method = Method::new(EtherPlusConfig { partition: Partition::Blocks(blocks) });
+        let adapter = random(&method, &weight, 5);
+        let change = adapter.change(&weight.to_kind(Kind::Double), 1.0).form;
+        assert_eq!(matches!(change, Form::Dense(_)), blocks == 4);
+        let x = randn(2, &[3, 12]);
+        let frozen = Frozen { weight: &weight, bias: None, geometry: Geometry::Linear };
+        let expected = x.to_kind(Kind::Double).matmul(&merged(&*adapter, &weight, 1.0).tr());
+        assert!(relative_error(&adapter.forward(&frozen, &x), &expected) < 1e-6);
+        let start = method.start(&weight, 7).unwrap();
+        assert_eq!(
+            start.forward(&frozen, &x),
+            frozen.forward(&x),
+            "it starts at the base model, bit for bit"
+        );
+    }
 }

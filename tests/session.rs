@@ -167,6 +167,9 @@ fn what_does_not_fit_leaves_the_base_model() {
     session.put_on(vec![(adapter, 1.0)]).unwrap();
     assert_eq!(draw(&mut kept, &settings), draw(&mut session, &settings));
     assert!(kept.take_off().unwrap_err().to_string().contains("for good"));
+    assert!(kept.scale(&[]).unwrap_err().to_string().contains("for good"));
+    kept.set_enabled(false);
+    assert_eq!(draw(&mut kept, &settings), draw(&mut session, &settings), "nothing came off");
     assert!(support::relative_error(&draw(&mut kept, &settings), &base) > 1e-4);
 }
 

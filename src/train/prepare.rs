@@ -117,7 +117,7 @@ pub(super) fn prepare(
     }
     let networks = Networks { schedule, control, layers, has_adapter: method.is_some() && !whole, model };
     let (optimisation, taken, earlier) =
-        optimisation(&config, checkpoint, (parameters, parts), &networks, &folder, observer)?;
+        optimisation(&config, checkpoint, (parameters, parts), &folder, observer)?;
     let metrics = Metrics::open(folder.path(), taken, resume.is_some())?;
     let run = Run { folder, metrics, fingerprint, taken, earlier };
     Ok(Prepared { run, networks, data: Data { batches, held_out, previews }, optimisation, config })
@@ -264,7 +264,6 @@ fn optimisation(
     config: &TrainConfig,
     checkpoint: Option<Loaded>,
     (mut parameters, parts): (Parameters, Vec<TrainedPart>),
-    networks: &Networks,
     folder: &RunFolder,
     observer: &dyn Observer,
 ) -> Result<(Optimisation, i64, f64)> {
@@ -282,7 +281,7 @@ fn optimisation(
             )),
         }
     }
-    let totals = Totals::new(&sums, networks.model.device());
+    let totals = Totals::new(&sums);
     let learning_rates = config.learning_rates();
     Ok((Optimisation { parameters, parts, optimizer, ema, learning_rates, totals }, step, seconds))
 }

@@ -258,7 +258,7 @@ fn write_lora(
 ) -> Result<Option<Approximation>> {
     if let Some(name) = goals.vectors.keys().next() {
         return Err(Error::config(format!(
-            "a LoRA changes weights of layers only, but the adapter changes biases or norms, such as {name}\nhint: \
+            "a LoRA changes weights of layers only, but the adapter has trained biases or norms, such as {name}\nhint: \
              use --to merged or --to checkpoint"
         )));
     }
