@@ -288,13 +288,15 @@ def load(folder, variant=""):
 def make_adapter(part, folder, seed, targets=ATTENTION, bias="none", method=HRAConfig, **settings):
     """Save a random adapter for `part` with PEFT (which leaves it wrapped: throw it away). Returns the folder."""
     torch.manual_seed(seed)
-    start = {"init_lora_weights" if method is LoraConfig else "init_weights": False}
-    model = get_peft_model(part, method(target_modules=targets, bias=bias, **start, **settings))
+    start = {"init_lora_weights" if method is LoraConfig else "init_weights": False, "bias": bias}
+    # (IA)^3 keeps no biases; its own random start is far from the factor 1, which is moved below.
+    start = {} if method is IA3Config else start
+    model = get_peft_model(part, method(target_modules=targets, **start, **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and name.endswith("bias"):
                 parameter += 0.2 * torch.randn(parameter.shape)
-            if ".lora_magnitude_vector." in name:  # or else it is the norm, and the factor 1
+            if ".lora_magnitude_vector." in name or ".ia3_l." in name:  # or else it is the norm, or the factor, 1
                 parameter *= 1 + 0.2 * torch.randn(parameter.shape)
     model.save_pretrained(folder)
     return folder
