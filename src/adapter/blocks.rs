@@ -17,7 +17,8 @@ use crate::error::Error;
 use tch::{Device, Kind, Tensor};
 
 /// How a layer's inputs are cut into blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(from = "PartitionSettings")]
 pub enum Partition {
     /// So many blocks in every layer.
     Blocks(i64),
@@ -25,12 +26,20 @@ pub enum Partition {
     BlockSize(i64),
 }
 
-impl Partition {
-    /// Blocks of `block_size` inputs where one is given, else `rank` blocks.
-    pub fn new(rank: i64, block_size: Option<i64>) -> Self {
-        block_size.map_or(Self::Blocks(rank), Self::BlockSize)
-    }
+/// The settings of a run that say it: blocks of `block_size` inputs where one is given, else `rank` blocks.
+#[derive(serde::Deserialize)]
+struct PartitionSettings {
+    rank: i64,
+    block_size: Option<i64>,
+}
 
+impl From<PartitionSettings> for Partition {
+    fn from(settings: PartitionSettings) -> Self {
+        settings.block_size.map_or(Self::Blocks(settings.rank), Self::BlockSize)
+    }
+}
+
+impl Partition {
     /// Refuses what fits no layer.
     pub fn validate(self) -> crate::Result<()> {
         match self {

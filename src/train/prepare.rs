@@ -210,19 +210,17 @@ impl Trained {
             let (network, seed) = (&mut tower.encoder, seed::derive(config.seed, "text encoder", i as u64));
             if let Some(method) = &method {
                 layers += attach::attach_new(network, &text_targets, method, config.bias, seed)?;
+                setup::warn_of_idle_words("text_target_modules", &text_targets, network, observer);
             }
         }
         let mut encoder = setup::control_encoder(config, model, instance)?;
-        let texts = if config.train_text_encoder { &mut model.texts[..] } else { &mut [] };
-        for tower in texts.iter_mut() {
-            let network = &mut tower.encoder;
-            setup::warn_of_idle_words("text_target_modules", &text_targets, network, observer);
-        }
         let mut networks: Vec<&mut dyn Layers> = Vec::new();
         if method.is_some() {
             networks.push(&mut model.unet);
         }
-        networks.extend(texts.iter_mut().map(|tower| &mut tower.encoder as &mut dyn Layers));
+        if config.train_text_encoder {
+            networks.extend(model.texts.iter_mut().map(|tower| &mut tower.encoder as &mut dyn Layers));
+        }
         networks.extend(encoder.iter_mut().map(|encoder| encoder as &mut dyn Layers));
         let parameters = attach::pack_parameters(&mut networks);
         let own = encoder.as_ref().map(ConditionEncoder::config);

@@ -101,7 +101,7 @@ impl<'a> Trainer<'a> {
     /// the totals keep the losses until they are recorded.
     fn loss(&mut self, step: i64, batch: &Batch) -> Tensor {
         let Self { config, networks, optimisation, .. } = self;
-        let share = 1.0 / config.gradient_accumulation_steps as f64;
+        let accumulation = config.gradient_accumulation_steps as f64;
         let (control, schedule) = (networks.control.as_ref(), &networks.schedule);
         let (prior_weight, snr_gamma) = (config.prior_loss_weight, config.snr_gamma);
         let loss =
@@ -113,8 +113,8 @@ impl<'a> Trainer<'a> {
             None => loss.total.shallow_clone(),
         };
         let parts = [Some(&total), Some(&loss.instance), loss.prior.as_ref(), regulariser.as_ref()];
-        optimisation.totals.add(step, parts, share);
-        total * (self.loss_scale() / self.config.gradient_accumulation_steps as f64)
+        optimisation.totals.add(step, parts, 1.0 / accumulation);
+        total * (self.loss_scale() / accumulation)
     }
 
     /// The optimiser's step.

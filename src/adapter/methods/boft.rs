@@ -30,15 +30,7 @@ pub const METHOD: Entry = Entry {
     name: "boft",
     about: "OFT of butterfly factors, with a trained scale for each output",
     settings: &["rank", "block_size"],
-    from_settings: |settings| {
-        #[derive(serde::Deserialize)]
-        struct Own {
-            rank: i64,
-            block_size: Option<i64>,
-        }
-        let Own { rank, block_size } = own(settings)?;
-        Ok(Method::new(BoftConfig { partition: Partition::new(rank, block_size), factors: 1 }))
-    },
+    from_settings: |settings| Ok(Method::new(BoftConfig { partition: own(settings)?, factors: 1 })),
     reader: Some(PeftReader {
         peft_type: "BOFT",
         prefix: "boft_",
@@ -141,8 +133,7 @@ impl MethodSettings for BoftConfig {
                         raw.size()[0]
                     )));
                 }
-                let raw = raw.squeeze_dim(0);
-                factors.push(((&raw - raw.transpose(1, 2)) * 0.5, link.strength));
+                factors.push((skew(&raw.squeeze_dim(0)), link.strength));
                 let own = (&boft.scale - 1.0) * link.strength + 1.0;
                 // One file may hold them as a row and the other as a column, which would make a matrix of them.
                 scale =
@@ -208,7 +199,7 @@ impl Boft {
                     let on_device = |v: &[i64]| Tensor::from_slice(v).to_device(raw.device());
                     (on_device(&order), on_device(&back))
                 });
-                Factor { blocks: block(&((&raw - raw.transpose(1, 2)) * 0.5)), order }
+                Factor { blocks: block(&skew(&raw)), order }
             })
             .collect()
     }
@@ -216,6 +207,11 @@ impl Boft {
     fn wide(&self) -> Tensor {
         self.raw.detach().to_device(Device::Cpu).to_kind(Kind::Double)
     }
+}
+
+/// S of raw blocks P `(blocks, b, b)`.
+fn skew(raw: &Tensor) -> Tensor {
+    (raw - raw.transpose(1, 2)) * 0.5
 }
 
 /// One factor `P B P^T`.
@@ -309,9 +305,8 @@ impl Adapter for Boft {
     /// The planes of all factors, each as if it were alone.
     fn rotation(&self) -> Option<Rotation> {
         let _guard = tch::no_grad_guard();
-        let raw = self.wide().flatten(0, 1);
         Some(Rotation {
-            angles: Cayley::Exact.angles(&((&raw - raw.transpose(1, 2)) * 0.5)),
+            angles: Cayley::Exact.angles(&skew(&self.wide().flatten(0, 1))),
             orthogonality_error: self.orthogonality_error()?,
         })
     }

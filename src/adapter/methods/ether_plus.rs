@@ -33,15 +33,7 @@ pub const METHOD: Entry = Entry {
     name: "ether+",
     about: "A reflection undone by another one for each block of inputs and outputs, which bounds the change",
     settings: &["rank", "block_size"],
-    from_settings: |settings| {
-        #[derive(serde::Deserialize)]
-        struct Own {
-            rank: i64,
-            block_size: Option<i64>,
-        }
-        let Own { rank, block_size } = own(settings)?;
-        Ok(Method::new(EtherPlusConfig { partition: Partition::new(rank, block_size) }))
-    },
+    from_settings: |settings| Ok(Method::new(EtherPlusConfig { partition: own(settings)? })),
     reader: Some(PeftReader {
         peft_type: "ETHER_PLUS",
         prefix: "ether_",

@@ -76,14 +76,11 @@ impl OftConfig {
     fn from_settings(settings: &toml::Table, constrained: bool) -> Result<Self> {
         #[derive(serde::Deserialize)]
         struct Own {
-            rank: i64,
-            block_size: Option<i64>,
             coft_eps: f64,
         }
-        let Own { rank, block_size, coft_eps: eps } = own(settings)?;
+        let Own { coft_eps: eps } = own(settings)?;
         let coft = if constrained { Coft::Paper { eps } } else { Coft::None };
-        let partition = Partition::new(rank, block_size);
-        Ok(Self { partition, cayley: Cayley::Exact, coft, block_share: false })
+        Ok(Self { partition: own(settings)?, cayley: Cayley::Exact, coft, block_share: false })
     }
 
     /// From PEFT's config.

@@ -11,18 +11,13 @@ use crate::model::{Call, Conditioning};
 use crate::platform::observer::Observer;
 use tch::{Device, Kind, Tensor};
 
-/// What the prompts say, and how much more than the negative one.
-pub(super) struct Text {
-    /// Of the negative prompt and the prompt, or of the prompt alone.
-    pub(super) conditioning: Conditioning,
-    pub(super) guidance: f64,
-}
-
 /// What is the same for all batches of a request.
 pub(super) struct Drawing<'a> {
     pub(super) model: &'a StableDiffusion,
     pub(super) plan: &'a Plan,
-    pub(super) text: &'a Text,
+    /// Of the negative prompt and the prompt, or of the prompt alone.
+    pub(super) conditioning: &'a Conditioning,
+    pub(super) guidance: f64,
     pub(super) picture: Option<&'a Prepared>,
     pub(super) tick: Option<&'a dyn Fn()>,
     pub(super) observer: &'a dyn Observer,
@@ -30,12 +25,12 @@ pub(super) struct Drawing<'a> {
 
 /// The latents of a batch.
 pub(super) fn draw_batch(drawing: &Drawing, noise: &Noise, mut steered: Option<Steered>) -> Result<Tensor> {
-    let Drawing { model, plan, text, picture, tick, observer } = drawing;
+    let Drawing { model, plan, picture, tick, observer, .. } = drawing;
     let device = model.device();
     let b = noise.latents.size()[0];
-    let guided = text.conditioning.rows() == 2;
+    let guided = drawing.conditioning.rows() == 2;
     // [negative x b, prompt x b], or [prompt x b]
-    let conditioning = &text.conditioning.repeat_rows(b);
+    let conditioning = &drawing.conditioning.repeat_rows(b);
     let begin = match picture {
         Some(picture) => {
             let of_picture = [noise.image.as_ref(), noise.masked_image.as_ref()];
@@ -57,7 +52,7 @@ pub(super) fn draw_batch(drawing: &Drawing, noise: &Noise, mut steered: Option<S
             return Ok(output);
         }
         let halves = output.chunk(2, 0);
-        Ok(&halves[0] + (&halves[1] - &halves[0]) * text.guidance)
+        Ok(&halves[0] + (&halves[1] - &halves[0]) * drawing.guidance)
     };
     let mut step_noise = |i: usize| {
         if noise.steps.dim() != 5 || i as i64 >= noise.steps.size()[0] {

@@ -4,7 +4,7 @@
 use crate::attach::fixed::{AttachReport, attach_fixed};
 use crate::attach::loaded::{LayerNames, LoadedAdapter};
 use crate::attach::{detach, set_enabled};
-use crate::diffusion::sample::batch::{Drawing, Text, draw_batch, to_image};
+use crate::diffusion::sample::batch::{Drawing, draw_batch, to_image};
 use crate::diffusion::sample::noise::Noise;
 use crate::diffusion::sample::settings::Settings;
 use crate::diffusion::sample::start::{Prepared, Start};
@@ -262,17 +262,12 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
     /// The sampler's steps for a request, less those that a [`Start`] leaves out.
     pub fn plan(&mut self, settings: &Settings, start: Option<&Start>) -> Result<Arc<Plan>> {
         let Settings { sampler, spacing, karras, steps, .. } = settings;
-        let key = format!("{sampler:?} {spacing:?} {karras:?} {steps} {:?}", start.map(Start::strength));
+        let strength = start.map(Start::strength);
+        let key = format!("{sampler:?} {spacing:?} {karras:?} {steps} {strength:?}");
         if let Some(plan) = self.plans.get(&key) {
             return Ok(plan.clone());
         }
-        let plan = Arc::new(match start {
-            None => settings.plan(self.model())?,
-            Some(start) => {
-                let config = sampler.settings(&self.model().scheduler, *spacing, *karras);
-                Plan::from_strength(*sampler, &config, *steps, start.strength())?
-            }
-        });
+        let plan = Arc::new(settings.plan_from(self.model(), strength)?);
         self.made.plans += 1;
         self.plans.insert(key, plan.clone());
         Ok(plan)
@@ -329,13 +324,13 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             }
         };
         let conditioning = self.conditioning(settings)?;
-        let text = Text { conditioning, guidance: settings.guidance };
         self.prepare(request.start);
         let model = self.model();
         let drawing = Drawing {
             model,
             plan: &plan,
-            text: &text,
+            conditioning: &conditioning,
+            guidance: settings.guidance,
             picture: request.start.and_then(|start| self.starts.get(&start.id())),
             tick: request.tick,
             observer,
@@ -386,17 +381,13 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             self.texts.retain(|(_, text), _| prompts.contains(&text.as_str()));
         }
         let key = |text: &str| (adapted, text.to_string());
-        let mut missing: Vec<&str> = Vec::new();
-        for prompt in prompts {
-            if !self.texts.contains_key(&key(prompt)) && !missing.contains(prompt) {
-                missing.push(prompt);
-            }
-        }
         // Each alone, so that what it becomes does not depend on the texts before it.
-        for text in missing {
-            let (new, _) = self.model().encode_prompts(&[text])?;
-            self.made.texts += 1;
-            self.texts.insert(key(text), new);
+        for text in prompts {
+            if !self.texts.contains_key(&key(text)) {
+                let (new, _) = self.model().encode_prompts(&[text])?;
+                self.made.texts += 1;
+                self.texts.insert(key(text), new);
+            }
         }
         let rows: Vec<&Conditioning> = prompts.iter().map(|prompt| &self.texts[&key(prompt)]).collect();
         Ok(Conditioning::cat(&rows))

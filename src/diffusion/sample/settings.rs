@@ -84,8 +84,16 @@ impl Settings {
 
     /// The sampler's steps for this model.
     pub fn plan(&self, model: &StableDiffusion) -> Result<Plan> {
+        self.plan_from(model, None)
+    }
+
+    /// The same, or with a strength the last of them, for a picture to start from.
+    pub(super) fn plan_from(&self, model: &StableDiffusion, strength: Option<f64>) -> Result<Plan> {
         let config = self.sampler.settings(&model.scheduler, self.spacing, self.karras);
-        Plan::new(self.sampler, &config, self.steps)
+        match strength {
+            None => Plan::new(self.sampler, &config, self.steps),
+            Some(strength) => Plan::from_strength(self.sampler, &config, self.steps, strength),
+        }
     }
 
     /// Shape of one picture's latents, `(1, c, h, w)`.

@@ -40,13 +40,11 @@ impl std::str::FromStr for MethodName {
     type Err = Error;
 
     fn from_str(word: &str) -> Result<Self> {
-        let mut names = METHODS.iter().map(|entry| entry.name).chain([Self::NONE.0]);
-        if let Some(name) = names.clone().find(|name| *name == word) {
-            return Ok(Self(name));
-        }
-        let first = names.next().unwrap_or_default();
-        let all = names.fold(first.to_string(), |all, name| format!("{all}, {name}"));
-        Err(Error::config(format!("method: expected one of {all}, found {word}")))
+        let names: Vec<&str> = METHODS.iter().map(|entry| entry.name).chain([Self::NONE.0]).collect();
+        let found = names.iter().find(|name| **name == word);
+        found.map(|name| Self(name)).ok_or_else(|| {
+            Error::config(format!("method: expected one of {}, found {word}", names.join(", ")))
+        })
     }
 }
 
