@@ -39,7 +39,7 @@ pub enum Error {
     #[error("{0}")]
     Interrupted(String),
     /// An error that libtorch reported.
-    #[error("libtorch: {}", first_line(.0))]
+    #[error("libtorch: {}", explained(&.0.to_string()))]
     Torch(#[from] tch::TchError),
 }
 
@@ -67,7 +67,102 @@ fn bullets(problems: &[String]) -> String {
     problems.iter().map(|p| format!("  - {p}")).collect::<Vec<_>>().join("\n")
 }
 
-/// libtorch appends a C++ backtrace, which says nothing to a user.
-fn first_line(error: &tch::TchError) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_string()
+/// The first line of what libtorch says, since a C++ backtrace follows, and a hint where the cause is known.
+fn explained(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    hint(text).map_or_else(|| line.to_string(), |hint| format!("{line}\nhint: {hint}"))
+}
+
+/// What a user can do about a failure inside libtorch, CUDA, cuBLAS or cuDNN: words of their messages, and the hint.
+const CAUSES: [(&[&str], &str); 4] = [
+    (
+        &[
+            "out of memory",
+            "can't allocate memory",
+            "bad_alloc",
+            "ALLOC_FAILED",
+            "cudaErrorMemoryAllocation",
+            "ALLOCATION_FAILED",
+        ],
+        "memory does not suffice: lower the batch size, --width and --height or --resolution, or use --dtype bf16",
+    ),
+    (
+        &["no kernel image", "invalid device function", "architecture mismatch"],
+        "this libtorch has no kernels for this GPU: `hra doctor` names both; use a libtorch made for it, or --device cpu",
+    ),
+    (
+        &[
+            "driver version is insufficient",
+            "CUDA driver initialization failed",
+            "system not yet initialized",
+        ],
+        "NVIDIA's driver does not serve this libtorch: `hra doctor` names both; install a newer driver, or use --device cpu",
+    ),
+    (
+        &[
+            "device lost",
+            "unspecified launch failure",
+            "illegal memory access",
+            "launch timed out",
+            "fallen off the bus",
+            "uncorrectable ECC",
+            "hardware stack error",
+            "busy or unavailable",
+            "driver shutting down",
+            "context is destroyed",
+            "device not ready",
+        ],
+        "the GPU does not answer any more: look at `nvidia-smi` and the kernel's log, then go on from the last checkpoint with \
+         `hra train --resume latest`",
+    ),
+];
+
+/// What a user can do about a failure of which libtorch says `text`; `None` where its cause is not known.
+pub fn hint(text: &str) -> Option<&'static str> {
+    let names = |words: &[&str]| words.iter().any(|word| text.contains(word));
+    CAUSES.iter().find(|(words, _)| names(words)).map(|(_, hint)| *hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_of_the_gpu_are_told_apart() {
+        // As libtorch 2.11 words them.
+        for (text, expected) in [
+            (
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB",
+                "memory does",
+            ),
+            ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "memory does"),
+            ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "memory does"),
+            ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "memory does"),
+            (
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+                "memory does",
+            ),
+            ("CUDA error: no kernel image is available for execution on the device", "this libtorch has no"),
+            ("CUDA error: CUDA driver version is insufficient for CUDA runtime version", "NVIDIA's driver"),
+            (
+                "CUDA error: unspecified launch failure\nCUDA kernel errors might be",
+                "the GPU does not answer",
+            ),
+            ("CUDA error: an illegal memory access was encountered", "the GPU does not answer"),
+        ] {
+            assert!(hint(text).is_some_and(|hint| hint.starts_with(expected)), "{text}");
+        }
+        assert_eq!(hint("mat1 and mat2 shapes cannot be multiplied"), None);
+    }
+
+    #[test]
+    fn a_backtrace_is_left_out_and_a_hint_is_given() {
+        let error = tch::TchError::Torch("CUDA out of memory. Tried\nException raised from malloc".into());
+        let message = Error::Torch(error).to_string();
+        assert!(
+            message.starts_with("libtorch: ") && message.contains("\nhint: memory does not suffice"),
+            "{message}"
+        );
+        assert!(!message.contains("Exception raised"), "{message}");
+    }
 }

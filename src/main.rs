@@ -46,10 +46,7 @@ fn tell(cause: &(dyn std::any::Any + Send)) -> u8 {
     // tch puts libtorch's message between quotes, with the backtrace behind escaped line ends.
     let line = text.split("\\n").next().unwrap_or(text).lines().next().unwrap_or(text);
     eprintln!("error: {line}");
-    if text.contains("out of memory") || text.contains("can't allocate memory") {
-        eprintln!("hint: lower the batch size, --width and --height or --resolution, or use --dtype bf16");
-    } else {
-        eprintln!("hint: this is a defect of hra; please report it with the command that led here");
-    }
+    let defect = "this is a defect of hra; please report it with the command that led here";
+    eprintln!("hint: {}", hra::error::hint(text).unwrap_or(defect));
     ERROR
 }

@@ -154,3 +154,32 @@ fn no_files_import_in_a_circle() {
         reached.keys().map(|file| circle(file)).filter(|c| !c.is_empty()).collect();
     assert!(found.is_empty(), "files that import each other: {found:#?}");
 }
+
+/// Where values cross between the host and the device: clippy.toml forbids the functions, and this what it cannot name.
+#[test]
+fn only_the_platform_makes_host_tensors_and_reads_them() {
+    let src = support::root().join("src");
+    let words = [
+        "Device::Cpu",
+        "copy_data(",
+        "Vec::try_from(",
+        "bool::try_from(",
+        "f64::try_from(",
+        "f32::try_from(",
+    ];
+    let words: Vec<String> = words
+        .map(String::from)
+        .into_iter()
+        .chain(["f32", "f64", "i64", "u8"].map(|t| format!("Vec::<{t}>::try_from(")))
+        .collect();
+    let (mut looked_at, mut wrong) = (0, Vec::new());
+    for path in sources(&src).into_iter().filter(|path| !path.starts_with(src.join("platform"))) {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        looked_at += code.lines().count();
+        let found = words.iter().filter(|word| code.contains(word.as_str()));
+        wrong.extend(found.map(|word| format!("{}: {word}", path.display())));
+    }
+    assert!(wrong.is_empty(), "use platform::host: {wrong:#?}");
+    assert!(looked_at > 10_000, "only {looked_at} lines were looked at");
+}

@@ -1,141 +1,30 @@
 //! Samplers against Python diffusers 0.42.1 (`fixtures/make_sampler_fixtures.py` made the numbers) and against the
 //! `diffusers` crate.
 
+mod reference;
 mod support;
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-
 use diffusers::schedulers::{PredictionType, ddim, pndm};
-use hra::diffusion::noise::SchedulerConfig;
+use hra::Error;
 use hra::diffusion::sampler::{Plan, SamplerKind};
-use hra::{Error, Result};
+use reference::samplers::{config, final_latents, fixture, sample, tensors, toy};
 use serde_json::{Map, Value, json};
-use tch::Tensor;
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-fn tensors(name: &str) -> HashMap<String, Tensor> {
-    Tensor::read_safetensors(fixture(name)).unwrap().into_iter().collect()
-}
-
-fn config(values: &Value) -> SchedulerConfig {
-    SchedulerConfig::parse(&values.to_string(), Path::new("scheduler_config.json")).unwrap()
-}
-
-/// The stand-in for a UNet: 0.6 x cos(t / 400) + 0.2 sin(x + t / 150).
-fn toy(x: &Tensor, t: f64) -> Tensor {
-    x * (0.6 * (t / 400.0).cos()) + (x + t / 150.0).sin() * 0.2
-}
-
-fn relative_error(found: &Tensor, expected: &Tensor) -> f64 {
-    ((found - expected).norm() / expected.norm()).double_value(&[])
-}
-
-fn sample(plan: &Plan, noise: &Tensor, step_noise: &Tensor) -> Result<Tensor> {
-    let (mut calls, mut asked) = (0, 0);
-    let latents = plan.run(
-        noise * plan.init_noise_sigma(),
-        &mut |x, t| Ok(toy(x, t)),
-        &mut |i| {
-            asked += 1;
-            Ok(step_noise.get(i as i64 % step_noise.size()[0]))
-        },
-        &mut |done| {
-            calls = done;
-            Ok(())
-        },
-    );
-    if latents.is_ok() {
-        assert_eq!((calls, asked), (plan.model_calls(), plan.noise_steps()));
-    }
-    latents
-}
-
-/// One fixture group: a config and what it is run with.
-#[derive(serde::Deserialize)]
-struct Group {
-    config: Map<String, Value>,
-    samplers: Vec<String>,
-    predictions: Vec<Option<String>>,
-    spacings: Vec<Option<String>>,
-    steps: Vec<usize>,
-}
-
-impl Group {
-    fn config(&self, prediction: &Option<String>, spacing: &Option<String>) -> SchedulerConfig {
-        let mut values = self.config.clone();
-        for (key, value) in [("prediction_type", prediction), ("timestep_spacing", spacing)] {
-            if let Some(value) = value {
-                values.insert(key.to_string(), json!(value));
-            }
-        }
-        config(&Value::Object(values))
-    }
-}
-
-/// On the machine that made the fixtures the worst is 1.5e-6, and DDIM, PNDM and Euler ancestral have no error at all. But
-/// libtorch's square root may differ in the last bit between processors, which adds up over hundreds of steps; and at
-/// zero terminal SNR, Euler subtracts numbers near 4096 to get one near 1.
-fn tolerance(group: &str, kind: SamplerKind, steps: usize) -> f64 {
-    match kind {
-        SamplerKind::Euler | SamplerKind::EulerAncestral if group == "zero-snr" => 1e-3,
-        _ if steps >= 200 => 3e-5,
-        _ => 1e-5,
-    }
-}
+use support::relative_error;
+use tch::Device;
 
 /// Every case, or none where diffusers gives no usable latents: then the plan must refuse.
 #[test]
 fn final_latents_are_those_of_python() {
     support::pin_threads();
-    let text = std::fs::read_to_string(fixture("samplers.json")).unwrap();
-    let groups: std::collections::BTreeMap<String, Group> = serde_json::from_str(&text).unwrap();
-    let expected = tensors("samplers.safetensors");
-    let (noise, step_noise) = (&expected["noise"], &expected["step_noise"]);
-    let (mut cases, mut refused, mut problems) = (0, 0, Vec::new());
-    let mut worst: HashMap<&str, (f64, String)> = HashMap::new();
-    for (name, group) in &groups {
-        for sampler in &group.samplers {
-            let kind: SamplerKind = sampler.parse().unwrap();
-            for prediction in &group.predictions {
-                for spacing in &group.spacings {
-                    let key = format!(
-                        "{name}|{sampler}|{}|{}",
-                        prediction.as_deref().unwrap_or_default(),
-                        spacing.as_deref().unwrap_or_default()
-                    );
-                    let config = group.config(prediction, spacing);
-                    for (i, &steps) in group.steps.iter().enumerate() {
-                        cases += 1;
-                        let expected = expected[&key].get(i as i64);
-                        let is_refused = bool::try_from(expected.isnan().any()).unwrap();
-                        match Plan::new(kind, &config, steps) {
-                            Err(_) if is_refused => refused += 1,
-                            Err(e) => problems.push(format!("{key} {steps}: {e}")),
-                            Ok(_) if is_refused => problems.push(format!("{key} {steps}: not refused")),
-                            Ok(plan) => {
-                                let error =
-                                    relative_error(&sample(&plan, noise, step_noise).unwrap(), &expected);
-                                let worst = worst.entry(kind.name()).or_default();
-                                if error > worst.0 {
-                                    *worst = (error, format!("{key} {steps}"));
-                                }
-                                if error.is_nan() || error > tolerance(name, kind, steps) {
-                                    problems.push(format!("{key} {steps}: relative error {error:.1e}"));
-                                }
-                            }
-                        }
-                    }
-                }
-            }
-        }
+    let mut found = final_latents(Device::Cpu, usize::MAX);
+    for (sampler, errors) in &found.errors {
+        let worst = errors.iter().max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+        println!("{sampler}: worst {:.1e}, {}", worst.0, worst.2);
+        let bad = errors.iter().filter(|(error, allowed, _)| error.is_nan() || error > allowed);
+        found.problems.extend(bad.map(|(error, _, key)| format!("{key}: relative error {error:.1e}")));
     }
-    println!("{cases} cases, {refused} refused; worst: {worst:#?}");
-    assert!(problems.is_empty(), "{} problems\n{}", problems.len(), problems.join("\n"));
-    assert_eq!((cases, refused), (3314, 240));
+    assert!(found.problems.is_empty(), "{} problems\n{}", found.problems.len(), found.problems.join("\n"));
+    assert_eq!((found.cases, found.refused), (3314, 240));
 }
 
 /// Plans that start on the way, from a picture's noised latents or, for inpainting at strength 1, from noise; the latter

@@ -4,7 +4,7 @@ mod support;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
-use support::program::{Scratch, adapter, finished, leftovers, records};
+use support::program::{Finished, Scratch, adapter, finished, leftovers, records};
 
 /// Losses of the first steps, recorded with libtorch 2.11.0 on x86-64; the steps themselves are compared with Python's in
 /// tests/parity.rs, these numbers catch any change of the data, its order, the draws, or the defaults.
@@ -337,4 +337,62 @@ fn a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_last_checkpoint
     assert_eq!(done.code, 2, "{}", done.err);
     assert!(done.err.contains("is not a finite number") && done.err.contains("step "), "{}", done.err);
     assert!(!scratch.path("run/adapter_config.json").exists());
+}
+
+/// f16 is computed as f32 on a CPU unless a test asks for it.
+fn train_in_f16(scratch: &Scratch, out: &str, more: &[&str]) -> Finished {
+    let flags = scratch.train_flags(out, &[&["--dtype", "f16"], more].concat());
+    let mut command = scratch.command(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+    finished(command.env("HRA_F16_ON_CPU", "1").output().unwrap())
+}
+
+#[test]
+fn f16_trains_beside_f32_and_goes_on_as_if_it_had_not_stopped() {
+    let scratch = Scratch::new();
+    let losses = |run: &str| -> Vec<f64> {
+        records(&scratch.path(run)).iter().map(|record| record["loss"].as_f64().unwrap()).collect()
+    };
+    scratch.train("f32", &[]);
+    assert_eq!(train_in_f16(&scratch, "whole", &[]).code, 0);
+    let (half, full) = (losses("whole"), losses("f32"));
+    assert!(
+        half.iter().zip(&full).all(|(a, b)| a != b && (a - b).abs() < 0.02 * b),
+        "{half:?} beside {full:?}"
+    );
+    assert!(
+        records(&scratch.path("whole"))
+            .iter()
+            .all(|r| r["loss_scale"] == 65536.0 && r["skipped_steps"] == 0.0)
+    );
+    assert!(records(&scratch.path("f32")).iter().all(|r| r.get("loss_scale").is_none()));
+
+    assert_eq!(
+        train_in_f16(&scratch, "parts", &["--max_train_steps", "3", "--checkpointing_steps", "3"]).code,
+        0
+    );
+    let mut command =
+        scratch.command(&["train", "--resume", "latest", "--output_dir", "parts", "--max_train_steps", "6"]);
+    let done = finished(command.env("HRA_F16_ON_CPU", "1").output().unwrap());
+    assert_eq!(done.code, 0, "{}", done.err);
+    assert_eq!(losses("parts"), half);
+    assert_eq!(adapter(&scratch.path("parts")), adapter(&scratch.path("whole")));
+}
+
+#[test]
+fn f16_skips_steps_that_overflow_and_stops_where_all_do() {
+    let scratch = Scratch::new();
+    // A weight that makes gradients overflow until the scale has been halved a few times.
+    let flags = ["--prior_loss_weight", "3e5", "--max_train_steps", "12", "--checkpointing_steps", "4"];
+    let done = train_in_f16(&scratch, "heavy", &flags);
+    assert_eq!(done.code, 0, "{}", done.err);
+    let records = records(&scratch.path("heavy"));
+    let skipped: f64 = records.iter().map(|record| record["skipped_steps"].as_f64().unwrap()).sum();
+    let last = records.last().unwrap()["loss_scale"].as_f64().unwrap();
+    assert!((1.0..12.0).contains(&skipped), "{skipped} skipped");
+    assert_eq!(last, 65536.0 * 0.5f64.powf(skipped), "each skipped step halves it");
+
+    let done = train_in_f16(&scratch, "lost", &["--prior_loss_weight", "1e12", "--max_train_steps", "40"]);
+    assert_eq!(done.code, 2, "{}", done.err);
+    assert!(done.err.contains("gradients overflow in f16 however small"), "{}", done.err);
+    assert!(done.err.contains("--dtype bf16"), "{}", done.err);
 }

@@ -14,7 +14,8 @@
 
 use crate::adapter::how::{ELSEWHERE, How};
 use crate::error::Error;
-use tch::{Device, Kind, Tensor};
+use crate::platform::host;
+use tch::{Kind, Tensor};
 
 /// How a layer's inputs are cut into blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
@@ -163,11 +164,11 @@ impl Cayley {
 
     /// The angles by which the blocks of `s` turn their planes, in radians, the largest first; planes at rest are left out.
     pub fn angles(self, s: &Tensor) -> Vec<f64> {
-        let s = s.detach().to_device(Device::Cpu).to_kind(Kind::Double);
+        let s = host::wide(s);
         // In pairs, the largest first: every second one is a plane's.
         let sigma = s.svd(true, false).1.slice(1, 0, s.size()[1] / 2 * 2, 2);
         let (_, angle) = self.eigenvalue(&sigma);
-        let mut angles: Vec<f64> = Vec::try_from(angle.abs().reshape([-1])).unwrap_or_default();
+        let mut angles: Vec<f64> = host::values(&angle.abs()).unwrap_or_default();
         angles.retain(|angle| *angle > 1e-12);
         angles.sort_by(|a, b| b.total_cmp(a));
         angles
@@ -198,7 +199,7 @@ impl Cayley {
 
 /// Near half a turn the entries of S grow without bound.
 fn representable(s: Tensor) -> Option<Tensor> {
-    let largest = s.abs().max().double_value(&[]);
+    let largest = host::number(&s.abs().max());
     (largest < 1e6).then_some(s)
 }
 
@@ -256,9 +257,9 @@ pub fn rotate(rows: &Tensor, blocks: &Tensor) -> Tensor {
 
 /// `max |R R^T - I|` over the entries of all blocks as they are in f32, summed in f64.
 pub fn orthogonality_error(blocks: &Tensor) -> f64 {
-    let r = blocks.detach().to_device(Device::Cpu).to_kind(Kind::Double);
-    let eye = Tensor::eye(r.size()[1], (Kind::Double, Device::Cpu));
-    (r.bmm(&r.transpose(1, 2)) - eye).abs().max().double_value(&[])
+    let r = host::wide(blocks);
+    let eye = host::eye(r.size()[1]);
+    host::number(&(r.bmm(&r.transpose(1, 2)) - eye).abs().max())
 }
 
 /// S of the combination of exact Cayley blocks, each given by its S `(n, b, b)`, f64.

@@ -25,6 +25,7 @@ pub mod peft_patterns;
 pub mod reflections;
 pub mod target;
 
+use crate::platform::host;
 pub use method::{Method, MethodSettings};
 pub use methods::boft::Boft;
 pub use methods::dora::Dora;
@@ -33,7 +34,7 @@ pub use methods::hra::Hra;
 pub use methods::lora::Lora;
 pub use methods::oft::Oft;
 pub use reflections::Reflections;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// What a layer does with its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -204,8 +205,8 @@ impl Form {
             Self::LowRank { down, up } => (up.tr().matmul(up) * down.matmul(&down.tr())).sum(Kind::Double),
             Self::Dense(merged) => (merged - weight).square().sum(Kind::Double),
         };
-        let norm = weight.norm().double_value(&[]);
-        squared.double_value(&[]).max(0.0).sqrt() / norm.max(f64::MIN_POSITIVE)
+        let norm = host::number(&weight.norm());
+        host::number(&squared).max(0.0).sqrt() / norm.max(f64::MIN_POSITIVE)
     }
 }
 
@@ -248,7 +249,7 @@ impl Adapter for LowRank {
     }
 
     fn change(&self, _: &Tensor, strength: f64) -> Change {
-        let wide = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
+        let wide = |t: &Tensor| host::wide(t);
         Form::LowRank { down: wide(&self.down), up: wide(&self.up) * strength }.into()
     }
 }

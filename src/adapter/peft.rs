@@ -11,10 +11,11 @@ use crate::adapter::methods;
 use crate::adapter::peft_config::ReadConfig;
 use crate::error::{Error, Result};
 use crate::platform::files;
+use crate::platform::host;
 use crate::weights::tensor_file::{self, TensorFile};
 use std::collections::BTreeMap;
 use std::path::Path;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 pub use crate::adapter::peft_config::{AdapterConfig, Bias};
 
@@ -116,8 +117,8 @@ impl Found {
                 found.problems.push(format!("`{key}`: expected floating point, found {dtype}"));
                 continue;
             }
-            let tensor = file.read_as(&key, Kind::Float, Device::Cpu)?;
-            if tensor.isfinite().all().int64_value(&[]) == 0 {
+            let tensor = file.read_as(&key, Kind::Float)?;
+            if !host::all_finite(&tensor) {
                 found.problems.push(format!("`{key}`: holds numbers that are not finite"));
                 continue;
             }

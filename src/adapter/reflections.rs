@@ -3,8 +3,9 @@
 //! H is orthogonal and differs from the identity only on span(U), so everything here is an `r x r` problem beside
 //! products with `(d_in, r)` matrices. The largest matrix is the weight itself.
 
+use crate::platform::host;
 use nalgebra::{DMatrix, DVector};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// An orthogonal factor `H = I - U T U^T` on the input side of a weight.
 #[derive(Debug)]
@@ -26,10 +27,10 @@ impl Reflections {
     /// From HRA's raw vectors `(d_in, r)`.
     pub fn from_vectors(v: &Tensor, gram_schmidt: bool) -> Self {
         let _guard = tch::no_grad_guard();
-        let v = v.detach().to_device(Device::Cpu).to_kind(Kind::Double);
+        let v = host::wide(v);
         if gram_schmidt {
             let (u, _) = Tensor::linalg_qr(&v, "reduced");
-            let t = Tensor::eye(u.size()[1], (Kind::Double, Device::Cpu)) * 2.0;
+            let t = host::eye(u.size()[1]) * 2.0;
             Self { u, t }
         } else {
             let u = &v / v.norm_scalaropt_dim(2, [0], true);
@@ -70,7 +71,7 @@ impl Reflections {
         let _guard = tch::no_grad_guard();
         let (q, m) = self.core();
         let (power, left_over) = orthogonal_power(&to_matrix(&m), s);
-        let t = Tensor::eye(q.size()[1], (Kind::Double, Device::Cpu)) - to_tensor(&power);
+        let t = host::eye(q.size()[1]) - to_tensor(&power);
         (Self { u: q, t }, left_over)
     }
 
@@ -85,10 +86,10 @@ impl Reflections {
         let mut sum = DMatrix::zeros(k, k);
         for (h, s) in factors {
             let qu = q.tr().matmul(&h.u);
-            let m = Tensor::eye(k as i64, (Kind::Double, Device::Cpu)) - qu.matmul(&h.t).matmul(&qu.tr());
+            let m = host::eye(k as i64) - qu.matmul(&h.t).matmul(&qu.tr());
             sum += orthogonal_log(&to_matrix(&m))? * *s;
         }
-        let t = Tensor::eye(k as i64, (Kind::Double, Device::Cpu)) - to_tensor(&sum.exp());
+        let t = host::eye(k as i64) - to_tensor(&sum.exp());
         Some(Self { u: q, t })
     }
 
@@ -105,7 +106,7 @@ impl Reflections {
     fn core(&self) -> (Tensor, Tensor) {
         let q = span(&self.u); // [d_in, k]
         let qu = q.tr().matmul(&self.u); // [k, r]
-        let m = Tensor::eye(q.size()[1], (Kind::Double, Device::Cpu)) - qu.matmul(&self.t).matmul(&qu.tr());
+        let m = host::eye(q.size()[1]) - qu.matmul(&self.t).matmul(&qu.tr());
         (q, m)
     }
 
@@ -120,8 +121,8 @@ impl Reflections {
     pub fn merge(&self, weight: &Tensor) -> Tensor {
         let _guard = tch::no_grad_guard();
         let change = self.product(weight).matmul(&self.t).matmul(&self.u.tr());
-        let merged = weight.to_device(Device::Cpu).to_kind(Kind::Double) - change;
-        merged.to_kind(Kind::Float).to_device(weight.device())
+        let merged = host::wide(weight) - change;
+        host::to_device(&merged.to_kind(Kind::Float), weight.device())
     }
 
     /// The angles by which H turns its planes, in radians, the largest first; an eigenvalue -1 without partner counts as pi.
@@ -145,22 +146,22 @@ impl Reflections {
         let um = u.matmul(&m);
         let mut largest = 0f64;
         for rows in um.split(256, 0) {
-            largest = largest.max(rows.matmul(&u.tr()).abs().max().double_value(&[]));
+            largest = largest.max(host::number(&rows.matmul(&u.tr()).abs().max()));
         }
         largest
     }
 
     /// `W U` in f64 on the CPU.
     fn product(&self, weight: &Tensor) -> Tensor {
-        weight.detach().to_device(Device::Cpu).to_kind(Kind::Double).matmul(&self.u)
+        host::wide(weight).matmul(&self.u)
     }
 }
 
 /// An orthonormal basis `(d, k)` of the columns of `u`, which may coincide (they do at the start of training).
 fn span(u: &Tensor) -> Tensor {
     let (left, singular, _) = u.svd(true, true);
-    let largest = singular.max().double_value(&[]);
-    let rank = singular.gt(1e-9 * largest).sum(Kind::Int64).int64_value(&[]);
+    let largest = host::number(&singular.max());
+    let rank = host::integer(&singular.gt(1e-9 * largest).sum(Kind::Int64));
     left.narrow(1, 0, rank)
 }
 
@@ -245,7 +246,7 @@ impl Turns {
 /// Eigenvalues, ascending, and eigenvectors in columns.
 fn symmetric_eigen(m: &DMatrix<f64>) -> (Vec<f64>, DMatrix<f64>) {
     let (values, vectors) = to_tensor(m).linalg_eigh("L");
-    (Vec::try_from(values).unwrap_or_default(), to_matrix(&vectors))
+    (host::values(&values).unwrap_or_default(), to_matrix(&vectors))
 }
 
 /// The skew-symmetric logarithm of an orthogonal `m`; `None` if its determinant is -1.
@@ -295,12 +296,11 @@ fn householder_vectors(mut m: DMatrix<f64>) -> DMatrix<f64> {
 
 fn to_matrix(t: &Tensor) -> DMatrix<f64> {
     let size = t.size();
-    let mut values = vec![0f64; t.numel()];
-    t.contiguous().copy_data(&mut values, t.numel());
+    let values = host::values::<f64>(t).expect("a tensor of this thread's own can be read");
     DMatrix::from_row_slice(size[0] as usize, size[1] as usize, &values)
 }
 
 fn to_tensor(m: &DMatrix<f64>) -> Tensor {
     // nalgebra stores columns one after the other
-    Tensor::from_slice(m.as_slice()).reshape([m.ncols() as i64, m.nrows() as i64]).tr()
+    host::tensor(m.as_slice()).reshape([m.ncols() as i64, m.nrows() as i64]).tr()
 }

@@ -4,10 +4,11 @@ use crate::adapter::{Change, Form, Full, LowRank};
 use crate::attach::loaded::LoadedAdapter;
 use crate::error::{Error, Result};
 use crate::model::layers::{Layer, Layers, Module, Norm};
+use crate::platform::host;
 use crate::weights::tensor_file;
 use serde::Serialize;
 use std::path::PathBuf;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// What loading one adapter did.
 #[derive(Debug, Clone, Serialize)]
@@ -240,7 +241,7 @@ impl Effect<'_> {
             Self::Layer { layer, form, bias } => attach_layer(layer, form, bias, keep_base),
             Self::Norm { norm, scale, shift } => {
                 let device = norm.bias().device();
-                let narrow = |t: Tensor| t.to_kind(Kind::Float).to_device(device);
+                let narrow = |t: Tensor| host::to_device(&t.to_kind(Kind::Float), device);
                 norm.attach(scale.map(narrow), shift.map(narrow));
             }
         }
@@ -250,8 +251,8 @@ impl Effect<'_> {
 fn attach_layer(layer: &mut Layer, form: Option<Form>, bias: Option<Tensor>, keep_base: bool) {
     let (kind, device) = (layer.weight().kind(), layer.weight().device());
     let shape = layer.weight().size();
-    let narrow = |t: &Tensor| t.to_kind(Kind::Float).to_kind(kind).to_device(device).contiguous();
-    let bias = bias.map(|b| b.to_kind(Kind::Float).to_device(device));
+    let narrow = |t: &Tensor| host::to_device(&t.to_kind(Kind::Float).to_kind(kind), device).contiguous();
+    let bias = bias.map(|b| host::to_device(&b.to_kind(Kind::Float), device));
     match form {
         None => layer.attach(None, bias),
         Some(Form::LowRank { down, up }) => {
@@ -269,7 +270,7 @@ fn attach_layer(layer: &mut Layer, form: Option<Form>, bias: Option<Tensor>, kee
 }
 
 fn wide(t: &Tensor) -> Tensor {
-    t.to_device(Device::Cpu).to_kind(Kind::Double)
+    host::wide(t)
 }
 
 /// A bias moves on a straight line; with several adapters the moves add up.

@@ -8,11 +8,12 @@ use crate::adapter::{Adapter, Dora, Full, Lora};
 use crate::error::{Error, Result};
 use crate::model::control::{EncoderConfig, FILE_STEM, encoder_of};
 use crate::platform::files;
+use crate::platform::host;
 use crate::weights::source::refuse_pickle;
 use crate::weights::tensor_file::TensorFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// Names of the Python classes that adapters are on, and their modules.
 pub const UNET_CLASS: (&str, &str) = ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition");
@@ -247,8 +248,8 @@ impl LoadedAdapter {
         let Some(file) = self.full.as_ref().filter(|file| file.shape(&key).is_some()) else {
             return Ok(None);
         };
-        let tensor = file.read_as(&key, Kind::Float, Device::Cpu)?;
-        if tensor.isfinite().all().int64_value(&[]) == 0 {
+        let tensor = file.read_as(&key, Kind::Float)?;
+        if !host::all_finite(&tensor) {
             let problem = format!("`{key}`: holds numbers that are not finite");
             return Err(Error::format(file.path(), problem));
         }

@@ -10,9 +10,10 @@ use crate::adapter::target::TargetRule;
 use crate::attach::parameters::Parameters;
 use crate::error::{Error, Result};
 use crate::model::layers::{Layers, Module};
+use crate::platform::host;
 use crate::platform::seed;
 use crate::weights::tensor_file;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// Puts new adapters on every layer that `targets` match (full fine-tuning: on every layer and norm); the number of them.
 pub fn attach_new(
@@ -88,13 +89,13 @@ pub fn attach_trained(network: &mut dyn Layers, mut file: AdapterFile) -> Result
         match module {
             Module::Layer(layer) => {
                 let device = layer.weight().device();
-                let bias = file.biases.remove(&layer.name).map(|b| b.to_device(device));
+                let bias = file.biases.remove(&layer.name).map(|b| host::to_device(&b, device));
                 check_bias(&layer.name, bias.as_ref(), layer.bias())?;
                 let mut adapter = file.layers.remove(&layer.name);
                 if let Some(adapter) = &mut adapter {
                     let fits = adapter.check(&layer.weight().size());
                     fits.map_err(|problem| Error::config(format!("{}: {problem}", layer.name)))?;
-                    adapter.replace_parameters(&mut |t| t.to_device(device));
+                    adapter.replace_parameters(&mut |t| host::to_device(t, device));
                     count += 1;
                 }
                 if adapter.is_some() || bias.is_some() {
@@ -104,7 +105,7 @@ pub fn attach_trained(network: &mut dyn Layers, mut file: AdapterFile) -> Result
             Module::Norm(norm) => {
                 if let Some(bias) = file.biases.remove(&norm.name) {
                     check_bias(&norm.name, Some(&bias), Some(norm.bias()))?;
-                    norm.attach(None, Some(bias.to_device(norm.bias().device())));
+                    norm.attach(None, Some(host::to_device(&bias, norm.bias().device())));
                 }
             }
         }
@@ -249,7 +250,7 @@ pub fn movement(network: &mut dyn Layers) -> Movement {
     let mut count = 0;
     for layer in network.layers_mut() {
         let Some(adapter) = layer.attached().and_then(|attached| attached.adapter.as_ref()) else { continue };
-        let weight = layer.matrix().to_device(Device::Cpu).to_kind(Kind::Double);
+        let weight = host::wide(&layer.matrix());
         let change = adapter.change(&weight, 1.0).form.relative_change(&weight);
         result.mean += change;
         result.largest = result.largest.max(change);

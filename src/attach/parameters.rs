@@ -2,7 +2,8 @@
 //!
 //! They lie one after another in one flat f32 tensor, which an optimiser steps; the networks' tensors are views of it.
 
-use tch::{Device, Kind, Tensor};
+use crate::platform::host;
+use tch::{Kind, Tensor};
 
 /// Gradients are gathered, and moments and values updated, at most this many values at a time, so that the temporary
 /// memory of a step stays small when a whole network trains. Most adapters fit into one piece.
@@ -31,7 +32,7 @@ impl Parameters {
     pub fn pack(groups: &[Vec<(String, Tensor)>]) -> Self {
         let _guard = tch::no_grad_guard();
         let total: usize = groups.iter().flatten().map(|(_, t)| t.numel()).sum();
-        let device = groups.iter().flatten().next().map_or(Device::Cpu, |(_, t)| t.device());
+        let device = groups.iter().flatten().next().map_or(host::CPU, |(_, t)| t.device());
         let flat = Tensor::empty([total as i64], (Kind::Float, device));
         let mut start = 0;
         let mut views = Vec::new();
@@ -39,8 +40,8 @@ impl Parameters {
         for (group, tensors) in groups.iter().enumerate() {
             for (name, t) in tensors {
                 let n = t.numel() as i64;
-                let mut view = flat.narrow(0, start, n).view(&t.size()[..]).detach();
-                view.copy_(t);
+                let view = flat.narrow(0, start, n).view(&t.size()[..]).detach();
+                host::copy_into(&view, t);
                 let at = views.len();
                 views.push((name.clone(), view.set_requires_grad(true)));
                 match pieces.last_mut() {
@@ -116,6 +117,6 @@ impl Parameters {
     /// Replaces all values.
     pub fn set(&mut self, values: &Tensor) {
         let _guard = tch::no_grad_guard();
-        self.flat.copy_(values);
+        host::copy_into(&self.flat, values);
     }
 }

@@ -6,11 +6,12 @@ use crate::convert::export::{self, Request, Target};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::device::{self, Precision};
+use crate::platform::host;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
 use clap::Args;
 use std::path::PathBuf;
-use tch::{Device, Kind};
+use tch::Kind;
 
 /// Flags of `hra export`.
 #[derive(Debug, Args)]
@@ -83,7 +84,7 @@ pub fn run(args: &ExportArgs, observer: &dyn Observer) -> Result<()> {
     };
     super::note_control_left_out(request.adapters.iter().map(|(path, _)| path), observer);
     let model = hub::resolve(&args.model, Wanted::Model, observer)?;
-    let mut model = StableDiffusion::load_with(&model, args.config.as_deref(), Kind::Float, Device::Cpu)?;
+    let mut model = StableDiffusion::load_with(&model, args.config.as_deref(), Kind::Float, host::CPU)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(None, attach::weight_count(&mut model.unet))?;
     let written = export::export(&mut model, &request)?;

@@ -4,12 +4,13 @@ use crate::convert::inspect::{self, LayerReport, Report};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
 use crate::platform::device;
+use crate::platform::host;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
-use tch::{Device, Kind};
+use tch::Kind;
 
 /// Flags of `hra inspect`.
 #[derive(Debug, Args)]
@@ -36,7 +37,7 @@ pub fn run(args: &InspectArgs, observer: &dyn Observer) -> Result<()> {
     let adapter = hub::resolve(&args.path, Wanted::Adapter, observer);
     let path = adapter.or_else(|e| hub::resolve(&args.path, Wanted::Model, observer).map_err(|_| e))?;
     let model = args.model.as_deref().map(|word| hub::resolve(word, Wanted::Model, observer)).transpose()?;
-    let mut model = model.map(|path| StableDiffusion::load(&path, Kind::Float, Device::Cpu)).transpose()?;
+    let mut model = model.map(|path| StableDiffusion::load(&path, Kind::Float, host::CPU)).transpose()?;
     device::set_threads(None, usize::MAX)?;
     let reports = inspect::inspect(&path, model.as_mut())?;
     if args.json {

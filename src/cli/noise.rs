@@ -2,9 +2,10 @@
 
 use crate::diffusion::sample::{From, Noise, Session, Settings, Start};
 use crate::error::{Error, Result};
+use crate::platform::host;
 use crate::weights::tensor_file::TensorFile;
 use std::path::Path;
-use tch::{Device, Kind, Tensor};
+use tch::Kind;
 
 /// Where the noise comes from.
 pub enum Source {
@@ -18,7 +19,7 @@ pub enum Source {
 pub fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
     let read = |path: &Path, name: &str, dims: usize| {
         let file = TensorFile::open(path)?;
-        let tensor = file.read_as(name, Kind::Float, Device::Cpu)?;
+        let tensor = file.read_as(name, Kind::Float)?;
         if tensor.dim() != dims || tensor.numel() == 0 {
             let found = tensor.size();
             return Err(Error::format(
@@ -45,7 +46,7 @@ pub fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
     };
     let (image, masked_image) = (beside("image_noise")?, beside("masked_image_noise")?);
     let Some(steps) = steps else {
-        let steps = Tensor::empty([0], (Kind::Float, Device::Cpu));
+        let steps = host::zeros(&[0], Kind::Float);
         return Ok(Noise { latents, steps, image, masked_image });
     };
     let noise = read(steps, "noise", 5)?;

@@ -9,13 +9,14 @@ use crate::error::{Error, Result};
 use crate::model::control::{CONTROL_ENCODER, EncoderConfig, FILE_STEM, encoder_of};
 use crate::model::layers::Layers;
 use crate::platform::files;
+use crate::platform::host;
 use crate::weights::part::Part;
 use crate::weights::source::{Source, refuse_pickle};
 use crate::weights::tensor_file::TensorFile;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// What is known of one network's adapter, of a fully trained network, or of one part of a model.
 #[derive(Debug, Default, Serialize)]
@@ -291,12 +292,9 @@ impl Report {
         if !matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
             return;
         }
-        if tensor.isfinite().all().int64_value(&[]) == 0 {
+        if !host::all_finite(tensor) {
             self.odd.push(format!("`{name}` holds numbers that are not finite (NaN or infinite)"));
-        } else if tensor.numel() > 1
-            && name.ends_with("weight")
-            && tensor.abs().max().double_value(&[]) == 0.0
-        {
+        } else if tensor.numel() > 1 && name.ends_with("weight") && host::number(&tensor.abs().max()) == 0.0 {
             self.odd.push(format!("`{name}` is all zeros"));
         }
     }
@@ -347,11 +345,10 @@ impl Report {
 impl LayerReport {
     fn new(name: &str, adapter: &dyn Adapter, weight: Option<&Tensor>) -> Self {
         let parameters = adapter.parameters();
-        let squares: f64 =
-            parameters.iter().map(|(_, t)| t.square().sum(Kind::Double).double_value(&[])).sum();
+        let squares: f64 = parameters.iter().map(|(_, t)| host::number(&t.square().sum(Kind::Double))).sum();
         let rotation = adapter.rotation();
         let relative_change = weight.map(|w| {
-            let w = w.flatten(1, -1).to_device(Device::Cpu).to_kind(Kind::Double);
+            let w = host::wide(&w.flatten(1, -1));
             adapter.change(&w, 1.0).form.relative_change(&w)
         });
         let angles = rotation.as_ref().map(|r| &r.angles);
@@ -379,12 +376,12 @@ impl LayerReport {
 /// `||W' - W||_F` of an adapter that adds the same to any weight.
 fn change_norm(adapter: &dyn Adapter) -> f64 {
     let (d_in, d_out) = adapter.size();
-    let nothing = Tensor::zeros([1], (Kind::Double, Device::Cpu)).expand([d_out, d_in], false);
+    let nothing = host::zeros(&[1], Kind::Double).expand([d_out, d_in], false);
     match adapter.change(&nothing, 1.0).form {
         Form::LowRank { down, up } => {
             let squared = (up.tr().matmul(&up) * down.matmul(&down.tr())).sum(Kind::Double);
-            squared.double_value(&[]).max(0.0).sqrt()
+            host::number(&squared).max(0.0).sqrt()
         }
-        Form::Dense(change) => change.norm().double_value(&[]),
+        Form::Dense(change) => host::number(&change.norm()),
     }
 }

@@ -6,6 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::platform::files;
+use crate::platform::host;
 use crate::weights::config::{TextConfig, UNetConfig};
 use crate::weights::ldm::{Form, Tower};
 use crate::weights::part::{Part, Text};
@@ -15,7 +16,7 @@ use crate::weights::tensors::Tensors;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// Tensors that take the place of the source's: by part and today's name, such as `conv_in.weight`. Any dtype and device; a
 /// 1x1 convolution may be a matrix.
@@ -216,13 +217,13 @@ impl<'a> Model<'a> {
 
     fn read(&self, part: Part, name: &str) -> Result<Tensor> {
         let tensor = match self.replaced.get(&(part, name.to_string())) {
-            Some(tensor) => tensor.detach().f_to_device(Device::Cpu)?,
+            Some(tensor) => host::try_to_device(&tensor.detach(), host::CPU)?,
             None => self.part(part).read(name)?,
         };
         let (kind, shape) = (self.kind(part, name), self.shape(part, name));
         let converted = tensor.f_to_kind(kind)?.f_reshape(&shape[..])?;
-        let all_finite = |tensor: &Tensor| bool::try_from(tensor.isfinite().all());
-        if kind == Kind::Half && tensor.kind() != kind && !all_finite(&converted)? && all_finite(&tensor)? {
+        let overflows = || !host::all_finite(&converted) && host::all_finite(&tensor);
+        if kind == Kind::Half && tensor.kind() != kind && overflows() {
             return Err(Error::NotFinite(format!(
                 "{}: `{name}` has values that f16 cannot hold\nhint: write f32 or bf16",
                 part.folder()

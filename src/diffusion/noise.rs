@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
+use crate::platform::host;
 use crate::{Error, Result};
 
 /// More training timesteps than any model has; refuses a damaged file before it asks for memory.
@@ -186,8 +187,7 @@ impl SchedulerConfig {
         if rescale && self.flag("rescale_betas_zero_snr", false)? {
             betas = rescale_zero_terminal_snr(&betas);
         }
-        let valid = betas.ge(0.0).logical_and(&betas.le(1.0)).all();
-        if bool::try_from(valid)? {
+        if host::all(&betas.ge(0.0).logical_and(&betas.le(1.0))) {
             return Ok(cumulative_alphas(&betas));
         }
         Err(self.problem("betas: expected a noise schedule between 0 and 1, found one that leaves it"))
@@ -205,7 +205,7 @@ impl SchedulerConfig {
             let betas: Option<Vec<f64>> =
                 value.as_array().and_then(|items| items.iter().map(Value::as_f64).collect());
             return match betas {
-                Some(betas) if betas.len() == steps => Ok(Tensor::from_slice(&betas).to_kind(Kind::Float)),
+                Some(betas) if betas.len() == steps => Ok(host::tensor(&betas).to_kind(Kind::Float)),
                 Some(betas) => Err(self.problem(format!(
                     "trained_betas: expected {steps} values (num_train_timesteps), found {}",
                     betas.len()
@@ -215,7 +215,7 @@ impl SchedulerConfig {
         }
         let (start, end) = (self.number("beta_start", start)?, self.number("beta_end", end)?);
         let scaled = self.choice("beta_schedule", false, &[("linear", false), ("scaled_linear", true)])?;
-        let line = |start, end| Tensor::linspace(start, end, steps as i64, (Kind::Float, Device::Cpu));
+        let line = |start, end| host::line(start, end, steps as i64);
         Ok(if scaled { line(start.sqrt(), end.sqrt()).square() } else { line(start, end) })
     }
 
@@ -283,10 +283,10 @@ impl NoiseSchedule {
         let rest = one_minus(&alphas_cumprod);
         Ok(Self {
             prediction: config.prediction()?,
-            signal: alphas_cumprod.sqrt().to_device(device),
-            noise: rest.sqrt().to_device(device),
-            snr: (&alphas_cumprod / rest).to_device(device),
-            alphas_cumprod: alphas_cumprod.to_device(device),
+            signal: host::to_device(&alphas_cumprod.sqrt(), device),
+            noise: host::to_device(&rest.sqrt(), device),
+            snr: host::to_device(&(&alphas_cumprod / rest), device),
+            alphas_cumprod: host::to_device(&alphas_cumprod, device),
         })
     }
 
@@ -324,7 +324,7 @@ impl NoiseSchedule {
     /// Min-SNR weights of the samples' losses, f32 `[b]`: with s the signal-to-noise ratio, min(s, gamma) / s for
     /// epsilon, / (s + 1) for velocity, / 1 for sample.
     pub fn snr_weights(&self, timesteps: &Tensor, gamma: f64) -> Tensor {
-        let snr = self.snr.index_select(0, &timesteps.to_device(self.snr.device()));
+        let snr = self.snr.index_select(0, &host::to_device(timesteps, self.snr.device()));
         match self.prediction {
             // min(s, gamma) / s written so that s = 0 (zero terminal SNR) gives its limit 1 and not 0 / 0.
             Prediction::Epsilon => (snr.reciprocal() * gamma).clamp_max(1.0),
@@ -335,7 +335,7 @@ impl NoiseSchedule {
 
     /// sqrt(a_t) a + sqrt(1 - a_t) b, computed in f32 and returned in the kind of `a`.
     fn mix(&self, a: &Tensor, b: &Tensor, timesteps: &Tensor) -> Tensor {
-        let timesteps = timesteps.to_device(self.signal.device());
+        let timesteps = host::to_device(timesteps, self.signal.device());
         let row = |table: &Tensor| table.index_select(0, &timesteps).view([-1, 1, 1, 1]); // [b, 1, 1, 1]
         (row(&self.signal) * a + row(&self.noise) * b).to_kind(a.kind())
     }

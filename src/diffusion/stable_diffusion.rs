@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::model::layers::{Layer, Layers, Module};
 use crate::model::text::{TextEncoder, Tokenizer};
 use crate::model::{Conditioning, Denoiser, UNet, Vae};
+use crate::platform::host;
 use crate::platform::hub;
 use crate::weights::ldm::Names;
 use crate::weights::part::Part;
@@ -104,7 +105,7 @@ impl StableDiffusion {
                         "prompt `{prompt}` has {cut} tokens more than the {room} that fit; they are left out"
                     ));
                 }
-                rows.push(Tensor::from_slice(&row));
+                rows.push(host::tensor(&row));
             }
             ids.push(Tensor::stack(&rows, 0));
         }

@@ -1,6 +1,7 @@
 //! Attention, transformer blocks, and the spatial transformer around them (diffusers `Transformer2DModel`).
 
 use crate::model::layers::{Layer, Module, Norm};
+use crate::platform::host;
 use crate::weights::config::UNetConfig;
 use crate::weights::scope::Scope;
 use tch::{Kind, Tensor};
@@ -32,7 +33,7 @@ impl Attention {
         let q = split_heads(&self.to_q.forward(x), self.heads);
         let k = split_heads(&self.to_k.forward(context), self.heads);
         let v = split_heads(&self.to_v.forward(context), self.heads);
-        let y = attend(&q, &k, &v, None, self.upcast);
+        let y = attend(&q, &k, &v, Sees::All, self.upcast);
         self.to_out.forward(&join_heads(&y))
     }
 
@@ -53,14 +54,35 @@ pub(crate) fn join_heads(x: &Tensor) -> Tensor {
     x.transpose(1, 2).reshape([s[0], s[2], s[1] * s[3]])
 }
 
+/// Which keys a query sees.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Sees {
+    /// All of them.
+    All,
+    /// Its own and those before it, as many as there are queries.
+    Past,
+}
+
 /// Scaled dot-product attention; `upcast` computes it in f32, which models with large scores need in half precision.
-pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, upcast: bool) -> Tensor {
+pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, sees: Sees, upcast: bool) -> Tensor {
     let kind = q.kind();
     if upcast && kind != Kind::Float {
         let [q, k, v] = [q, k, v].map(|t| t.to_kind(Kind::Float));
-        return Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, false, None, false).to_kind(kind);
+        return attend(&q, &k, &v, sees, false).to_kind(kind);
     }
-    Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, false, None, false)
+    let dot_product = |mask: Option<&Tensor>, causal| {
+        Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, false)
+    };
+    match (sees, q.device()) {
+        (Sees::All, _) => dot_product(None, false),
+        // A mask is added to the scores, as the references were rounded.
+        (Sees::Past, host::CPU) => {
+            let n = q.size()[2];
+            dot_product(Some(&Tensor::full([n, n], f64::NEG_INFINITY, (kind, host::CPU)).triu(1)), false)
+        }
+        // The kernels that keep no matrix of scores take no mask.
+        (Sees::Past, _) => dot_product(None, true),
+    }
 }
 
 /// Self-attention, cross-attention and a gated feed-forward, each with a norm before and a skip around.

@@ -6,6 +6,7 @@
 //! instance serves both directions, and decoding pads the latents with zeros.
 
 use crate::error::{Error, Result};
+use crate::platform::host;
 use crate::platform::random;
 use crate::weights::config::VaeConfig;
 use crate::weights::part::Part;
@@ -55,7 +56,7 @@ impl Vae {
         };
         // The crate draws numbers for its weights, which others drawing meanwhile would miss.
         let (root, channels) = (store.root(), (config.in_channels, config.out_channels));
-        let inner = random::seeded(0, || AutoEncoderKL::new(root, channels.0, channels.1, sizes));
+        let inner = random::seeded(0, |_| AutoEncoderKL::new(root, channels.0, channels.1, sizes));
         store.freeze();
         let _guard = tch::no_grad_guard();
         for (name, mut variable) in store.variables() {
@@ -70,7 +71,8 @@ impl Vae {
     /// Pictures `(b, 3, h, w)` in [-1, 1] to mean and log-variance, each `(b, z, h/f, w/f)`, without scaling factor.
     pub fn encode(&self, pictures: &Tensor) -> (Tensor, Tensor) {
         let _guard = tch::no_grad_guard();
-        let moments = self.inner.encode(&pictures.to_device(self.device).to_kind(Kind::Float)).sample();
+        let moments =
+            self.inner.encode(&host::to_device(pictures, self.device).to_kind(Kind::Float)).sample();
         let halves = moments.chunk(2, 1);
         (halves[0].shallow_clone(), halves[1].clamp(-30.0, 20.0))
     }
@@ -78,7 +80,7 @@ impl Vae {
     /// Latents `(b, z, h, w)` without scaling factor to pictures `(b, 3, f h, f w)`, about [-1, 1].
     pub fn decode(&self, latents: &Tensor) -> Tensor {
         let _guard = tch::no_grad_guard();
-        let latents = latents.to_device(self.device).to_kind(Kind::Float);
+        let latents = host::to_device(latents, self.device).to_kind(Kind::Float);
         self.inner.decode(&Tensor::cat(&[&latents, &latents.zeros_like()], 1))
     }
 
@@ -114,7 +116,7 @@ fn fill(variable: &mut Tensor, name: &str, weights: &Weights, z: i64) {
     let scope = weights.root();
     let tensor = scope.tensor(name, &shape);
     if shape == variable.size() {
-        variable.copy_(&tensor);
+        host::copy_into(variable, &tensor);
         return;
     }
     let outer = if name == "quant_conv.bias" { NO_VARIANCE } else { 0.0 };
@@ -123,5 +125,5 @@ fn fill(variable: &mut Tensor, name: &str, weights: &Weights, z: i64) {
     if shape.len() > 1 {
         part = part.narrow(1, 0, shape[1]);
     }
-    part.copy_(&tensor);
+    host::copy_into(&part, &tensor);
 }

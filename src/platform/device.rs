@@ -151,16 +151,19 @@ pub fn resolve(choice: DeviceChoice, precision: Option<Precision>) -> Result<Com
         }
         _ => None,
     };
-    let mut compute = choose(choice, precision.unwrap_or_default(), available)?;
+    let keep_half = std::env::var_os("HRA_F16_ON_CPU").is_some();
+    let mut compute = choose(choice, precision.unwrap_or_default(), available, keep_half)?;
     compute.notes.extend(unused);
     Ok(compute)
 }
 
 /// The decision itself, without a look at the machine: `available` is the number of usable GPUs or why there is none.
+/// `keep_half` computes f16 on the CPU, slowly, which tests of training in f16 ask for (`HRA_F16_ON_CPU`).
 fn choose(
     choice: DeviceChoice,
     precision: Precision,
     available: std::result::Result<i64, String>,
+    keep_half: bool,
 ) -> Result<Compute> {
     let device = match (choice, available) {
         (DeviceChoice::Cuda(_), Err(why)) => {
@@ -178,7 +181,7 @@ fn choose(
     let mut notes = Vec::new();
     let kind = match (device, precision) {
         // libtorch's CPU kernels for half are partly missing and partly slower than f32.
-        (Device::Cpu, Precision::F16) => {
+        (Device::Cpu, Precision::F16) if !keep_half => {
             notes.push("f16 is computed as f32 on the CPU".to_string());
             Kind::Float
         }
@@ -253,6 +256,22 @@ pub fn set_threads(threads: Option<i32>, values: usize) -> Result<()> {
     Ok(())
 }
 
+/// The most GPU memory that this process has used, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PeakMemory {
+    /// Held by tensors.
+    pub allocated: u64,
+    /// Taken from the GPU by libtorch, which keeps what was freed.
+    pub reserved: u64,
+}
+
+/// What libtorch's allocator says of a GPU; `None` on the CPU.
+pub fn peak_memory(device: Device) -> Option<PeakMemory> {
+    let Device::Cuda(index) = device else { return None };
+    let [allocated, reserved] = torch_extra::device_peaks(index).ok()?;
+    Some(PeakMemory { allocated, reserved })
+}
+
 /// The most memory this process has held so far, in bytes (VmHWM of proc(5)).
 pub fn peak_process_memory() -> Option<u64> {
     kib_line(&std::fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
@@ -322,7 +341,7 @@ mod tests {
 
     #[test]
     fn auto_takes_cuda_where_it_works() {
-        let on = |choice, available| choose(choice, Precision::F32, available).map(|c| c.device).ok();
+        let on = |choice, available| choose(choice, Precision::F32, available, false).map(|c| c.device).ok();
         assert_eq!(on(DeviceChoice::Auto, Ok(2)), Some(Device::Cuda(0)));
         assert_eq!(on(DeviceChoice::Auto, Ok(0)), Some(Device::Cpu));
         assert_eq!(on(DeviceChoice::Auto, why()), Some(Device::Cpu));
@@ -333,7 +352,7 @@ mod tests {
     #[test]
     fn asking_for_a_missing_gpu_is_an_error_with_the_reason() {
         let message = |choice, available| {
-            choose(choice, Precision::F32, available).expect_err("there is no such device").to_string()
+            choose(choice, Precision::F32, available, false).expect_err("there is no such device").to_string()
         };
         assert_eq!(
             message(DeviceChoice::Cuda(0), why()),
@@ -351,11 +370,12 @@ mod tests {
 
     #[test]
     fn only_half_on_the_cpu_falls_back() {
-        let on_cpu = |precision| choose(DeviceChoice::Cpu, precision, Ok(0)).expect("the CPU is there");
+        let on_cpu =
+            |precision| choose(DeviceChoice::Cpu, precision, Ok(0), false).expect("the CPU is there");
         assert_eq!(on_cpu(Precision::F16).kind, Kind::Float);
         assert_eq!(on_cpu(Precision::F16).notes, ["f16 is computed as f32 on the CPU"]);
         assert_eq!((on_cpu(Precision::Bf16).kind, on_cpu(Precision::Bf16).notes.len()), (Kind::BFloat16, 0));
-        let on_gpu = choose(DeviceChoice::Auto, Precision::F16, Ok(1)).expect("a GPU is there");
+        let on_gpu = choose(DeviceChoice::Auto, Precision::F16, Ok(1), false).expect("a GPU is there");
         assert_eq!((on_gpu.kind, on_gpu.notes.len()), (Kind::Half, 0));
     }
 

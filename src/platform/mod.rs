@@ -4,6 +4,7 @@ pub mod cuda;
 pub mod device;
 pub mod doctor;
 pub mod files;
+pub mod host;
 pub mod hub;
 pub mod observer;
 pub mod random;

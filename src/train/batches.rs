@@ -8,7 +8,7 @@ use crate::diffusion::stable_diffusion::{StableDiffusion, Tokens};
 use crate::error::Result;
 use crate::model::{Conditioning, Denoiser};
 use crate::platform::observer::Observer;
-use crate::platform::{random, seed};
+use crate::platform::{host, random, seed};
 use crate::train::config::TrainConfig;
 use crate::train::loss::Batch;
 use crate::train::pictures::{Pictures, encode};
@@ -124,16 +124,20 @@ impl Batches {
             }
         }
         let device = model.unet.device();
-        let latents: Vec<&Tensor> = rows.iter().map(|r| &r.latents).collect();
-        let noise: Vec<&Tensor> = rows.iter().map(|r| &r.noise).collect();
+        let all = |part: fn(&Row) -> &Tensor| Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0);
+        // All noise of a batch goes to the device at once.
+        let noise = Tensor::stack(&[all(|r| &r.latent_noise), all(|r| &r.noise)], 0);
+        let noise = host::to_device(&noise, device);
+        let latents = all(|r| &r.mean) + all(|r| &r.deviation) * noise.get(0);
         let timesteps: Vec<i64> = rows.iter().map(|r| r.timestep).collect();
         let conditions: Vec<&Tensor> = rows.iter().filter_map(|r| r.condition.as_ref()).collect();
         Ok(Batch {
-            latents: Tensor::cat(&latents, 0),
-            noise: Tensor::cat(&noise, 0).to_device(device),
-            timesteps: Tensor::from_slice(&timesteps).to_device(device),
+            latents: latents * model.vae.scaling_factor(),
+            noise: noise.get(1),
+            timesteps: host::to_device(&host::tensor(&timesteps), device),
             conditioning: Conditioning::cat(&conditionings.iter().collect::<Vec<_>>()),
-            conditions: (!conditions.is_empty()).then(|| Tensor::cat(&conditions, 0).to_device(device)),
+            conditions: (!conditions.is_empty())
+                .then(|| host::to_device(&Tensor::cat(&conditions, 0), device)),
             class_half: self.class.is_some(),
         })
     }
@@ -148,12 +152,14 @@ struct Sample {
 
 /// What a sample is.
 struct Row {
-    /// Scaled, `(1, c, h, w)`, on the device.
-    latents: Tensor,
-    /// The same shape, CPU.
+    /// Mean and standard deviation of the latents, `(1, c, h, w)`, on the device.
+    mean: Tensor,
+    deviation: Tensor,
+    /// What the latents are drawn with, and what is added to them; the same shape, on the host.
+    latent_noise: Tensor,
     noise: Tensor,
     timestep: i64,
-    /// `(1, 3, H, W)`, CPU.
+    /// `(1, 3, H, W)`, on the host.
     condition: Option<Tensor>,
 }
 
@@ -252,10 +258,11 @@ impl Source {
         let side = i64::from(draws.resolution);
         let condition = prepared.and_then(|(_, condition)| condition);
         let shape = mean.size();
-        let latents = mean + deviation * random::normal(latent_seed, &shape).to_device(model.unet.device());
         Ok(Row {
-            latents: latents * model.vae.scaling_factor(),
+            latent_noise: random::normal(latent_seed, &shape),
             noise: random::normal(noise_seed, &shape),
+            mean,
+            deviation,
             timestep,
             condition: condition.map(|c| conditions(&[&c], side, side)),
         })

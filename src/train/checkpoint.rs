@@ -8,18 +8,25 @@ use crate::attach::parameters::Parameters;
 use crate::error::{Error, Result};
 use crate::model::control::FILE_STEM;
 use crate::platform::files;
+use crate::platform::host;
+use crate::train::loss_scale::LossScale;
 use crate::train::optim::{self, AdamW, Ema};
 use crate::train::run::Sums;
 use crate::weights::tensor_file::{self, TensorFile};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 const FORMAT: u32 = 1;
 /// The most steps that a run may have.
 const MAX_STEP: i64 = 1_000_000_000;
 const STATE_FILE: &str = "state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// In [`OPTIMIZER_FILE`], where f16 skipped some: the steps that were not.
+const STEPS: &str = "steps";
+/// In [`OPTIMIZER_FILE`], where f16 trains: the [`LossScale`].
+const LOSS_SCALE: &str = "loss_scale";
+const GOOD_STEPS: &str = "good_steps";
 
 /// Where to go on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,6 +121,34 @@ pub struct State {
     pub sums: Sums,
 }
 
+/// What moves the trained tensors from step to step.
+pub struct Moving<'a> {
+    pub optimizer: &'a AdamW,
+    pub ema: Option<&'a Ema>,
+    /// Where f16 trains.
+    pub loss_scale: Option<&'a LossScale>,
+}
+
+impl Moving<'_> {
+    /// What is saved after `step` steps.
+    fn tensors(&self, step: i64) -> Vec<(String, Tensor)> {
+        let Self { optimizer, ema, loss_scale } = self;
+        let mut tensors = vec![
+            ("exp_avg", optimizer.exp_avg.shallow_clone()),
+            ("exp_avg_sq", optimizer.exp_avg_sq.shallow_clone()),
+        ];
+        if host::number(&optimizer.steps.get(0)) != step as f64 {
+            tensors.push((STEPS, optimizer.steps.shallow_clone()));
+        }
+        tensors.extend(ema.map(|e| ("ema", e.average.shallow_clone())));
+        if let Some(loss_scale) = loss_scale {
+            tensors.push((LOSS_SCALE, loss_scale.scale.shallow_clone()));
+            tensors.push((GOOD_STEPS, loss_scale.good_steps.to_kind(Kind::Float)));
+        }
+        tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor)).collect()
+    }
+}
+
 /// Folder of the checkpoint of `step` in a run.
 pub fn folder(run: &Path, step: i64) -> PathBuf {
     run.join("checkpoints").join(format!("step-{step:06}"))
@@ -139,20 +174,14 @@ pub fn save(
     state: &State,
     parts: &[TrainedPart],
     parameters: &Parameters,
-    optimizer: &AdamW,
-    ema: Option<&Ema>,
+    moving: &Moving,
     limit: Option<usize>,
 ) -> Result<PathBuf> {
     let dir = folder(run, state.step);
     files::create_dir_all(&run.join("checkpoints"))?;
     files::stage_dir(&dir, |dir| {
         write_trained(dir, parts, parameters, state)?;
-        let mut tensors = vec![
-            ("exp_avg".to_string(), optimizer.exp_avg.shallow_clone()),
-            ("exp_avg_sq".to_string(), optimizer.exp_avg_sq.shallow_clone()),
-        ];
-        tensors.extend(ema.map(|e| ("ema".to_string(), e.average.shallow_clone())));
-        tensor_file::write(&dir.join(OPTIMIZER_FILE), &tensors, &[])?;
+        tensor_file::write(&dir.join(OPTIMIZER_FILE), &moving.tensors(state.step), &[])?;
         let json = serde_json::to_string_pretty(state).map_err(|e| Error::Run(e.to_string()))?;
         files::write_atomic(&dir.join(STATE_FILE), json.as_bytes())
     })?;
@@ -180,12 +209,13 @@ pub fn write_trained(
     parameters: &Parameters,
     state: &State,
 ) -> Result<()> {
-    for (name, tensor) in parameters.views() {
-        if tensor.isfinite().all().int64_value(&[]) == 0 {
-            return Err(Error::NotFinite(format!(
-                "{name}: the adapter holds numbers that are not finite; it is not saved"
-            )));
-        }
+    // One look at all of them; which one it is, is asked afterwards.
+    if !host::all_finite(parameters.flat()) {
+        let broken = parameters.views().iter().find(|(_, tensor)| !host::all_finite(tensor));
+        let name = broken.map_or("the adapter", |(name, _)| name);
+        return Err(Error::NotFinite(format!(
+            "{name}: the adapter holds numbers that are not finite; it is not saved"
+        )));
     }
     let text = [
         ("base_fingerprint", state.base_fingerprint.clone()),
@@ -233,6 +263,7 @@ impl Loaded {
         parameters: &mut Parameters,
         optimizer: &mut AdamW,
         ema: Option<&mut Ema>,
+        loss_scale: Option<&mut LossScale>,
     ) -> Result<()> {
         let names: Vec<&String> = parameters.views().iter().map(|(name, _)| name).collect();
         if !names.iter().copied().eq(&self.state.parameters) {
@@ -245,7 +276,7 @@ impl Loaded {
         for (part, views) in parts.iter().zip(parameters.groups()) {
             let file = TensorFile::open(&part.weights(&self.dir))?;
             for (name, view) in views {
-                let tensor = file.read_as(&part.key(name), Kind::Float, Device::Cpu)?;
+                let tensor = file.read_as(&part.key(name), Kind::Float)?;
                 if tensor.size() != view.size() {
                     let (expected, found) = (view.size(), tensor.size());
                     return Err(Error::format(
@@ -257,16 +288,22 @@ impl Loaded {
             }
         }
         let device = parameters.flat().device();
-        let flat = Tensor::cat(&rows, 0).to_device(device);
-        let moment = |name: &str| {
-            let saved = self.optimizer.read_as(name, Kind::Float, Device::Cpu)?;
-            optim::restore(saved, &flat, name, device)
+        let flat = host::to_device(&Tensor::cat(&rows, 0), device);
+        let saved = |name: &str, like: &Tensor| {
+            optim::restore(self.optimizer.read_as(name, Kind::Float)?, like, name, device)
         };
-        optimizer.exp_avg = moment("exp_avg")?;
-        optimizer.exp_avg_sq = moment("exp_avg_sq")?;
-        optimizer.steps = self.state.step;
+        optimizer.exp_avg = saved("exp_avg", &flat)?;
+        optimizer.exp_avg_sq = saved("exp_avg_sq", &flat)?;
+        optimizer.steps = match self.optimizer.shape(STEPS) {
+            Some(_) => saved(STEPS, &optimizer.steps)?,
+            None => host::to_device(&host::tensor(&[self.state.step as f32]), device),
+        };
         if let Some(ema) = ema {
-            ema.average = moment("ema")?;
+            ema.average = saved("ema", &flat)?;
+        }
+        if let Some(loss_scale) = loss_scale.filter(|_| self.optimizer.shape(LOSS_SCALE).is_some()) {
+            loss_scale.scale = saved(LOSS_SCALE, &loss_scale.scale)?;
+            loss_scale.good_steps = saved(GOOD_STEPS, &loss_scale.good_steps)?.to_kind(Kind::Int);
         }
         parameters.set(&flat);
         Ok(())

@@ -5,6 +5,7 @@ pub mod checkpoint;
 mod class_images;
 pub mod config;
 pub mod loss;
+pub mod loss_scale;
 pub mod optim;
 mod pictures;
 mod prepare;

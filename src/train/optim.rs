@@ -5,7 +5,9 @@
 
 use crate::attach::parameters::Parameters;
 use crate::error::{Error, Result};
-use tch::{Device, Tensor};
+use crate::platform::host;
+use tch::{Device, Kind, Tensor};
+use torch_extra::{AdamWNumbers, AdamWTensors};
 
 /// AdamW's constants (arXiv 1711.05101; names and defaults of torch).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -23,24 +25,47 @@ pub struct AdamW {
     pub exp_avg: Tensor,
     /// Second moment, flat.
     pub exp_avg_sq: Tensor,
-    /// Steps taken.
-    pub steps: i64,
+    /// Steps taken, skipped ones not counted; f32 `(1)`, on the device.
+    pub steps: Tensor,
 }
 
 impl AdamW {
     /// With moments of zero for `parameters`.
     pub fn new(config: AdamWConfig, parameters: &Parameters) -> Self {
         let zeros = || parameters.flat().zeros_like();
-        Self { config, exp_avg: zeros(), exp_avg_sq: zeros(), steps: 0 }
+        let steps = parameters.flat().new_zeros([1], (Kind::Float, parameters.flat().device()));
+        Self { config, exp_avg: zeros(), exp_avg_sq: zeros(), steps }
     }
 
     /// One step along the gradients times `factor` (a scalar tensor, see [`clip_factor`]) with decoupled weight decay; a
-    /// learning rate for each group of [`Parameters::pack`].
-    pub fn step(&mut self, parameters: &mut Parameters, factor: &Tensor, learning_rates: &[f64]) {
+    /// learning rate for each group of [`Parameters::pack`]. Where `overflow (1)` is 1, nothing changes.
+    ///
+    /// # Errors
+    /// What libtorch says of its fused kernel.
+    pub fn step(
+        &mut self,
+        parameters: &mut Parameters,
+        factor: &Tensor,
+        learning_rates: &[f64],
+        overflow: Option<&Tensor>,
+    ) -> Result<()> {
         let _guard = tch::no_grad_guard();
+        let counts = match overflow {
+            Some(overflow) => overflow.rsub_scalar(1.0),
+            None => self.steps.ones_like(),
+        };
+        self.steps += counts;
+        match (overflow, parameters.flat().device()) {
+            // The kernels by which runs on a CPU have always been rounded.
+            (None, host::CPU) => self.step_by_parts(parameters, factor, learning_rates),
+            _ => return self.step_fused(parameters, factor, learning_rates, overflow),
+        }
+        Ok(())
+    }
+
+    fn step_by_parts(&mut self, parameters: &mut Parameters, factor: &Tensor, learning_rates: &[f64]) {
         let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
-        self.steps += 1;
-        let t = self.steps as f64;
+        let t = host::number(&self.steps.get(0));
         let correction1 = 1.0 - beta1.powf(t);
         let correction2 = 1.0 - beta2.powf(t);
         for piece in parameters.pieces() {
@@ -57,6 +82,32 @@ impl AdamW {
             let _ = values.g_mul_scalar_(1.0 - learning_rate * weight_decay);
             values -= (first / denominator) * (learning_rate / correction1);
         }
+    }
+
+    /// The same in one kernel a piece, which reads number and overflow of the step on the device.
+    fn step_fused(
+        &mut self,
+        parameters: &mut Parameters,
+        factor: &Tensor,
+        learning_rates: &[f64],
+        overflow: Option<&Tensor>,
+    ) -> Result<()> {
+        let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
+        let scale = factor.reciprocal().reshape([1]);
+        for piece in parameters.pieces() {
+            let of = |flat: &Tensor| flat.narrow(0, piece.start, piece.length);
+            let tensors = AdamWTensors {
+                values: &of(parameters.flat()),
+                gradient: &parameters.gradient(piece),
+                exp_avg: &of(&self.exp_avg),
+                exp_avg_sq: &of(&self.exp_avg_sq),
+            };
+            let learning_rate = learning_rates[piece.group];
+            let numbers = AdamWNumbers { learning_rate, beta1, beta2, weight_decay, epsilon };
+            torch_extra::fused_adamw(&tensors, &self.steps, &numbers, Some(&scale), overflow)
+                .map_err(Error::Device)?;
+        }
+        Ok(())
     }
 }
 
@@ -159,13 +210,12 @@ pub fn restore(saved: Tensor, like: &Tensor, what: &str, device: Device) -> Resu
             saved.size()
         )));
     }
-    Ok(saved.to_device(device))
+    Ok(host::to_device(&saved, device))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Kind;
 
     fn rate(schedule: LrSchedule, warmup: i64, cycles: f64) -> LearningRate {
         LearningRate { peak: 2.0, schedule, warmup, total: 10, cycles, power: 1.0 }
@@ -211,7 +261,7 @@ mod tests {
         // The first step of Adam is the learning rate of the tensor's group, against the gradient's sign.
         let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 0.0, weight_decay: 0.0 };
         let one = Tensor::from(1f32);
-        AdamW::new(config, &parameters).step(&mut parameters, &one, &[0.5, 7.0]);
+        AdamW::new(config, &parameters).step(&mut parameters, &one, &[0.5, 7.0], None).unwrap();
         let values: Vec<f32> = Vec::try_from(parameters.flat()).unwrap();
         assert!((values[0] - 0.5).abs() < 1e-6 && (values[1] - 1.5).abs() < 1e-6, "{values:?}");
         assert!(values[2].is_nan(), "0 / 0: this one had no gradient");

@@ -6,6 +6,7 @@ use crate::data::pairs::{ConditionKind, ConditionSource, PairFolder};
 use crate::data::{Crop, ImageFolder, Window, to_chw_f32};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
+use crate::platform::host;
 use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
 use std::path::Path;
@@ -143,6 +144,6 @@ impl Pictures {
 /// Mean and log-variance of the latents of a square picture, each `(1, c, h, w)`.
 pub fn encode(model: &StableDiffusion, pixels: &RgbImage) -> (Tensor, Tensor) {
     let size = i64::from(pixels.width());
-    let pixels = Tensor::from_slice(&to_chw_f32(pixels)).view([1, 3, size, size]);
+    let pixels = host::tensor(&to_chw_f32(pixels)).view([1, 3, size, size]);
     model.vae.encode(&pixels)
 }

@@ -14,15 +14,17 @@ use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
 use crate::platform::{device, files, seed};
 use crate::train::batches::Batches;
-use crate::train::checkpoint::{self, Loaded, Resume, TrainedPart};
+use crate::train::checkpoint::{self, Loaded, Moving, Resume, TrainedPart};
 use crate::train::class_images::{self, ClassImages};
 use crate::train::config::TrainConfig;
+use crate::train::loss_scale::LossScale;
 use crate::train::optim::{AdamW, Ema, LearningRate};
 use crate::train::pictures::Pictures;
 use crate::train::preview::{HeldOut, Previews};
 use crate::train::run::{Metrics, RunFolder, Sums};
 use crate::train::setup::{self, find_checkpoint, trained_parts};
 use crate::train::totals::Totals;
+use tch::Kind;
 
 /// A run that can begin, or go on.
 pub(super) struct Prepared {
@@ -70,8 +72,17 @@ pub(super) struct Optimisation {
     pub(super) parts: Vec<TrainedPart>,
     pub(super) optimizer: AdamW,
     pub(super) ema: Option<Ema>,
+    /// Where f16 trains.
+    pub(super) loss_scale: Option<LossScale>,
     pub(super) learning_rates: Vec<LearningRate>,
     pub(super) totals: Totals,
+}
+
+impl Optimisation {
+    pub(super) fn moving(&self) -> Moving<'_> {
+        let Self { optimizer, ema, loss_scale, .. } = self;
+        Moving { optimizer, ema: ema.as_ref(), loss_scale: loss_scale.as_ref() }
+    }
 }
 
 /// Prepares a run from its start, or from a checkpoint of the run in `config.output_dir`.
@@ -116,8 +127,9 @@ pub(super) fn prepare(
         attach::release_base(&mut model.unet);
     }
     let networks = Networks { schedule, control, layers, has_adapter: method.is_some() && !whole, model };
+    let kind = networks.model.denoiser().kind();
     let (optimisation, taken, earlier) =
-        optimisation(&config, checkpoint, (parameters, parts), &folder, observer)?;
+        optimisation(&config, checkpoint, (parameters, parts), kind, &folder, observer)?;
     let metrics = Metrics::open(folder.path(), taken, resume.is_some())?;
     let run = Run { folder, metrics, fingerprint, taken, earlier };
     Ok(Prepared { run, networks, data: Data { batches, held_out, previews }, optimisation, config })
@@ -262,14 +274,16 @@ fn optimisation(
     config: &TrainConfig,
     checkpoint: Option<Loaded>,
     (mut parameters, parts): (Parameters, Vec<TrainedPart>),
+    kind: Kind,
     folder: &RunFolder,
     observer: &dyn Observer,
 ) -> Result<(Optimisation, i64, f64)> {
     let mut optimizer = AdamW::new(config.adamw(), &parameters);
+    let mut loss_scale = (kind == Kind::Half).then(|| LossScale::new(parameters.flat().device()));
     let mut ema = config.use_ema.then(|| Ema::new(config.ema_decay, &parameters));
     let (mut step, mut seconds, mut sums) = (0, 0.0, Sums::default());
     if let Some(loaded) = checkpoint {
-        loaded.restore(&parts, &mut parameters, &mut optimizer, ema.as_mut())?;
+        loaded.restore(&parts, &mut parameters, &mut optimizer, ema.as_mut(), loss_scale.as_mut())?;
         (step, seconds, sums) = (loaded.state.step, loaded.state.seconds, loaded.state.sums);
         observer.say(&format!("resuming after step {step}"));
         match checkpoint::remove_after(folder.path(), step)? {
@@ -281,5 +295,6 @@ fn optimisation(
     }
     let totals = Totals::new(&sums);
     let learning_rates = config.learning_rates();
-    Ok((Optimisation { parameters, parts, optimizer, ema, learning_rates, totals }, step, seconds))
+    let optimisation = Optimisation { parameters, parts, optimizer, ema, loss_scale, learning_rates, totals };
+    Ok((optimisation, step, seconds))
 }

@@ -12,12 +12,11 @@ use crate::error::Result;
 use crate::model::Denoiser;
 use crate::model::control::Control;
 use crate::platform::observer::{Event, Observer};
-use crate::platform::{files, random, seed};
+use crate::platform::{files, host, random, seed};
 use crate::train::config::TrainConfig;
 use crate::train::loss::{Batch, training_loss};
 use crate::train::pictures::{Pictures, encode};
 use std::path::{Path, PathBuf};
-use tch::Tensor;
 
 /// The contact sheet of previews.
 const GRID_FILE: &str = "grid.png";
@@ -171,11 +170,12 @@ impl HeldOut {
             let (tokens, _) = model.tokens(&[pictures.caption(image).unwrap_or(&config.instance_prompt)])?;
             let side = i64::from(resolution);
             // Equal rows share their memory.
-            let condition = condition.map(|c| sample::conditions(&[&c], side, side).to_device(device));
+            let condition =
+                condition.map(|c| host::to_device(&sample::conditions(&[&c], side, side), device));
             let batch = Batch {
                 latents: latents.repeat([HELD_OUT_TIMESTEPS, 1, 1, 1]),
-                noise: noise.to_device(device),
-                timesteps: Tensor::from_slice(&timesteps).to_device(device),
+                noise: host::to_device(&noise, device),
+                timesteps: host::to_device(&host::tensor(&timesteps), device),
                 conditioning: model.conditioning(&tokens).repeat(HELD_OUT_TIMESTEPS),
                 conditions: condition.map(|c| c.expand([HELD_OUT_TIMESTEPS, -1, -1, -1], false)),
                 class_half: false,
@@ -191,7 +191,7 @@ impl HeldOut {
         let loss = |(batch, tokens): &(Batch, Tokens)| {
             let conditioning = model.conditioning(tokens).repeat(HELD_OUT_TIMESTEPS);
             let batch = Batch { conditioning, ..batch.shallow_clone() };
-            training_loss(&model.unet, control, schedule, &batch, 0.0, None).total.double_value(&[])
+            host::number(&training_loss(&model.unet, control, schedule, &batch, 0.0, None).total)
         };
         let sum: f64 = self.batches.iter().map(loss).sum();
         sum / self.batches.len() as f64

@@ -142,6 +142,18 @@ pub struct Record {
     /// Loss on held-out pictures with fixed noise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_out_loss: Option<f64>,
+    /// In f16, what the next loss is multiplied by before its gradient is taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// In f16, steps since the record before that were skipped because their gradients overflowed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped_steps: Option<f64>,
+    /// The most bytes of GPU memory that tensors of this process have held.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_allocated_peak: Option<u64>,
+    /// The most bytes that libtorch has taken from the GPU for this process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_reserved_peak: Option<u64>,
     /// Seconds of training so far.
     pub seconds: f64,
 }
@@ -159,6 +171,13 @@ pub struct Sums {
     pub prior: f64,
     /// Regulariser, before its weight.
     pub regulariser: f64,
+    /// Steps that f16 skipped.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skipped: f64,
+}
+
+fn is_zero(number: &f64) -> bool {
+    *number == 0.0
 }
 
 /// Writes records to `metrics.jsonl` and to TensorBoard.

@@ -20,7 +20,7 @@ use crate::train::pictures::Pictures;
 use crate::train::run::RunFolder;
 use crate::weights::tensor_file::TensorFile;
 use std::collections::BTreeMap;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// The files that the run's trained tensors go into, in the order of the optimiser's groups.
 pub(super) fn trained_parts(
@@ -192,7 +192,7 @@ pub(super) fn start_from(
     } else if encoder.is_dir() {
         let file = TensorFile::open(&encoder.join(format!("{FILE_STEM}.safetensors")))?;
         for name in file.names() {
-            let value = file.read_as(&name, Kind::Float, Device::Cpu)?;
+            let value = file.read_as(&name, Kind::Float)?;
             values.insert((CONTROL_ENCODER.to_string(), name), value);
         }
     }

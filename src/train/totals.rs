@@ -1,7 +1,9 @@
 //! Losses kept on the device between two records: training waits for the device when they are read, and not before.
 
+use crate::platform::host;
+use crate::train::loss_scale::LEAST;
 use crate::train::run::Sums;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 /// So many tensors of a few numbers are kept before they are read all the same.
 const MOST_KEPT: usize = 2048;
@@ -13,6 +15,12 @@ pub struct Totals {
     norm: f64,
     /// The first number that is not finite, its step and its name.
     not_finite: Option<(i64, &'static str)>,
+    /// Losses of a step that has not ended.
+    losses: Vec<[f64; 4]>,
+    /// In f16, after the last step.
+    loss_scale: Option<f64>,
+    /// The step after which the loss scale was too small.
+    scale_lost: Option<i64>,
     /// On the device, in the order of the steps.
     kept: Vec<(Kept, Tensor)>,
 }
@@ -20,9 +28,9 @@ pub struct Totals {
 /// What a tensor that was kept holds, f32.
 enum Kept {
     /// A batch's loss and its parts, those that are there, and its share of the step.
-    Loss { step: i64, there: [bool; 4], share: f64 },
-    /// The norm of a step's gradient.
-    Norm { step: i64 },
+    Loss { there: [bool; 4], share: f64 },
+    /// The norm of a step's gradient; with a loss scale then whether the step overflowed, and the scale after it.
+    Step { step: i64, scaled: bool },
 }
 
 /// What [`Totals`] came to.
@@ -33,25 +41,42 @@ pub struct Reading {
     pub gradient_norm: f64,
     /// The first step with a number that is not finite, and which it was.
     pub not_finite: Option<(i64, &'static str)>,
+    /// In f16, what the next loss is multiplied by.
+    pub loss_scale: Option<f64>,
+    /// The first step after which that was below [`LEAST`].
+    pub scale_lost: Option<i64>,
 }
 
 impl Totals {
     /// Goes on from the sums of a checkpoint.
     pub fn new(sums: &Sums) -> Self {
-        Self { sums: sums.clone(), norm: 0.0, not_finite: None, kept: Vec::new() }
+        Self {
+            sums: sums.clone(),
+            norm: 0.0,
+            not_finite: None,
+            losses: Vec::new(),
+            loss_scale: None,
+            scale_lost: None,
+            kept: Vec::new(),
+        }
     }
 
     /// Adds `share` of a batch's loss and its parts, scalars.
-    pub fn add(&mut self, step: i64, parts: [Option<&Tensor>; 4], share: f64) {
+    pub fn add(&mut self, parts: [Option<&Tensor>; 4], share: f64) {
         let _guard = tch::no_grad_guard();
         let values: Vec<&Tensor> = parts.iter().copied().flatten().collect();
         let there = parts.map(|part| part.is_some());
-        self.keep(Kept::Loss { step, there, share }, Tensor::stack(&values, 0));
+        self.keep(Kept::Loss { there, share }, Tensor::stack(&values, 0));
     }
 
-    /// Ends a step with the norm of its gradient, a scalar.
-    pub fn end_step(&mut self, step: i64, norm: &Tensor) {
-        self.keep(Kept::Norm { step }, norm.detach().reshape([1]));
+    /// Ends a step with the norm of its gradient, a scalar; in f16 with whether it overflowed, and the scale after it, `(1)`.
+    pub fn end_step(&mut self, step: i64, norm: &Tensor, scaling: Option<(&Tensor, &Tensor)>) {
+        let norm = norm.detach().reshape([1]);
+        let values = match scaling {
+            Some((overflow, scale)) => Tensor::cat(&[&norm, overflow, scale], 0),
+            None => norm,
+        };
+        self.keep(Kept::Step { step, scaled: scaling.is_some() }, values);
     }
 
     fn keep(&mut self, kept: Kept, values: Tensor) {
@@ -68,7 +93,13 @@ impl Totals {
         if clear {
             self.sums = Sums::default();
         }
-        Reading { sums, gradient_norm: self.norm, not_finite: self.not_finite }
+        Reading {
+            sums,
+            gradient_norm: self.norm,
+            not_finite: self.not_finite,
+            loss_scale: self.loss_scale,
+            scale_lost: self.scale_lost,
+        }
     }
 
     fn add_up(&mut self) {
@@ -77,25 +108,47 @@ impl Totals {
             return;
         }
         let all: Vec<&Tensor> = kept.iter().map(|(_, values)| values).collect();
-        let all = Tensor::cat(&all, 0).to_device(Device::Cpu).to_kind(Kind::Double);
-        let mut values = Vec::<f64>::try_from(all).unwrap_or_default().into_iter();
+        let all = Tensor::cat(&all, 0);
+        let mut values = host::values::<f64>(&all).unwrap_or_default().into_iter();
         let mut next = || values.next().unwrap_or(f64::NAN);
         for (what, _) in kept {
             match what {
-                Kept::Loss { step, there, share } => {
-                    let [loss, instance, prior, regulariser] =
-                        there.map(|there| if there { next() } else { 0.0 });
-                    self.sums.loss += loss * share;
-                    self.sums.instance += instance * share;
-                    self.sums.prior += prior * share;
-                    self.sums.regulariser += regulariser * share;
-                    self.mark(step, "the loss", loss);
+                Kept::Loss { there, share } => {
+                    self.losses.push(there.map(|there| if there { next() * share } else { 0.0 }));
                 }
-                Kept::Norm { step } => {
-                    self.norm = next();
-                    self.sums.count += 1.0;
-                    self.mark(step, "the gradient", self.norm);
+                Kept::Step { step, scaled } => {
+                    let norm = next();
+                    let scaling = scaled.then(|| (next() == 1.0, next()));
+                    self.take_in(step, norm, scaling);
                 }
+            }
+        }
+    }
+
+    /// Adds up a step: its losses, and whether it overflowed and the scale after it.
+    fn take_in(&mut self, step: i64, norm: f64, scaling: Option<(bool, f64)>) {
+        let losses = std::mem::take(&mut self.losses);
+        let skipped = scaling.is_some_and(|(overflowed, _)| overflowed);
+        let finite = losses.iter().flatten().all(|loss| loss.is_finite());
+        self.sums.skipped += f64::from(u8::from(skipped));
+        if !skipped || finite {
+            for [loss, instance, prior, regulariser] in losses {
+                self.sums.loss += loss;
+                self.sums.instance += instance;
+                self.sums.prior += prior;
+                self.sums.regulariser += regulariser;
+                self.mark(step, "the loss", loss);
+            }
+            self.sums.count += 1.0;
+        }
+        if !skipped {
+            self.norm = norm;
+            self.mark(step, "the gradient", norm);
+        }
+        if let Some((_, scale)) = scaling {
+            self.loss_scale = Some(scale);
+            if scale < LEAST {
+                self.scale_lost.get_or_insert(step);
             }
         }
     }
@@ -110,6 +163,7 @@ impl Totals {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tch::Kind;
 
     fn scalar(value: f64) -> Tensor {
         Tensor::from(value).to_kind(Kind::Float)
@@ -117,15 +171,17 @@ mod tests {
 
     #[test]
     fn sums_go_on_from_a_checkpoint_and_begin_anew_when_they_are_read() {
-        let before = Sums { count: 1.0, loss: 2.0, instance: 1.0, prior: 1.0, regulariser: 0.0 };
+        let before =
+            Sums { count: 1.0, loss: 2.0, instance: 1.0, prior: 1.0, regulariser: 0.0, skipped: 0.0 };
         let mut totals = Totals::new(&before);
         let (loss, instance) = (scalar(0.5), scalar(0.25));
         for _ in 0..2 {
-            totals.add(2, [Some(&loss), Some(&instance), None, None], 0.5);
+            totals.add([Some(&loss), Some(&instance), None, None], 0.5);
         }
-        totals.end_step(2, &scalar(3.0));
+        totals.end_step(2, &scalar(3.0), None);
         let read = totals.read(true);
-        let expected = Sums { count: 2.0, loss: 2.5, instance: 1.25, prior: 1.0, regulariser: 0.0 };
+        let expected =
+            Sums { count: 2.0, loss: 2.5, instance: 1.25, prior: 1.0, regulariser: 0.0, skipped: 0.0 };
         assert_eq!((read.sums, read.gradient_norm, read.not_finite), (expected, 3.0, None));
         assert_eq!(totals.read(false).sums, Sums::default());
     }
@@ -136,13 +192,13 @@ mod tests {
         for (step, loss, norm) in
             [(1, 1.0, 1.0), (2, 1.0, f64::INFINITY), (3, f64::NAN, f64::NAN), (4, 1.0, 1.0)]
         {
-            totals.add(step, [Some(&scalar(loss)), None, None, None], 1.0);
-            totals.end_step(step, &scalar(norm));
+            totals.add([Some(&scalar(loss)), None, None, None], 1.0);
+            totals.end_step(step, &scalar(norm), None);
         }
         assert_eq!(totals.read(true).not_finite, Some((2, "the gradient")));
         let mut totals = Totals::new(&Sums::default());
-        totals.add(7, [Some(&scalar(f64::NEG_INFINITY)), None, None, None], 1.0);
-        totals.end_step(7, &scalar(f64::NAN));
+        totals.add([Some(&scalar(f64::NEG_INFINITY)), None, None, None], 1.0);
+        totals.end_step(7, &scalar(f64::NAN), None);
         assert_eq!(totals.read(false).not_finite, Some((7, "the loss")));
     }
 }

@@ -2,11 +2,12 @@
 
 use crate::attach::{self, Movement};
 use crate::error::{Error, Result};
-use crate::platform::files;
 use crate::platform::observer::{Counter, Event, Observer};
+use crate::platform::{device, files};
 use crate::train::checkpoint::{self, State};
 use crate::train::config::TrainConfig;
 use crate::train::loss::{Batch, training_loss};
+use crate::train::loss_scale::LossScale;
 use crate::train::optim::clip_factor;
 use crate::train::prepare::{Data, Networks, Optimisation, Prepared, Run};
 use crate::train::preview::HeldOut;
@@ -14,13 +15,10 @@ use crate::train::run::Record;
 use crate::train::totals::Reading;
 use std::path::PathBuf;
 use std::time::Instant;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// How far the weights moved is measured at every so many records, and at the end: it looks at every adapted weight.
 const RECORDS_A_MOVEMENT: i64 = 10;
-
-/// In f16 the gradients of a mean over many pixels would vanish; in f32 and bf16 nothing is scaled.
-const HALF_LOSS_SCALE: f64 = 4096.0;
 
 /// What a finished run can say of itself.
 #[derive(Debug)]
@@ -73,10 +71,10 @@ impl<'a> Trainer<'a> {
                 let index = (step - 1) as u64 * accumulation + micro;
                 let trains_text = self.config.train_text_encoder;
                 let batch = self.data.batches.batch(&self.networks.model, index, trains_text)?;
-                let loss = self.loss(step, &batch);
+                let loss = self.loss(&batch);
                 loss.backward();
             }
-            self.update(step);
+            self.update(step)?;
             let due = |every: i64| step % every == 0 || step == total;
             let look = due(self.config.validation_steps);
             if look || due(self.config.log_every) {
@@ -99,7 +97,7 @@ impl<'a> Trainer<'a> {
 
     /// What the gradient is taken of: the loss with the method's regulariser, as a share of the step. Nothing is waited for:
     /// the totals keep the losses until they are recorded.
-    fn loss(&mut self, step: i64, batch: &Batch) -> Tensor {
+    fn loss(&mut self, batch: &Batch) -> Tensor {
         let Self { config, networks, optimisation, .. } = self;
         let accumulation = config.gradient_accumulation_steps as f64;
         let (control, schedule) = (networks.control.as_ref(), &networks.schedule);
@@ -113,27 +111,40 @@ impl<'a> Trainer<'a> {
             None => loss.total.shallow_clone(),
         };
         let parts = [Some(&total), Some(&loss.instance), loss.prior.as_ref(), regulariser.as_ref()];
-        optimisation.totals.add(step, parts, 1.0 / accumulation);
-        total * (self.loss_scale() / accumulation)
+        optimisation.totals.add(parts, 1.0 / accumulation);
+        match &optimisation.loss_scale {
+            Some(loss_scale) => (total * loss_scale.scale.get(0)) / accumulation,
+            None => total * (1.0 / accumulation),
+        }
     }
 
     /// The optimiser's step.
-    fn update(&mut self, step: i64) {
-        let scale = self.loss_scale();
-        let Optimisation { parameters, optimizer, ema, learning_rates, totals, .. } = &mut self.optimisation;
-        let norm = parameters.gradient_norm() / scale;
-        totals.end_step(step, &norm);
-        let factor = clip_factor(&norm, self.config.max_grad_norm) / scale;
+    fn update(&mut self, step: i64) -> Result<()> {
+        let Optimisation { parameters, optimizer, ema, learning_rates, totals, loss_scale, .. } =
+            &mut self.optimisation;
         let rates: Vec<f64> = learning_rates.iter().map(|rate| rate.at(step - 1)).collect();
-        optimizer.step(parameters, &factor, &rates);
+        let norm = parameters.gradient_norm();
+        match loss_scale {
+            None => {
+                totals.end_step(step, &norm, None);
+                let factor = clip_factor(&norm, self.config.max_grad_norm);
+                optimizer.step(parameters, &factor, &rates, None)?;
+            }
+            Some(loss_scale) => {
+                let scale = loss_scale.scale.get(0).copy();
+                let norm = norm / &scale;
+                let overflow = LossScale::overflow(&norm);
+                let factor = clip_factor(&norm, self.config.max_grad_norm) / scale;
+                optimizer.step(parameters, &factor, &rates, Some(&overflow))?;
+                loss_scale.update(&overflow);
+                totals.end_step(step, &norm, Some((&overflow, &loss_scale.scale)));
+            }
+        }
         attach::project(&mut self.networks.model);
         if let Some(ema) = ema {
             ema.update(parameters, step);
         }
-    }
-
-    fn loss_scale(&self) -> f64 {
-        if self.networks.model.denoiser().kind() == Kind::Half { HALF_LOSS_SCALE } else { 1.0 }
+        Ok(())
     }
 
     fn announce(&self, first: i64, total: i64) {
@@ -192,10 +203,14 @@ impl<'a> Trainer<'a> {
 
     /// Waits for the device, and writes what the steps since the last record came to.
     fn record(&mut self, step: i64, look: bool) -> Result<Record> {
-        let Reading { sums, gradient_norm, .. } = self.read(true)?;
+        let Reading { sums, gradient_norm, loss_scale, .. } = self.read(true)?;
         let config = &self.config;
         let last = step == config.max_train_steps;
+        if sums.count == 0.0 {
+            return Err(self.not_finite(step, "the loss"));
+        }
         let mean = |sum: f64| sum / sums.count;
+        let peaks = device::peak_memory(self.networks.model.device());
         self.mean_loss = Some(mean(sums.loss));
         let mut record = Record {
             step,
@@ -205,6 +220,10 @@ impl<'a> Trainer<'a> {
             regulariser: (config.hra_lambda > 0.0).then(|| mean(sums.regulariser)),
             learning_rate: self.optimisation.learning_rates[0].at(step - 1),
             gradient_norm,
+            loss_scale,
+            skipped_steps: loss_scale.map(|_| sums.skipped),
+            gpu_allocated_peak: peaks.map(|peaks| peaks.allocated),
+            gpu_reserved_peak: peaks.map(|peaks| peaks.reserved),
             seconds: self.seconds(),
             ..Record::default()
         };
@@ -248,9 +267,14 @@ impl<'a> Trainer<'a> {
     /// Waits for the device. Fails where a number since the last reading was not finite: nothing is saved then.
     fn read(&mut self, clear: bool) -> Result<Reading> {
         let reading = self.optimisation.totals.read(clear);
-        match reading.not_finite {
-            Some((step, what)) => Err(self.not_finite(step, what)),
-            None => Ok(reading),
+        match (reading.not_finite, reading.scale_lost) {
+            (Some((step, what)), _) => Err(self.not_finite(step, what)),
+            (None, Some(step)) => Err(Error::NotFinite(format!(
+                "step {step}: gradients overflow in f16 however small the loss is made; {}\nhint: train with --dtype bf16 or f32, or \
+                 a lower --learning_rate",
+                self.last_good()
+            ))),
+            (None, None) => Ok(reading),
         }
     }
 
@@ -266,8 +290,7 @@ impl<'a> Trainer<'a> {
             &state,
             &self.optimisation.parts,
             &self.optimisation.parameters,
-            &self.optimisation.optimizer,
-            self.optimisation.ema.as_ref(),
+            &self.optimisation.moving(),
             self.config.checkpoints_total_limit,
         )
     }
@@ -285,18 +308,19 @@ impl<'a> Trainer<'a> {
     }
 
     fn not_finite(&self, step: i64, what: &str) -> Error {
-        let steps = checkpoint::list(self.run.folder.path()).unwrap_or_default();
-        let good = steps.last().map_or_else(
-            || "there is no checkpoint".to_string(),
-            |s| {
-                format!(
-                    "the last good checkpoint is {}",
-                    checkpoint::folder(self.run.folder.path(), *s).display()
-                )
-            },
-        );
         Error::NotFinite(format!(
-            "step {step}: {what} is not a finite number; {good}\nhint: try a lower --learning_rate, or --dtype f32"
+            "step {step}: {what} is not a finite number; {}\nhint: try a lower --learning_rate, or --dtype f32",
+            self.last_good()
         ))
+    }
+
+    /// Where to go on from after a failure.
+    fn last_good(&self) -> String {
+        let run = self.run.folder.path();
+        let steps = checkpoint::list(run).unwrap_or_default();
+        steps.last().map_or_else(
+            || "there is no checkpoint".to_string(),
+            |step| format!("the last good checkpoint is {}", checkpoint::folder(run, *step).display()),
+        )
     }
 }

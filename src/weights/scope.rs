@@ -4,6 +4,7 @@
 //! stand-in without memory is given instead, and [`Weights::finish`] reports all problems of the part at once.
 
 use crate::error::{Error, Result};
+use crate::platform::host;
 use crate::weights::part::Part;
 use crate::weights::source::Source;
 use crate::weights::tensors::Tensors;
@@ -86,11 +87,11 @@ impl Weights {
         };
         self.problems.borrow_mut().push(problem);
         // Never computed with: finish() fails. An expanded scalar costs no memory, however large a config's sizes are.
-        Tensor::zeros([1], (self.kind, Device::Cpu)).expand(shape, false)
+        host::zeros(&[1], self.kind).expand(shape, false)
     }
 
     fn converted(&self, name: &str) -> Result<Tensor> {
-        Ok(self.tensors.read(name)?.f_to_device(self.device)?.f_to_kind(self.kind)?)
+        Ok(host::try_to_device(&self.tensors.read(name)?, self.device)?.f_to_kind(self.kind)?)
     }
 }
 

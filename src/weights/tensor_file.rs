@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use crate::platform::files;
+use crate::platform::host;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
@@ -13,7 +14,7 @@ use std::io::{Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// The largest header that is read: the format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
@@ -142,8 +143,8 @@ impl TensorFile {
         self.read_part(name, &shape, start + i * size..start + (i + 1) * size)
     }
 
-    /// Reads one floating-point tensor, converted and moved.
-    pub fn read_as(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor> {
+    /// Reads one floating-point tensor, converted.
+    pub fn read_as(&self, name: &str, kind: Kind) -> Result<Tensor> {
         let tensor = self.read(name)?;
         if !is_float(tensor.kind()) {
             let dtype = self.dtype(name);
@@ -152,7 +153,7 @@ impl TensorFile {
                 format!("tensor `{name}`: expected floating point, found {dtype}"),
             ));
         }
-        Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
+        Ok(tensor.f_to_kind(kind)?)
     }
 
     /// The first `count` bytes of part `i` of the `n` equal parts of a tensor's data (all of it, where it has fewer).
@@ -178,7 +179,7 @@ impl TensorFile {
             Error::format(&self.path, format!("tensor `{name}` has dtype {dtype}, which is not supported"))
         })?;
         let shape: Vec<i64> = shape.iter().map(|&d| d as i64).collect();
-        let tensor = Tensor::f_empty(&shape[..], (kind, Device::Cpu))?;
+        let tensor = host::empty(&shape, kind)?;
         if tensor.numel() * kind.elt_size_in_bytes() != bytes.len() {
             return Err(Error::format(&self.path, "the header's sizes contradict its shapes"));
         }
@@ -295,7 +296,7 @@ fn dtype_of(planned: &Planned) -> Result<Dtype> {
 
 /// Hands a tensor's values to `take`, as the file holds them.
 fn with_bytes<T>(tensor: &Tensor, take: impl FnOnce(&[u8]) -> T) -> Result<T> {
-    let t = tensor.detach().f_to_device(Device::Cpu)?.f_contiguous()?;
+    let t = host::try_to_device(&tensor.detach(), host::CPU)?.f_contiguous()?;
     let length = t.numel() * t.kind().elt_size_in_bytes();
     if length == 0 {
         return Ok(take(&[]));

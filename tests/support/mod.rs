@@ -22,9 +22,9 @@ pub fn pin_threads() {
     tch::set_num_threads(threads());
 }
 
-/// The repository's root.
+/// The repository's root: `HRA_ROOT`, or where this was built.
 pub fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+    std::env::var_os("HRA_ROOT").map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from)
 }
 
 /// One folder of reference tensors that Python wrote (see tests/fixtures/README.md).
@@ -34,25 +34,33 @@ pub struct Case {
     pub expected: TensorFile,
 }
 
+/// The cases of this repository.
+pub fn stored_cases() -> Vec<Case> {
+    pin_threads();
+    cases_in(&root().join("tests/fixtures/cases"))
+}
+
 /// The cases of this repository, those beside it in `../shared/cases`, and those in the folders of `HRA_CASES`.
 pub fn cases() -> Vec<Case> {
-    pin_threads();
-    let mut folders = vec![root().join("tests/fixtures/cases"), root().join("../shared/cases")];
-    folders.extend(std::env::var_os("HRA_CASES").map(PathBuf::from));
+    let mut cases = stored_cases();
+    cases.extend(cases_in(&root().join("../shared/cases")));
+    cases.extend(std::env::var_os("HRA_CASES").iter().flat_map(|folder| cases_in(folder.as_ref())));
+    assert!(cases.len() >= 2, "both kinds of reference cases are in tests/fixtures/cases");
+    cases
+}
+
+fn cases_in(folder: &Path) -> Vec<Case> {
     let mut cases = Vec::new();
-    for folder in folders {
-        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
-        let mut dirs: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).collect();
-        dirs.sort();
-        for dir in dirs {
-            let path = dir.join("expected.safetensors");
-            if path.is_file() {
-                let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-                cases.push(Case { name, expected: TensorFile::open(&path).unwrap(), dir });
-            }
+    let mut dirs: Vec<PathBuf> =
+        std::fs::read_dir(folder).into_iter().flatten().map(|e| e.unwrap().path()).collect();
+    dirs.sort();
+    for dir in dirs {
+        let path = dir.join("expected.safetensors");
+        if path.is_file() {
+            let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+            cases.push(Case { name, expected: TensorFile::open(&path).unwrap(), dir });
         }
     }
-    assert!(cases.len() >= 2, "both kinds of reference cases are in tests/fixtures/cases");
     cases
 }
 

@@ -121,7 +121,7 @@ pub fn tensor_file(scratch: &Path, input: &[u8]) {
     for name in file.names() {
         let _ = (file.shape(&name), file.is_float(&name), file.dtype(&name), file.text(&name));
         let _ = file.read(&name);
-        let _ = file.read_as(&name, Kind::Float, Device::Cpu);
+        let _ = file.read_as(&name, Kind::Float);
         let _ = file.read_rows(&name, 2, 3);
         let _ = file.first_bytes(&name, 1, 3, 256);
     }
@@ -407,9 +407,9 @@ pub fn run(scratch: &Path, input: &[u8]) {
         let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let (mut adam, mut ema) = (AdamW::new(config, &parameters), Ema::new(0.9, &parameters));
         let parts = [TrainedPart::Network { folder: "unet", files: Vec::new() }];
-        if loaded.restore(&parts, &mut parameters, &mut adam, Some(&mut ema)).is_ok() {
-            adam.step(&mut parameters, &Tensor::from(1f32), &[1e-3]);
-            ema.update(&parameters, adam.steps);
+        if loaded.restore(&parts, &mut parameters, &mut adam, Some(&mut ema), None).is_ok() {
+            adam.step(&mut parameters, &Tensor::from(1f32), &[1e-3], None).unwrap();
+            ema.update(&parameters, 1);
         }
     }
     let _ = Metrics::open(scratch, step, true);

@@ -12,12 +12,13 @@ mod settings;
 mod write;
 
 use crate::error::{Error, Result};
+use crate::platform::host;
 use crate::weights::tensor_file::TensorFile;
 use keys::{Key, Role};
 use settings::Settings;
 use std::collections::BTreeMap;
 use std::path::Path;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 pub use keys::canonical;
 pub use part::Part;
@@ -274,7 +275,7 @@ fn read_alpha(file: &TensorFile, key: &str) -> std::result::Result<f64, Vec<Stri
     if shape.iter().product::<i64>() != 1 {
         return Err(vec![format!("`{key}`: expected one number, found shape {shape:?}")]);
     }
-    let alpha = file.read(key).map_err(|e| vec![format!("`{key}`: {e}")])?.double_value(&[]);
+    let alpha = host::number(&file.read(key).map_err(|e| vec![format!("`{key}`: {e}")])?);
     if alpha.is_finite() {
         Ok(alpha)
     } else {
@@ -317,8 +318,8 @@ fn numbers(file: &TensorFile, key: &str) -> std::result::Result<Tensor, Vec<Stri
     if !file.is_float(key) {
         return Err(vec![format!("`{key}`: expected floating point, found {}", file.dtype(key))]);
     }
-    let tensor = file.read_as(key, Kind::Float, Device::Cpu).map_err(|e| vec![format!("`{key}`: {e}")])?;
-    if tensor.isfinite().all().int64_value(&[]) == 0 {
+    let tensor = file.read_as(key, Kind::Float).map_err(|e| vec![format!("`{key}`: {e}")])?;
+    if !host::all_finite(&tensor) {
         return Err(vec![format!("`{key}`: holds numbers that are not finite")]);
     }
     Ok(tensor)

@@ -10,9 +10,10 @@
 
 use crate::adapter::lora_file::part::Part;
 use crate::error::{Error, Result};
+use crate::platform::host;
 use crate::weights::tensor_file;
 use std::path::Path;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// How keys are spelled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,8 +62,8 @@ pub fn write(
             }
         };
         let mut put = |name: String, tensor: &Tensor, kind: Kind| {
-            let tensor = tensor.to_device(Device::Cpu).to_kind(kind);
-            if tensor.isfinite().all().int64_value(&[]) == 0 {
+            let tensor = host::to_host(tensor).to_kind(kind);
+            if !host::all_finite(&tensor) {
                 problems.push(format!("`{name}`: {} cannot hold its numbers", kind_name(kind)));
             }
             tensors.push((name, tensor));
@@ -80,7 +81,7 @@ pub fn write(
             put(names.magnitude, &magnitude.reshape(shape), kind);
         }
         if let Some(name) = names.alpha {
-            put(name, &Tensor::from(rank as f64), Kind::Float);
+            put(name, &host::scalar(rank as f64, Kind::Double), Kind::Float);
         }
     }
     if !problems.is_empty() {

@@ -12,6 +12,7 @@ use crate::adapter::method::{
 use crate::adapter::peft_fields::halves;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
 use crate::error::{Error, Result};
+use crate::platform::host;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use tch::{Device, Kind, Tensor};
@@ -196,7 +197,7 @@ impl Boft {
                     let order = butterfly(n * b, n >> i, b / 2);
                     let mut back = vec![0; order.len()];
                     order.iter().enumerate().for_each(|(at, from)| back[*from as usize] = at as i64);
-                    let on_device = |v: &[i64]| Tensor::from_slice(v).to_device(raw.device());
+                    let on_device = |v: &[i64]| host::to_device(&host::tensor(v), raw.device());
                     (on_device(&order), on_device(&back))
                 });
                 Factor { blocks: block(&skew(&raw)), order }
@@ -205,7 +206,7 @@ impl Boft {
     }
 
     fn wide(&self) -> Tensor {
-        self.raw.detach().to_device(Device::Cpu).to_kind(Kind::Double)
+        host::wide(&self.raw)
     }
 }
 
@@ -297,7 +298,7 @@ impl Adapter for Boft {
     fn change(&self, weight: &Tensor, strength: f64) -> Change {
         let _guard = tch::no_grad_guard();
         let factors = self.factors(&self.wide(), |s| Cayley::Exact.power(s, strength));
-        let scale = self.scale.detach().to_device(Device::Cpu).to_kind(Kind::Double).reshape([-1, 1]);
+        let scale = host::wide(&self.scale).reshape([-1, 1]);
         let scale = (scale - 1.0) * strength + 1.0;
         Form::Dense(times_transpose(weight, &factors) * scale).into()
     }

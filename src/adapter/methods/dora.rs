@@ -10,8 +10,9 @@
 use crate::adapter::method::{Entry, FileFacts, Method, MethodSettings, Parts, PeftReader};
 use crate::adapter::methods::lora::{Lora, LoraConfig};
 use crate::adapter::{Adapter, Change, Form, Frozen};
+use crate::platform::host;
 use serde_json::Value;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// The settings of DoRA: those of its LoRA.
 #[derive(Debug, Clone, PartialEq)]
@@ -153,7 +154,7 @@ impl Adapter for Dora {
         let (down, up) = self.lora.wide();
         let moved = weight + up.matmul(&down);
         let norms = moved.norm_scalaropt_dim(2, [1], true).clamp_min(1e-30);
-        let magnitude = self.magnitude.detach().to_device(Device::Cpu).to_kind(Kind::Double).view([-1, 1]);
+        let magnitude = host::wide(&self.magnitude).view([-1, 1]);
         let own = moved * (magnitude / norms);
         Form::Dense(weight + (own - weight) * strength).into()
     }

@@ -14,9 +14,10 @@ use crate::adapter::blocks::Partition;
 use crate::adapter::method::{Entry, Method, MethodSettings, Parts, PeftReader, own};
 use crate::adapter::peft_fields::halves;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, matrix_shape};
+use crate::platform::host;
 use crate::platform::random;
 use serde_json::{Value, json};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 /// Names of the tensors: u and v of the inputs, then of the outputs, each `(blocks, b)`.
 const NAMES: [&str; 4] = ["ether_u", "ether_v", "ether_u_out", "ether_v_out"];
@@ -72,9 +73,9 @@ impl MethodSettings for EtherPlusConfig {
     fn start(&self, weight: &Tensor, seed: u64) -> Result<Box<dyn Adapter>, String> {
         let _guard = tch::no_grad_guard();
         let shapes = self.shapes(&weight.size())?;
-        let draw = || shapes.map(|shape| Tensor::randn(shape, (Kind::Float, Device::Cpu)));
         let pair = |u: Tensor| Pair { v: -&u, u };
-        let [input, output] = random::seeded(seed, draw).map(|u| pair(u.to_device(weight.device())));
+        let draw = |draws: &random::Draws| shapes.map(|shape| draws.normal(&shape));
+        let [input, output] = random::seeded(seed, draw).map(|u| pair(host::to_device(&u, weight.device())));
         Ok(Box::new(EtherPlus { input, output }))
     }
 
@@ -107,7 +108,7 @@ impl MethodSettings for EtherPlusConfig {
                     names[0], names[1]
                 ));
             }
-            let shortest = |t: &Tensor| t.norm_scalaropt_dim(2, [1], false).min().double_value(&[]);
+            let shortest = |t: &Tensor| host::number(&t.norm_scalaropt_dim(2, [1], false).min());
             if shortest(&u) == 0.0 || shortest(&v) == 0.0 {
                 return Err(format!("{}: holds a vector of length zero, which has no direction", names[0]));
             }
@@ -145,7 +146,7 @@ impl Pair {
 
     /// Every row of `rows` `(.., d)` times H, which is its own transpose.
     fn apply(&self, rows: &Tensor) -> Tensor {
-        let [u, v] = self.units().map(|t| t.to_device(rows.device()).to_kind(rows.kind()));
+        let [u, v] = self.units().map(|t| host::to_device(&t, rows.device()).to_kind(rows.kind()));
         let shape = rows.size();
         let rows = rows.reshape([-1, u.size()[0], u.size()[1]]);
         let along = |t: &Tensor| (&rows * t).sum_dim_intlist(-1, true, rows.kind()) * t;
@@ -156,9 +157,9 @@ impl Pair {
     /// `(D, D^T S)` of `H = I + D^T S D`, `(2 blocks, d)` and `(d, 2 blocks)`, f64 on the CPU.
     fn factors(&self) -> (Tensor, Tensor) {
         let [u, v] = self.units().map(|t| {
-            let t = t.detach().to_device(Device::Cpu).to_kind(Kind::Double);
+            let t = host::wide(&t);
             let n = t.size()[0];
-            let rows = Tensor::eye(n, (Kind::Double, Device::Cpu)).unsqueeze(-1) * t.unsqueeze(0); // [n, n, b]
+            let rows = host::eye(n).unsqueeze(-1) * t.unsqueeze(0); // [n, n, b]
             rows.reshape([n, -1])
         });
         (Tensor::cat(&[&u, &v], 0), Tensor::cat(&[-u, v], 0).tr())

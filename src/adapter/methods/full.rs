@@ -2,8 +2,9 @@
 
 use crate::adapter::method::{Entry, Method, MethodSettings, Parts};
 use crate::adapter::{Adapter, Change, Form, Frozen};
+use crate::platform::host;
 use serde_json::Value;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// Full fine-tuning; it has no settings of its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,8 +102,7 @@ impl Adapter for Full {
 
     /// On the straight line from the frozen weight to the trained one.
     fn change(&self, weight: &Tensor, strength: f64) -> Change {
-        let own =
-            self.weight.detach().to_device(Device::Cpu).to_kind(Kind::Double).reshape(&weight.size()[..]);
+        let own = host::wide(&self.weight).reshape(&weight.size()[..]);
         Form::Dense(weight + (own - weight) * strength).into()
     }
 }

@@ -17,9 +17,10 @@ use crate::adapter::method::{
 use crate::adapter::reflections::{Reflections, wy_factor};
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, check_stored_rank, matrix_shape};
 use crate::error::{Error, Result};
+use crate::platform::host;
 use crate::platform::random;
 use serde_json::{Value, json};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// How the raw vectors start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
@@ -116,7 +117,7 @@ impl MethodSettings for HraConfig {
         }
         check_stored_rank(self.rank)?;
         // HRA divides by the vectors' norms.
-        if hra_u.norm_scalaropt_dim(2, [0], false).min().double_value(&[]) == 0.0 {
+        if host::number(&hra_u.norm_scalaropt_dim(2, [0], false).min()) == 0.0 {
             return Err("hra_u: holds a vector of length zero, which has no direction".into());
         }
         Ok(Box::new(Hra::from_vectors(hra_u, self.gram_schmidt)))
@@ -142,7 +143,7 @@ impl MethodSettings for HraConfig {
                 )));
             }
             // Pairs of equal vectors cancel.
-            let pairs = Tensor::ones([vectors.size()[0], missing], (Kind::Float, Device::Cpu));
+            let pairs = vectors.new_ones([vectors.size()[0], missing], (vectors.kind(), vectors.device()));
             tensors.push((format!("{name}.hra_u"), Tensor::cat(&[vectors, pairs], 1)));
         }
         Ok((Method::new(Self { rank, gram_schmidt: false, ..*self }), tensors))
@@ -233,11 +234,10 @@ impl Hra {
                 // kaiming_uniform(a = sqrt 5) of a (d_in, columns) tensor, whose fan-in torch takes to be `columns`
                 HraInit::Peft => 1.0 / (columns as f64).sqrt(),
             };
-            let empty = Tensor::empty([d_in, columns], (Kind::Float, Device::Cpu));
-            let half = random::seeded(seed, || empty.shallow_clone().uniform_(-bound, bound));
+            let half = random::seeded(seed, |draws| draws.uniform(&[d_in, columns], -bound, bound));
             if paired { half.repeat_interleave_self_int(2, 1, None) } else { half }
         };
-        Ok(Self::from_vectors(v.to_device(weight.device()), config.gram_schmidt))
+        Ok(Self::from_vectors(host::to_device(&v, weight.device()), config.gram_schmidt))
     }
 
     /// The product of reflections as it is now.
@@ -343,7 +343,7 @@ impl Adapter for Hra {
 /// Whether two columns of `v` point the same way to three digits, where one-pass Gram-Schmidt loses its footing.
 fn nearly_equal_columns(v: &Tensor) -> bool {
     let u = unit_columns(&v.detach());
-    u.tr().matmul(&u).triu(1).abs().max().double_value(&[]) > 0.999
+    host::number(&u.tr().matmul(&u).triu(1).abs().max()) > 0.999
 }
 
 /// The columns of `v` divided by their norms, without an epsilon, as PEFT divides them.
@@ -372,7 +372,7 @@ fn choose_side(frozen: &Frozen, x: &Tensor, rank: i64) -> Side {
 /// The `r` right-singular vectors of `weight` with the smallest singular values, `(d_in, r)`: reflecting these disturbs
 /// the base model least (`|W - W H|_F = 2 |W U|_F`), and not at all where `d_in > d_out`.
 fn least_energy_directions(weight: &Tensor, r: i64) -> Tensor {
-    let w = weight.to_kind(Kind::Double).to_device(Device::Cpu);
+    let w = host::wide(weight);
     let (_, vectors) = w.tr().matmul(&w).linalg_eigh("L"); // eigenvalues ascending
     vectors.narrow(1, 0, r).to_kind(Kind::Float).contiguous()
 }

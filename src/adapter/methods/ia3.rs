@@ -11,9 +11,10 @@ use crate::adapter::method::{
 use crate::adapter::peft_patterns::whole_pattern;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry};
 use crate::error::{Error, Result};
+use crate::platform::host;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 const NAME: &str = "ia3_l";
 
@@ -168,7 +169,7 @@ pub struct Ia3 {
 impl Ia3 {
     /// The factors at a strength, f64 on the CPU.
     fn at(&self, strength: f64) -> Tensor {
-        let factors = self.factors.detach().to_device(Device::Cpu).to_kind(Kind::Double);
+        let factors = host::wide(&self.factors);
         (factors - 1.0) * strength + 1.0
     }
 }

@@ -10,6 +10,7 @@ use crate::adapter::peft_fields::{Fields, factor};
 use crate::adapter::peft_patterns::{Exceptions, Patterns};
 use crate::adapter::{Adapter, Change, Form, Frozen, check_stored_rank, matrix_shape};
 use crate::error::{Error, Result};
+use crate::platform::host;
 use crate::platform::random;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
@@ -338,17 +339,16 @@ impl Lora {
         down[0] = r;
         let mut up = vec![1; weight.len()];
         up[..2].copy_from_slice(&[weight[0], r]);
-        let options = (Kind::Float, Device::Cpu);
-        let a = random::seeded(seed, || match config.init {
-            LoraInit::Gaussian => Tensor::randn(&down[..], options) / r as f64,
+        let a = random::seeded(seed, |draws| match config.init {
+            LoraInit::Gaussian => draws.normal(&down) / r as f64,
             LoraInit::Kaiming => {
                 let bound = 1.0 / (matrix_shape(weight).1 as f64).sqrt();
-                Tensor::empty(&down[..], options).uniform_(-bound, bound)
+                draws.uniform(&down, -bound, bound)
             }
         });
         let b = Tensor::zeros(&up[..], (Kind::Float, device));
         let scale = LoraConfig::scale(r, config.alpha, config.rslora);
-        Self::from_tensors(a.to_device(device), b, scale)
+        Self::from_tensors(host::to_device(&a, device), b, scale)
     }
 
     /// `(A, s B)` as matrices `(r, d_in)`, `(d_out, r)`, f32 with gradient.
@@ -358,7 +358,7 @@ impl Lora {
 
     /// `(A, s B)` as matrices in f64 on the CPU.
     pub(super) fn wide(&self) -> (Tensor, Tensor) {
-        let wide = |t: &Tensor| t.detach().to_device(Device::Cpu).to_kind(Kind::Double).flatten(1, -1);
+        let wide = |t: &Tensor| host::wide(t).flatten(1, -1);
         (wide(&self.a), wide(&self.b) * self.scale)
     }
 

@@ -18,6 +18,7 @@ use crate::adapter::method::{
 use crate::adapter::peft_fields::{Fields, halves};
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
 use crate::error::{Error, Result};
+use crate::platform::host;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -304,7 +305,7 @@ impl Oft {
 
     /// S `(blocks, b, b)` in f64 on the CPU.
     fn skew(&self) -> Tensor {
-        blocks::skew(&self.upper.detach().to_device(Device::Cpu).to_kind(Kind::Double), self.b)
+        blocks::skew(&host::wide(&self.upper), self.b)
     }
 
     /// Scales each block whose S is longer than `radius` back to it, in place.

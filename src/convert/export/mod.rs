@@ -17,12 +17,12 @@ use crate::convert::single_file::{self, Replaced};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::layers::{Layers, Module};
-use crate::platform::{files, hub};
+use crate::platform::{files, host, hub};
 use crate::weights::part::Part;
 use crate::weights::source::Source;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// What is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -172,17 +172,17 @@ fn compare(model: &mut StableDiffusion, goals: &Goals, found: &Goals) -> ReadBac
             missing += 1;
             continue;
         };
-        let weight = layer.matrix().to_device(Device::Cpu).to_kind(Kind::Double);
+        let weight = host::wide(&layer.matrix());
         let wide = |form: &Form| form.merged(&weight).to_kind(Kind::Double);
         let (expected, found) = (wide(&goal.form), wide(&own.form));
         let difference = found - &expected;
-        largest = largest.max(difference.abs().max().double_value(&[]));
-        off += difference.square().sum(Kind::Double).double_value(&[]);
-        moved += (expected - weight).square().sum(Kind::Double).double_value(&[]);
+        largest = largest.max(host::number(&difference.abs().max()));
+        off += host::number(&difference.square().sum(Kind::Double));
+        moved += host::number(&(expected - weight).square().sum(Kind::Double));
     }
     for (name, (_, expected)) in &goals.vectors {
         match found.vectors.get(name) {
-            Some((_, own)) => largest = largest.max((own - expected).abs().max().double_value(&[])),
+            Some((_, own)) => largest = largest.max(host::number(&(own - expected).abs().max())),
             None => missing += 1,
         }
     }
@@ -269,7 +269,7 @@ fn write_lora(
         let (down, up) = match &goal.form {
             Form::LowRank { down, up } => (down.shallow_clone(), up.shallow_clone()),
             Form::Dense(merged) => {
-                let weight = layer.matrix().to_device(Device::Cpu).to_kind(Kind::Double);
+                let weight = host::wide(&layer.matrix());
                 let (down, up, kept) = truncated(&(merged.to_kind(Kind::Double) - weight), request.rank);
                 energy.push((kept, layer.name.clone()));
                 (down, up)
@@ -328,7 +328,7 @@ fn truncated(change: &Tensor, rank: Option<i64>) -> (Tensor, Tensor, f64) {
     let (left, singular, right) = change.svd(true, true);
     let rank = rank.unwrap_or(DEFAULT_RANK).min(singular.size()[0]);
     let root = singular.narrow(0, 0, rank).sqrt();
-    let energy = |t: &Tensor| t.square().sum(Kind::Double).double_value(&[]);
+    let energy = |t: &Tensor| host::number(&t.square().sum(Kind::Double));
     let kept = energy(&singular.narrow(0, 0, rank)) / energy(&singular).max(f64::MIN_POSITIVE);
     ((right.narrow(1, 0, rank) * &root).tr(), left.narrow(1, 0, rank) * root, kept)
 }
@@ -383,7 +383,7 @@ fn write_model(
     let mut replaced = Replaced::new();
     for layer in model.layers_mut() {
         if let Some(goal) = goals.layers.get(&layer.name) {
-            let weight = layer.matrix().to_device(Device::Cpu).to_kind(Kind::Double);
+            let weight = host::wide(&layer.matrix());
             let merged = goal.form.merged(&weight).to_kind(Kind::Float).reshape(&goal.shape[..]);
             replaced.insert((goal.part, format!("{}.weight", layer.name)), merged);
         }
@@ -405,7 +405,7 @@ fn write_model(
             replaced.range((part, String::new())..).take_while(|((p, _), _)| *p == part)
         {
             let found = tensors.read(name)?.to_kind(Kind::Float).reshape(&expected.size()[..]);
-            largest = largest.max((found - expected).abs().max().double_value(&[]));
+            largest = largest.max(host::number(&(found - expected).abs().max()));
             compared += 1;
         }
     }

@@ -8,8 +8,9 @@ use crate::diffusion::sampler::Plan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::{Call, Conditioning};
+use crate::platform::host;
 use crate::platform::observer::Observer;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// What is the same for all batches of a request.
 pub(super) struct Drawing<'a> {
@@ -61,7 +62,7 @@ pub(super) fn draw_batch(drawing: &Drawing, noise: &Noise, mut steered: Option<S
                 "--step-noise: expected noise for step {i}, found {found} steps"
             )));
         }
-        Ok(noise.steps.get(i as i64).to_device(device).to_kind(Kind::Float))
+        Ok(host::to_device(&noise.steps.get(i as i64), device).to_kind(Kind::Float))
     };
     let mut progress = |_| {
         if let Some(tick) = tick {
@@ -81,9 +82,7 @@ pub(super) fn draw_batch(drawing: &Drawing, noise: &Noise, mut steered: Option<S
 pub(super) fn to_image(pixels: &Tensor) -> Result<RgbImage> {
     let s = pixels.size();
     let bytes = ((pixels / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round().to_kind(Kind::Uint8);
-    let bytes = bytes.squeeze_dim(0).permute([1, 2, 0]).contiguous().to_device(Device::Cpu); // [h, w, 3]
-    let mut buffer = vec![0u8; bytes.numel()];
-    bytes.f_copy_data(&mut buffer, bytes.numel())?;
+    let buffer = host::values::<u8>(&bytes.squeeze_dim(0).permute([1, 2, 0]).contiguous())?; // [h, w, 3]
     RgbImage::from_raw(s[3] as u32, s[2] as u32, buffer)
         .ok_or_else(|| Error::NotFinite("the decoder gave a picture of the wrong size".into()))
 }

@@ -5,6 +5,7 @@ use crate::diffusion::sample::start::Start;
 use crate::diffusion::sampler::Plan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
+use crate::platform::host;
 use crate::platform::random;
 use tch::{Device, Kind, Tensor};
 
@@ -31,27 +32,26 @@ impl Noise {
         start: Option<&Start>,
     ) -> Result<Self> {
         let shape = settings.latent_shape(model);
-        let options = (Kind::Float, Device::Cpu);
         let (mut latents, mut images, mut masked) = (Vec::new(), Vec::new(), Vec::new());
         let mut steps = Vec::new();
         for &seed in seeds {
-            random::seeded(seed, || -> Result<()> {
+            random::seeded(seed, |draws| -> Result<()> {
                 if start.is_some_and(|start| start.uses_image(model)) {
-                    images.push(Tensor::f_randn(shape, options)?);
+                    images.push(draws.try_normal(&shape)?);
                 }
-                latents.push(Tensor::f_randn(shape, options)?);
+                latents.push(draws.try_normal(&shape)?);
                 if start.is_some_and(Start::is_inpainting) {
-                    masked.push(Tensor::f_randn(shape, options)?);
+                    masked.push(draws.try_normal(&shape)?);
                 }
-                let of_steps: Vec<Tensor> =
-                    (0..plan.noise_steps()).map(|_| Tensor::randn(shape, options)).collect();
+                let of_steps =
+                    (0..plan.noise_steps()).map(|_| draws.try_normal(&shape)).collect::<Result<Vec<_>>>()?;
                 if !of_steps.is_empty() {
                     steps.push(Tensor::stack(&of_steps, 0)); // [steps, 1, c, h, w]
                 }
                 Ok(())
             })?;
         }
-        let steps = if steps.is_empty() { Tensor::empty([0], options) } else { Tensor::cat(&steps, 1) };
+        let steps = if steps.is_empty() { host::zeros(&[0], Kind::Float) } else { Tensor::cat(&steps, 1) };
         let stack = |all: Vec<Tensor>| (!all.is_empty()).then(|| Tensor::cat(&all, 0));
         Ok(Self {
             latents: Tensor::cat(&latents, 0),
@@ -63,7 +63,7 @@ impl Noise {
 
     /// The latents' unit noise where the model is.
     pub(super) fn unit(&self, device: Device) -> Tensor {
-        self.latents.to_device(device).to_kind(Kind::Float)
+        host::to_device(&self.latents, device).to_kind(Kind::Float)
     }
 
     pub(super) fn batch(&self, start: i64, length: i64) -> Self {

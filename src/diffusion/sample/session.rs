@@ -15,11 +15,12 @@ use crate::error::{Error, Result};
 use crate::model::Conditioning;
 use crate::model::control::Control;
 use crate::model::layers::Layers;
+use crate::platform::host;
 use crate::platform::observer::Observer;
 use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::sync::Arc;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 /// So many texts are kept; a file of prompts may hold any number.
 const MOST_TEXTS: usize = 256;
@@ -347,7 +348,7 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             };
             let latents = draw_batch(&drawing, &noise.batch(first, length), steered)?;
             for latents in latents.split(1, 0) {
-                if latents.isfinite().all().int64_value(&[]) == 0 {
+                if !host::all_finite(&latents) {
                     return Err(Error::NotFinite(format!(
                         "prompt `{}`: the latents are not finite numbers\nhint: try --dtype f32",
                         settings.prompt
@@ -360,7 +361,7 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
                     start.paste(&mut image);
                 }
                 let seed = seeds.get(pictures.len()).copied();
-                pictures.push(Picture { seed, latents: latents.to_device(Device::Cpu), image });
+                pictures.push(Picture { seed, latents: host::to_host(&latents), image });
             }
             first += length;
         }

@@ -11,6 +11,7 @@ use crate::diffusion::sample::settings::Settings;
 use crate::diffusion::sampler::Plan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
+use crate::platform::host;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tch::{Kind, Tensor};
 
@@ -79,7 +80,7 @@ impl Start {
             )));
         }
         let factor = model.vae.factor();
-        if self.latent_mask(factor).is_some_and(|mask| mask.max().double_value(&[]) == 0.0) {
+        if self.latent_mask(factor).is_some_and(|mask| host::number(&mask.max()) == 0.0) {
             return Err(Error::config(format!(
                 "--mask: its white is finer than the {factor} pixels of a latent, so that nothing would be drawn anew"
             )));
@@ -108,12 +109,12 @@ impl Start {
         let masked = self.mask.as_ref().filter(|_| model.is_inpainting()).map(|mask| {
             let (width, height) = (i64::from(self.image.width()), i64::from(self.image.height()));
             let kept: Vec<f32> = mask.iter().map(|white| f32::from(u8::from(!white))).collect();
-            posterior(&(&pixels * Tensor::from_slice(&kept).reshape([1, 1, height, width])))
+            posterior(&(&pixels * host::tensor(&kept).reshape([1, 1, height, width])))
         });
         Prepared {
             image: self.uses_image(model).then(|| posterior(&pixels)),
             masked,
-            mask: self.latent_mask(model.vae.factor()).map(|mask| mask.to_device(device)),
+            mask: self.latent_mask(model.vae.factor()).map(|mask| host::to_device(&mask, device)),
             is_noise: self.is_noise(),
         }
     }
@@ -131,7 +132,7 @@ impl Start {
     /// `(1, 3, h, w)`, f32 in [-1, 1].
     fn pixels(&self) -> Tensor {
         let (width, height) = (i64::from(self.image.width()), i64::from(self.image.height()));
-        let bytes = Tensor::from_slice(self.image.as_raw()).reshape([1, height, width, 3]);
+        let bytes = host::tensor(self.image.as_raw()).reshape([1, height, width, 3]);
         bytes.permute([0, 3, 1, 2]).to_kind(Kind::Float) / 255.0 * 2.0 - 1.0
     }
 
@@ -139,7 +140,7 @@ impl Start {
     fn latent_mask(&self, factor: i64) -> Option<Tensor> {
         let mask = self.mask.as_ref()?;
         let (width, height) = (i64::from(self.image.width()), i64::from(self.image.height()));
-        let pixels = Tensor::from_slice(mask).to_kind(Kind::Float).reshape([1, 1, height, width]);
+        let pixels = host::tensor(mask).to_kind(Kind::Float).reshape([1, 1, height, width]);
         Some(pixels.slice(2, 0, None, factor).slice(3, 0, None, factor))
     }
 }
@@ -165,7 +166,7 @@ impl Posterior {
     /// Latents `(b, c, h, w)` with unit noise of that shape; the mean's if there is none.
     fn latents(&self, noise: Option<&Tensor>, batch: i64) -> Tensor {
         let latents = match noise {
-            Some(noise) => &self.mean + &self.deviation * noise.to_device(self.mean.device()),
+            Some(noise) => &self.mean + &self.deviation * host::to_device(noise, self.mean.device()),
             None => self.mean.expand([batch, -1, -1, -1], true),
         };
         latents * self.scale

@@ -5,6 +5,7 @@ use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::control::{Control, Passes};
 use crate::model::{Call, Signals};
+use crate::platform::host;
 use tch::{Device, Kind, Tensor};
 
 /// The conditions of the pictures that are drawn.
@@ -72,7 +73,7 @@ fn condition(picture: &RgbImage, width: i64, height: i64) -> Tensor {
     if picture.dimensions() != (w, h) {
         return condition(&resize(picture, w, h, Filter::Lanczos), width, height);
     }
-    let bytes = Tensor::from_slice(picture.as_raw()).view([1, height, width, 3]);
+    let bytes = host::tensor(picture.as_raw()).view([1, height, width, 3]);
     bytes.permute([0, 3, 1, 2]).contiguous().to_kind(Kind::Float) / 255.0
 }
 
@@ -101,7 +102,7 @@ impl<'a> Steered<'a> {
         } else {
             all.narrow(0, start, length)
         };
-        let features = control.features(&own.to_device(device));
+        let features = control.features(&host::to_device(&own, device));
         Self { control, strength: steering.strength, features, calls, done: 0 }
     }
 

@@ -6,6 +6,7 @@
 use tch::Tensor;
 
 use crate::diffusion::noise::{DEFAULT_BETAS, SchedulerConfig};
+use crate::platform::host;
 use crate::{Error, Result};
 
 /// How timesteps are spread over the training range.
@@ -126,7 +127,7 @@ impl Grid {
             );
         }
         let alphas_cumprod = config.alphas_cumprod(class.betas, class.zero_snr != ZeroSnr::Ignored)?;
-        let mut alphas_cumprod = Vec::<f32>::try_from(alphas_cumprod)?;
+        let mut alphas_cumprod = host::values::<f32>(&alphas_cumprod)?;
         if class.zero_snr == ZeroSnr::Floored
             && config.flag("rescale_betas_zero_snr", false)?
             && let Some(last) = alphas_cumprod.last_mut()
@@ -227,9 +228,9 @@ pub(super) struct Levels {
 
 impl Levels {
     pub(super) fn new(alphas_cumprod: &[f32]) -> Result<Self> {
-        let alphas = Tensor::from_slice(alphas_cumprod);
+        let alphas = host::tensor(alphas_cumprod);
         let ratio = alphas.rsub_scalar(1.0) / alphas;
-        Ok(Self { table: Vec::try_from(ratio.sqrt())? })
+        Ok(Self { table: host::values(&ratio.sqrt())? })
     }
 
     /// sigma at a timestep between two training timesteps (`numpy.interp`).
@@ -304,7 +305,7 @@ pub(super) fn check_factors(timestep: f64, factors: &[f32]) -> Result<()> {
 /// The square root as libtorch takes it on the CPU, by a vector library whose last bit need not be that of `f32::sqrt`.
 /// At zero terminal SNR that bit of the first level moves the image by 1e-4, and over many steps it adds up.
 pub(super) fn root(x: f32) -> Result<f32> {
-    Ok(f32::try_from(Tensor::from(x).sqrt())?)
+    Ok(host::number(&host::scalar(f64::from(x), tch::Kind::Float).sqrt()) as f32)
 }
 
 /// `x * factor` with a factor that was computed in f32.

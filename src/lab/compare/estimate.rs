@@ -10,6 +10,7 @@ use crate::lab::compare::shard::Shard;
 use crate::lab::compare::task::Task;
 use crate::lab::results::{self, CellRecord, RECORD_FILE};
 use crate::platform::device;
+use crate::platform::host;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
@@ -127,7 +128,7 @@ impl Probe {
         for _ in 0..3 {
             let started = Instant::now();
             let sum = model.denoiser().forward(&latents, &timesteps, &conditioning).sum(Kind::Float);
-            let _ = sum.double_value(&[]); // waits for the device
+            let _ = host::number(&sum); // waits for the device
             seconds = f64::min(seconds, started.elapsed().as_secs_f64() / batch as f64);
         }
         Ok(Self { seconds })

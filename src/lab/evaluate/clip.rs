@@ -5,9 +5,11 @@ use crate::data::image::RgbImage;
 use crate::error::{Error, Result};
 use crate::lab::evaluate::processor::Processor;
 use crate::lab::evaluate::vision::{self, Division, Eye, Patches};
+use crate::model::attention::Sees;
 use crate::model::layers::{Layer, Norm};
 use crate::model::text::encoder::{EncoderLayer, LayerSizes};
 use crate::model::text::{TextEncoder, Tokenizer};
+use crate::platform::host;
 use crate::weights::bounds::MAX_WIDTH;
 use crate::weights::config::TextConfig;
 use crate::weights::part::Text;
@@ -93,7 +95,7 @@ impl Clip {
         self.eye.embed(pictures, |tokens| {
             let mut x = self.pre_layrnorm.forward(tokens);
             for layer in &self.layers {
-                x = layer.forward(&x, None);
+                x = layer.forward(&x, Sees::All);
             }
             self.visual_projection.forward(&self.post_layernorm.forward(&x.select(1, 0)))
         })
@@ -102,15 +104,15 @@ impl Clip {
     /// Unit embeddings `(b, d)`, f32, CPU. A text that is longer than the tower is cut before its end token.
     pub fn texts(&self, texts: &[&str]) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        let mut rows = vec![Tensor::zeros([0, self.eye.width], (Kind::Float, Device::Cpu))];
+        let mut rows = vec![host::zeros(&[0, self.eye.width], Kind::Float)];
         for some in texts.chunks(TEXTS_AT_ONCE) {
             let encoded: Result<Vec<Vec<i64>>> =
                 some.iter().map(|text| Ok(self.tokenizer.encode(text)?.0)).collect();
             let encoded = encoded?;
             let ends: Vec<i64> = encoded.iter().map(|ids| self.end.place(ids)).collect();
-            let ids = Tensor::from_slice2(&encoded);
+            let ids = host::rows(&encoded);
             let states = self.text.forward(&ids); // [b, n, width]
-            let ends = Tensor::from_slice(&ends).to_device(states.device()).view([-1, 1, 1]);
+            let ends = host::to_device(&host::tensor(&ends), states.device()).view([-1, 1, 1]);
             let width = self.text.width();
             let ends = states.gather(1, &ends.expand([-1, 1, width], false), false).squeeze_dim(1); // [b, width]
             rows.push(vision::unit_rows(&self.eye.dir, &self.text_projection.forward(&ends))?);

@@ -15,6 +15,7 @@ use crate::data::image::{Filter, RgbImage, resize};
 use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::platform::files::Kind as FileKind;
+use crate::platform::host;
 use crate::platform::observer::Observer;
 use crate::weights::tensor_file::TensorFile;
 use ::image::imageops;
@@ -149,11 +150,13 @@ impl Lpips {
         let mut problems = Vec::new();
         let mut read = |name: String, shape: &[i64]| -> Result<Tensor> {
             match weights.shape(&name) {
-                Some(found) if found == shape => return weights.read_as(&name, Kind::Float, device),
+                Some(found) if found == shape => {
+                    return host::try_to_device(&weights.read_as(&name, Kind::Float)?, device);
+                }
                 Some(found) => problems.push(format!("`{name}`: expected shape {shape:?}, found {found:?}")),
                 None => problems.push(format!("`{name}` {shape:?} is missing")),
             }
-            Ok(Tensor::zeros([1], (Kind::Float, Device::Cpu)))
+            Ok(host::zeros(&[1], Kind::Float))
         };
         let (mut steps, mut lins, mut channels) = (Vec::new(), Vec::new(), 3);
         for step in net.steps() {
@@ -259,9 +262,10 @@ impl Lpips {
             )));
         }
         let constant =
-            |values: [f32; 3]| Tensor::from_slice(&values).view([1, 3, 1, 1]).to_device(self.device);
-        let pixels = Tensor::from_slice(&data::to_chw_f32(picture));
-        let pixels = pixels.view([1, 3, i64::from(height), i64::from(width)]).f_to_device(self.device)?;
+            |values: [f32; 3]| host::to_device(&host::tensor(&values).view([1, 3, 1, 1]), self.device);
+        let pixels = host::tensor(&data::to_chw_f32(picture));
+        let pixels =
+            host::try_to_device(&pixels.view([1, 3, i64::from(height), i64::from(width)]), self.device)?;
         let mut x = (pixels - constant(SHIFT)) / constant(SCALE);
         let mut features = Vec::new();
         for (step, weight, bias) in &self.steps {
@@ -285,7 +289,7 @@ impl Lpips {
         for ((a, b), lin) in a.iter().zip(b).zip(&self.lins) {
             let (_, _, height, width) = a.size4()?;
             let weighted = a.f_sub(b)?.f_square()?.f_mul(lin)?;
-            sum += weighted.f_sum(Kind::Double)?.double_value(&[]) / (height * width) as f64;
+            sum += host::number(&weighted.f_sum(Kind::Double)?) / (height * width) as f64;
         }
         if sum.is_finite() {
             return Ok(sum);

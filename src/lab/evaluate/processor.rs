@@ -7,6 +7,7 @@
 use crate::data::image::resize::short_side_size;
 use crate::data::image::{Filter, RgbImage, resize};
 use crate::error::{Error, Result};
+use crate::platform::host;
 use crate::weights::source::read_below;
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
@@ -77,7 +78,7 @@ impl Processor {
         for picture in pictures {
             self.add(picture, &mut pixels)?;
         }
-        Ok(Tensor::f_from_slice(&pixels)?.f_view([pictures.len() as i64, 3, height, width])?)
+        Ok(host::tensor(&pixels).f_view([pictures.len() as i64, 3, height, width])?)
     }
 
     /// Appends the three channels of one picture to `out`.

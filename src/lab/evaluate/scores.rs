@@ -12,6 +12,7 @@ use crate::data::image::RgbImage;
 use crate::error::{Error, Result};
 use crate::lab::evaluate::towers::Towers;
 use crate::lab::results::Scores;
+use crate::platform::host;
 use crate::platform::observer::Observer;
 use regex::RegexBuilder;
 use tch::{Kind, Tensor};
@@ -241,7 +242,8 @@ pub fn cosines(a: &Tensor, b: &Tensor) -> Result<Vec<Vec<f64>>> {
         let norms = rows.f_square()?.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Double)?.f_sqrt()?;
         Ok(rows.f_div(&norms.f_clamp_min(f64::MIN_POSITIVE)?)?)
     };
-    Ok(Vec::<Vec<f64>>::try_from(unit(a)?.f_matmul(&unit(b)?.f_tr()?)?)?)
+    let similarities = unit(a)?.f_matmul(&unit(b)?.f_tr()?)?;
+    (0..similarities.size()[0]).map(|row| host::values(&similarities.get(row))).collect()
 }
 
 /// 1 if the nearest of all is one of the subject's, 0 if it is a look-alike's; similarities to one drawn picture.

@@ -5,6 +5,7 @@ use crate::lab::evaluate::clip::Clip;
 use crate::lab::evaluate::lpips::{Lpips, Net};
 use crate::lab::evaluate::vit::Vit;
 use crate::platform::files;
+use crate::platform::host;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
 use crate::weights::scope::Weights;
@@ -127,7 +128,7 @@ pub fn identity(paths: &TowerPaths, observer: &dyn Observer) -> Result<String> {
         for text in TEXTS.map(|name| dir.join(name)).iter().filter(|path| path.is_file()) {
             hash.update(files::read_to_string(text)?);
         }
-        Weights::in_folder(dir, "model", Kind::Float, Device::Cpu)?.identify(&mut hash)?;
+        Weights::in_folder(dir, "model", Kind::Float, host::CPU)?.identify(&mut hash)?;
         found.push(format!("{name} {}", short(hash)));
     }
     for (net, file) in paths.lpips() {

@@ -4,6 +4,7 @@
 use crate::data::image::RgbImage;
 use crate::error::{Error, Result};
 use crate::lab::evaluate::processor::Processor;
+use crate::platform::host;
 use crate::weights::bounds::{Transformer, out_of_range};
 use crate::weights::part::Text;
 use crate::weights::scope::Scope;
@@ -213,9 +214,9 @@ impl Eye {
         let _guard = tch::no_grad_guard();
         let (height, width) = self.processor.size();
         let at_once = (TOKENS_AT_ONCE / self.patches.tokens()).min(PIXELS_AT_ONCE / (height * width)).max(1);
-        let mut rows = vec![Tensor::zeros([0, self.width], (Kind::Float, Device::Cpu))];
+        let mut rows = vec![host::zeros(&[0, self.width], Kind::Float)];
         for some in pictures.chunks(at_once as usize) {
-            let pixels = self.processor.pixels(some)?.f_to_device(self.device)?;
+            let pixels = host::try_to_device(&self.processor.pixels(some)?, self.device)?;
             rows.push(unit_rows(&self.dir, &tower(&self.patches.forward(&pixels)))?);
         }
         Ok(Tensor::f_cat(&rows, 0)?)
@@ -224,9 +225,9 @@ impl Eye {
 
 /// Rows `(b, d)` at length 1, f32, CPU. Errors: what has no direction.
 pub fn unit_rows(dir: &Path, rows: &Tensor) -> Result<Tensor> {
-    let rows = rows.f_to_device(Device::Cpu)?;
+    let rows = host::try_to_device(rows, host::CPU)?;
     let rows = &rows / rows.square().sum_dim_intlist([-1].as_slice(), true, Kind::Float).sqrt();
-    if rows.isfinite().all().int64_value(&[]) == 0 {
+    if !host::all_finite(&rows) {
         return Err(Error::NotFinite(format!(
             "{}: expected embeddings of finite numbers, found others\nhint: are its weights whole?",
             dir.display()

@@ -7,7 +7,7 @@ use crate::data::image::RgbImage;
 use crate::error::{Error, Result};
 use crate::lab::evaluate::processor::Processor;
 use crate::lab::evaluate::vision::{self, Division, Eye, Patches};
-use crate::model::attention::{attend, join_heads, split_heads};
+use crate::model::attention::{Sees, attend, join_heads, split_heads};
 use crate::model::layers::{Layer, Norm};
 use crate::weights::bounds::Transformer;
 use crate::weights::scope::{Scope, Weights};
@@ -107,7 +107,7 @@ impl VitLayer {
         let normed = self.norm1.forward(x);
         let [q, k, v] =
             [&self.query, &self.key, &self.value].map(|l| split_heads(&l.forward(&normed), self.heads));
-        let mut y = self.output.forward(&join_heads(&attend(&q, &k, &v, None, false)));
+        let mut y = self.output.forward(&join_heads(&attend(&q, &k, &v, Sees::All, false)));
         if let Some((scale, _)) = &self.scales {
             y *= scale;
         }

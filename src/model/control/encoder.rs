@@ -4,7 +4,7 @@
 use crate::error::{Error, Result};
 use crate::model::UNet;
 use crate::model::layers::{Layer, Layers, Module};
-use crate::platform::{files, random, seed};
+use crate::platform::{files, host, random, seed};
 use crate::weights::scope::{Scope, Weights};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -139,9 +139,9 @@ impl ConditionEncoder {
             // Kaiming's bound for a rectifier keeps the size of what sparse edges excite; PyTorch's own start of a convolution
             // shrinks it threefold at each of them.
             let bound = if i == last { 0.0 } else { (6.0 / (c_in * 9) as f64).sqrt() };
-            let draw = || Tensor::rand([c_out, c_in, 3, 3], (Kind::Float, Device::Cpu));
+            let draw = |draws: &random::Draws| draws.uniform(&[c_out, c_in, 3, 3], 0.0, 1.0);
             let unit = random::seeded(seed::derive(seed, &name, 0), draw);
-            let weight = ((unit * 2.0 - 1.0) * bound).to_device(device);
+            let weight = host::to_device(&((unit * 2.0 - 1.0) * bound), device);
             let bias = Tensor::zeros([c_out], (Kind::Float, device));
             Layer::conv_of(name, weight, bias, stride, 1)
         };

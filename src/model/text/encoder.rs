@@ -3,8 +3,9 @@
 //! Published files name its tensors `text_model.*` (transformers 4) or without that prefix (5); both load.
 
 use crate::error::Result;
-use crate::model::attention::{attend, join_heads, split_heads};
+use crate::model::attention::{Sees, attend, join_heads, split_heads};
 use crate::model::layers::{Layer, Layers, Module, Norm};
+use crate::platform::host;
 use crate::weights::config::TextConfig;
 use crate::weights::part::Part;
 use crate::weights::scope::{Scope, Weights};
@@ -82,11 +83,11 @@ impl EncoderLayer {
         }
     }
 
-    /// `x (b, n, width)` to the same shape; `mask` is added to the scores of attention.
-    pub fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Tensor {
+    /// `x (b, n, width)` to the same shape.
+    pub(crate) fn forward(&self, x: &Tensor, sees: Sees) -> Tensor {
         let normed = self.layer_norm1.forward(x);
         let heads = |layer: &Layer| split_heads(&layer.forward(&normed), self.heads);
-        let y = attend(&heads(&self.q_proj), &heads(&self.k_proj), &heads(&self.v_proj), mask, false);
+        let y = attend(&heads(&self.q_proj), &heads(&self.k_proj), &heads(&self.v_proj), sees, false);
         let x = x + self.out_proj.forward(&join_heads(&y));
         let h = self.fc1.forward(&self.layer_norm2.forward(&x));
         let h = if self.quick_gelu { &h * (&h * 1.702).sigmoid() } else { h.gelu("none") };
@@ -126,13 +127,12 @@ impl TextEncoder {
 
     /// Token ids `(b, n)`, n at most [`Self::length`], to the last hidden states after the final norm, `(b, n, width)`.
     pub fn forward(&self, ids: &Tensor) -> Tensor {
-        let ids = ids.to_device(self.device);
+        let ids = host::to_device(ids, self.device);
         let (b, n) = (ids.size()[0], ids.size()[1]);
         let tokens = Tensor::embedding(&self.token_embedding, &ids, -1, false, false); // [b, n, width]
         let mut x = tokens + self.position_embedding.narrow(0, 0, n).expand([b, n, -1], false);
-        let mask = Tensor::full([n, n], f64::NEG_INFINITY, (x.kind(), self.device)).triu(1);
         for layer in &self.layers {
-            x = layer.forward(&x, Some(&mask));
+            x = layer.forward(&x, Sees::Past);
         }
         self.final_layer_norm.forward(&x)
     }

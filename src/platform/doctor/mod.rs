@@ -4,17 +4,20 @@
 //! product and one real convolution of a size that Stable Diffusion has. The results are compared with another way of
 //! computing them: sums in f64 outside libtorch, and unfolded patches times weights in f64 on the CPU.
 
+pub mod attention;
+pub mod checks;
+
 use std::fmt;
 use std::path::PathBuf;
-use std::time::Instant;
 
 use serde::Serialize;
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
 use crate::error::{Error, Result};
 use crate::platform::cuda::{self, CudaState, Driver, Gpu};
-use crate::platform::device::kib_line;
-use crate::platform::random;
+use crate::platform::device::{PeakMemory, kib_line, peak_memory};
+use crate::platform::doctor::attention::AttentionKernel;
+use crate::platform::doctor::checks::{Check, check_device, formats};
 
 /// Everything that `hra doctor` found.
 #[derive(Debug, Serialize)]
@@ -25,6 +28,10 @@ pub struct Report {
     pub cpu: Cpu,
     pub cuda: Cuda,
     pub checks: Vec<Check>,
+    /// The kernels that attention runs in.
+    pub attention: Vec<AttentionKernel>,
+    /// The most memory that these checks took of each GPU.
+    pub gpu_peaks: Vec<PeakMemory>,
     /// What cannot be used, each with what to do about it.
     pub missing: Vec<String>,
 }
@@ -68,32 +75,6 @@ pub struct Cuda {
     pub cudnn: Option<usize>,
 }
 
-/// One operation on one device in one number format.
-#[derive(Debug, Serialize)]
-pub struct Check {
-    /// `cpu` or `cuda:N`.
-    pub device: String,
-    /// `f32`, `bf16` or `f16`.
-    pub precision: &'static str,
-    pub operation: &'static str,
-    /// The fastest of a few runs; `None` when it did not run.
-    pub milliseconds: Option<f64>,
-    /// Largest difference from the reference, as a share of the reference's largest value.
-    pub error: Option<f64>,
-    /// What `error` may be at most.
-    pub tolerance: f64,
-    /// libtorch's message when it did not run.
-    pub message: Option<String>,
-}
-
-impl Check {
-    /// Whether it ran and agrees with the reference.
-    pub fn passed(&self) -> bool {
-        // A NaN is no number below the tolerance.
-        self.error.is_some_and(|error| error <= self.tolerance)
-    }
-}
-
 impl Report {
     /// Fails when an operation failed or computed something wrong; no GPU is no error.
     ///
@@ -115,7 +96,10 @@ pub fn examine() -> Report {
     if unusable.is_none() {
         devices.extend((0..tch::Cuda::device_count() as usize).map(Device::Cuda));
     }
-    let checks = devices.into_iter().flat_map(check_device).collect();
+    let checks = devices.iter().flat_map(|device| check_device(*device)).collect();
+    // Where it cannot be asked, the checks say why.
+    let attention = devices.iter().flat_map(|device| attention_of(*device).unwrap_or_default()).collect();
+    let gpu_peaks = devices.iter().filter_map(|device| peak_memory(*device)).collect();
     let gpus = Driver::open().and_then(|driver| driver.gpus()).unwrap_or_default();
     Report {
         hra: env!("CARGO_PKG_VERSION"),
@@ -129,6 +113,8 @@ pub fn examine() -> Report {
             cudnn: cuda::cudnn_version(),
         },
         checks,
+        attention,
+        gpu_peaks,
         missing: unusable.into_iter().map(|why| format!("CUDA: {why}")).collect(),
     }
 }
@@ -191,126 +177,9 @@ fn cpuinfo<'a>(text: &'a str, name: &str) -> Option<&'a str> {
         .map(|(_, v)| v.trim())
 }
 
-type Operation = fn(Device, Kind) -> std::result::Result<Measured, tch::TchError>;
-
-struct Measured {
-    milliseconds: f64,
-    error: f64,
-}
-
-fn check_device(device: Device) -> Vec<Check> {
-    let mut precisions = vec![("f32", Kind::Float), ("bf16", Kind::BFloat16)];
-    let name = match device {
-        Device::Cuda(index) => {
-            precisions.push(("f16", Kind::Half));
-            format!("cuda:{index}")
-        }
-        _ => "cpu".to_string(),
-    };
-    let operations: [(&'static str, Operation); 2] =
-        [("matrix product", product), ("convolution", convolution)];
-    let mut checks = Vec::new();
-    for (precision, kind) in precisions {
-        for (operation, measure) in operations {
-            let result = measure(device, kind);
-            checks.push(Check {
-                device: name.clone(),
-                precision,
-                operation,
-                milliseconds: result.as_ref().ok().map(|m| m.milliseconds),
-                error: result.as_ref().ok().map(|m| m.error),
-                tolerance: tolerance(device, kind),
-                message: result.err().map(|e| Error::Torch(e).to_string()),
-            });
-        }
-    }
-    checks
-}
-
-/// Inputs are rounded before both ways of computing, so what differs is the rounding of sums and of the result:
-/// 2^-9 of the value for bf16 and 2^-12 for f16, and some 2^-24 for each step of a sum in f32. libtorch lets
-/// convolutions on CUDA round f32 inputs to the 10 bits of TF32.
-fn tolerance(device: Device, kind: Kind) -> f64 {
-    match (kind, device) {
-        (Kind::BFloat16, _) => 8e-3,
-        (Kind::Half, _) | (Kind::Float, Device::Cuda(_)) => 2e-3,
-        _ => 1e-5,
-    }
-}
-
-/// Random numbers, rounded to `kind`, on the CPU.
-fn normal(shape: &[i64], kind: Kind) -> std::result::Result<Tensor, tch::TchError> {
-    random::seeded(shape.iter().sum::<i64>() as u64, || Tensor::f_randn(shape, (Kind::Float, Device::Cpu)))?
-        .f_to_kind(kind)
-}
-
-/// Runs `compute` once to warm up and three times against the clock; returns its result and the best time in ms.
-fn timed(
-    device: Device,
-    compute: impl Fn() -> std::result::Result<Tensor, tch::TchError>,
-) -> std::result::Result<(Tensor, f64), tch::TchError> {
-    let mut result = compute()?;
-    let mut best = f64::INFINITY;
-    for _ in 0..3 {
-        wait_for(device);
-        let start = Instant::now();
-        result = compute()?;
-        wait_for(device);
-        best = best.min(start.elapsed().as_secs_f64() * 1e3);
-    }
-    Ok((result, best))
-}
-
-fn wait_for(device: Device) {
-    if let Device::Cuda(index) = device {
-        tch::Cuda::synchronize(index as i64);
-    }
-}
-
-/// `(m, k) x (k, n)`, the size of a feed-forward projection; some entries are summed up again in f64 without libtorch.
-fn product(device: Device, kind: Kind) -> std::result::Result<Measured, tch::TchError> {
-    let (m, k, n) = (1024, 640, 1280);
-    let (a, b) = (normal(&[m, k], kind)?, normal(&[k, n], kind)?);
-    let (a_there, b_there) = (a.f_to_device(device)?, b.f_to_device(device)?);
-    let (result, milliseconds) = timed(device, || a_there.f_matmul(&b_there))?;
-    let result = result.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
-    let (mut difference, mut largest): (f64, f64) = (0.0, 0.0);
-    // Rows and columns from all tiles a kernel may cut the result into.
-    for row in (0..m).step_by(93) {
-        let left = Vec::<f64>::try_from(a.f_get(row)?.f_to_kind(Kind::Double)?)?;
-        for column in (0..n).step_by(129) {
-            let right =
-                Vec::<f64>::try_from(b.f_select(1, column)?.f_to_kind(Kind::Double)?.f_contiguous()?)?;
-            let expected: f64 = left.iter().zip(&right).map(|(x, y)| x * y).sum();
-            // Not `max`, which would pass over a NaN.
-            let distance = (result.f_double_value(&[row, column])? - expected).abs();
-            if distance.is_nan() || distance > difference {
-                difference = distance;
-            }
-            largest = largest.max(expected.abs());
-        }
-    }
-    Ok(Measured { milliseconds, error: difference / largest })
-}
-
-/// A 3x3 convolution of a resnet block; the reference unfolds the image into patches and multiplies, in f64.
-fn convolution(device: Device, kind: Kind) -> std::result::Result<Measured, tch::TchError> {
-    let (channels, side, filters) = (160, 32, 320);
-    let (image, weight) =
-        (normal(&[1, channels, side, side], kind)?, normal(&[filters, channels, 3, 3], kind)?);
-    let (image_there, weight_there) = (image.f_to_device(device)?, weight.f_to_device(device)?);
-    let (result, milliseconds) =
-        timed(device, || image_there.f_conv2d(&weight_there, None::<Tensor>, 1, 1, 1, 1))?;
-    let patches = image.f_to_kind(Kind::Double)?.f_im2col([3, 3], [1, 1], [1, 1], [1, 1])?; // [1, c*9, h*w]
-    let expected = weight
-        .f_to_kind(Kind::Double)?
-        .f_view([filters, channels * 9])?
-        .f_matmul(&patches)? // [1, filters, h*w]
-        .f_view([1, filters, side, side])?;
-    let result = result.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
-    let difference = result.f_sub(&expected)?.f_abs()?.f_max()?.f_double_value(&[])?;
-    let largest = expected.f_abs()?.f_max()?.f_double_value(&[])?;
-    Ok(Measured { milliseconds, error: difference / largest })
+fn attention_of(device: Device) -> Result<Vec<AttentionKernel>> {
+    let (name, precisions) = formats(device);
+    attention::choices(device, &name, &precisions)
 }
 
 fn gib(bytes: Option<u64>) -> String {
@@ -355,6 +224,19 @@ impl fmt::Display for Report {
                 }
             }
         }
+        if !self.attention.is_empty() {
+            writeln!(f)?;
+        }
+        for of in self.attention.chunk_by(|a, b| (&a.device, a.precision) == (&b.device, b.precision)) {
+            let kernels: Vec<String> = of.iter().map(|k| format!("{} {}", k.attention, k.kernel)).collect();
+            let AttentionKernel { device, precision, .. } = &of[0];
+            writeln!(f, "{device:<8}{precision:<6}{:<16}{}", "attention", kernels.join(", "))?;
+        }
+        for (i, peak) in self.gpu_peaks.iter().enumerate() {
+            let [allocated, reserved] = [peak.allocated, peak.reserved].map(|bytes| gib(Some(bytes)));
+            let name = format!("cuda:{i}");
+            writeln!(f, "{name:<14}{:<16}{allocated} in tensors, {reserved} reserved", "peak memory")?;
+        }
         for missing in &self.missing {
             writeln!(f, "\n{missing}")?;
         }
@@ -365,17 +247,6 @@ impl fmt::Display for Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_cpu_computes_correctly() {
-        let checks = check_device(Device::Cpu);
-        assert_eq!(checks.len(), 4);
-        for check in &checks {
-            assert!(check.passed(), "{check:?}");
-            // Two ways of rounding never agree to the last bit; a reference computed by itself would.
-            assert!(check.error.is_some_and(|error| error > 0.0), "{check:?}");
-        }
-    }
 
     fn check(error: Option<f64>) -> Check {
         Check {
@@ -395,6 +266,10 @@ mod tests {
         assert!(!check(Some(1e-4)).passed());
         assert!(!check(Some(f64::NAN)).passed());
         assert!(!check(None).passed());
+    }
+
+    fn kernel(attention: &'static str) -> AttentionKernel {
+        AttentionKernel { device: "cuda:0".into(), precision: "bf16", attention, kernel: "flash" }
     }
 
     fn report() -> Report {
@@ -420,6 +295,8 @@ mod tests {
                 cudnn: Some(91900),
             },
             checks: vec![check(Some(1e-6)), check(None)],
+            attention: ["self", "cross"].map(kernel).into(),
+            gpu_peaks: vec![PeakMemory { allocated: 1 << 29, reserved: 1 << 30 }],
             missing: vec!["CUDA: why\nhint: what to do".into()],
         }
     }
@@ -438,6 +315,9 @@ cudnn      9.19.0
 
 cpu     f32   convolution          1.00 ms  error 1.0e-6  ok
 cpu     f32   convolution     failed: libtorch: no kernel image
+
+cuda:0  bf16  attention       self flash, cross flash
+cuda:0        peak memory     0.5 GiB in tensors, 1.0 GiB reserved
 
 CUDA: why
 hint: what to do
