@@ -7,7 +7,7 @@ export HRA_CUDA TORCH_WHEEL WHEELS HRA_TEST_THREADS HRA_TEST_CPU
 TASK ?= canny
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-control compare compare-quick test test-everywhere test-python test-cuda lint bench
+.PHONY: help setup build demo demo-control compare compare-quick test test-everywhere test-python test-cuda gpu-bundle lint bench
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,9 +52,14 @@ test-python: build ## compare with the Python peers (installs them into .venv/)
 	@$(PYTHON) tools/setup.py venv
 	.venv/bin/python -m pytest tests/python
 
-test-cuda: setup ## run the tests that need an NVIDIA GPU; skipped where there is none
-	@if $(PYTHON) tools/setup.py has-driver; then $(CARGO) test --locked --test cuda -- --ignored --nocapture; \
+test-cuda: build ## prove that all of it works on an NVIDIA GPU, in runs/gpu-check/; skipped where there is none
+	@if $(PYTHON) tools/setup.py has-driver; then $(CARGO) test --locked --test cuda --no-run && \
+	  tools/gpu_check.sh --python $(PYTHON) --out runs/gpu-check; \
 	  else echo "test-cuda: skipped, no NVIDIA driver on this machine"; fi
+
+gpu-bundle: build ## pack what tools/gpu_check.sh needs on a GPU machine without Rust, in .gpu/
+	@tests=$$($(CARGO) test --locked --test cuda --no-run 2>&1 | sed -n 's/.*(\(.*cuda-[0-9a-f]*\)).*/\1/p') && \
+	  $(PYTHON) tools/gpu_bundle.py --program target/release/hra --tests "$$tests" --out .gpu
 
 lint: setup ## check format and lints, warnings are errors
 	$(CARGO) fmt --all --check

@@ -45,7 +45,8 @@ fn tell(cause: &(dyn std::any::Any + Send)) -> u8 {
     }
     // tch puts libtorch's message between quotes, with the backtrace behind escaped line ends.
     let line = text.split("\\n").next().unwrap_or(text).lines().next().unwrap_or(text);
-    eprintln!("error: {line}");
+    let (by, line) = line.split_once("Torch(\"").map_or(("", line), |(_, said)| ("libtorch: ", said));
+    eprintln!("error: {by}{line}");
     let defect = "this is a defect of hra; please report it with the command that led here";
     eprintln!("hint: {}", hra::error::hint(text).unwrap_or(defect));
     ERROR

@@ -6,9 +6,11 @@ mod support;
 
 use hra::platform::device::{self, DeviceChoice};
 use reference::{Compared, Comparer, Compute, adapters, control, networks, samplers, training};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use support::stored_cases;
+use std::process::{Command, Stdio};
+use support::program::{Finished, Scratch, finished};
+use support::{root, stored_cases};
 use tch::{Device, Kind};
 
 /// On CUDA sums are added up in another order: f32 may err by so many times what f32 on the CPU may.
@@ -97,4 +99,69 @@ fn parity() {
         Err(error) if variable("HRA_REQUIRE_CUDA") == "1" => panic!("{error}"),
         Err(error) => println!("skipped: {error}"),
     }
+}
+
+/// A dry run of the whole check, and what it wrote.
+fn dry_run(scratch: &Scratch, parts: &str, broken: &str) -> (Finished, Value) {
+    let mut command = Command::new("bash");
+    command.arg(root().join("tools/gpu_check.sh")).args(["--dry-run", "--parts", parts, "--out"]);
+    command.arg(scratch.path("out")).stdin(Stdio::null());
+    command.env("HRA_BIN", env!("CARGO_BIN_EXE_hra")).env("HRA_CUDA_TESTS", std::env::current_exe().unwrap());
+    command.env("HRA_GPU_CHECK_BREAK", broken);
+    let done = finished(command.output().unwrap());
+    let results = std::fs::read_to_string(scratch.path("out/results.json"));
+    let results = results.unwrap_or_else(|e| panic!("{e}\n{}\n{}", done.out, done.err));
+    (done, serde_json::from_str(&results).unwrap())
+}
+
+const PARTS: [&str; 6] = ["doctor", "parity", "training", "drawing", "memory", "speed"];
+
+/// One part of the results.
+fn part<'a>(results: &'a Value, name: &str) -> &'a Value {
+    let parts = results["parts"].as_array().unwrap();
+    parts.iter().find(|part| part["part"] == name).unwrap_or_else(|| panic!("part {name} did not run"))
+}
+
+#[test]
+fn the_dry_run_makes_every_check_and_passes() {
+    let scratch = Scratch::new();
+    let (done, results) = dry_run(&scratch, &PARTS.join(","), "");
+    assert_eq!(done.code, 0, "{}\n{}", done.out, done.err);
+    let counts = std::fs::read_to_string(root().join("tools/gpu_check/counts.json")).unwrap();
+    let counts: Value = serde_json::from_str(&counts).unwrap();
+    for name in PARTS {
+        let part = part(&results, name);
+        let number = |key: &str| part[key].as_i64().unwrap();
+        assert!(part["ok"] == true && number("made") > 0, "{part}");
+        assert_eq!(number("made") + number("skipped"), counts[name].as_i64().unwrap(), "{part}");
+        // Without a GPU, or without Python's libraries, only the comparison of speed lacks something.
+        assert!(number("skipped") == 0 || name == "speed", "{part}");
+    }
+    let table = std::fs::read_to_string(scratch.path("out/results.md")).unwrap();
+    assert!(table.contains("## Checks") && !table.contains("**no**"), "{table}");
+}
+
+#[test]
+fn a_planted_error_of_one_percent_fails_its_part_and_the_rest_goes_on() {
+    let scratch = Scratch::new();
+    let (done, results) = dry_run(&scratch, &PARTS.join(","), &PARTS.join(","));
+    assert_eq!(done.code, 1, "{}\n{}", done.out, done.err);
+    for name in PARTS {
+        let part = part(&results, name);
+        assert!(part["ok"] == false, "{part}");
+        assert_eq!(
+            part["made"].as_i64().unwrap() + part["skipped"].as_i64().unwrap(),
+            part["expected"].as_i64().unwrap(),
+            "{part}"
+        );
+    }
+    // One alone: the others pass.
+    let scratch = Scratch::new();
+    let (done, results) = dry_run(&scratch, "doctor,memory", "doctor");
+    assert_eq!(done.code, 1, "{}\n{}", done.out, done.err);
+    assert!(
+        part(&results, "doctor")["ok"] == false && part(&results, "memory")["ok"] == true,
+        "{}",
+        done.out
+    );
 }

@@ -337,7 +337,7 @@ impl Job<'_> {
         png::save_png(&sheet, &grid.render(), &text)?;
         if args.json {
             return super::print_json(&json!({
-                "output": args.output, "pictures": pictures, "grid": sheet, "latents": args.save_latents,
+                "device": device::name(session.model().device()), "output": args.output, "pictures": pictures, "grid": sheet, "latents": args.save_latents,
                 "adapters": session.reports(), "start": args.start.to_json(),
                 "control": controlled.map(|c| c.about().into_iter().collect::<BTreeMap<_, _>>()),
             }));

@@ -138,6 +138,7 @@ fn json(outcome: &Outcome, config: &TrainConfig, scored: Option<&Scored>) -> Val
         "weights_moved": moved.map(|m| json!({"mean": m.mean, "largest": m.largest})),
         "orthogonality_error": moved.and_then(|m| m.orthogonality_error),
         "peak_memory": peak_process_memory(),
+        "peak_device_memory": outcome.gpu.map(|gpu| gpu.reserved),
         "best_step": scored.and_then(|s| s.best),
         "evaluations": scored.map(|s| &s.evaluations),
         "checkpoints": checkpoint::list(&outcome.folder).unwrap_or_default(),
@@ -170,6 +171,10 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
     println!("{} steps in {:.0} s{loss}{moved}", outcome.steps, outcome.seconds);
     if let Some(bytes) = peak_process_memory() {
         println!("peak memory of the process: {:.2} GB", bytes as f64 / 1e9);
+    }
+    if let Some(gpu) = outcome.gpu {
+        let [reserved, allocated] = [gpu.reserved, gpu.allocated].map(|bytes| bytes as f64 / 1e9);
+        println!("peak memory of the GPU: {reserved:.2} GB, {allocated:.2} GB of it in tensors");
     }
     if let Ok(steps) = checkpoint::list(&outcome.folder)
         && !steps.is_empty()

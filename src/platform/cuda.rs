@@ -240,30 +240,6 @@ fn runtime_error() -> Option<String> {
     }
 }
 
-/// Free and total memory of CUDA device `index` in bytes; `None` where the runtime gives no answer.
-pub fn cuda_memory(index: usize) -> Option<(u64, u64)> {
-    let wanted = c_int::try_from(index).ok()?;
-    if !matches!(load_cuda(), CudaState::Loaded { .. }) {
-        return None;
-    }
-    let library = runtime()?;
-    // SAFETY: cuda_runtime_api.h: all return cudaError_t, 0 is success. The current device of this thread is put back,
-    // because libtorch relies on it.
-    unsafe {
-        let get = library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"cudaGetDevice\0").ok()?;
-        let set = library.get::<unsafe extern "C" fn(c_int) -> c_int>(b"cudaSetDevice\0").ok()?;
-        let info =
-            library.get::<unsafe extern "C" fn(*mut usize, *mut usize) -> c_int>(b"cudaMemGetInfo\0").ok()?;
-        let (mut current, mut free, mut total): (c_int, usize, usize) = (0, 0, 0);
-        if get(&mut current) != 0 || set(wanted) != 0 {
-            return None;
-        }
-        let status = info(&mut free, &mut total);
-        set(current);
-        (status == 0).then_some((free as u64, total as u64))
-    }
-}
-
 /// The version of the loaded cuDNN, such as 91900; `None` where it is not loaded.
 pub fn cudnn_version() -> Option<usize> {
     let path = loaded_library("libcudnn.so")?;

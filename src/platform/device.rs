@@ -12,7 +12,7 @@ use tch::{Device, Kind};
 
 use crate::error::{Error, Result};
 use crate::platform::cuda;
-pub use crate::platform::cuda::{CudaState, cuda_memory, load_cuda};
+pub use crate::platform::cuda::{CudaState, load_cuda};
 
 /// The device a user asks for: `auto`, `cpu`, `cuda` (the first GPU) or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -120,6 +120,14 @@ impl fmt::Display for Precision {
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
         })
+    }
+}
+
+/// How a device is called: `cpu` or `cuda:N`.
+pub fn name(device: Device) -> String {
+    match device {
+        Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".to_string(),
     }
 }
 

@@ -2,8 +2,9 @@
 
 use crate::attach::{self, Movement};
 use crate::error::{Error, Result};
+use crate::platform::device::{self, PeakMemory};
+use crate::platform::files;
 use crate::platform::observer::{Counter, Event, Observer};
-use crate::platform::{device, files};
 use crate::train::checkpoint::{self, State};
 use crate::train::config::TrainConfig;
 use crate::train::loss::{Batch, training_loss};
@@ -33,6 +34,8 @@ pub struct Outcome {
     pub movement: Option<Movement>,
     /// Seconds of training, over all sessions.
     pub seconds: f64,
+    /// What it took of a GPU.
+    pub gpu: Option<PeakMemory>,
     /// Trained values.
     pub parameters: usize,
 }
@@ -197,6 +200,7 @@ impl<'a> Trainer<'a> {
             loss: last.map(|record| record.loss),
             movement: self.movement(),
             seconds: state.seconds,
+            gpu: device::peak_memory(self.networks.model.device()),
             parameters: self.optimisation.parameters.count(),
         })
     }

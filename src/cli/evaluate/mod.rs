@@ -169,7 +169,7 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
         files::write_atomic(path, report::csv(&found).as_bytes())?;
     }
     let counts = [drawn.len(), real.paths.len(), look_alikes.paths.len()];
-    report::report(args, &found, &files, &towers::identity(&paths, observer)?, counts)
+    report::report(args, &found, &files, (&towers::identity(&paths, observer)?, compute.device), counts)
 }
 
 /// What pictures are scored by.

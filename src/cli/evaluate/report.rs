@@ -5,8 +5,10 @@ use crate::cli::evaluate::conditions::FileScores;
 use crate::error::Result;
 use crate::lab::report::statistics::Bootstrap;
 use crate::lab::results::{Better, Evaluation, OF_CONDITIONS, SCORES};
+use crate::platform::device;
 use serde_json::json;
 use std::collections::BTreeMap;
+use tch::Device;
 
 /// Pictures, or prompts, that a score was taken of.
 fn count(found: &Evaluation, files: &FileScores, key: &str) -> (usize, &'static str) {
@@ -31,12 +33,12 @@ fn counted(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
-/// Prints the scores. `counts`: pictures that were scored, real ones, and look-alikes.
+/// Prints the scores, of these towers on this device. `counts`: pictures that were scored, real ones, and look-alikes.
 pub fn report(
     args: &EvaluateArgs,
     found: &Evaluation,
     files: &FileScores,
-    identity: &str,
+    (identity, device): (&str, Device),
     [drawn, real, look_alikes]: [usize; 3],
 ) -> Result<()> {
     let intervals = intervals(found);
@@ -65,6 +67,7 @@ pub fn report(
             "segmentation": files.segmentation_json(),
             "landmarks": files.landmarks_json(),
             "towers": identity,
+            "device": device::name(device),
             "real": {"folder": args.real, "pictures": real},
             "look_alikes": {"folder": args.look_alikes, "pictures": look_alikes},
             "prompts": prompts,

@@ -27,7 +27,6 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tch::Device;
 
 const TRAINED_FILE: &str = "trained.json";
 const DRIFT: &str = "drift";
@@ -154,13 +153,6 @@ impl Cell<'_> {
         }
         let outcome = train::train(self.config.clone(), resume.as_ref(), self.observer)?;
         let known = |value: f64| (!interrupted).then_some(value);
-        let gpu = match self.compute.device {
-            // What is used of the whole device is this training's only where it is alone.
-            Device::Cuda(index) if self.task.jobs == 1 => {
-                device::cuda_memory(index).map(|(free, total)| total - free)
-            }
-            _ => None,
-        };
         let budget = Budget {
             parameters: outcome.parameters as u64,
             bytes: weight_files(run).iter().filter_map(|path| path.metadata().ok()).map(|m| m.len()).sum(),
@@ -168,8 +160,7 @@ impl Cell<'_> {
             seconds: known(outcome.seconds),
             seconds_per_step: known(outcome.seconds / outcome.steps.max(1) as f64),
             peak_memory: device::peak_process_memory().filter(|_| !interrupted),
-            // libtorch keeps what it has once taken.
-            peak_device_memory: gpu.filter(|_| !interrupted),
+            peak_device_memory: outcome.gpu.map(|gpu| gpu.reserved).filter(|_| !interrupted),
             interrupted,
         };
         let trained = Trained { budget, environment: self.environment() };

@@ -6,7 +6,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Error;
-use crate::platform::random;
+use crate::platform::{device, random};
 
 /// One operation on one device in one number format.
 #[derive(Debug, Serialize)]
@@ -37,13 +37,10 @@ impl Check {
 /// A device's name in the report, and the number formats that are computed with on it.
 pub(super) fn formats(device: Device) -> (String, Vec<(&'static str, Kind)>) {
     let mut precisions = vec![("f32", Kind::Float), ("bf16", Kind::BFloat16)];
-    match device {
-        Device::Cuda(index) => {
-            precisions.push(("f16", Kind::Half));
-            (format!("cuda:{index}"), precisions)
-        }
-        _ => ("cpu".to_string(), precisions),
+    if device.is_cuda() {
+        precisions.push(("f16", Kind::Half));
     }
+    (device::name(device), precisions)
 }
 
 type Operation = fn(Device, Kind) -> std::result::Result<Measured, tch::TchError>;

@@ -15,7 +15,7 @@ use tch::Device;
 
 use crate::error::{Error, Result};
 use crate::platform::cuda::{self, CudaState, Driver, Gpu};
-use crate::platform::device::{PeakMemory, kib_line, peak_memory};
+use crate::platform::device::{self, PeakMemory, kib_line, peak_memory};
 use crate::platform::doctor::attention::AttentionKernel;
 use crate::platform::doctor::checks::{Check, check_device, formats};
 
@@ -153,14 +153,15 @@ fn cpu() -> Cpu {
 
 /// A device in words: its number and the name of the processor or GPU.
 pub fn device_name(device: Device) -> String {
-    let (kind, name) = match device {
+    let model = match device {
         Device::Cuda(index) => {
             let gpus = Driver::open().and_then(|driver| driver.gpus()).unwrap_or_default();
-            (format!("cuda:{index}"), gpus.get(index).map(|gpu| gpu.name.clone()))
+            gpus.get(index).map(|gpu| gpu.name.clone())
         }
-        _ => ("cpu".to_string(), cpu_model()),
+        _ => cpu_model(),
     };
-    name.map_or(kind.clone(), |name| format!("{kind}, {name}"))
+    let name = device::name(device);
+    model.map_or(name.clone(), |model| format!("{name}, {model}"))
 }
 
 /// The processor's name, where the system tells it.
