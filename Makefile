@@ -54,7 +54,7 @@ test-python: build ## compare with the Python peers (installs them into .venv/)
 
 test-cuda: build ## prove that all of it works on an NVIDIA GPU, in runs/gpu-check/; skipped where there is none
 	@if $(PYTHON) tools/setup.py has-driver; then $(CARGO) test --locked --test cuda --no-run && \
-	  tools/gpu_check.sh --python $(PYTHON) --out runs/gpu-check; \
+	  $(PYTHON) tools/setup.py venv && tools/gpu_check.sh --python .venv/bin/python --out runs/gpu-check; \
 	  else echo "test-cuda: skipped, no NVIDIA driver on this machine"; fi
 
 gpu-bundle: build ## pack what tools/gpu_check.sh needs on a GPU machine without Rust, in .gpu/

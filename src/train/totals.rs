@@ -37,7 +37,7 @@ enum Kept {
 pub struct Reading {
     /// Since the last record.
     pub sums: Sums,
-    /// Norm of the last step's gradient, before clipping.
+    /// Norm of the last step's gradient, before clipping, of the last that was not skipped.
     pub gradient_norm: f64,
     /// The first step with a number that is not finite, and which it was.
     pub not_finite: Option<(i64, &'static str)>,
@@ -86,20 +86,21 @@ impl Totals {
         }
     }
 
-    /// Waits for the device. `clear` begins anew after it.
-    pub fn read(&mut self, clear: bool) -> Reading {
+    /// Waits for the device.
+    pub fn read(&mut self) -> Reading {
         self.add_up();
-        let sums = self.sums.clone();
-        if clear {
-            self.sums = Sums::default();
-        }
         Reading {
-            sums,
+            sums: self.sums.clone(),
             gradient_norm: self.norm,
             not_finite: self.not_finite,
             loss_scale: self.loss_scale,
             scale_lost: self.scale_lost,
         }
+    }
+
+    /// Begins anew, after a record.
+    pub fn clear(&mut self) {
+        self.sums = Sums::default();
     }
 
     fn add_up(&mut self) {
@@ -179,11 +180,12 @@ mod tests {
             totals.add([Some(&loss), Some(&instance), None, None], 0.5);
         }
         totals.end_step(2, &scalar(3.0), None);
-        let read = totals.read(true);
+        let read = totals.read();
+        totals.clear();
         let expected =
             Sums { count: 2.0, loss: 2.5, instance: 1.25, prior: 1.0, regulariser: 0.0, skipped: 0.0 };
         assert_eq!((read.sums, read.gradient_norm, read.not_finite), (expected, 3.0, None));
-        assert_eq!(totals.read(false).sums, Sums::default());
+        assert_eq!(totals.read().sums, Sums::default());
     }
 
     #[test]
@@ -195,10 +197,32 @@ mod tests {
             totals.add([Some(&scalar(loss)), None, None, None], 1.0);
             totals.end_step(step, &scalar(norm), None);
         }
-        assert_eq!(totals.read(true).not_finite, Some((2, "the gradient")));
+        assert_eq!(totals.read().not_finite, Some((2, "the gradient")));
         let mut totals = Totals::new(&Sums::default());
         totals.add([Some(&scalar(f64::NEG_INFINITY)), None, None, None], 1.0);
         totals.end_step(7, &scalar(f64::NAN), None);
-        assert_eq!(totals.read(false).not_finite, Some((7, "the loss")));
+        assert_eq!(totals.read().not_finite, Some((7, "the loss")));
+    }
+
+    #[test]
+    fn a_skipped_step_is_counted_where_its_loss_is_a_number_and_is_never_a_fault() {
+        let mut totals = Totals::new(&Sums::default());
+        let scaling =
+            |overflowed: f64, scale: f64| [scalar(overflowed).reshape([1]), scalar(scale).reshape([1])];
+        for (step, loss, norm, [overflow, scale]) in [
+            (1, f64::NAN, f64::NAN, scaling(1.0, 4.0)),
+            (2, 3.0, f64::INFINITY, scaling(1.0, 2.0)),
+            (3, 1.0, 0.5, scaling(0.0, 2.0)),
+        ] {
+            totals.add([Some(&scalar(loss)), None, None, None], 1.0);
+            totals.end_step(step, &scalar(norm), Some((&overflow, &scale)));
+        }
+        let read = totals.read();
+        assert_eq!((read.sums.count, read.sums.loss, read.sums.skipped), (2.0, 4.0, 2.0));
+        assert_eq!((read.gradient_norm, read.not_finite), (0.5, None));
+        assert_eq!((read.loss_scale, read.scale_lost), (Some(2.0), None));
+        let [overflow, scale] = scaling(1.0, 0.5);
+        totals.end_step(4, &scalar(f64::NAN), Some((&overflow, &scale)));
+        assert_eq!(totals.read().scale_lost, Some(4));
     }
 }

@@ -81,7 +81,7 @@ impl<'a> Trainer<'a> {
             let due = |every: i64| step % every == 0 || step == total;
             let look = due(self.config.validation_steps);
             if look || due(self.config.log_every) {
-                last = Some(self.record(step, look)?);
+                last = self.record(step, look)?.or(last);
             }
             if due(self.config.checkpointing_steps) {
                 self.save(step)?;
@@ -206,13 +206,15 @@ impl<'a> Trainer<'a> {
     }
 
     /// Waits for the device, and writes what the steps since the last record came to.
-    fn record(&mut self, step: i64, look: bool) -> Result<Record> {
-        let Reading { sums, gradient_norm, loss_scale, .. } = self.read(true)?;
+    fn record(&mut self, step: i64, look: bool) -> Result<Option<Record>> {
+        let Reading { sums, gradient_norm, loss_scale, .. } = self.read()?;
         let config = &self.config;
         let last = step == config.max_train_steps;
         if sums.count == 0.0 {
-            return Err(self.not_finite(step, "the loss"));
+            // f16 skipped every step, with losses that are no numbers: the next record tells of them.
+            return Ok(None);
         }
+        self.optimisation.totals.clear();
         let mean = |sum: f64| sum / sums.count;
         let peaks = device::peak_memory(self.networks.model.device());
         self.mean_loss = Some(mean(sums.loss));
@@ -245,7 +247,7 @@ impl<'a> Trainer<'a> {
         }
         let written = self.run.metrics.write(&record)?;
         self.observer.tell(Event::Metrics(&written));
-        Ok(record)
+        Ok(Some(record))
     }
 
     /// Runs `look` with the averaged adapter in place, where there is one.
@@ -269,8 +271,8 @@ impl<'a> Trainer<'a> {
     }
 
     /// Waits for the device. Fails where a number since the last reading was not finite: nothing is saved then.
-    fn read(&mut self, clear: bool) -> Result<Reading> {
-        let reading = self.optimisation.totals.read(clear);
+    fn read(&mut self) -> Result<Reading> {
+        let reading = self.optimisation.totals.read();
         match (reading.not_finite, reading.scale_lost) {
             (Some((step, what)), _) => Err(self.not_finite(step, what)),
             (None, Some(step)) => Err(Error::NotFinite(format!(
@@ -283,7 +285,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn state(&mut self, step: i64) -> Result<State> {
-        let sums = self.read(false)?.sums;
+        let sums = self.read()?.sums;
         Ok(State::new(step, self.seconds(), &self.run.fingerprint, &self.optimisation.parameters, sums))
     }
 

@@ -28,8 +28,10 @@ class Trained:
 
     def __init__(self, folder, done):
         self.folder, self.done = pathlib.Path(folder), done
-        self.losses = [record["loss"] for record in records(folder)]
-        self.norms = [record["gradient_norm"] for record in records(folder)]
+        found = records(folder)
+        self.losses = [record["loss"] for record in found]
+        self.norms = [record["gradient_norm"] for record in found]
+        self.skipped = [bool(record.get("skipped_steps")) for record in found]
         self.device, self.kind = said_device(done.err)
 
 
