@@ -8,7 +8,6 @@
 //! Times of two runs are not comparable, ratios within one run are. The row without adapter computes the gradient of the
 //! text states, which passes through the same layers as an adapter's: what the others cost beyond it is the adapter's.
 
-use clap::Args;
 use divan::Bencher;
 use hra::adapter::peft::Bias;
 use hra::adapter::target::{ATTENTION, TargetRule};
@@ -30,17 +29,17 @@ fn main() {
     divan::main();
 }
 
-/// What is trained: the words of `hra train`, none for nothing. divan sorts by name.
-const METHODS: [(&str, &[&str]); 9] = [
-    ("1 frozen", &[]),
-    ("2 LoRA r 4", &["--method=lora", "--rank=4"]),
-    ("2 LoRA r 8", &["--method=lora", "--rank=8"]),
-    ("3 HRA r 8", &["--method=hra", "--rank=8"]),
-    ("4 HRA r 8, Gram-Schmidt", &["--method=hra", "--rank=8", "--gram-schmidt"]),
-    ("5 DoRA r 4", &["--method=dora", "--rank=4"]),
-    ("6 OFT 4 blocks", &["--method=oft", "--rank=4"]),
-    ("7 BOFT 4 blocks", &["--method=boft", "--rank=4"]),
-    ("8 full", &["--method=full"]),
+/// What is trained: settings of `hra train`, none for nothing. divan sorts by name.
+const METHODS: [(&str, &str); 9] = [
+    ("1 frozen", ""),
+    ("2 LoRA r 4", "method = 'lora'\nrank = 4"),
+    ("2 LoRA r 8", "method = 'lora'\nrank = 8"),
+    ("3 HRA r 8", "method = 'hra'\nrank = 8"),
+    ("4 HRA r 8, Gram-Schmidt", "method = 'hra'\nrank = 8\ngram_schmidt = true"),
+    ("5 DoRA r 4", "method = 'dora'\nrank = 4"),
+    ("6 OFT 4 blocks", "method = 'oft'\nrank = 4"),
+    ("7 BOFT 4 blocks", "method = 'boft'\nrank = 4"),
+    ("8 full", "method = 'full'"),
 ];
 
 /// One of [`METHODS`].
@@ -86,10 +85,9 @@ fn step(bencher: Bencher, Row(row): Row) {
 }
 
 /// A method as `hra train` puts it on; the trained tensors.
-fn attach_new(model: &mut StableDiffusion, words: &[&str]) -> Vec<Tensor> {
-    let command = TrainConfig::augment_args(clap::Command::new("train"));
-    let matches = command.get_matches_from([&["train"], words].concat());
-    let method = TrainConfig::from_matches(&matches, &[]).expect("the words are right").method();
+fn attach_new(model: &mut StableDiffusion, settings: &str) -> Vec<Tensor> {
+    let settings = settings.parse().expect("TOML");
+    let method = TrainConfig::from_tables(&[&settings]).expect("the settings are right").method();
     let method = method.ok().flatten().expect("the words name a method");
     let targets = TargetRule::from_words(&ATTENTION.map(String::from)).expect("plain names");
     attach::attach_new(&mut model.unet, &targets, &method, Bias::None, 0).expect("the layers can be adapted");

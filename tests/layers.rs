@@ -183,3 +183,13 @@ fn only_the_platform_makes_host_tensors_and_reads_them() {
     assert!(wrong.is_empty(), "use platform::host: {wrong:#?}");
     assert!(looked_at > 10_000, "only {looked_at} lines were looked at");
 }
+
+#[test]
+fn only_the_command_line_knows_clap() {
+    let src = support::root().join("src");
+    let uses = |path: &PathBuf| std::fs::read_to_string(path).unwrap().contains("clap::");
+    let (own, others): (Vec<_>, Vec<_>) =
+        sources(&src).into_iter().filter(uses).partition(|path| path.starts_with(src.join("cli")));
+    assert!(others.is_empty(), "{others:?}");
+    assert!(own.len() > 10, "{own:?}");
+}

@@ -2,10 +2,10 @@
 
 mod support;
 
-use clap::ValueEnum;
 use hra::StableDiffusion;
 use hra::diffusion::sample::{From, Noise, Request, Session, Settings};
 use hra::diffusion::sampler::{Plan, SamplerKind};
+use hra::platform::choice::Choice;
 use hra::platform::observer::Silent;
 use support::{cases, relative_error};
 use tch::{Device, Kind, Tensor};
@@ -27,13 +27,13 @@ fn every_scheduler_gives_the_latents_of_python() {
         let mut session = Session::open(model, Vec::new(), None).unwrap();
         let (json, factor) = (case.json(), session.model().vae.factor());
         let latents = case.get("sample.noise");
-        for sampler in SamplerKind::value_variants() {
+        for sampler in SamplerKind::CHOICES.iter().map(|choice| choice.value) {
             let key = format!("sample.{}.latents", sampler.name());
             let steps = format!("sample.{}.step_noise", sampler.name());
             let settings = Settings {
                 prompt: json["prompts"][0].as_str().unwrap().into(),
                 negative_prompt: json["negative"].as_str().unwrap().into(),
-                sampler: *sampler,
+                sampler,
                 spacing: None,
                 karras: None,
                 steps: json["steps"].as_u64().unwrap() as usize,
@@ -52,7 +52,7 @@ fn every_scheduler_gives_the_latents_of_python() {
             let found = Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0);
             let error = relative_error(&found, &case.get(&key));
             println!("{} {key}: {error:.1e}", case.name);
-            if error.is_nan() || error > tolerance(session.model(), *sampler) {
+            if error.is_nan() || error > tolerance(session.model(), sampler) {
                 failures.push(format!("{} {key}: {error:.1e}", case.name));
             }
         }

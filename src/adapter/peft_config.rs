@@ -7,6 +7,7 @@ use crate::adapter::method::{Method, MethodSettings};
 use crate::adapter::methods;
 use crate::adapter::peft_fields::Fields;
 use crate::error::{Error, Result};
+use crate::platform::choice::{Choice, Named, named};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -14,7 +15,7 @@ use std::path::Path;
 const PEFT_VERSION: &str = "0.21.2";
 
 /// Which biases are trained beside the adapter, as PEFT defines it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bias {
     /// None.
@@ -23,8 +24,20 @@ pub enum Bias {
     All,
     /// Those of the adapted layers.
     #[serde(alias = "hra_only", alias = "lora_only", alias = "oft_only", alias = "boft_only")]
-    #[value(aliases = ["hra_only", "hra-only", "lora_only", "oft_only", "boft_only"])]
     Only,
+}
+
+impl Choice for Bias {
+    const CHOICES: &'static [Named<Self>] = &[
+        named(Self::None, "none", &[], "None"),
+        named(Self::All, "all", &[], "Every bias of the network, norms included"),
+        named(
+            Self::Only,
+            "only",
+            &["hra_only", "hra-only", "lora_only", "oft_only", "boft_only"],
+            "Those of the adapted layers",
+        ),
+    ];
 }
 
 /// What an `adapter_config.json` says.

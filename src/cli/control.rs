@@ -1,5 +1,6 @@
 //! The flags by which `hra sample` is given conditions, and what they lead to.
 
+use crate::cli::choice::choice;
 use crate::data::image::decode::MAX_FILE_BYTES;
 use crate::data::image::edges::may_be_edges;
 use crate::data::image::{RgbImage, Thresholds};
@@ -9,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::model::control::{
     ConditionEncoder, Control, ControlNet, EncoderConfig, PALETTE_FILE, Passes, encoder_of,
 };
+use crate::platform::choice::Choice;
 use crate::platform::device::Compute;
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
@@ -40,7 +42,7 @@ pub struct ControlArgs {
     #[arg(long)]
     shuffle_conditions: bool,
     /// What the conditions are [default: what the adapter was trained with, else other]
-    #[arg(long, value_enum)]
+    #[arg(long, value_parser = choice::<ConditionKind>())]
     condition: Option<ConditionKind>,
     /// Make the edges of what --control or --pairs names, for canny
     #[arg(long)]
@@ -79,7 +81,7 @@ pub struct ControlArgs {
     #[arg(long, alias = "control-guidance-end", value_name = "SHARE", default_value_t = 1.0)]
     control_end: f64,
     /// Which of guidance's passes see the condition
-    #[arg(long, value_enum, default_value_t = Passes::Both)]
+    #[arg(long, value_parser = choice::<Passes>(), default_value = "both")]
     control_passes: Passes,
 }
 
@@ -196,8 +198,7 @@ impl ControlArgs {
 
     /// What the conditions are, as the user or else the adapter says.
     fn kind(&self, encoder: Option<&Trained>) -> ConditionKind {
-        let own = encoder
-            .and_then(|e| <ConditionKind as clap::ValueEnum>::from_str(&e.config.condition, true).ok());
+        let own = encoder.and_then(|e| ConditionKind::find(&e.config.condition));
         if let (Some(asked), Some(own)) = (self.condition, own)
             && asked != own
         {

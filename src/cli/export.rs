@@ -2,6 +2,7 @@
 
 use crate::attach;
 use crate::cli::adapter_with_strength;
+use crate::cli::choice::choice;
 use crate::convert::export::{self, Request, Target};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
@@ -33,13 +34,13 @@ pub struct ExportArgs {
     #[arg(long, required = true, value_name = "DIR[=STRENGTH]")]
     adapter: Vec<String>,
     /// What to write
-    #[arg(long, value_enum)]
+    #[arg(long, value_parser = choice::<Target>())]
     to: Target,
     /// Folder, or file for a LoRA or checkpoint; must not be there yet
     #[arg(long, value_name = "PATH")]
     output: PathBuf,
     /// Number format [default: f32 for adapters, that of the model's files for models]
-    #[arg(long, value_enum)]
+    #[arg(long, value_parser = choice::<Precision>())]
     dtype: Option<Precision>,
     /// Strength of a single adapter
     #[arg(long, value_name = "S", allow_negative_numbers = true)]

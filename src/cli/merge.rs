@@ -4,6 +4,7 @@ use crate::adapter::combine::{How, combine};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::attach::loaded::{FULL_UNET, TEXT_CLASS, TEXT_ENCODER, UNET_CLASS};
 use crate::cli::adapter_with_strength;
+use crate::cli::choice::choice;
 use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
@@ -28,7 +29,7 @@ pub struct MergeArgs {
     #[arg(required = true, value_name = "DIR[=STRENGTH]")]
     adapters: Vec<String>,
     /// For orthogonal methods
-    #[arg(long, value_enum, default_value_t = How::Chain)]
+    #[arg(long, value_parser = choice::<How>(), default_value = "chain")]
     how: How,
     /// Folder for the new adapter; must not be there yet
     #[arg(long, value_name = "DIR")]

@@ -1,5 +1,6 @@
 //! The command line: what the user typed, turned into calls of the library.
 
+mod choice;
 mod compare;
 mod control;
 mod doctor;
@@ -13,7 +14,9 @@ mod prepare;
 mod sample;
 mod start;
 pub mod terminal;
+mod towers;
 mod train;
+mod train_flags;
 mod words;
 
 use crate::error::{Error, Result};
@@ -77,10 +80,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), 
     let args = words::normalise(args.into_iter().collect())?;
     let matches = Cli::command().try_get_matches_from(args).map_err(Early::Clap)?;
     let cli = Cli::from_arg_matches(&matches).map_err(Early::Clap)?;
-    let typed = matches.subcommand().map(|(_, m)| m.clone()).unwrap_or_default();
     let terminal = terminal::Terminal::default();
     Ok(match cli.command {
-        Verb::Train(args) => train::run(&args, &typed, &terminal),
+        Verb::Train(args) => train::run(&args, &terminal),
         Verb::Sample(args) => sample::run(&args, &terminal),
         Verb::Prepare(args) => prepare::run(&args, &terminal),
         Verb::Compare(args) => compare::run(&args, &terminal),

@@ -2,6 +2,7 @@
 
 use crate::attach;
 use crate::attach::loaded::LoadedAdapter;
+use crate::cli::choice::choice;
 use crate::cli::control::{ControlArgs, Controlled, Pairs};
 use crate::cli::noise::{Source, read_noise};
 use crate::cli::output::Output;
@@ -77,10 +78,10 @@ pub struct SampleArgs {
     height: Option<i64>,
 
     /// Scheduler [default: the model's]
-    #[arg(long, value_enum, help_heading = "Sampling")]
+    #[arg(long, value_parser = choice::<SamplerKind>(), help_heading = "Sampling")]
     scheduler: Option<SamplerKind>,
     /// How timesteps are spread [default: the sampler's own way]
-    #[arg(long, value_enum, help_heading = "Sampling")]
+    #[arg(long, value_parser = choice::<Spacing>(), help_heading = "Sampling")]
     timestep_spacing: Option<Spacing>,
     /// Karras' noise levels: true or false [default: true for heun, unipc and dpm++2m-karras]
     #[arg(long, value_name = "BOOL", help_heading = "Sampling")]
@@ -98,7 +99,7 @@ pub struct SampleArgs {
     #[arg(long, default_value_t = DeviceChoice::Auto, help_heading = "Sampling")]
     device: DeviceChoice,
     /// Number format of the model
-    #[arg(long, alias = "mixed-precision", value_enum, default_value_t = Precision::F32, help_heading = "Sampling")]
+    #[arg(long, alias = "mixed-precision", value_parser = choice::<Precision>(), default_value = "f32", help_heading = "Sampling")]
     dtype: Precision,
     /// CPU threads [default: libtorch's choice]
     #[arg(long, help_heading = "Sampling")]

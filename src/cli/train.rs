@@ -1,6 +1,8 @@
 //! `hra train`.
 
 use crate::cli::terminal;
+use crate::cli::towers::TowerFlags;
+use crate::cli::train_flags::Typed;
 use crate::error::{Error, Result};
 use crate::lab::compare::checkpoints::{self, Judges, Scored};
 use crate::lab::evaluate::TowerPaths;
@@ -11,12 +13,12 @@ use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
 use crate::train::run::{CONFIG_FILE, RunFolder};
 use crate::train::{self, Outcome, Resume, checkpoint};
-use clap::{ArgMatches, Args};
+use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-/// Flags of `hra train`. The settings themselves are [`TrainConfig`]'s.
+/// Flags of `hra train`; those of the settings are in train_flags.rs.
 #[derive(Debug, Args)]
 #[command(
     about = "Train an adapter on pictures of a subject, or on pairs of picture and condition",
@@ -30,7 +32,7 @@ pub struct TrainArgs {
     /// Config file (TOML)
     config: Option<PathBuf>,
     #[command(flatten)]
-    settings: TrainConfig,
+    settings: Typed,
     /// Go on with the run in --output_dir: latest, or the step of a checkpoint; later checkpoints and records are removed
     #[arg(
         long,
@@ -46,7 +48,7 @@ pub struct TrainArgs {
     #[arg(long, help_heading = "Scores")]
     score: bool,
     #[command(flatten)]
-    towers: TowerPaths,
+    towers: TowerFlags,
     /// The rare token, which the texts of CLIP-T are without
     #[arg(long, value_name = "TOKEN", default_value = "sks", help_heading = "Scores")]
     token: String,
@@ -58,11 +60,11 @@ pub struct TrainArgs {
     json: bool,
 }
 
-/// Runs `hra train`; `typed` says which flags were given.
-pub fn run(args: &TrainArgs, typed: &ArgMatches, observer: &dyn Observer) -> Result<()> {
+/// Runs `hra train`.
+pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
     let file = args.config.as_deref();
     let resume: Option<Resume> = args.resume.as_deref().map(str::parse).transpose()?;
-    let given = TrainConfig::from_matches(typed, file.as_slice())?;
+    let given = TrainConfig::merged(file.as_slice(), &args.settings.0)?;
     let config = match &resume {
         None => given.with_absolute_paths()?,
         Some(_) => {
@@ -70,7 +72,7 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches, observer: &dyn Observer) -> Res
             let saved = given.output_dir.join(CONFIG_FILE);
             let before = TrainConfig::read(&saved)?;
             let files: Vec<_> = std::iter::once(saved.as_path()).chain(file).collect();
-            let mut config = TrainConfig::from_matches(typed, &files)?;
+            let mut config = TrainConfig::merged(&files, &args.settings.0)?;
             // The folder that was named holds the run, even if it was moved since.
             config.output_dir = given.output_dir;
             let config = config.with_absolute_paths()?;
@@ -84,7 +86,7 @@ pub fn run(args: &TrainArgs, typed: &ArgMatches, observer: &dyn Observer) -> Res
     }
     terminal::listen()?;
     let judges = Judges {
-        towers: args.towers.clone(),
+        towers: args.towers.paths(),
         token: args.token.clone(),
         drift_prompts: args.drift_prompt.clone(),
     };

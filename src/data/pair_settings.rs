@@ -1,6 +1,7 @@
 //! How pairs of picture and condition are read.
 
 use crate::data::image::edges::Thresholds;
+use crate::platform::choice::{Choice, Named, named};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -8,9 +9,7 @@ use std::path::PathBuf;
 pub(super) const COLUMNS: [&str; 3] = ["file_name", "text", "conditioning_image"];
 
 /// What the conditions of a data set are.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
-)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ConditionKind {
     /// Edges, white on black; made from the picture where no file is named
@@ -24,14 +23,33 @@ pub enum ConditionKind {
     Other,
 }
 
+impl Choice for ConditionKind {
+    const CHOICES: &'static [Named<Self>] = &[
+        named(
+            Self::Canny,
+            "canny",
+            &[],
+            "Edges, white on black; made from the picture where no file is named",
+        ),
+        named(
+            Self::Segmentation,
+            "segmentation",
+            &[],
+            "A colour for each class; with a palette also maps of class numbers",
+        ),
+        named(
+            Self::Landmarks,
+            "landmarks",
+            &[],
+            "Points of a face, as a picture or as a file of points that are drawn",
+        ),
+        named(Self::Other, "other", &[], "Any other picture, shown as it is"),
+    ];
+}
+
 impl fmt::Display for ConditionKind {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Self::Canny => "canny",
-            Self::Segmentation => "segmentation",
-            Self::Landmarks => "landmarks",
-            Self::Other => "other",
-        })
+        f.write_str(self.word())
     }
 }
 

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
 use crate::error::{Error, Result};
+use crate::platform::choice::{Choice, Named, named};
 use crate::platform::cuda;
 pub use crate::platform::cuda::{CudaState, load_cuda};
 
@@ -75,21 +76,26 @@ impl From<DeviceChoice> for String {
 }
 
 /// The number format of the frozen base model; adapters and the optimiser are always f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Precision {
     /// 32-bit floats.
     #[default]
-    #[value(name = "f32", aliases = ["fp32", "no", "float32"])]
     #[serde(rename = "f32", alias = "fp32", alias = "no", alias = "float32")]
     F32,
     /// Brain floats: the range of f32 with 8 bits of mantissa.
-    #[value(name = "bf16", aliases = ["bfloat16"])]
     #[serde(rename = "bf16", alias = "bfloat16")]
     Bf16,
     /// Half floats.
-    #[value(name = "f16", aliases = ["fp16", "float16"])]
     #[serde(rename = "f16", alias = "fp16", alias = "float16")]
     F16,
+}
+
+impl Choice for Precision {
+    const CHOICES: &'static [Named<Self>] = &[
+        named(Self::F32, "f32", &["fp32", "no", "float32"], "32-bit floats"),
+        named(Self::Bf16, "bf16", &["bfloat16"], "Brain floats: the range of f32 with 8 bits of mantissa"),
+        named(Self::F16, "f16", &["fp16", "float16"], "Half floats"),
+    ];
 }
 
 impl Precision {
@@ -107,7 +113,7 @@ impl FromStr for Precision {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        clap::ValueEnum::from_str(text, false).map_err(|_| {
+        Self::find(text).ok_or_else(|| {
             Error::config(format!("precision: expected f32 (fp32, no), bf16 or f16 (fp16), found `{text}`"))
         })
     }
@@ -115,11 +121,7 @@ impl FromStr for Precision {
 
 impl fmt::Display for Precision {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::F16 => "f16",
-        })
+        f.write_str(self.word())
     }
 }
 

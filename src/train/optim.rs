@@ -5,6 +5,7 @@
 
 use crate::attach::parameters::Parameters;
 use crate::error::{Error, Result};
+use crate::platform::choice::{Choice, Named, named};
 use crate::platform::host;
 use tch::{Device, Kind, Tensor};
 use torch_extra::{AdamWNumbers, AdamWTensors};
@@ -141,17 +142,26 @@ impl Ema {
 }
 
 /// How the learning rate changes; names and formulas of diffusers' `get_scheduler`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LrSchedule {
     Constant,
-    #[value(name = "constant_with_warmup", alias = "constant-with-warmup")]
     ConstantWithWarmup,
     Linear,
     Cosine,
-    #[value(name = "cosine_with_restarts", alias = "cosine-with-restarts")]
     CosineWithRestarts,
     Polynomial,
+}
+
+impl Choice for LrSchedule {
+    const CHOICES: &'static [Named<Self>] = &[
+        named(Self::Constant, "constant", &[], ""),
+        named(Self::ConstantWithWarmup, "constant_with_warmup", &["constant-with-warmup"], ""),
+        named(Self::Linear, "linear", &[], ""),
+        named(Self::Cosine, "cosine", &[], ""),
+        named(Self::CosineWithRestarts, "cosine_with_restarts", &["cosine-with-restarts"], ""),
+        named(Self::Polynomial, "polynomial", &[], ""),
+    ];
 }
 
 /// A schedule with its numbers.

@@ -366,9 +366,7 @@ pub fn checkpoint(scratch: &Path, input: &[u8]) {
 pub fn train_config(scratch: &Path, input: &[u8]) {
     put(scratch, "config.toml", input);
     let path = scratch.join("config.toml");
-    let command = <TrainConfig as clap::Args>::augment_args(clap::Command::new("train"));
-    let matches = command.try_get_matches_from(["train"]).expect("no flag is needed");
-    let given = TrainConfig::from_matches(&matches, &[&path]);
+    let given = TrainConfig::merged(&[&path], &toml::Table::new());
     for config in [given, TrainConfig::read(&path)].into_iter().flatten() {
         let _ = (
             config.method().map(|m| m.map(|m| m.describe())),

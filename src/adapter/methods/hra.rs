@@ -17,19 +17,37 @@ use crate::adapter::method::{
 use crate::adapter::reflections::{Reflections, wy_factor};
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, check_stored_rank, matrix_shape};
 use crate::error::{Error, Result};
+use crate::platform::choice::{Choice, Named, named};
 use crate::platform::host;
 use crate::platform::random;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
 /// How the raw vectors start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HraInit {
     /// Ours: paired columns (or, for Gram-Schmidt, the directions that the layer uses least).
     Auto,
     /// PEFT's draw: its bound depends on the rank, and its Gram-Schmidt start is random.
     Peft,
+}
+
+impl Choice for HraInit {
+    const CHOICES: &'static [Named<Self>] = &[
+        named(
+            Self::Auto,
+            "auto",
+            &[],
+            "Ours: paired columns (or, for Gram-Schmidt, the directions that the layer uses least)",
+        ),
+        named(
+            Self::Peft,
+            "peft",
+            &[],
+            "PEFT's draw: its bound depends on the rank, and its Gram-Schmidt start is random",
+        ),
+    ];
 }
 
 /// The settings of HRA.

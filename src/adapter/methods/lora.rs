@@ -10,6 +10,7 @@ use crate::adapter::peft_fields::{Fields, factor};
 use crate::adapter::peft_patterns::{Exceptions, Patterns};
 use crate::adapter::{Adapter, Change, Form, Frozen, check_stored_rank, matrix_shape};
 use crate::error::{Error, Result};
+use crate::platform::choice::{Choice, Named, named};
 use crate::platform::host;
 use crate::platform::random;
 use serde_json::{Map, Value, json};
@@ -19,13 +20,30 @@ use tch::{Device, Kind, Tensor};
 const MOST_ALPHA: f64 = 1e12;
 
 /// How A starts; B starts at zero, so training starts at the base model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LoraInit {
     /// Normal with deviation `1 / r`: PEFT's `gaussian`, and what diffusers' training scripts use.
     Gaussian,
     /// Uniform in `+- 1 / sqrt(d_in)`: torch's `kaiming_uniform(a = sqrt 5)`, PEFT's default.
     Kaiming,
+}
+
+impl Choice for LoraInit {
+    const CHOICES: &'static [Named<Self>] = &[
+        named(
+            Self::Gaussian,
+            "gaussian",
+            &[],
+            "Normal with deviation `1 / r`: PEFT's `gaussian`, and what diffusers' training scripts use",
+        ),
+        named(
+            Self::Kaiming,
+            "kaiming",
+            &[],
+            "Uniform in `+- 1 / sqrt(d_in)`: torch's `kaiming_uniform(a = sqrt 5)`, PEFT's default",
+        ),
+    ];
 }
 
 /// The settings of LoRA, and of DoRA.

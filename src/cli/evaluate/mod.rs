@@ -4,6 +4,7 @@ mod conditions;
 mod report;
 
 use crate::cli::terminal;
+use crate::cli::towers::TowerFlags;
 use crate::data::image::{RgbImage, load_rgb, read_png_text};
 use crate::data::{Image, ImageFolder};
 use crate::error::{Error, Result};
@@ -68,7 +69,7 @@ pub struct EvaluateArgs {
     token: String,
 
     #[command(flatten)]
-    towers: TowerPaths,
+    towers: TowerFlags,
 
     #[command(flatten)]
     conditions: ConditionArgs,
@@ -102,7 +103,7 @@ struct Known {
 
 /// Runs `hra evaluate`.
 pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
-    if args.towers == TowerPaths::default() && args.base.is_none() && args.conditions.nothing() {
+    if args.towers.paths() == TowerPaths::default() && args.base.is_none() && args.conditions.nothing() {
         return Err(Error::config(
             "nothing to score with\nhint: give a tower (--clip, --dino, --dinov2, --lpips-vgg, --lpips-alex) for similarity to \
              --real, --base DIR for drift, or --edges-of DIR, --subject-masks DIR .. for conditions",
@@ -119,7 +120,7 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
     let real = args.real.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let look_alikes = args.look_alikes.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let masks = args.masks.as_deref().map(|dir| masks(dir, &real.paths)).transpose()?;
-    let paths = args.towers.resolved(observer)?;
+    let paths = args.towers.paths().resolved(observer)?;
     let towers = Towers::load(&paths, compute.device, observer)?;
     let references = References {
         real: real.pictures.iter().collect(),
@@ -262,7 +263,7 @@ fn drawn(args: &EvaluateArgs) -> Result<Vec<Drawn>> {
         return Err(Error::Data("expected pictures to score, found contact sheets only".into()));
     }
     let unknown = drawn.iter().filter(|drawn| drawn.prompt.is_none()).count();
-    let TowerPaths { clip, lpips_vgg, lpips_alex, .. } = &args.towers;
+    let TowerPaths { clip, lpips_vgg, lpips_alex, .. } = &args.towers.paths();
     if unknown > 0 && [clip, lpips_vgg, lpips_alex].into_iter().any(Option::is_some) {
         eprintln!(
             "note: {unknown} of {} pictures come without a prompt and get no clip_t or diversity (--prompt, --prompt-file)",

@@ -17,6 +17,7 @@ use crate::convert::single_file::{self, Replaced};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::layers::{Layers, Module};
+use crate::platform::choice::{Choice, Named, named};
 use crate::platform::{files, host, hub};
 use crate::weights::part::Part;
 use crate::weights::source::Source;
@@ -25,7 +26,7 @@ use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 
 /// What is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// PEFT folder of the adapter's own method
     Peft,
@@ -39,6 +40,22 @@ pub enum Target {
     Merged,
     /// The whole model as one checkpoint file for A1111 and ComfyUI
     Checkpoint,
+}
+
+impl Choice for Target {
+    const CHOICES: &'static [Named<Self>] = &[
+        named(Self::Peft, "peft", &[], "PEFT folder of the adapter's own method"),
+        named(Self::PeftLora, "peft-lora", &[], "PEFT folder of a LoRA with the same effect"),
+        named(Self::DiffusersLora, "diffusers-lora", &[], "LoRA file for diffusers' `load_lora_weights`"),
+        named(Self::KohyaLora, "kohya-lora", &[], "LoRA file for A1111, ComfyUI and kohya's scripts"),
+        named(Self::Merged, "merged", &[], "The whole model as a Hugging Face folder"),
+        named(
+            Self::Checkpoint,
+            "checkpoint",
+            &[],
+            "The whole model as one checkpoint file for A1111 and ComfyUI",
+        ),
+    ];
 }
 
 /// What to write, and from what.

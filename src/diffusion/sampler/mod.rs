@@ -14,17 +14,17 @@ mod schedule;
 mod solver;
 mod unipc;
 
-use clap::ValueEnum;
 use tch::{Kind, Tensor};
 
 pub use schedule::Spacing;
 use schedule::scaled;
 
 use crate::diffusion::noise::{Prediction, SchedulerConfig};
+use crate::platform::choice::{Choice, Named, named};
 use crate::{Error, Result};
 
 /// The samplers, under the names that the command line uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum SamplerKind {
     /// DDIM without added noise
@@ -34,19 +34,38 @@ pub enum SamplerKind {
     /// Euler
     Euler,
     /// Euler, adding noise at each step
-    #[value(name = "euler-a", alias = "euler_a", alias = "euler-ancestral")]
     EulerAncestral,
     /// DPM-Solver++, second order, multistep
-    #[value(name = "dpm++2m", alias = "dpmpp_2m", alias = "dpmpp-2m")]
     DpmPp2m,
     /// DPM-Solver++ on Karras' noise levels
-    #[value(name = "dpm++2m-karras", alias = "dpmpp_2m_karras", alias = "dpmpp-2m-karras")]
     DpmPp2mKarras,
     /// Heun, two model calls a step
     Heun,
     /// UniPC, second order
-    #[value(name = "unipc", alias = "uni_pc")]
     UniPc,
+}
+
+impl Choice for SamplerKind {
+    const CHOICES: &'static [Named<Self>] = &[
+        named(Self::Ddim, "ddim", &[], "DDIM without added noise"),
+        named(Self::Pndm, "pndm", &[], "PNDM, or PLMS where the config skips the Runge-Kutta steps"),
+        named(Self::Euler, "euler", &[], "Euler"),
+        named(
+            Self::EulerAncestral,
+            "euler-a",
+            &["euler_a", "euler-ancestral"],
+            "Euler, adding noise at each step",
+        ),
+        named(Self::DpmPp2m, "dpm++2m", &["dpmpp_2m", "dpmpp-2m"], "DPM-Solver++, second order, multistep"),
+        named(
+            Self::DpmPp2mKarras,
+            "dpm++2m-karras",
+            &["dpmpp_2m_karras", "dpmpp-2m-karras"],
+            "DPM-Solver++ on Karras' noise levels",
+        ),
+        named(Self::Heun, "heun", &[], "Heun, two model calls a step"),
+        named(Self::UniPc, "unipc", &["uni_pc"], "UniPC, second order"),
+    ];
 }
 
 impl SamplerKind {
@@ -107,16 +126,7 @@ impl SamplerKind {
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Ddim => "ddim",
-            Self::Pndm => "pndm",
-            Self::Euler => "euler",
-            Self::EulerAncestral => "euler-a",
-            Self::DpmPp2m => "dpm++2m",
-            Self::DpmPp2mKarras => "dpm++2m-karras",
-            Self::Heun => "heun",
-            Self::UniPc => "unipc",
-        }
+        self.word()
     }
 }
 
@@ -130,8 +140,8 @@ impl std::str::FromStr for SamplerKind {
     type Err = crate::Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        <Self as ValueEnum>::from_str(name, true).map_err(|_| {
-            let names: Vec<_> = Self::value_variants().iter().map(|kind| kind.name()).collect();
+        Self::find(name).ok_or_else(|| {
+            let names: Vec<_> = Self::CHOICES.iter().map(|choice| choice.name).collect();
             crate::Error::config(format!("sampler: expected one of {}, found {name}", names.join(", ")))
         })
     }

@@ -6,11 +6,12 @@
 use tch::Tensor;
 
 use crate::diffusion::noise::{DEFAULT_BETAS, SchedulerConfig};
+use crate::platform::choice::{Choice, Named, named};
 use crate::platform::host;
 use crate::{Error, Result};
 
 /// How timesteps are spread over the training range.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Spacing {
     /// Evenly, with both ends
     Linspace,
@@ -20,14 +21,18 @@ pub enum Spacing {
     Trailing,
 }
 
+impl Choice for Spacing {
+    const CHOICES: &'static [Named<Self>] = &[
+        named(Self::Linspace, "linspace", &[], "Evenly, with both ends"),
+        named(Self::Leading, "leading", &[], "Evenly, from the clean end"),
+        named(Self::Trailing, "trailing", &[], "Evenly, from the noisy end"),
+    ];
+}
+
 impl Spacing {
     /// As a scheduler's config spells it.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Linspace => "linspace",
-            Self::Leading => "leading",
-            Self::Trailing => "trailing",
-        }
+        self.word()
     }
 }
 

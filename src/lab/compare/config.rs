@@ -62,7 +62,7 @@ pub struct CompareConfig {
 }
 
 /// How scores are computed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// On pictures that were not trained on, after the last step, with prompts as they were drawn.

@@ -10,31 +10,24 @@ use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
 use crate::weights::scope::Weights;
 use crate::weights::tensor_file::TensorFile;
-use clap::Args;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind};
 
-/// Where the towers are; a score whose tower is not given is left out. Flags of `hra evaluate` and `hra train --score`, and
-/// the `[scores]` table of a comparison.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Args)]
+/// Where the towers are; a score whose tower is not given is left out. The `[scores]` table of a comparison.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TowerPaths {
-    /// CLIP (any CLIPModel): folder or hub id, such as openai/clip-vit-large-patch14; scores clip_i and clip_t
-    #[arg(long, value_name = "DIR", help_heading = "Scores")]
+    /// CLIP (any CLIPModel): folder or hub id, such as openai/clip-vit-large-patch14; scores clip_i and clip_t.
     pub clip: Option<PathBuf>,
-    /// DINO: folder or hub id, such as facebook/dino-vits16
-    #[arg(long, value_name = "DIR", help_heading = "Scores")]
+    /// DINO: folder or hub id, such as facebook/dino-vits16.
     pub dino: Option<PathBuf>,
-    /// DINOv2: folder or hub id, such as facebook/dinov2-base
-    #[arg(long, value_name = "DIR", help_heading = "Scores")]
+    /// DINOv2: folder or hub id, such as facebook/dinov2-base.
     pub dinov2: Option<PathBuf>,
-    /// LPIPS with VGG, as tools/lpips_to_safetensors.py writes it
-    #[arg(long, value_name = "FILE", help_heading = "Scores")]
+    /// LPIPS with VGG, as tools/lpips_to_safetensors.py writes it.
     pub lpips_vgg: Option<PathBuf>,
-    /// LPIPS with AlexNet, as tools/lpips_to_safetensors.py writes it
-    #[arg(long, value_name = "FILE", help_heading = "Scores")]
+    /// LPIPS with AlexNet, as tools/lpips_to_safetensors.py writes it.
     pub lpips_alex: Option<PathBuf>,
 }
 

@@ -12,6 +12,7 @@ pub use net::ControlNet;
 
 use crate::model::UNet;
 use crate::model::denoiser::{Call, Signals};
+use crate::platform::choice::{Choice, Named, named};
 use tch::Tensor;
 
 /// Each row after as many rows of zeros as there are rows: nothing is added to the first half of a batch.
@@ -25,9 +26,7 @@ fn in_second_half(signals: Signals) -> Signals {
 }
 
 /// Which of guidance's two passes see the condition.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
-)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Passes {
     /// Both, as the HRA authors' and ControlNet's scripts do
@@ -35,6 +34,18 @@ pub enum Passes {
     Both,
     /// The prompt's alone, so that guidance strengthens the condition too
     Conditional,
+}
+
+impl Choice for Passes {
+    const CHOICES: &'static [Named<Self>] = &[
+        named(Self::Both, "both", &[], "Both, as the HRA authors' and ControlNet's scripts do"),
+        named(
+            Self::Conditional,
+            "conditional",
+            &[],
+            "The prompt's alone, so that guidance strengthens the condition too",
+        ),
+    ];
 }
 
 /// A control of either kind.

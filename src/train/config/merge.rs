@@ -4,10 +4,8 @@
 use crate::error::{Error, Result};
 use crate::platform::hub;
 use crate::platform::observer::Observer;
-use crate::train::config::TrainConfig;
+use crate::train::config::{TrainConfig, UNSET, own_names};
 use crate::train::optim::LrSchedule;
-use clap::parser::ValueSource;
-use clap::{ArgMatches, Args, FromArgMatches};
 use std::path::{Path, PathBuf};
 
 /// Settings that may differ when a run is resumed: they do not change the steps already made.
@@ -32,9 +30,8 @@ const FREE_ON_RESUME: [&str; 16] = [
 
 impl TrainConfig {
     /// What was typed wins over `files`, of which a later one wins over an earlier one; the defaults come last.
-    pub fn from_matches(matches: &ArgMatches, files: &[&Path]) -> Result<Self> {
-        let typed = Self::from_arg_matches(matches).map_err(|e| Error::config(e.to_string()))?;
-        let mut merged = toml::Table::new();
+    pub fn merged(files: &[&Path], typed: &toml::Table) -> Result<Self> {
+        let mut merged = Self::defaults()?;
         for path in files {
             let text = crate::platform::files::read_to_string(path)?;
             let problem = |e: toml::de::Error| {
@@ -43,15 +40,10 @@ impl TrainConfig {
             };
             let table = own_names(toml::from_str(&text).map_err(problem)?);
             // Alone over the defaults first, so that a mistake is told with the file it is in.
-            over(typed.to_table()?, &table).try_into::<Self>().map_err(problem)?;
+            over(Self::defaults()?, &table).try_into::<Self>().map_err(problem)?;
             merged = over(merged, &table);
         }
-        let mut typed_only = typed.to_table()?;
-        let mut defaults = typed_only.clone();
-        typed_only.retain(|key, _| matches.value_source(key) == Some(ValueSource::CommandLine));
-        defaults.retain(|key, _| !typed_only.contains_key(key));
-        let merged = over(over(defaults, &merged), &typed_only);
-        merged.try_into().map_err(|e: toml::de::Error| Error::config(e.to_string()))
+        over(merged, typed).try_into().map_err(|e: toml::de::Error| Error::config(e.to_string()))
     }
 
     /// Reads a resolved config, as a run folder holds it.
@@ -71,8 +63,7 @@ impl TrainConfig {
     }
 
     fn defaults() -> Result<toml::Table> {
-        let defaults = arguments().try_get_matches_from(["train"]).and_then(|m| Self::from_arg_matches(&m));
-        defaults.map_err(|e| Error::config(e.to_string()))?.to_table()
+        Self::default().to_table()
     }
 
     /// The same settings with every path made absolute, so that a run can be resumed from any folder. A hub id stays as it is.
@@ -103,11 +94,8 @@ impl TrainConfig {
         let cannot = |e| Error::config(format!("the settings cannot be written as TOML: {e}"));
         let mut text = toml::to_string(self).map_err(cannot)?;
         let table = self.to_table()?;
-        for arg in arguments().get_arguments().filter(|arg| !table.contains_key(arg.get_id().as_str())) {
-            let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
-            let default =
-                help.split_once("[default: ").map_or("not used", |(_, rest)| rest.trim_end_matches(']'));
-            text += &format!("# {} is not set: {default}\n", arg.get_id());
+        for (key, default) in UNSET.iter().filter(|(key, _)| !table.contains_key(*key)) {
+            text += &format!("# {key} is not set: {default}\n");
         }
         Ok(text)
     }
@@ -150,23 +138,6 @@ impl TrainConfig {
         toml::Table::try_from(self)
             .map_err(|e| Error::config(format!("the settings cannot be written as TOML: {e}")))
     }
-}
-
-/// The settings as clap knows them.
-fn arguments() -> clap::Command {
-    TrainConfig::augment_args(clap::Command::new("train"))
-}
-
-/// `table` with the command line's second names, which are keys too, replaced by the settings' own.
-pub fn own_names(mut table: toml::Table) -> toml::Table {
-    for arg in arguments().get_arguments() {
-        for alias in arg.get_all_aliases().unwrap_or_default() {
-            if let Some(value) = table.remove(&alias.replace('-', "_")) {
-                table.insert(arg.get_id().to_string(), value);
-            }
-        }
-    }
-    table
 }
 
 /// `table` with the entries of `winner` in place of its own.

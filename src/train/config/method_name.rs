@@ -3,7 +3,6 @@
 use crate::adapter::method::Entry;
 use crate::adapter::methods::{self, METHODS};
 use crate::error::{Error, Result};
-use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde::{Deserialize, Serialize};
 
 /// How the base model is adapted.
@@ -17,11 +16,9 @@ impl MethodName {
     /// What is used where nothing is said.
     pub const DEFAULT: Self = Self(METHODS[0].name);
 
-    /// Reads it from the command line, which lists all names.
-    pub fn parser() -> impl TypedValueParser<Value = Self> {
-        let values = METHODS.iter().map(|entry| PossibleValue::new(entry.name).help(entry.about));
-        let none = PossibleValue::new(Self::NONE.0).help("No adapter: the control encoder alone");
-        PossibleValuesParser::new(values.chain([none])).try_map(|word| word.parse::<Self>())
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        self.0
     }
 
     /// The method in the registry.

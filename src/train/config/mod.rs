@@ -3,10 +3,11 @@
 
 mod merge;
 mod method_name;
+mod names;
 mod validate;
 
-pub use merge::own_names;
 pub use method_name::MethodName;
+pub use names::{SECOND_NAMES, UNSET, own_names};
 
 use crate::adapter::Method;
 use crate::adapter::methods::hra::HraInit;
@@ -19,266 +20,253 @@ use crate::diffusion::sampler::SamplerKind;
 use crate::error::Result;
 use crate::platform::device::{DeviceChoice, Precision};
 use crate::train::optim::{AdamWConfig, LearningRate, LrSchedule};
-use clap::Args;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Everything that a training run depends on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Args)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Stable Diffusion to start from: folder, checkpoint file (.safetensors), or hub id owner/name[@revision]
-    #[arg(long, alias = "model", value_name = "MODEL", default_value = "", value_parser = any_path, hide_default_value = true, help_heading = "Model and output")]
+    /// Stable Diffusion to start from: folder, checkpoint file (.safetensors), or hub id owner/name[@revision].
     pub pretrained_model_name_or_path: PathBuf,
-    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json
-    #[arg(long, value_name = "DIR", help_heading = "Model and output")]
+    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json.
     pub model_config: Option<PathBuf>,
-    /// Run folder: adapter, metrics, previews and checkpoints go there and nowhere else
-    #[arg(
-        long,
-        alias = "output",
-        value_name = "DIR",
-        default_value = "runs/hra",
-        help_heading = "Model and output"
-    )]
+    /// Run folder: adapter, metrics, previews and checkpoints go there and nowhere else.
     pub output_dir: PathBuf,
-    /// Seed of every random draw of the run
-    #[arg(long, default_value_t = 0, help_heading = "Model and output")]
+    /// Seed of every random draw of the run.
     pub seed: u64,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value_t = DeviceChoice::Auto, help_heading = "Model and output")]
+    /// auto, cpu, cuda or cuda:N.
     pub device: DeviceChoice,
-    /// Number format of the frozen model; the adapter is always f32
-    #[arg(long, alias = "mixed-precision", value_enum, default_value_t = Precision::F32, help_heading = "Model and output")]
+    /// Number format of the frozen model; the adapter is always f32.
     pub dtype: Precision,
-    /// CPU threads [default: libtorch's choice]
-    #[arg(long, help_heading = "Model and output")]
+    /// CPU threads.
     pub threads: Option<i32>,
 
-    /// Folder with the pictures of the subject
-    #[arg(long, value_name = "DIR", default_value = "", value_parser = any_path, hide_default_value = true, help_heading = "Subject")]
+    /// Folder with the pictures of the subject.
     pub instance_data_dir: PathBuf,
-    /// Prompt of the subject, with its rare token, such as "a photo of sks dog"
-    #[arg(
-        long,
-        value_name = "PROMPT",
-        default_value = "",
-        hide_default_value = true,
-        help_heading = "Subject"
-    )]
+    /// Prompt of the subject, with its rare token, such as "a photo of sks dog".
     pub instance_prompt: String,
-    /// Pictures become squares of this many pixels [default: what the model was trained at]
-    #[arg(long, help_heading = "Subject")]
+    /// Pictures become squares of this many pixels.
     pub resolution: Option<u32>,
-    /// Cut the middle out of pictures that are not square, instead of a random square
-    #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Subject")]
+    /// Cut the middle out of pictures that are not square, instead of a random square.
     pub center_crop: bool,
-    /// Pictures of the subject (with --train_data_dir: pairs, of which 32 are measured) that are not trained on: their loss is
-    /// measured with fixed noise
-    #[arg(long, value_name = "PATH", help_heading = "Subject")]
+    /// Pictures of the subject (with --train_data_dir: pairs, of which 32 are measured) that are not trained on: their loss is measured with fixed noise.
     pub held_out_data_dir: Option<PathBuf>,
 
-    /// Train control, on pairs of picture and condition: a folder with metadata.jsonl or metadata.csv, or a .jsonl, .json or .csv file
-    #[arg(long, value_name = "PATH", help_heading = "Control")]
+    /// Train control, on pairs of picture and condition: a folder with metadata.jsonl or metadata.csv, or a .jsonl, .json or .csv file.
     pub train_data_dir: Option<PathBuf>,
-    /// What the conditions are
-    #[arg(long, value_enum, default_value_t = ConditionKind::Other, help_heading = "Control")]
+    /// What the conditions are.
     pub condition: ConditionKind,
-    /// Make the conditions from the pictures (canny), even where the pairs name files
-    #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Control")]
+    /// Make the conditions from the pictures (canny), even where the pairs name files.
     pub make_conditions: bool,
-    /// Lower threshold of edges that are made
-    #[arg(long, default_value_t = Thresholds::default().low, help_heading = "Control")]
+    /// Lower threshold of edges that are made.
     pub canny_low: f64,
-    /// Upper threshold of edges that are made
-    #[arg(long, default_value_t = Thresholds::default().high, help_heading = "Control")]
+    /// Upper threshold of edges that are made.
     pub canny_high: f64,
-    /// Colours of the classes (JSON), by which label maps become conditions
-    #[arg(long, value_name = "FILE", help_heading = "Control")]
+    /// Colours of the classes (JSON), by which label maps become conditions.
     pub palette: Option<PathBuf>,
-    /// Column of the pictures
-    #[arg(long, default_value = "file_name", help_heading = "Control")]
+    /// Column of the pictures.
     pub image_column: String,
-    /// Column of the captions
-    #[arg(long, default_value = "text", help_heading = "Control")]
+    /// Column of the captions.
     pub caption_column: String,
-    /// Column of the conditions
-    #[arg(long, default_value = "conditioning_image", help_heading = "Control")]
+    /// Column of the conditions.
     pub conditioning_image_column: String,
-    /// Share of captions that are left out, so that the condition alone must do
-    #[arg(long, default_value_t = 0.0, value_name = "SHARE", help_heading = "Control")]
+    /// Share of captions that are left out, so that the condition alone must do.
     pub proportion_empty_prompts: f64,
-    /// Peak learning rate of the control encoder [default: that of the UNet]
-    #[arg(long, help_heading = "Control")]
+    /// Peak learning rate of the control encoder.
     pub control_lr: Option<f64>,
-    /// Condition of a preview: one for each validation prompt, or one for all [default: the first held-out pairs]
-    #[arg(long = "validation-image", value_name = "IMAGE", help_heading = "Control")]
+    /// Condition of a preview: one for each validation prompt, or one for all.
     #[serde(default)]
     pub validation_image: Vec<PathBuf>,
 
-    /// Keep the class as it was: train on class pictures too
-    #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Prior preservation")]
+    /// Keep the class as it was: train on class pictures too.
     pub with_prior_preservation: bool,
-    /// Prompt of the class, such as "a photo of a dog"
-    #[arg(
-        long,
-        value_name = "PROMPT",
-        default_value = "",
-        hide_default_value = true,
-        help_heading = "Prior preservation"
-    )]
+    /// Prompt of the class, such as "a photo of a dog".
     pub class_prompt: String,
-    /// Folder of class pictures: your own, or empty to be filled [default: class_images in the run folder]
-    #[arg(long, value_name = "DIR", help_heading = "Prior preservation")]
+    /// Folder of class pictures: your own, or empty to be filled.
     pub class_data_dir: Option<PathBuf>,
-    /// Number of class pictures that the model makes
-    #[arg(long, default_value_t = 100, help_heading = "Prior preservation")]
+    /// Number of class pictures that the model makes.
     pub num_class_images: usize,
-    /// Weight of the class pictures' loss
-    #[arg(long, default_value_t = 1.0, help_heading = "Prior preservation")]
+    /// Weight of the class pictures' loss.
     pub prior_loss_weight: f64,
-    /// Pictures drawn at once, class pictures and previews
-    #[arg(long, default_value_t = 4, help_heading = "Prior preservation")]
+    /// Pictures drawn at once, class pictures and previews.
     pub sample_batch_size: usize,
-    /// Steps for a class picture
-    #[arg(long, default_value_t = 50, help_heading = "Prior preservation")]
+    /// Steps for a class picture.
     pub class_steps: usize,
-    /// Guidance for a class picture; nearer to 1 is nearer to what the model knows of the class
-    #[arg(long, default_value_t = 4.0, help_heading = "Prior preservation")]
+    /// Guidance for a class picture; nearer to 1 is nearer to what the model knows of the class.
     pub class_guidance: f64,
-    /// Scheduler for class pictures [default: the model's]
-    #[arg(long, value_enum, help_heading = "Prior preservation")]
+    /// Scheduler for class pictures.
     pub class_scheduler: Option<SamplerKind>,
 
-    /// Adaptation method
-    #[arg(long, value_parser = MethodName::parser(), default_value_t = MethodName::DEFAULT, help_heading = "Adapter")]
+    /// Adaptation method.
     pub method: MethodName,
-    /// Capacity: hra reflections (even), lora and dora rank; oft, coft, boft and ether+ split a layer's inputs into this many blocks
-    #[arg(long, alias = "hra-r", default_value_t = 8, help_heading = "Adapter")]
+    /// Capacity: hra reflections (even), lora and dora rank; oft, coft, boft and ether+ split a layer's inputs into this many blocks.
     pub rank: i64,
-    /// oft, coft, boft, ether+: size of a block, in place of the number of blocks
-    #[arg(long, aliases = ["oft-block-size", "boft-block-size"], value_name = "SIZE", help_heading = "Adapter")]
+    /// oft, coft, boft, ether+: size of a block, in place of the number of blocks.
     pub block_size: Option<i64>,
-    /// lora, dora: the change is scaled by alpha / rank [default: the rank]
-    #[arg(long, value_name = "ALPHA", help_heading = "Adapter")]
+    /// lora, dora: the change is scaled by alpha / rank.
     pub lora_alpha: Option<f64>,
-    /// lora, dora: scale by alpha / sqrt(rank) instead
-    #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Adapter")]
+    /// lora, dora: scale by alpha / sqrt(rank) instead.
     pub use_rslora: bool,
-    /// lora, dora: how the down projection starts
-    #[arg(long, value_enum, default_value_t = LoraInit::Gaussian, help_heading = "Adapter")]
+    /// lora, dora: how the down projection starts.
     pub init_lora_weights: LoraInit,
-    /// coft: how far a block may turn; its ball has the radius eps * b^2 / sqrt(blocks)
-    #[arg(long, aliases = ["eps", "oft-eps"], default_value_t = 6e-5, help_heading = "Adapter")]
+    /// coft: how far a block may turn; its ball has the radius eps * b^2 / sqrt(blocks).
     pub coft_eps: f64,
-    /// hra: weight of the orthogonality regulariser (the paper's lambda)
-    #[arg(long, alias = "lambda", default_value_t = 0.0, help_heading = "Adapter")]
+    /// hra: weight of the orthogonality regulariser (the paper's lambda).
     pub hra_lambda: f64,
-    /// hra: orthonormalise the vectors (the paper's lambda = infinity; PEFT's apply_GS)
-    #[arg(long, aliases = ["apply-gs", "apply-GS", "hra-apply-gs", "hra-apply-GS"], require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Adapter")]
+    /// hra: orthonormalise the vectors (the paper's lambda = infinity; PEFT's apply_GS).
     pub gram_schmidt: bool,
-    /// hra: start of the vectors: ours, whose best learning rate does not depend on the rank, or PEFT's draw
-    #[arg(long, value_enum, default_value_t = HraInit::Auto, help_heading = "Adapter")]
+    /// hra: start of the vectors: ours, whose best learning rate does not depend on the rank, or PEFT's draw.
     pub hra_init: HraInit,
-    /// hra: train an odd rank although it cannot start at the base model
-    #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Adapter")]
+    /// hra: train an odd rank although it cannot start at the base model.
     pub allow_odd_rank: bool,
-    /// Layers of the UNet to adapt: name endings separated by commas, or one regular expression for whole names
-    #[arg(long, value_delimiter = ',', value_name = "NAMES", default_values_t = ATTENTION.map(String::from), help_heading = "Adapter")]
+    /// Layers of the UNet to adapt: name endings separated by commas, or one regular expression for whole names.
     pub target_modules: Vec<String>,
-    /// Start from the values of this adapter folder (of the same method, rank and layers)
-    #[arg(long, value_name = "DIR", help_heading = "Adapter")]
+    /// Start from the values of this adapter folder (of the same method, rank and layers).
     pub init_adapter: Option<PathBuf>,
-    /// Train the text encoder too, by the same method
-    #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Adapter")]
+    /// Train the text encoder too, by the same method.
     pub train_text_encoder: bool,
-    /// Layers of the text encoder to adapt
-    #[arg(long, value_delimiter = ',', value_name = "NAMES", default_values_t = TEXT_ATTENTION.map(String::from), help_heading = "Adapter")]
+    /// Layers of the text encoder to adapt.
     pub text_target_modules: Vec<String>,
-    /// Biases that train beside the adapter: none, all of the network, or only those of adapted layers
-    #[arg(long, aliases = ["hra-bias", "lora-bias"], value_enum, default_value_t = Bias::None, help_heading = "Adapter")]
+    /// Biases that train beside the adapter: none, all of the network, or only those of adapted layers.
     pub bias: Bias,
 
-    /// Optimiser steps
-    #[arg(long, default_value_t = 1000, help_heading = "Optimisation")]
+    /// Optimiser steps.
     pub max_train_steps: i64,
-    /// Subject pictures for a step (with prior preservation, as many class pictures too)
-    #[arg(long, default_value_t = 1, help_heading = "Optimisation")]
+    /// Subject pictures for a step (with prior preservation, as many class pictures too).
     pub train_batch_size: usize,
-    /// Batches whose gradients are averaged for one step
-    #[arg(long, default_value_t = 1, help_heading = "Optimisation")]
+    /// Batches whose gradients are averaged for one step.
     pub gradient_accumulation_steps: usize,
-    /// Peak learning rate
-    #[arg(long, default_value_t = 1e-4, help_heading = "Optimisation")]
+    /// Peak learning rate.
     pub learning_rate: f64,
-    /// Peak learning rate of the text encoder [default: that of the UNet]
-    #[arg(long, alias = "learning-rate-text", help_heading = "Optimisation")]
+    /// Peak learning rate of the text encoder.
     pub text_encoder_lr: Option<f64>,
-    /// Learning-rate schedule
-    #[arg(long, value_enum, default_value_t = LrSchedule::Constant, help_heading = "Optimisation")]
+    /// Learning-rate schedule.
     pub lr_scheduler: LrSchedule,
-    /// Steps of linear warm-up (all schedules but constant)
-    #[arg(long, default_value_t = 0, help_heading = "Optimisation")]
+    /// Steps of linear warm-up (all schedules but constant).
     pub lr_warmup_steps: i64,
-    /// Cycles of cosine_with_restarts
-    #[arg(long, default_value_t = 1.0, help_heading = "Optimisation")]
+    /// Cycles of cosine_with_restarts.
     pub lr_num_cycles: f64,
-    /// Power of the polynomial schedule
-    #[arg(long, default_value_t = 1.0, help_heading = "Optimisation")]
+    /// Power of the polynomial schedule.
     pub lr_power: f64,
-    /// AdamW beta 1
-    #[arg(long, default_value_t = 0.9, help_heading = "Optimisation")]
+    /// AdamW beta 1.
     pub adam_beta1: f64,
-    /// AdamW beta 2
-    #[arg(long, default_value_t = 0.999, help_heading = "Optimisation")]
+    /// AdamW beta 2.
     pub adam_beta2: f64,
-    /// AdamW weight decay
-    #[arg(long, default_value_t = 1e-2, help_heading = "Optimisation")]
+    /// AdamW weight decay.
     pub adam_weight_decay: f64,
-    /// AdamW epsilon
-    #[arg(long, default_value_t = 1e-8, help_heading = "Optimisation")]
+    /// AdamW epsilon.
     pub adam_epsilon: f64,
-    /// Gradients are scaled down to this norm
-    #[arg(long, default_value_t = 1.0, help_heading = "Optimisation")]
+    /// Gradients are scaled down to this norm.
     pub max_grad_norm: f64,
-    /// Min-SNR weighting of the loss, 5.0 in its paper [default: off]
-    #[arg(long, help_heading = "Optimisation")]
+    /// Min-SNR weighting of the loss, 5.0 in its paper.
     pub snr_gamma: Option<f64>,
-    /// Average the adapter over steps; previews and the final adapter use the average
-    #[arg(long, require_equals = true, num_args = 0..=1, default_value_t = false, default_missing_value = "true", help_heading = "Optimisation")]
+    /// Average the adapter over steps; previews and the final adapter use the average.
     pub use_ema: bool,
-    /// Memory of that average
-    #[arg(long, default_value_t = 0.999, help_heading = "Optimisation")]
+    /// Memory of that average.
     pub ema_decay: f64,
 
-    /// Prompts of previews; may be given several times
-    #[arg(long = "validation-prompt", value_name = "PROMPT", help_heading = "Previews and checkpoints")]
+    /// Prompts of previews; may be given several times.
     #[serde(default)]
     pub validation_prompt: Vec<String>,
-    /// Pictures for each preview prompt; 0 for no previews
-    #[arg(long, default_value_t = 4, help_heading = "Previews and checkpoints")]
+    /// Pictures for each preview prompt; 0 for no previews.
     pub num_validation_images: usize,
-    /// Steps between previews, and between measurements of the held-out loss
-    #[arg(long, default_value_t = 100, help_heading = "Previews and checkpoints")]
+    /// Steps between previews, and between measurements of the held-out loss.
     pub validation_steps: i64,
-    /// Sampling steps for a preview
-    #[arg(long, default_value_t = 25, help_heading = "Previews and checkpoints")]
+    /// Sampling steps for a preview.
     pub validation_inference_steps: usize,
-    /// Guidance for previews
-    #[arg(long, default_value_t = 7.5, help_heading = "Previews and checkpoints")]
+    /// Guidance for previews.
     pub validation_guidance: f64,
-    /// Scheduler for previews [default: the model's]
-    #[arg(long, value_enum, help_heading = "Previews and checkpoints")]
+    /// Scheduler for previews.
     pub validation_scheduler: Option<SamplerKind>,
-    /// Steps between checkpoints
-    #[arg(long, default_value_t = 100, help_heading = "Previews and checkpoints")]
+    /// Steps between checkpoints.
     pub checkpointing_steps: i64,
-    /// Checkpoints to keep [default: all]
-    #[arg(long, help_heading = "Previews and checkpoints")]
+    /// Checkpoints to keep.
     pub checkpoints_total_limit: Option<usize>,
-    /// Steps between records of metrics.jsonl and TensorBoard; how far the weights moved is in every tenth, and with previews
-    #[arg(long, default_value_t = 10, help_heading = "Previews and checkpoints")]
+    /// Steps between records of metrics.jsonl and TensorBoard; how far the weights moved is in every tenth, and with previews.
     pub log_every: i64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            pretrained_model_name_or_path: PathBuf::new(),
+            model_config: None,
+            output_dir: PathBuf::from("runs/hra"),
+            seed: 0,
+            device: DeviceChoice::Auto,
+            dtype: Precision::F32,
+            threads: None,
+            instance_data_dir: PathBuf::new(),
+            instance_prompt: String::new(),
+            resolution: None,
+            center_crop: false,
+            held_out_data_dir: None,
+            train_data_dir: None,
+            condition: ConditionKind::Other,
+            make_conditions: false,
+            canny_low: Thresholds::default().low,
+            canny_high: Thresholds::default().high,
+            palette: None,
+            image_column: "file_name".into(),
+            caption_column: "text".into(),
+            conditioning_image_column: "conditioning_image".into(),
+            proportion_empty_prompts: 0.0,
+            control_lr: None,
+            validation_image: Vec::new(),
+            with_prior_preservation: false,
+            class_prompt: String::new(),
+            class_data_dir: None,
+            num_class_images: 100,
+            prior_loss_weight: 1.0,
+            sample_batch_size: 4,
+            class_steps: 50,
+            class_guidance: 4.0,
+            class_scheduler: None,
+            method: MethodName::DEFAULT,
+            rank: 8,
+            block_size: None,
+            lora_alpha: None,
+            use_rslora: false,
+            init_lora_weights: LoraInit::Gaussian,
+            coft_eps: 6e-5,
+            hra_lambda: 0.0,
+            gram_schmidt: false,
+            hra_init: HraInit::Auto,
+            allow_odd_rank: false,
+            target_modules: ATTENTION.map(String::from).to_vec(),
+            init_adapter: None,
+            train_text_encoder: false,
+            text_target_modules: TEXT_ATTENTION.map(String::from).to_vec(),
+            bias: Bias::None,
+            max_train_steps: 1000,
+            train_batch_size: 1,
+            gradient_accumulation_steps: 1,
+            learning_rate: 1e-4,
+            text_encoder_lr: None,
+            lr_scheduler: LrSchedule::Constant,
+            lr_warmup_steps: 0,
+            lr_num_cycles: 1.0,
+            lr_power: 1.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_weight_decay: 1e-2,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            snr_gamma: None,
+            use_ema: false,
+            ema_decay: 0.999,
+            validation_prompt: Vec::new(),
+            num_validation_images: 4,
+            validation_steps: 100,
+            validation_inference_steps: 25,
+            validation_guidance: 7.5,
+            validation_scheduler: None,
+            checkpointing_steps: 100,
+            checkpoints_total_limit: None,
+            log_every: 10,
+        }
+    }
 }
 
 impl TrainConfig {
@@ -339,9 +327,4 @@ impl TrainConfig {
         }
         rates
     }
-}
-
-/// A path that may be empty, which clap's own parser refuses.
-fn any_path(text: &str) -> std::result::Result<PathBuf, std::convert::Infallible> {
-    Ok(PathBuf::from(text))
 }

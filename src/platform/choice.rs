@@ -1,0 +1,40 @@
+//! Settings that are one of several words: the words, what each means, and what else each is called.
+
+/// A value with its names.
+pub struct Named<T> {
+    pub value: T,
+    /// As it is written.
+    pub name: &'static str,
+    /// Names that are accepted too.
+    pub others: &'static [&'static str],
+    /// What it is, for whoever has to choose.
+    pub about: &'static str,
+}
+
+/// A [`Named`] in one line.
+pub const fn named<T: Copy>(
+    value: T,
+    name: &'static str,
+    others: &'static [&'static str],
+    about: &'static str,
+) -> Named<T> {
+    Named { value, name, others, about }
+}
+
+/// One of several words, in files and on the command line.
+pub trait Choice: Copy + PartialEq + 'static {
+    /// All of them, in the order in which they are listed.
+    const CHOICES: &'static [Named<Self>];
+
+    /// Its name.
+    fn word(self) -> &'static str {
+        Self::CHOICES.iter().find(|choice| choice.value == self).map_or("", |choice| choice.name)
+    }
+
+    /// The value of this name, in letters of either case.
+    fn find(word: &str) -> Option<Self> {
+        let is = |name: &&str| name.eq_ignore_ascii_case(word);
+        let found = Self::CHOICES.iter().find(|choice| is(&choice.name) || choice.others.iter().any(is));
+        found.map(|choice| choice.value)
+    }
+}
