@@ -67,8 +67,20 @@ fn every_config_in_the_folder_validates_and_is_printed_whole() {
         config.validate().unwrap();
         count += 1;
     }
+    let whole = root().join("configs/sd15-subject.toml");
+    for entry in std::fs::read_dir(root().join("configs/methods")).unwrap() {
+        let part = entry.unwrap().path();
+        let [whole, part] = [&whole, &part].map(|path| path.to_str().unwrap());
+        let printed = scratch.ok(&["train", whole, part, "--print-config", "--seed", "5"]).out;
+        let table: toml::Table = toml::from_str(&printed).unwrap();
+        let overlay: toml::Table = toml::from_str(&std::fs::read_to_string(part).unwrap()).unwrap();
+        assert!(overlay.keys().all(|key| key == "output_dir" || table[key] == overlay[key]), "{part}");
+        assert_eq!(table["instance_prompt"].as_str(), Some("a photo of qwe dog"), "from the first file");
+        table.try_into::<hra::train::config::TrainConfig>().unwrap().validate().unwrap();
+        count += 1;
+    }
     assert!(comparisons >= 7, "quick, full, search, the paper's subjects, and control");
-    assert!(count >= 4, "the demo and the paper's three settings");
+    assert!(count >= 10, "the demo, control, and the methods of the paper's table");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::train::{self, Outcome, Resume, checkpoint};
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Flags of `hra train`; those of the settings are in train_flags.rs.
 #[derive(Debug, Args)]
@@ -24,13 +24,13 @@ use std::path::PathBuf;
     about = "Train an adapter on pictures of a subject, or on pairs of picture and condition",
     after_help = "Every long flag is a key of the config file, with underscores; flags win over the file. The words of \
                   diffusers' DreamBooth scripts are accepted, with hyphens or underscores.\n\n\
-                  Examples:\n  hra train configs/demo.toml\n  hra train --model DIR --instance_data_dir photos \
+                  Examples:\n  hra train configs/demo.toml\n  hra train configs/sd15-subject.toml configs/methods/lora.toml --model DIR --instance_data_dir photos\n  hra train --model DIR --instance_data_dir photos \
                   --instance_prompt \"a photo of sks dog\" --output_dir runs/dog\n  hra train --resume latest --output_dir \
                   runs/dog --max_train_steps 2000"
 )]
 pub struct TrainArgs {
-    /// Config file (TOML)
-    config: Option<PathBuf>,
+    /// Config files (TOML); a later one wins over those before it
+    config: Vec<PathBuf>,
     #[command(flatten)]
     settings: Typed,
     /// Go on with the run in --output_dir: latest, or the step of a checkpoint; later checkpoints and records are removed
@@ -62,16 +62,16 @@ pub struct TrainArgs {
 
 /// Runs `hra train`.
 pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
-    let file = args.config.as_deref();
+    let files: Vec<&Path> = args.config.iter().map(PathBuf::as_path).collect();
     let resume: Option<Resume> = args.resume.as_deref().map(str::parse).transpose()?;
-    let given = TrainConfig::merged(file.as_slice(), &args.settings.0)?;
+    let given = TrainConfig::merged(&files, &args.settings.0)?;
     let config = match &resume {
         None => given.with_absolute_paths()?,
         Some(_) => {
             RunFolder::check_run(&given.output_dir)?;
             let saved = given.output_dir.join(CONFIG_FILE);
             let before = TrainConfig::read(&saved)?;
-            let files: Vec<_> = std::iter::once(saved.as_path()).chain(file).collect();
+            let files: Vec<_> = std::iter::once(saved.as_path()).chain(files).collect();
             let mut config = TrainConfig::merged(&files, &args.settings.0)?;
             // The folder that was named holds the run, even if it was moved since.
             config.output_dir = given.output_dir;

@@ -309,6 +309,11 @@ fn told_with(error: Error, hidden: &Path, shown: &Path) -> Error {
     }
 }
 
+/// Bytes as hexadecimal digits.
+pub fn hex(bytes: impl AsRef<[u8]>) -> String {
+    bytes.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -180,7 +180,7 @@ impl Source {
             hash.update(part.folder());
             self.tensors(part)?.identify(&mut hash)?;
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(files::hex(hash.finalize()))
     }
 
     /// The names of a part's tensors in this checkpoint, or in the one that would be made of this folder.

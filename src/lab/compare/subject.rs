@@ -105,7 +105,7 @@ impl Subject {
 
 /// SHA-256 in hexadecimal.
 pub fn hash(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+    files::hex(Sha256::digest(bytes))
 }
 
 /// A name for folders: lower case, digits and single hyphens.

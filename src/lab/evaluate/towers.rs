@@ -137,5 +137,5 @@ pub fn identity(paths: &TowerPaths, observer: &dyn Observer) -> Result<String> {
 }
 
 fn short(hash: Sha256) -> String {
-    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    files::hex(&hash.finalize()[..8])
 }

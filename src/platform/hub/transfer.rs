@@ -6,6 +6,7 @@
 //! another host is asked over https only.
 
 use crate::error::Error;
+use crate::platform::files;
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -298,7 +299,7 @@ fn sha256(path: &Path) -> Result<String, Error> {
     loop {
         let n = file.read(&mut buffer).map_err(fail)?;
         if n == 0 {
-            return Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
+            return Ok(files::hex(hash.finalize()));
         }
         hash.update(&buffer[..n]);
     }
