@@ -58,6 +58,7 @@ test-cuda: build ## prove that all of it works on an NVIDIA GPU, in runs/gpu-che
 	  else echo "test-cuda: skipped, no NVIDIA driver on this machine"; fi
 
 gpu-bundle: build ## pack what tools/gpu_check.sh needs on a GPU machine without Rust, in .gpu/
+	$(CARGO) test --locked --test cuda --no-run
 	@tests=$$($(CARGO) test --locked --test cuda --no-run 2>&1 | sed -n 's/.*(\(.*cuda-[0-9a-f]*\)).*/\1/p') && \
 	  $(PYTHON) tools/gpu_bundle.py --program target/release/hra --tests "$$tests" --out .gpu
 

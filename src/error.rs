@@ -83,6 +83,9 @@ const CAUSES: [(&[&str], &str); 4] = [
             "ALLOC_FAILED",
             "cudaErrorMemoryAllocation",
             "ALLOCATION_FAILED",
+            // cuDNN, where no plan's workspace could be had; cuBLAS, whose handle takes memory.
+            "unable to find an engine to execute this computation",
+            "CUBLAS_STATUS_NOT_INITIALIZED",
         ],
         "memory does not suffice: lower the batch size, --width and --height or --resolution, or use --dtype bf16",
     ),
@@ -101,6 +104,7 @@ const CAUSES: [(&[&str], &str); 4] = [
     (
         &[
             "device lost",
+            "CUDA error: unknown error",
             "unspecified launch failure",
             "illegal memory access",
             "launch timed out",
@@ -138,6 +142,9 @@ mod tests {
             ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "memory does"),
             ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "memory does"),
             ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "memory does"),
+            ("GET was unable to find an engine to execute this computation", "memory does"),
+            ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", "memory does"),
+            ("CUDA error: unknown error", "the GPU does not answer"),
             (
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
                 "memory does",

@@ -25,6 +25,9 @@ const MOST_STEPS: usize = 12;
 fn compute_cases(compute: Compute, planted: f64) -> BTreeMap<String, Compared> {
     let mut here = Comparer::new(compute);
     here.planted = planted;
+    if compute.kind == Kind::Float {
+        training::loss_scale(&here);
+    }
     for case in stored_cases() {
         networks::texts(&here, &case);
         networks::unet_and_vae(&here, &case);

@@ -4,10 +4,8 @@ mod reference;
 mod support;
 
 use hra::attach::parameters::Parameters;
-use hra::train::loss_scale::LossScale;
 use hra::train::optim::{AdamW, AdamWConfig, clip_factor};
 use reference::{Comparer, REFERENCE, adapters, control, networks, training};
-use serde_json::Value;
 use std::collections::BTreeSet;
 use support::cases;
 use tch::{Device, Kind, Tensor};
@@ -70,48 +68,10 @@ fn control_encoders_give_the_same_output_and_gradients() {
     assert!(compared >= 2, "both kinds of stored cases have a control encoder");
 }
 
-/// torch's GradScaler and fused AdamW on made-up gradients, of which some overflow (`fixtures/make_loss_scale_fixtures.py`).
 #[test]
 fn the_loss_scale_of_f16_and_its_steps_are_those_of_torch() {
     support::pin_threads();
-    let text = std::fs::read_to_string(support::root().join("tests/fixtures/loss_scale.json")).unwrap();
-    let expected: Value = serde_json::from_str(&text).unwrap();
-    let numbers = |value: &Value| -> Vec<f32> {
-        value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect()
-    };
-    let number = |value: &Value| value.as_f64().unwrap();
-    let start = Tensor::from_slice(&numbers(&expected["start"]));
-    let mut parameters = Parameters::pack(&[vec![("values".to_string(), start)]]);
-    let weight_decay = number(&expected["weight_decay"]);
-    let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay };
-    let mut optimizer = AdamW::new(config, &parameters);
-    let mut loss_scale = LossScale::new(Device::Cpu);
-    let gradient = Tensor::from_slice(&numbers(&expected["gradient"]));
-    for (i, step) in expected["steps"].as_array().unwrap().iter().enumerate() {
-        let factor: f64 = step["factor"].as_str().unwrap().parse().unwrap();
-        parameters.zero_gradient();
-        let loss = (&parameters.views()[0].1 * &gradient * factor).sum(Kind::Float);
-        (loss * loss_scale.scale.get(0)).backward();
-        let scale = loss_scale.scale.get(0).copy();
-        let norm = parameters.gradient_norm() / &scale;
-        let overflow = LossScale::overflow(&norm);
-        let factor = clip_factor(&norm, number(&expected["clip"])) / scale;
-        let rate = number(&expected["learning_rate"]);
-        optimizer.step(&mut parameters, &factor, &[rate], Some(&overflow)).unwrap();
-        loss_scale.update(&overflow);
-        let values: Vec<f32> = Vec::try_from(parameters.flat()).unwrap();
-        for (found, expected) in values.iter().zip(numbers(&step["values"])) {
-            assert!((found - expected).abs() <= 1e-6, "step {i}: {found} beside {expected}");
-        }
-        assert_eq!(loss_scale.scale.double_value(&[0]), number(&step["scale"]), "step {i}");
-        assert_eq!(loss_scale.good_steps.int64_value(&[0]), number(&step["good_steps"]) as i64, "step {i}");
-        assert_eq!(optimizer.steps.double_value(&[0]), number(&step["steps"]), "step {i}");
-    }
-    for _ in 0..expected["good_steps"].as_i64().unwrap() {
-        loss_scale.update(&Tensor::zeros([1], (Kind::Float, Device::Cpu)));
-    }
-    assert_eq!(loss_scale.scale.double_value(&[0]), number(&expected["scale_after"]));
-    assert_eq!(loss_scale.good_steps.int64_value(&[0]), number(&expected["good_steps_after"]) as i64);
+    training::loss_scale(&here());
 }
 
 /// The step that a GPU takes in one kernel, beside the one that a CPU takes by parts.

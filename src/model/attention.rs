@@ -78,7 +78,7 @@ pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, sees: Sees, upcast: boo
         // A mask is added to the scores, as the references were rounded.
         (Sees::Past, host::CPU) => {
             let n = q.size()[2];
-            dot_product(Some(&Tensor::full([n, n], f64::NEG_INFINITY, (kind, host::CPU)).triu(1)), false)
+            dot_product(Some(&host::full(&[n, n], f64::NEG_INFINITY, kind).triu(1)), false)
         }
         // The kernels that keep no matrix of scores take no mask.
         (Sees::Past, _) => dot_product(None, true),

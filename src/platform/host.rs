@@ -29,6 +29,11 @@ pub fn zeros(shape: &[i64], kind: Kind) -> Tensor {
     Tensor::zeros(shape, (kind, CPU))
 }
 
+/// Numbers that are all `value`, on the host.
+pub fn full(shape: &[i64], value: f64, kind: Kind) -> Tensor {
+    Tensor::full(shape, value, (kind, CPU))
+}
+
 /// Memory on the host that is still to be filled.
 pub fn empty(shape: &[i64], kind: Kind) -> Result<Tensor> {
     Ok(Tensor::f_empty(shape, (kind, CPU))?)
@@ -63,6 +68,11 @@ pub fn try_to_device(tensor: &Tensor, device: Device) -> Result<Tensor> {
     }
 }
 
+/// As [`try_to_device`], but waited for and from ordinary memory: for weights, which come once and are large.
+pub fn upload(tensor: &Tensor, device: Device) -> Result<Tensor> {
+    Ok(tensor.f_to_device(device)?)
+}
+
 /// The tensor on the host.
 pub fn to_host(tensor: &Tensor) -> Tensor {
     tensor.to_device(CPU)
@@ -71,6 +81,11 @@ pub fn to_host(tensor: &Tensor) -> Tensor {
 /// The tensor on the host in f64, without gradient.
 pub fn wide(tensor: &Tensor) -> Tensor {
     tensor.detach().to_device(CPU).to_kind(Kind::Double)
+}
+
+/// Whether two tensors have the same shape and values.
+pub fn same(a: &Tensor, b: &Tensor) -> bool {
+    a.equal(b)
 }
 
 /// Overwrites `tensor`, or the part of another that it is a view of, with values from wherever.

@@ -58,10 +58,12 @@ impl AdamW {
         self.steps += counts;
         match (overflow, parameters.flat().device()) {
             // The kernels by which runs on a CPU have always been rounded.
-            (None, host::CPU) => self.step_by_parts(parameters, factor, learning_rates),
-            _ => return self.step_fused(parameters, factor, learning_rates, overflow),
+            (None, host::CPU) => {
+                self.step_by_parts(parameters, factor, learning_rates);
+                Ok(())
+            }
+            _ => self.step_fused(parameters, factor, learning_rates, overflow),
         }
-        Ok(())
     }
 
     fn step_by_parts(&mut self, parameters: &mut Parameters, factor: &Tensor, learning_rates: &[f64]) {
@@ -106,7 +108,7 @@ impl AdamW {
             let learning_rate = learning_rates[piece.group];
             let numbers = AdamWNumbers { learning_rate, beta1, beta2, weight_decay, epsilon };
             torch_extra::fused_adamw(&tensors, &self.steps, &numbers, Some(&scale), overflow)
-                .map_err(Error::Device)?;
+                .map_err(tch::TchError::Torch)?;
         }
         Ok(())
     }

@@ -128,7 +128,7 @@ pub struct Record {
     pub regulariser: Option<f64>,
     /// Learning rate of this step.
     pub learning_rate: f64,
-    /// Gradient norm of this step, before clipping.
+    /// Gradient norm of this step, before clipping; in f16 of the last step that was not skipped, 0 before the first.
     pub gradient_norm: f64,
     /// Mean over layers of `||W' - W|| / ||W||`.
     #[serde(skip_serializing_if = "Option::is_none")]

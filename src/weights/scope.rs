@@ -91,7 +91,7 @@ impl Weights {
     }
 
     fn converted(&self, name: &str) -> Result<Tensor> {
-        Ok(host::try_to_device(&self.tensors.read(name)?, self.device)?.f_to_kind(self.kind)?)
+        Ok(host::upload(&self.tensors.read(name)?, self.device)?.f_to_kind(self.kind)?)
     }
 }
 

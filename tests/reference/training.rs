@@ -1,14 +1,17 @@
 //! Three training steps, from noise to the optimiser's step, against PyTorch's.
 
 use super::Comparer;
-use crate::support::Case;
+use crate::support::{Case, root};
 use hra::adapter::peft::AdapterFile;
 use hra::attach;
+use hra::attach::parameters::Parameters;
 use hra::diffusion::noise::NoiseSchedule;
 use hra::model::Conditioning;
 use hra::train::loss::{Batch, training_loss};
+use hra::train::loss_scale::LossScale;
 use hra::train::optim::{AdamW, AdamWConfig, clip_factor};
-use tch::{Device, Tensor};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
 
 /// The steps of a case that has them.
 pub fn three_steps(here: &Comparer, case: &Case) {
@@ -81,4 +84,45 @@ pub fn three_steps(here: &Comparer, case: &Case) {
             before[i] = on_cpu(view);
         }
     }
+}
+
+/// torch's GradScaler and fused AdamW on made-up gradients, of which some overflow (`fixtures/make_loss_scale_fixtures.py`).
+pub fn loss_scale(here: &Comparer) {
+    let text = std::fs::read_to_string(root().join("tests/fixtures/loss_scale.json")).unwrap();
+    let expected: Value = serde_json::from_str(&text).unwrap();
+    let numbers = |value: &Value| -> Tensor {
+        let values: Vec<f32> = value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
+        Tensor::from_slice(&values)
+    };
+    let number = |value: &Value| value.as_f64().unwrap();
+    let start = here.on_device(&numbers(&expected["start"]));
+    let mut parameters = Parameters::pack(&[vec![("values".to_string(), start)]]);
+    let weight_decay = number(&expected["weight_decay"]);
+    let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay };
+    let mut optimizer = AdamW::new(config, &parameters);
+    let mut scaling = LossScale::new(here.compute.device);
+    let gradient = here.on_device(&numbers(&expected["gradient"]));
+    for (i, step) in expected["steps"].as_array().unwrap().iter().enumerate() {
+        let factor: f64 = step["factor"].as_str().unwrap().parse().unwrap();
+        parameters.zero_gradient();
+        let loss = (&parameters.views()[0].1 * &gradient * factor).sum(Kind::Float);
+        (loss * scaling.scale.get(0)).backward();
+        let scale = scaling.scale.get(0).copy();
+        let norm = parameters.gradient_norm() / &scale;
+        let overflow = LossScale::overflow(&norm);
+        let factor = clip_factor(&norm, number(&expected["clip"])) / scale;
+        let rate = number(&expected["learning_rate"]);
+        optimizer.step(&mut parameters, &factor, &[rate], Some(&overflow)).unwrap();
+        scaling.update(&overflow);
+        let what = format!("values after step {i}");
+        here.compare_with("loss scale", &what, parameters.flat(), &numbers(&step["values"]), 1e-6);
+        assert_eq!(scaling.scale.double_value(&[0]), number(&step["scale"]), "step {i}");
+        assert_eq!(scaling.good_steps.int64_value(&[0]), number(&step["good_steps"]) as i64, "step {i}");
+        assert_eq!(optimizer.steps.double_value(&[0]), number(&step["steps"]), "step {i}");
+    }
+    for _ in 0..expected["good_steps"].as_i64().unwrap() {
+        scaling.update(&Tensor::zeros([1], (Kind::Float, here.compute.device)));
+    }
+    assert_eq!(scaling.scale.double_value(&[0]), number(&expected["scale_after"]));
+    assert_eq!(scaling.good_steps.int64_value(&[0]), number(&expected["good_steps_after"]) as i64);
 }

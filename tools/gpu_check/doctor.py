@@ -48,7 +48,8 @@ def run(part):
         name = device_name(report(), part.device)
         if name is None:
             raise Failure("; ".join(report()["missing"]) or "there is no such device")
-        return [Same(part.device, name, name), Same(part.device, found["code"], 0)]
+        devices = [check["device"] for check in report()["checks"] if kind_of(check["device"]) == part.device]
+        return [Same(devices[0] if devices else "not checked", bool(name), True), Same(part.device, found["code"], 0)]
 
     part.job(["the device is there and has a name", "exit code"], there)
     for operation in OPERATIONS:

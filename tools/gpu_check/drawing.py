@@ -39,12 +39,18 @@ def cases(program, steps):
     yield "inpainting", {**usual, **start, "mask": mask}
     adapters = [program.folder / f"{method}-cpu" for method in ("hra", "lora")]
     yield "two adapters", {**usual, "adapter": [f"{adapters[0]}=0.8", adapters[1]]}
+    yield "control, one condition for a batch", {
+        **usual, "adapter": program.folder / "control-cpu", "control": program.assets / "control/train/segmentation/0000.png",
+        "batch-size": 2}
     yield "a batch of two prompts", {**usual, "prompt": [PROMPT, SUBJECT_PROMPT], "num-images": 3, "batch-size": 3}
 
 
 def case_job(program, name, flags):
     def make():
-        if "adapter" in flags:
+        if "control" in flags:
+            program.train("control", "cpu", train_data_dir=program.assets / "control/train", instance_data_dir=None,
+                          instance_prompt=None, condition="segmentation", resolution=64, max_train_steps=2, learning_rate=1e-2)
+        elif "adapter" in flags:
             for method in ("hra", "lora"):
                 program.train(method, "cpu", method=method, max_train_steps=2, learning_rate=1e-2)
         folder = "".join(letter if letter.isalnum() else "-" for letter in name)

@@ -119,9 +119,11 @@ def train(request):
     schedule = DDPMScheduler.from_pretrained(request["model"], subfolder="scheduler")
     model = torch.compile(unet) if request.get("compile") else unet
     states = states.expand(batch, -1, -1)
+    # Made at once: an index from a list would wait for the device at every step.
+    order = (torch.arange(batch, batch * (request["steps"] + 1), device=device) % len(mean)).view(-1, batch)
     started = time.perf_counter()
     for step in range(1, request["steps"] + 1):
-        rows = [(step * batch + i) % len(mean) for i in range(batch)]
+        rows = order[step - 1]
         latents = mean[rows] + deviation[rows] * torch.randn_like(mean[rows])
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, schedule.config.num_train_timesteps, (batch,), device=device)

@@ -31,8 +31,14 @@ class Trained:
         found = records(folder)
         self.losses = [record["loss"] for record in found]
         self.norms = [record["gradient_norm"] for record in found]
+        self.steps = [record["step"] for record in found]
         self.skipped = [bool(record.get("skipped_steps")) for record in found]
         self.device, self.kind = said_device(done.err)
+
+    def good_records(self):
+        """Step, loss and gradient norm of each record since which nothing was skipped."""
+        rows = zip(self.steps, self.losses, self.norms, self.skipped)
+        return [(step, loss, norm) for step, loss, norm, skipped in rows if not skipped]
 
 
 class Program:

@@ -14,7 +14,7 @@ from . import png
 from .machine import PEERS
 from .peers import Peers
 from .program import Program, records, said_device, words_of
-from .record import Failure, Measured, Same, Skipped, kind_of
+from .record import Error, Failure, Measured, Same, Skipped, kind_of
 from .watch import Nvml, Watch, waits
 
 PROMPT = "a photo of sks dog"
@@ -23,6 +23,8 @@ PEFT, HRA, DIFFUSERS = "PEFT LoRA r 4", "hra", "diffusers"
 COMPILED = "PEFT LoRA r 4, torch.compile"
 # Both methods begin at the base model and see the same noise.
 FIRST_LOSS_LIMIT = 2e-3
+# A record is written every few steps, and its numbers are read at once.
+MOST_WAITS = 0.99
 # The first block, or picture, warms up. Runs of two lengths tell what a step alone waits. Below ten records, since at the
 # tenth the program looks at every weight.
 BLOCKS = (5, 9)
@@ -40,13 +42,15 @@ class Sizes:
         batch = 2 if dry else 4
         self.block = {1: 1, 2: 1} if dry else {1: 5, 4: 4}
         # Kind, number format, batch, and whether it is the longer run.
-        self.plan = [("train", "bf16", 1, 0), ("train", "bf16", 1, 1), ("train", "bf16", batch, 0), ("train", "f32", 1, 0)]
+        # The first three are what the checks need.
+        self.plan = [("train", "bf16", 1, 0), ("train", "f32", 1, 0), ("draw", "bf16", 1, 0), ("train", "bf16", 1, 1),
+                     ("train", "bf16", batch, 0)]
         if dry:
-            self.plan += [("draw", "bf16", 1, 0), ("train", "f32", batch, 0)]
+            self.plan.append(("train", "f32", batch, 0))
         else:
             self.plan += [
-                ("train", "f16", 1, 0), ("draw", "bf16", 1, 0), ("train", "f32", batch, 0), ("train", "f16", batch, 0),
-                ("train", "bf16", batch, 1), ("draw", "bf16", 1, 1), ("train", "f32", 1, 1), ("train", "f16", 1, 1),
+                ("train", "f16", 1, 0), ("train", "f32", batch, 0), ("train", "f16", batch, 0), ("train", "bf16", batch, 1),
+                ("draw", "bf16", 1, 1), ("train", "f32", 1, 1), ("train", "f16", 1, 1),
             ]
 
 
@@ -265,6 +269,7 @@ def check(part, speed):
     for side in (*METHODS, PEFT, HRA, DIFFUSERS):
         part.job([f"{side}: times"], lambda side=side: [times(speed, side)])
     part.job(["host waits are counted"], lambda: [counted(speed)])
+    part.job(["no step waits: host waits a step, fewer than one"], lambda: [waiting(speed)])
     part.job(["the GPU's idle share is seen"], lambda: [seen(speed)])
     part.job(["peak memory is told"], lambda: [told(speed)])
     part.job(["first loss in f32: HRA beside LoRA"], lambda: [first_loss(speed)])
@@ -294,7 +299,28 @@ def counted(speed):
         raise Skipped("the CPU waits for nothing")
     if not speed.machine.counter:
         raise Skipped("there is no libsync_counter.so: give --bundle")
-    return Same(speed.part.device, any(run.waits and sum(run.waits) > 0 for run in hra_runs(speed)), True)
+    return Same(said(speed), any(run.waits and sum(run.waits) > 0 for run in hra_runs(speed)), True)
+
+
+def waiting(speed):
+    """A record waits, a step does not: the longer run has more records, by far fewer than it has more steps."""
+    if speed.part.device == "cpu":
+        raise Skipped("the CPU waits for nothing")
+    if not speed.machine.counter:
+        raise Skipped("there is no libsync_counter.so: give --bundle")
+    found = []
+    for (_, side), (first, *later) in speed.runs.items():
+        if side in METHODS and later and first.waits and later[0].waits and later[0].steps > first.steps:
+            found.append((later[0].waits[0] - first.waits[0]) / (later[0].steps - first.steps))
+    if not found:
+        raise Failure("no measure had a longer run: no time was left")
+    return Error(said(speed), max(found), MOST_WAITS)
+
+
+def said(speed):
+    """The device that the program's runs say."""
+    devices = sorted({str(run.device) for run in hra_runs(speed)}) or ["no device"]
+    return next((device for device in devices if kind_of(device) != speed.part.device), devices[0])
 
 
 def seen(speed):
@@ -302,14 +328,14 @@ def seen(speed):
         raise Skipped("there is no GPU")
     if speed.nvml.missing:
         raise Skipped(f"no NVML: {speed.nvml.missing}")
-    return Same(speed.part.device, any(run.idle is not None for run in hra_runs(speed)), True)
+    return Same(said(speed), any(run.idle is not None for run in hra_runs(speed)), True)
 
 
 def told(speed):
     if speed.part.device == "cpu":
         raise Skipped("the allocator of a GPU is asked")
     runs = hra_runs(speed)
-    return Same(speed.part.device, bool(runs) and all(run.allocated and run.reserved for run in runs), True)
+    return Same(said(speed), bool(runs) and all(run.allocated and run.reserved for run in runs), True)
 
 
 def first_loss(speed):

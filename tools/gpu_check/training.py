@@ -14,8 +14,6 @@ HALF_LIMIT = 0.05
 # Class pictures are drawn on each device, and a level of a pixel may be another one.
 DRAWN_LIMIT = 5e-3
 PREVIEW_LIMIT = 5e-3
-# It starts from directions that are equally good, among which another device chooses others: gradients then differ.
-OTHER_START = "Gram-Schmidt"
 FORMATS = {"bf16": {"bfloat16"}, "f16": {"half"}, None: {"float"}}
 
 
@@ -60,7 +58,7 @@ def cases(program):
         own = {"full": {"rank": None, "learning_rate": 1e-4}, "none": {"rank": None, **control}}
         yield f"method {method}", LIMIT, {"method": method, **own.get(method, {})}
     yield "Gram-Schmidt, PEFT's start", LIMIT, {"gram_schmidt": True, "hra_init": "peft"}
-    yield OTHER_START, LIMIT, {"gram_schmidt": True, "learning_rate": 1e-5}
+    yield "Gram-Schmidt", LIMIT, {"gram_schmidt": True}
     yield "text encoder", LIMIT, {"train_text_encoder": True}
     yield "control encoder", LIMIT, control
     yield "prior preservation, class pictures drawn", DRAWN_LIMIT, prior
@@ -72,7 +70,7 @@ def cases(program):
 
 
 def case_job(program, sizes, name, limit, flags):
-    names = [f"{name}: first losses"] + [f"{name}: first gradient norms"] * (name != OTHER_START)
+    names = [f"{name}: first losses", f"{name}: first gradient norms"]
     if flags.get("validation_prompt"):
         names.append(f"{name}: mean level of the pictures")
 
@@ -80,18 +78,19 @@ def case_job(program, sizes, name, limit, flags):
         folder = "".join(letter if letter.isalnum() else "-" for letter in name)
         dtype = flags.get("dtype")
         device = program.part.device
+        # f16 may skip the first steps, whose gradients overflow until the loss scale is small enough.
+        beside, least = (sizes.steps, FIRST) if dtype == "f16" else (FIRST, sizes.steps)
         # In a dry run both are on the CPU, and need two folders.
-        here = program.train(f"{folder}-beside", "cpu", **{**flags, "dtype": None}, max_train_steps=FIRST)
+        here = of_cpu(program.train(f"{folder}-beside", "cpu", **{**flags, "dtype": None}, max_train_steps=beside))
         there = program.train(folder, device, **flags, max_train_steps=sizes.steps)
-        check_run(there, sizes.steps)
+        check_run(there, least)
         formats = {"float"} if dtype == "f16" and device == "cpu" else FORMATS[dtype]
         if there.kind not in formats:
             raise Failure(f"computed in {there.kind or 'an unknown format'}, expected {' or '.join(formats)}")
-        made = [Measured(there.device, there.losses[:FIRST], of_cpu(here).losses, limit)]
-        if name != OTHER_START:
-            # A step that f16 skipped, because its gradients overflowed, has no norm of its own.
-            taken = [i for i in range(FIRST) if not there.skipped[i]]
-            made.append(Measured(there.device, [there.norms[i] for i in taken], [here.norms[i] for i in taken], limit))
+        expected = dict(zip(here.steps, zip(here.losses, here.norms)))
+        taken = [row for row in there.good_records() if row[0] in expected][:FIRST]
+        made = [Measured(there.device, [row[which] for row in taken], [expected[row[0]][which - 1] for row in taken], limit)
+                for which in (1, 2)]
         if flags.get("validation_prompt"):
             levels = [png.levels(sorted((path / "samples/step-000002").glob("0*.png"))) for path in (there.folder, here.folder)]
             made.append(Measured(there.device, *levels, PREVIEW_LIMIT))
@@ -100,11 +99,11 @@ def case_job(program, sizes, name, limit, flags):
     return names, make
 
 
-def check_run(run, steps):
-    """A loss for each step, each a number; what is compared are the first ones only."""
+def check_run(run, least):
+    """At least so many losses, each a number; what is compared are the first ones only."""
     numbers = [loss for loss in run.losses if loss is not None and 0 <= loss < float("inf")]
-    if not len(numbers) == len(run.losses) == steps:
-        raise Failure(f"expected {steps} losses, found {len(run.losses)}, {len(numbers)} of them numbers")
+    if len(numbers) != len(run.losses) or len(numbers) < least:
+        raise Failure(f"expected {least} losses, found {len(run.losses)}, {len(numbers)} of them numbers")
 
 
 def of_cpu(run):

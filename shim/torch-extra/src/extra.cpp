@@ -16,6 +16,9 @@ int guarded(char* message, size_t room, Call call) {
   } catch (const std::exception& error) {
     std::snprintf(message, room, "%s", error.what());
     return 1;
+  } catch (...) {
+    std::snprintf(message, room, "an exception of an unknown kind");
+    return 1;
   }
 }
 
@@ -36,13 +39,13 @@ int torch_extra_fused_adamw(at::Tensor* values, at::Tensor* gradient, at::Tensor
   });
 }
 
-// A copy on CUDA device `index` through page-locked memory, not waited for; null where it fails.
+// A contiguous copy on CUDA device `index` through page-locked memory, not waited for; null where it fails.
 at::Tensor* torch_extra_to_cuda(at::Tensor* tensor, int index, char* message, size_t room) {
   at::Tensor* copy = nullptr;
   guarded(message, room, [&] {
     // Without the device, which tch must name: libtorch warns of it at every call.
     const auto device = c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(index));
-    copy = new at::Tensor(tensor->pin_memory().to(tensor->options().device(device), /*non_blocking=*/true));
+    copy = new at::Tensor(tensor->contiguous().pin_memory().to(tensor->options().device(device), /*non_blocking=*/true));
   });
   return copy;
 }

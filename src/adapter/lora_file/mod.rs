@@ -307,7 +307,7 @@ fn read_magnitude(
     let Some(key) = found.keys.remove("magnitude") else { return Ok(scale) };
     let magnitude = read(key.clone(), &peft)?;
     match scale {
-        Some(scale) if !scale.equal(&magnitude) => Err(vec![format!(
+        Some(scale) if !host::same(&scale, &magnitude) => Err(vec![format!(
             "`{key}`: expected the same numbers as in the layer's dora_scale, found others"
         )]),
         _ => Ok(Some(magnitude)),

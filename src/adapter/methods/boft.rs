@@ -187,20 +187,14 @@ impl Boft {
         Self::from_tensors(Tensor::zeros([config.factors, n, b, b], options), Tensor::ones(scale, options))
     }
 
-    /// The factors `B_0, B_1, ..` of skew matrices made by `block`, with the order that each one's inputs are taken in.
+    /// The factors `B_0, B_1, ..` of skew matrices made by `block`, each between its permutation and that's inverse.
     fn factors(&self, raw: &Tensor, block: impl Fn(&Tensor) -> Tensor) -> Vec<Factor> {
         let (m, n, b) = (raw.size()[0], raw.size()[1], raw.size()[2]);
         (0..m)
             .map(|i| {
                 let raw = raw.get(i);
-                let order = (m > 1).then(|| {
-                    let order = butterfly(n * b, n >> i, b / 2);
-                    let mut back = vec![0; order.len()];
-                    order.iter().enumerate().for_each(|(at, from)| back[*from as usize] = at as i64);
-                    let on_device = |v: &[i64]| host::to_device(&host::tensor(v), raw.device());
-                    (on_device(&order), on_device(&back))
-                });
-                Factor { blocks: block(&skew(&raw)), order }
+                let butterfly = (m > 1).then(|| Butterfly { groups: n >> i, run: b / 2 });
+                Factor { blocks: block(&skew(&raw)), butterfly }
             })
             .collect()
     }
@@ -218,8 +212,8 @@ fn skew(raw: &Tensor) -> Tensor {
 /// One factor `P B P^T`.
 struct Factor {
     blocks: Tensor,
-    /// The permutation and its inverse; `None` for the identity.
-    order: Option<(Tensor, Tensor)>,
+    /// P; `None` for the identity.
+    butterfly: Option<Butterfly>,
 }
 
 impl Factor {
@@ -227,24 +221,38 @@ impl Factor {
     fn rotate(&self, rows: &Tensor, transpose: bool) -> Tensor {
         let blocks = if transpose { self.blocks.transpose(1, 2) } else { self.blocks.shallow_clone() };
         let blocks = blocks.to_kind(rows.kind());
-        match &self.order {
+        match &self.butterfly {
             None => blocks::rotate(rows, &blocks),
-            // P_ij = 1 where j = order_i: (x P)_j = x_(back_j), (y P^T)_i = y_(order_i)
-            Some((order, back)) => {
-                blocks::rotate(&rows.index_select(-1, back), &blocks).index_select(-1, order)
-            }
+            Some(butterfly) => butterfly.sort(&blocks::rotate(&butterfly.weave(rows), &blocks)),
         }
     }
 }
 
-/// PEFT's permutation: in each of `groups` equal parts of `d` indices, runs of `run` indices, first the even ones, then the
-/// odd ones.
-fn butterfly(d: i64, groups: i64, run: i64) -> Vec<i64> {
-    let part = d / groups;
-    let runs = part / run;
-    let order = (0..runs).step_by(2).chain((1..runs).step_by(2));
-    let inside: Vec<i64> = order.flat_map(|k| k * run..(k + 1) * run).collect();
-    (0..groups).flat_map(|g| inside.iter().map(move |i| g * part + i)).collect()
+/// PEFT's permutation: in each of `groups` equal parts of the indices, runs of `run` indices, first the even ones, then the odd
+/// ones. A transposition of axes, so that nothing is looked up.
+struct Butterfly {
+    groups: i64,
+    run: i64,
+}
+
+impl Butterfly {
+    /// `rows P^T`: the even runs before the odd ones.
+    fn sort(&self, rows: &Tensor) -> Tensor {
+        self.transposed(rows, |pairs| [pairs, 2])
+    }
+
+    /// `rows P`: back in their old order.
+    fn weave(&self, rows: &Tensor) -> Tensor {
+        self.transposed(rows, |pairs| [2, pairs])
+    }
+
+    /// Every part's runs as a matrix of this shape, transposed.
+    fn transposed(&self, rows: &Tensor, shape_of: impl Fn(i64) -> [i64; 2]) -> Tensor {
+        let shape = rows.size();
+        let [first, second] = shape_of(shape[shape.len() - 1] / (self.groups * self.run * 2));
+        let parts = rows.reshape([-1, self.groups, first, second, self.run]);
+        parts.transpose(2, 3).reshape(&shape[..])
+    }
 }
 
 /// `rows B^T`.

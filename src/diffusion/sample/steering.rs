@@ -97,12 +97,13 @@ impl<'a> Steered<'a> {
         device: Device,
     ) -> Self {
         let all = &steering.conditions;
+        // Moved before it is repeated: memory that several entries share cannot be page-locked.
         let own = if all.size()[0] == 1 {
-            all.expand([length, -1, -1, -1], false)
+            host::to_device(all, device).expand([length, -1, -1, -1], false)
         } else {
-            all.narrow(0, start, length)
+            host::to_device(&all.narrow(0, start, length), device)
         };
-        let features = control.features(&host::to_device(&own, device));
+        let features = control.features(&own);
         Self { control, strength: steering.strength, features, calls, done: 0 }
     }
 

@@ -31,9 +31,18 @@ pub struct Report {
     /// The kernels that attention runs in.
     pub attention: Vec<AttentionKernel>,
     /// The most memory that these checks took of each GPU.
-    pub gpu_peaks: Vec<PeakMemory>,
+    pub gpu_peaks: Vec<GpuPeak>,
     /// What cannot be used, each with what to do about it.
     pub missing: Vec<String>,
+}
+
+/// The most memory that was taken of a GPU.
+#[derive(Debug, Serialize)]
+pub struct GpuPeak {
+    /// `cuda:N`.
+    pub device: String,
+    #[serde(flatten)]
+    pub peak: PeakMemory,
 }
 
 /// The libtorch in this process.
@@ -99,7 +108,10 @@ pub fn examine() -> Report {
     let checks = devices.iter().flat_map(|device| check_device(*device)).collect();
     // Where it cannot be asked, the checks say why.
     let attention = devices.iter().flat_map(|device| attention_of(*device).unwrap_or_default()).collect();
-    let gpu_peaks = devices.iter().filter_map(|device| peak_memory(*device)).collect();
+    let gpu_peaks = devices
+        .iter()
+        .filter_map(|device| Some(GpuPeak { device: device::name(*device), peak: peak_memory(*device)? }))
+        .collect();
     let gpus = Driver::open().and_then(|driver| driver.gpus()).unwrap_or_default();
     Report {
         hra: env!("CARGO_PKG_VERSION"),
@@ -233,10 +245,9 @@ impl fmt::Display for Report {
             let AttentionKernel { device, precision, .. } = &of[0];
             writeln!(f, "{device:<8}{precision:<6}{:<16}{}", "attention", kernels.join(", "))?;
         }
-        for (i, peak) in self.gpu_peaks.iter().enumerate() {
+        for GpuPeak { device, peak } in &self.gpu_peaks {
             let [allocated, reserved] = [peak.allocated, peak.reserved].map(|bytes| gib(Some(bytes)));
-            let name = format!("cuda:{i}");
-            writeln!(f, "{name:<14}{:<16}{allocated} in tensors, {reserved} reserved", "peak memory")?;
+            writeln!(f, "{device:<14}{:<16}{allocated} in tensors, {reserved} reserved", "peak memory")?;
         }
         for missing in &self.missing {
             writeln!(f, "\n{missing}")?;
@@ -297,7 +308,10 @@ mod tests {
             },
             checks: vec![check(Some(1e-6)), check(None)],
             attention: ["self", "cross"].map(kernel).into(),
-            gpu_peaks: vec![PeakMemory { allocated: 1 << 29, reserved: 1 << 30 }],
+            gpu_peaks: vec![GpuPeak {
+                device: "cuda:0".into(),
+                peak: PeakMemory { allocated: 1 << 29, reserved: 1 << 30 },
+            }],
             missing: vec!["CUDA: why\nhint: what to do".into()],
         }
     }
