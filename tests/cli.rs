@@ -75,10 +75,26 @@ fn every_config_in_the_folder_validates_and_is_printed_whole() {
         let table: toml::Table = toml::from_str(&printed).unwrap();
         let overlay: toml::Table = toml::from_str(&std::fs::read_to_string(part).unwrap()).unwrap();
         assert!(overlay.keys().all(|key| key == "output_dir" || table[key] == overlay[key]), "{part}");
+        let folder = overlay["output_dir"].as_str().unwrap();
+        assert!(table["output_dir"].as_str().unwrap().ends_with(folder), "{part}");
+        assert_eq!(table["seed"].as_integer(), Some(5), "flags win over both");
+        // In the other order the whole file wins.
+        let printed = scratch.ok(&["train", part, whole, "--print-config"]).out;
+        assert!(printed.contains("method = \"hra\"") && printed.contains("runs/sd15-subject\""), "{printed}");
         assert_eq!(table["instance_prompt"].as_str(), Some("a photo of qwe dog"), "from the first file");
         table.try_into::<hra::train::config::TrainConfig>().unwrap().validate().unwrap();
         count += 1;
     }
+    let broken = scratch.path("broken.toml");
+    std::fs::write(&broken, "rank = \"eight\"\n").unwrap();
+    let done = scratch.run(&["train", whole.to_str().unwrap(), broken.to_str().unwrap(), "--print-config"]);
+    assert!(done.code == 2 && done.err.contains("broken.toml"), "{}", done.err);
+    let done = scratch.run(&["train", whole.to_str().unwrap(), "--center_crop", "false"]);
+    assert!(
+        done.code == 2 && done.err.contains("cannot read false: No such file or directory"),
+        "{}",
+        done.err
+    );
     assert!(comparisons >= 7, "quick, full, search, the paper's subjects, and control");
     assert!(count >= 10, "the demo, control, and the methods of the paper's table");
 }

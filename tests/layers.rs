@@ -161,9 +161,9 @@ fn only_the_platform_makes_host_tensors_and_reads_them() {
     let src = support::root().join("src");
     let words = [
         "Device::Cpu",
-        "Float, host::CPU))",
-        "Double, host::CPU))",
-        "kind, host::CPU))",
+        "(Kind::Float, host::CPU)",
+        "(Kind::Double, host::CPU)",
+        "(kind, host::CPU)",
         "copy_data(",
         "Vec::try_from(",
         "bool::try_from(",

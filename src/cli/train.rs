@@ -64,6 +64,17 @@ pub struct TrainArgs {
 pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
     let files: Vec<&Path> = args.config.iter().map(PathBuf::as_path).collect();
     let resume: Option<Resume> = args.resume.as_deref().map(str::parse).transpose()?;
+    if let Some(missing) = files.iter().find(|path| !path.exists()) {
+        return Err(Error::config(format!(
+            "cannot read {}: No such file or directory\nhint: words without a flag are config files; put a text of several words between quotes, and \
+             write --switch=false",
+            missing.display()
+        )));
+    }
+    if files.len() > 1 {
+        let names: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
+        observer.note(&format!("settings of {}, of which a later one wins", names.join(", ")));
+    }
     let given = TrainConfig::merged(&files, &args.settings.0)?;
     let config = match &resume {
         None => given.with_absolute_paths()?,

@@ -460,13 +460,37 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn every_setting_has_a_flag_and_every_flag_a_setting() {
+    fn every_setting_has_a_flag_that_it_can_be_read_from() {
         let flags: BTreeSet<&str> =
             FLAGS.iter().flat_map(|(_, flags)| flags.iter().map(|flag| flag.key)).collect();
-        let defaults = TrainConfig::default().to_table().expect("settings are a table");
-        let settings: BTreeSet<&str> =
-            defaults.keys().map(String::as_str).chain(UNSET.iter().map(|(key, _)| *key)).collect();
+        // serde lists all fields, also those that are not set.
+        let refused =
+            toml::from_str::<TrainConfig>("nope = 1").expect_err("there is no such setting").to_string();
+        let (_, listed) = refused.split_once("expected one of ").expect("a list");
+        let settings: BTreeSet<&str> = listed.split('`').skip(1).step_by(2).collect();
         assert_eq!(flags, settings);
         assert!(SECOND_NAMES.iter().all(|(_, own)| settings.contains(own)));
+        let defaults = TrainConfig::default().to_table().expect("settings are a table");
+        let unset: BTreeSet<&str> = UNSET.iter().map(|(key, _)| *key).collect();
+        assert_eq!(unset, settings.iter().copied().filter(|key| !defaults.contains_key(*key)).collect());
+
+        for flag in FLAGS.iter().flat_map(|(_, flags)| flags.iter()) {
+            let word = match flag.kind {
+                Words(values) => values()[0].get_name().to_string(),
+                Switch => "true".into(),
+                Device => "cpu".into(),
+                Number => "0.5".into(),
+                Count | Count32 | Whole | Whole32 => "3".into(),
+                Text | File | Files | Texts | List => "text".into(),
+            };
+            let words = ["train".to_string(), format!("--{}={word}", flag.key.replace('_', "-"))];
+            let matches = Typed::augment_args(Command::new("train")).try_get_matches_from(words);
+            let typed =
+                matches.and_then(|matches| Typed::from_arg_matches(&matches)).expect("it can be typed");
+            assert_eq!(typed.0.keys().collect::<Vec<_>>(), [flag.key]);
+            let read = TrainConfig::merged(&[], &typed.0).unwrap_or_else(|e| panic!("{}: {e}", flag.key));
+            let read = read.to_table().expect("settings are a table");
+            assert_eq!(read[flag.key], typed.0[flag.key], "{}", flag.key);
+        }
     }
 }

@@ -28,7 +28,8 @@ pub trait Choice: Copy + PartialEq + 'static {
 
     /// Its name.
     fn word(self) -> &'static str {
-        Self::CHOICES.iter().find(|choice| choice.value == self).map_or("", |choice| choice.name)
+        let named = Self::CHOICES.iter().find(|choice| choice.value == self);
+        named.expect("every value is among the choices").name
     }
 
     /// The value of this name, in letters of either case.

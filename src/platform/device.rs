@@ -113,9 +113,13 @@ impl FromStr for Precision {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Self::find(text).ok_or_else(|| {
-            Error::config(format!("precision: expected f32 (fp32, no), bf16 or f16 (fp16), found `{text}`"))
-        })
+        Self::CHOICES.iter().find(|c| c.name == text || c.others.contains(&text)).map(|c| c.value).ok_or_else(
+            || {
+                Error::config(format!(
+                    "precision: expected f32 (fp32, no), bf16 or f16 (fp16), found `{text}`"
+                ))
+            },
+        )
     }
 }
 

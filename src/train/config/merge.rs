@@ -43,7 +43,9 @@ impl TrainConfig {
             over(Self::defaults()?, &table).try_into::<Self>().map_err(problem)?;
             merged = over(merged, &table);
         }
-        over(merged, typed).try_into().map_err(|e: toml::de::Error| Error::config(e.to_string()))
+        over(merged, &own_names(typed.clone()))
+            .try_into()
+            .map_err(|e: toml::de::Error| Error::config(e.to_string()))
     }
 
     /// Reads a resolved config, as a run folder holds it.

@@ -1,4 +1,4 @@
-//! The settings of a training run: one struct that is the config file, the command line, and the resolved copy in the run
+//! The settings of a training run: one struct that is the config file and the resolved copy in the run
 //! folder ([`merge`]). Names are those of diffusers' DreamBooth scripts where they have one. No tensors and no paths opened here.
 
 mod merge;
