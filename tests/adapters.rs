@@ -218,6 +218,47 @@ fn gradients_equal_finite_differences_on_both_sides() {
 }
 
 #[test]
+fn prepared_together_layers_give_what_each_gives_alone_once_and_no_longer_after_a_step() {
+    for gram_schmidt in [false, true] {
+        let weight = randn(1, &[6, 10]);
+        let x = randn(2, &[5, 10]).set_requires_grad(true);
+        let frozen = Frozen { weight: &weight, bias: None, geometry: Geometry::Linear };
+        let vectors: Vec<Tensor> = (3..6).map(|seed| randn(seed, &[10, 4]).set_requires_grad(true)).collect();
+        let layers: Vec<Hra> =
+            vectors.iter().map(|v| Hra::from_vectors(v.shallow_clone(), gram_schmidt)).collect();
+        let alike: Vec<&dyn Adapter> = layers.iter().map(|layer| layer as &dyn Adapter).collect();
+        let outputs = || -> Vec<Tensor> { layers.iter().map(|layer| layer.forward(&frozen, &x)).collect() };
+        let gradients = |outputs: &[Tensor]| -> Vec<Tensor> {
+            let total = Tensor::stack(outputs, 0).square().sum(Kind::Float);
+            Tensor::run_backward(&[total], &vectors, false, false)
+        };
+        let alone = outputs();
+        layers[0].prepare(&alike, Kind::Float);
+        let together = outputs();
+        let pairs = gradients(&alone).into_iter().zip(gradients(&together));
+        for (a, b) in alone.iter().map(Tensor::shallow_clone).zip(together).chain(pairs) {
+            assert!(relative_error(&b, &a) < 1e-5, "Gram-Schmidt: {gram_schmidt}");
+        }
+        // Other parameters: what was prepared from the ones before is used neither again nor after a step.
+        for after_a_step in [false, true] {
+            if after_a_step {
+                layers[0].prepare(&alike, Kind::Float);
+                layers.iter().for_each(Adapter::project);
+            }
+            let _guard = tch::no_grad_guard();
+            for v in &vectors {
+                let _ = v.shallow_clone().copy_(&randn(9, &[10, 4]));
+            }
+            let fresh = Hra::from_vectors(randn(9, &[10, 4]), gram_schmidt).forward(&frozen, &x);
+            assert_eq!(outputs()[2], fresh);
+            for v in &vectors {
+                let _ = v.shallow_clone().copy_(&randn(8, &[10, 4]));
+            }
+        }
+    }
+}
+
+#[test]
 fn no_bytes_are_spent_on_a_matrix_of_the_weights_size_nor_on_its_gradient() {
     // 4096 inputs: a d x d matrix has 64 MiB, and so has the weight's gradient. Activations here are under 1 MiB each.
     let d = 4096;

@@ -147,12 +147,18 @@ pub trait Adapter: std::any::Any + Send {
         false
     }
 
-    /// The method's regulariser for this layer, a scalar with gradient; `None` where it has none.
-    fn regulariser(&self) -> Option<Tensor> {
+    /// Computes what of [`Self::forward`] in `kind` depends on the parameters alone, for all of `alike` at once: adapters of
+    /// this type with tensors of these shapes. The next forward of each uses it up; a forward without it computes its own.
+    fn prepare(&self, _alike: &[&dyn Adapter], _kind: Kind) {}
+
+    /// The sum of the method's regularisers for adapters that are `alike` ([`Self::prepare`]), a scalar with gradient; `None`
+    /// where it has none.
+    fn regulariser(&self, _alike: &[&dyn Adapter]) -> Option<Tensor> {
         None
     }
 
-    /// Puts the parameters back into the method's constraint after an optimiser step, in place (COFT).
+    /// After an optimiser step: puts the parameters back into the method's constraint, in place (COFT), and forgets what was
+    /// prepared from those before it.
     fn project(&self) {}
 
     /// How the orthogonal factor of the method turns the layer's inputs; `None` where it has none.

@@ -16,10 +16,10 @@ pub struct Reflections {
     t: Tensor,
 }
 
-/// The WY factor of unit columns `u` `(d, r)`: `T = (I/2 + strictly_upper(U^T U))^-1`, upper triangular.
+/// The WY factor `(.., r, r)` of unit columns `u` `(.., d, r)`: `T = (I/2 + strictly_upper(U^T U))^-1`, upper triangular.
 pub fn wy_factor(u: &Tensor) -> Tensor {
-    let eye = Tensor::eye(u.size()[1], (u.kind(), u.device()));
-    let inverse = u.tr().matmul(u).triu(1) + &eye * 0.5;
+    let eye = Tensor::eye(*u.size().last().unwrap_or(&0), (u.kind(), u.device()));
+    let inverse = u.mt().matmul(u).triu(1) + &eye * 0.5;
     inverse.linalg_solve_triangular(&eye, true, true, false)
 }
 

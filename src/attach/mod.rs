@@ -4,15 +4,16 @@ pub mod fixed;
 pub mod loaded;
 pub mod parameters;
 
-use crate::adapter::Method;
 use crate::adapter::peft::{AdapterFile, Bias};
 use crate::adapter::target::TargetRule;
+use crate::adapter::{Adapter, Method};
 use crate::attach::parameters::Parameters;
 use crate::error::{Error, Result};
-use crate::model::layers::{Layers, Module};
+use crate::model::layers::{Layer, Layers, Module};
 use crate::platform::host;
 use crate::platform::seed;
 use crate::weights::tensor_file;
+use std::any::{Any, TypeId};
 use tch::{Kind, Tensor};
 
 /// Puts new adapters on every layer that `targets` match (full fine-tuning: on every layer and norm); the number of them.
@@ -222,14 +223,46 @@ pub fn release_base(network: &mut dyn Layers) {
     }
 }
 
+/// Lets the adapters of a network compute together what the next forward takes of their parameters ([`Adapter::prepare`]).
+/// For a training's step; [`project`], after it, forgets what was not used.
+pub fn prepare(network: &mut dyn Layers) {
+    for Alike { kind, adapters, .. } in alike(network) {
+        adapters[0].prepare(&adapters, kind);
+    }
+}
+
 /// The sum of all layers' regularisers, with gradient; `None` where the method has none.
 pub fn regulariser(network: &mut dyn Layers) -> Option<Tensor> {
-    let terms: Vec<Tensor> = network
-        .layers_mut()
-        .into_iter()
-        .filter_map(|layer| layer.attached()?.adapter.as_ref()?.regulariser())
-        .collect();
+    let groups = alike(network);
+    let terms: Vec<Tensor> =
+        groups.iter().filter_map(|group| group.adapters[0].regulariser(&group.adapters)).collect();
     (!terms.is_empty()).then(|| Tensor::stack(&terms, 0).sum(Kind::Float))
+}
+
+/// Adapters of one type, with tensors of the same shapes, on layers that compute in one dtype.
+struct Alike<'a> {
+    of: TypeId,
+    shapes: Vec<Vec<i64>>,
+    kind: Kind,
+    adapters: Vec<&'a dyn Adapter>,
+}
+
+/// The adapters of a network that are switched on.
+fn alike(network: &mut dyn Layers) -> Vec<Alike<'_>> {
+    let mut groups: Vec<Alike> = Vec::new();
+    for layer in network.layers_mut() {
+        let kind = layer.weight().kind();
+        let layer: &Layer = layer;
+        let Some(attached) = layer.attached().filter(|attached| attached.enabled) else { continue };
+        let Some(adapter) = attached.adapter.as_deref() else { continue };
+        let of = (adapter as &dyn Any).type_id();
+        let shapes: Vec<_> = adapter.parameters().iter().map(|(_, tensor)| tensor.size()).collect();
+        match groups.iter_mut().find(|group| group.of == of && group.kind == kind && group.shapes == shapes) {
+            Some(group) => group.adapters.push(adapter),
+            None => groups.push(Alike { of, shapes, kind, adapters: vec![adapter] }),
+        }
+    }
+    groups
 }
 
 /// How far the adapters of a network have moved its weights.
@@ -263,7 +296,7 @@ pub fn movement(network: &mut dyn Layers) -> Movement {
     result
 }
 
-/// Puts all adapters of a network back into their methods' constraints, after an optimiser step.
+/// Lets all adapters of a network know that an optimiser step was taken ([`Adapter::project`]).
 pub fn project(network: &mut dyn Layers) {
     let _guard = tch::no_grad_guard();
     for layer in network.layers_mut() {

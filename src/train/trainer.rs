@@ -73,6 +73,7 @@ impl<'a> Trainer<'a> {
             for micro in 0..accumulation {
                 let index = (step - 1) as u64 * accumulation + micro;
                 let trains_text = self.config.train_text_encoder;
+                attach::prepare(&mut self.networks.model);
                 let batch = self.data.batches.batch(&self.networks.model, index, trains_text)?;
                 let loss = self.loss(&batch);
                 loss.backward();

@@ -46,6 +46,7 @@ pub fn three_steps(here: &Comparer, case: &Case) {
     let on_cpu = |t: &Tensor| t.detach().to_device(Device::Cpu).copy();
     let mut before: Vec<Tensor> = parameters.views().iter().map(|(_, t)| on_cpu(t)).collect();
     for step in 0..3 {
+        attach::prepare(&mut model.unet);
         let loss = training_loss(&model.unet, None, &schedule, &batch, 0.7, None);
         // After an optimiser step, Adam's division by the root of tiny moments has amplified rounding.
         let later = |first: f64| if step == 0 { first } else { 1e-3 };

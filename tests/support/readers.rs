@@ -196,7 +196,7 @@ pub fn adapter(scratch: &Path, input: &[u8]) {
     }
     let _ = (file.config.method.describe(), file.config.to_json(UNET_CLASS));
     for adapter in file.layers.values() {
-        let _ = (adapter.rotation(), adapter.orthogonality_error(), adapter.regulariser());
+        let _ = (adapter.rotation(), adapter.orthogonality_error(), adapter.regulariser(&[adapter.as_ref()]));
         let _ = (adapter.check(&[8, 8]), adapter.check(&[8, 4, 3, 3]));
         adapter.project();
     }

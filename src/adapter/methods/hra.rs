@@ -6,7 +6,8 @@
 //! H = I - U T U^T,   T^-1 = I/2 + strictly_upper(U^T U)
 //! ```
 //!
-//! so a step needs one `r x r` Gram matrix and one triangular solve, no `d x d` matrix, and no gradient for `W`.
+//! so a step needs one `r x r` Gram matrix and one triangular solve a layer, no `d x d` matrix, and no gradient for `W`.
+//! Layers of one size do these together ([`Adapter::prepare`]): on a GPU a layer's own would take longer to start than to compute.
 //! The Gram-Schmidt variant (paper section 3.3, lambda = infinity) is `H = I - 2 Q Q^T` with orthonormal `Q`.
 //! Raw vectors, norms and `T` are f32; products with activations are in the activations' dtype.
 
@@ -21,6 +22,8 @@ use crate::platform::choice::{Choice, Named, named};
 use crate::platform::host;
 use crate::platform::random;
 use serde_json::{Value, json};
+use std::any::Any;
+use std::cell::Cell;
 use tch::{Kind, Tensor};
 
 /// How the raw vectors start.
@@ -212,6 +215,14 @@ pub struct Hra {
     /// Raw vectors `(d_in, r)`, f32; only their directions matter.
     v: Tensor,
     gram_schmidt: bool,
+    /// What the next forward takes in place of its own.
+    prepared: Cell<Option<Factors>>,
+}
+
+/// `U` and `U T` of `H = I - (U T) U^T`, both `(d_in, r)` in the dtype of the activations, with gradients.
+struct Factors {
+    u: Tensor,
+    ut: Tensor,
 }
 
 /// Which side of the frozen product the reflections are applied to; both are exact.
@@ -219,14 +230,14 @@ pub struct Hra {
 enum Side {
     /// `y = (x - (x U) (U T)^T) W^T + b`
     Input,
-    /// `y = x W^T + b - (x U) ((W U) T)^T`
+    /// `y = x W^T + b - (x U) (W (U T))^T`
     Output,
 }
 
 impl Hra {
     /// An adapter with the given raw vectors `(d_in, r)`.
     pub fn from_vectors(v: Tensor, gram_schmidt: bool) -> Self {
-        Self { v, gram_schmidt }
+        Self { v, gram_schmidt, prepared: Cell::new(None) }
     }
 
     /// A new adapter for the frozen `weight` `(d_out, d_in)`. Draws on the CPU from `seed` alone.
@@ -263,37 +274,55 @@ impl Hra {
         Reflections::from_vectors(&self.v, self.gram_schmidt)
     }
 
-    /// `(U, T)` of `H = I - U T U^T` in f32, with gradients.
-    fn factors(&self) -> (Tensor, Tensor) {
-        if self.gram_schmidt {
+    /// `(U, U T)` of raw vectors `v` `(.., d_in, r)` in f32, with gradients.
+    fn factors(v: &Tensor, gram_schmidt: bool) -> (Tensor, Tensor) {
+        if gram_schmidt {
             // QR by Householder reflections stays orthonormal to f32 for any independent columns.
-            let (q, _) = Tensor::linalg_qr(&self.v, "reduced");
-            let t = Tensor::eye(q.size()[1], (Kind::Float, q.device())) * 2.0;
-            (q, t)
+            let (q, _) = Tensor::linalg_qr(v, "reduced");
+            let qt = &q * 2.0;
+            (q, qt)
         } else {
-            let u = unit_columns(&self.v);
-            let t = wy_factor(&u);
-            (u, t)
+            let u = unit_columns(v);
+            let ut = u.matmul(&wy_factor(&u));
+            (u, ut)
         }
+    }
+
+    /// The raw vectors `(n, d_in, r)` of adapters of this type and size.
+    fn stacked(alike: &[&dyn Adapter]) -> Tensor {
+        Tensor::stack(&alike.iter().map(|adapter| &Self::of(*adapter).v).collect::<Vec<_>>(), 0)
+    }
+
+    fn of(adapter: &dyn Adapter) -> &Self {
+        (adapter as &dyn Any).downcast_ref().expect("adapters that are alike are of one type")
     }
 }
 
 impl Adapter for Hra {
     fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor {
-        let (u, t) = self.factors();
         let kind = x.kind();
-        let weight = frozen.matrix(); // [d_out, d_in]
+        let prepared = self.prepared.take().filter(|factors| factors.u.kind() == kind);
+        let Factors { u, ut } = prepared.unwrap_or_else(|| {
+            let (u, ut) = Self::factors(&self.v, self.gram_schmidt);
+            Factors { u: u.to_kind(kind), ut: ut.to_kind(kind) }
+        });
         match choose_side(frozen, x, u.size()[1]) {
             Side::Input => {
-                let ut = u.matmul(&t).to_kind(kind); // [d_in, r]
-                let x = x - x.matmul(&u.to_kind(kind)).matmul(&ut.tr()); // [.., d_in]
+                let x = x - x.matmul(&u).matmul(&ut.tr()); // [.., d_in]
                 frozen.forward(&x)
             }
             Side::Output => {
-                let wu = weight.matmul(&u.to_kind(kind)).to_kind(Kind::Float); // [d_out, r]
-                let up = wu.matmul(&t).to_kind(kind);
-                frozen.forward(x) - frozen.low_rank(x, &u.to_kind(kind).tr(), &up)
+                let up = frozen.matrix().matmul(&ut); // [d_out, r]
+                frozen.forward(x) - frozen.low_rank(x, &u.tr(), &up)
             }
+        }
+    }
+
+    fn prepare(&self, alike: &[&dyn Adapter], kind: Kind) {
+        let (u, ut) = Self::factors(&Self::stacked(alike), self.gram_schmidt);
+        let (u, ut) = (u.to_kind(kind).unbind(0), ut.to_kind(kind).unbind(0));
+        for ((adapter, u), ut) in alike.iter().zip(u).zip(ut) {
+            Self::of(*adapter).prepared.set(Some(Factors { u, ut }));
         }
     }
 
@@ -302,6 +331,7 @@ impl Adapter for Hra {
     }
 
     fn replace_parameters(&mut self, replace: &mut dyn FnMut(&Tensor) -> Tensor) {
+        self.prepared.take();
         self.v = replace(&self.v);
     }
 
@@ -309,14 +339,18 @@ impl Adapter for Hra {
         (self.v.size()[0], 0)
     }
 
+    fn project(&self) {
+        self.prepared.take();
+    }
+
     /// `||I - U^T U||_F^2` on unit columns (paper eq. 6); nothing for the Gram-Schmidt variant, where it is zero.
-    fn regulariser(&self) -> Option<Tensor> {
+    fn regulariser(&self, alike: &[&dyn Adapter]) -> Option<Tensor> {
         if self.gram_schmidt {
             return None;
         }
-        let u = unit_columns(&self.v);
-        let gram = u.tr().matmul(&u);
-        let eye = Tensor::eye(gram.size()[0], (Kind::Float, gram.device()));
+        let u = unit_columns(&Self::stacked(alike));
+        let gram = u.mt().matmul(&u);
+        let eye = Tensor::eye(gram.size()[1], (Kind::Float, gram.device()));
         Some((eye - gram).square().sum(Kind::Float))
     }
 
@@ -364,9 +398,9 @@ fn nearly_equal_columns(v: &Tensor) -> bool {
     host::number(&u.tr().matmul(&u).triu(1).abs().max()) > 0.999
 }
 
-/// The columns of `v` divided by their norms, without an epsilon, as PEFT divides them.
+/// The columns of `v` `(.., d, r)` divided by their norms, without an epsilon, as PEFT divides them.
 fn unit_columns(v: &Tensor) -> Tensor {
-    v / v.norm_scalaropt_dim(2, [0], true)
+    v / v.norm_scalaropt_dim(2, [-2], true)
 }
 
 /// The cheaper exact form for this call, by multiplications, forward and backward.

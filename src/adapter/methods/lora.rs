@@ -371,7 +371,8 @@ impl Lora {
 
     /// `(A, s B)` as matrices `(r, d_in)`, `(d_out, r)`, f32 with gradient.
     pub(super) fn factors(&self) -> (Tensor, Tensor) {
-        (self.a.flatten(1, -1), self.b.flatten(1, -1) * self.scale)
+        let up = self.b.flatten(1, -1);
+        (self.a.flatten(1, -1), if self.scale == 1.0 { up } else { up * self.scale })
     }
 
     /// `(A, s B)` as matrices in f64 on the CPU.
