@@ -141,7 +141,7 @@ fn dense_chain(frozen: &Frozen, x: &Tensor, v: &Tensor) -> Tensor {
 }
 
 fn hra_config() -> HraConfig {
-    HraConfig { rank: RANK, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false }
+    HraConfig { rank: RANK, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 }
 }
 
 fn new_hra(weight: &Tensor) -> Hra {

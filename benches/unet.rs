@@ -86,8 +86,8 @@ fn step(bencher: Bencher, Row(row): Row) {
 
 /// A method as `hra train` puts it on; the trained tensors.
 fn attach_new(model: &mut StableDiffusion, settings: &str) -> Vec<Tensor> {
-    let settings = settings.parse().expect("TOML");
-    let method = TrainConfig::from_tables(&[&settings]).expect("the settings are right").method();
+    let settings = format!("[adapter]\n{settings}").parse().expect("TOML");
+    let method = TrainConfig::from_tables(&[&settings]).expect("the settings are right").adapter.method();
     let method = method.ok().flatten().expect("the words name a method");
     let targets = TargetRule::from_words(&ATTENTION.map(String::from)).expect("plain names");
     attach::attach_new(&mut model.unet, &targets, &method, Bias::None, 0).expect("the layers can be adapted");

@@ -22,18 +22,16 @@ fn main() -> anyhow::Result<()> {
     let [model, pictures, run, steps @ ..] = &words[..] else {
         anyhow::bail!("expected MODEL PICTURES RUN [STEPS]");
     };
-    let mut settings = toml::toml! {
-        instance_prompt = "a photo of sks cat"
-        method = "hra"
-        rank = 8
-        learning_rate = 3e-3
-        log_every = 1
-    };
-    settings.insert("pretrained_model_name_or_path".into(), model.as_str().into());
-    settings.insert("instance_data_dir".into(), pictures.as_str().into());
-    settings.insert("output_dir".into(), run.as_str().into());
-    settings.insert("max_train_steps".into(), steps.first().map_or(Ok(100), |n| n.parse())?.into());
-    let outcome = train(TrainConfig::from_tables(&[&settings])?, None, &Losses)?;
+    let mut config = TrainConfig::default();
+    config.model.pretrained_model_name_or_path = model.into();
+    config.data.instance_data_dir = pictures.into();
+    config.data.instance_prompt = "a photo of sks cat".into();
+    config.output_dir = run.into();
+    config.adapter.own = toml::toml! { rank = 8 };
+    config.optimizer.learning_rate = 3e-3;
+    config.schedule.max_train_steps = steps.first().map_or(Ok(100), |n| n.parse())?;
+    config.checkpoints.log_every = 1;
+    let outcome = train(config, None, &Losses)?;
     println!("{} values in {}", outcome.parameters, outcome.folder.display());
     Ok(())
 }

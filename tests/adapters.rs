@@ -46,7 +46,7 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 fn config(rank: i64) -> HraConfig {
-    HraConfig { rank, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false }
+    HraConfig { rank, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 }
 }
 
 proptest! {
@@ -247,12 +247,12 @@ fn prepared_together_layers_give_what_each_gives_alone_once_and_no_longer_after_
             }
             let _guard = tch::no_grad_guard();
             for v in &vectors {
-                let _ = v.shallow_clone().copy_(&randn(9, &[10, 4]));
+                v.shallow_clone().copy_(&randn(9, &[10, 4]));
             }
             let fresh = Hra::from_vectors(randn(9, &[10, 4]), gram_schmidt).forward(&frozen, &x);
             assert_eq!(outputs()[2], fresh);
             for v in &vectors {
-                let _ = v.shallow_clone().copy_(&randn(8, &[10, 4]));
+                v.shallow_clone().copy_(&randn(8, &[10, 4]));
             }
         }
     }

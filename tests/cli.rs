@@ -62,7 +62,8 @@ fn every_config_in_the_folder_validates_and_is_printed_whole() {
         let printed = scratch.ok(&["train", path.to_str().unwrap(), "--print-config", "--seed", "5"]).out;
         let table: toml::Table = toml::from_str(&printed).unwrap();
         assert_eq!(table["seed"].as_integer(), Some(5));
-        assert!(table.len() > 40, "every effective value: {}", table.len());
+        let values: usize = table.values().map(|v| v.as_table().map_or(1, toml::Table::len)).sum();
+        assert!(values > 40, "every effective value: {values}");
         let config: hra::train::config::TrainConfig = table.try_into().unwrap();
         config.validate().unwrap();
         count += 1;
@@ -74,21 +75,28 @@ fn every_config_in_the_folder_validates_and_is_printed_whole() {
         let printed = scratch.ok(&["train", whole, part, "--print-config", "--seed", "5"]).out;
         let table: toml::Table = toml::from_str(&printed).unwrap();
         let overlay: toml::Table = toml::from_str(&std::fs::read_to_string(part).unwrap()).unwrap();
-        assert!(overlay.keys().all(|key| key == "output_dir" || table[key] == overlay[key]), "{part}");
+        for (section, settings) in overlay.iter().filter(|(section, _)| *section != "output_dir") {
+            let settings = settings.as_table().unwrap().iter();
+            assert!({ settings }.all(|(key, value)| table[section][key] == *value), "{part}: {section}");
+        }
         let folder = overlay["output_dir"].as_str().unwrap();
         assert!(table["output_dir"].as_str().unwrap().ends_with(folder), "{part}");
         assert_eq!(table["seed"].as_integer(), Some(5), "flags win over both");
         // In the other order the whole file wins.
         let printed = scratch.ok(&["train", part, whole, "--print-config"]).out;
         assert!(printed.contains("method = \"hra\"") && printed.contains("runs/sd15-subject\""), "{printed}");
-        assert_eq!(table["instance_prompt"].as_str(), Some("a photo of qwe dog"), "from the first file");
+        assert_eq!(
+            table["data"]["instance_prompt"].as_str(),
+            Some("a photo of qwe dog"),
+            "from the first file"
+        );
         table.try_into::<hra::train::config::TrainConfig>().unwrap().validate().unwrap();
         count += 1;
     }
     let broken = scratch.path("broken.toml");
-    std::fs::write(&broken, "rank = \"eight\"\n").unwrap();
+    std::fs::write(&broken, "[adapter]\nrank = \"eight\"\n").unwrap();
     let done = scratch.run(&["train", whole.to_str().unwrap(), broken.to_str().unwrap(), "--print-config"]);
-    assert!(done.code == 2 && done.err.contains("broken.toml"), "{}", done.err);
+    assert!(done.code == 2 && done.err.contains("broken.toml: [adapter] rank: "), "{}", done.err);
     let done = scratch.run(&["train", whole.to_str().unwrap(), "--center_crop", "false"]);
     assert!(
         done.code == 2 && done.err.contains("cannot read false: No such file or directory"),
@@ -115,10 +123,10 @@ fn words_of_other_trainers_are_accepted_and_settings_have_an_order() {
         "--adam_weight_decay=0.5",
     ]);
     let table: toml::Table = toml::from_str(&printed.out).unwrap();
-    assert_eq!(table["dtype"].as_str(), Some("bf16"));
-    assert_eq!(table["learning_rate"].as_float(), Some(1e-3), "flags win over the file");
-    assert_eq!(table["train_batch_size"].as_integer(), Some(2), "the file wins over defaults");
-    assert_eq!(table["adam_beta1"].as_float(), Some(0.9));
+    assert_eq!(table["model"]["dtype"].as_str(), Some("bf16"));
+    assert_eq!(table["optimizer"]["learning_rate"].as_float(), Some(1e-3), "flags win over the file");
+    assert_eq!(table["schedule"]["train_batch_size"].as_integer(), Some(2), "the file wins over defaults");
+    assert_eq!(table["optimizer"]["adam_beta1"].as_float(), Some(0.9));
     assert!(printed.err.contains("--report-to has no effect here"));
 }
 
@@ -154,10 +162,35 @@ fn bad_settings_are_listed_together() {
 fn config_files_with_mistakes_name_the_file_and_the_key() {
     let scratch = Scratch::new();
     for (text, part) in [
-        ("learning_rat = 1", "learning_rat"),
-        ("learning_rate = 'fast'", "learning_rate"),
-        ("rank = ", "TOML"),
-        ("method = 'magic'", "magic"),
+        ("learning_rat = 1", "learning_rat: unknown field; the nearest is [optimizer] learning_rate"),
+        (
+            "[schedule]\nlearning_rat = 1",
+            "[schedule] learning_rat: unknown field; the nearest is [optimizer] learning_rate",
+        ),
+        (
+            "[adapter]\nlearning_rate = 1",
+            "[adapter] learning_rate: it belongs to another section: [optimizer] learning_rate",
+        ),
+        ("[schedule]\nseed = 1", "[schedule] seed: it stands before the first section: seed"),
+        (
+            "[optimizer]\nlearning_rate = 'fast'",
+            "[optimizer] learning_rate: invalid type: string \"fast\", expected f64",
+        ),
+        ("[adapter]\nmethod = 'lora'\ngram_schmidt = true", "[adapter] gram_schmidt: only method hra has it"),
+        (
+            "[adapter]\nmethod = 'hra'\nlora_alpha = 2.0",
+            "[adapter] lora_alpha: only the methods lora, dora have it",
+        ),
+        ("optimizer = 3", "optimizer: expected a section [optimizer], found integer"),
+        // As earlier versions had them.
+        ("learning_rate = 1", "learning_rate: settings have sections now: [optimizer] learning_rate"),
+        ("apply_gs = true", "apply_gs: settings have sections now: [adapter] gram_schmidt"),
+        (
+            "model = 'dir'",
+            "model: expected a section [model], found string; write [model] pretrained_model_name_or_path = \"dir\"",
+        ),
+        ("[adapter]\nrank = ", "TOML"),
+        ("[adapter]\nmethod = 'magic'", "magic"),
     ] {
         std::fs::write(scratch.path("bad.toml"), text).unwrap();
         let done = scratch.run(&["train", "bad.toml", "--print-config"]);
@@ -319,4 +352,51 @@ fn cuda_that_is_not_there_is_refused_with_what_is_missing() {
         "cuda",
     ]);
     refused(&done, &["cuda", "hint"]);
+}
+
+#[test]
+fn printed_settings_read_back_to_the_same_run_and_those_of_earlier_versions_too() {
+    let scratch = Scratch::new();
+    let words = [
+        "train",
+        "--method",
+        "coft",
+        "--lr_scheduler",
+        "cosine",
+        "--target_modules",
+        "to_q,to_k",
+        "--print-config",
+    ];
+    let printed = scratch.ok(&words).out;
+    let file = scratch.path("printed.toml");
+    std::fs::write(&file, &printed).unwrap();
+    assert_eq!(scratch.ok(&["train", file.to_str().unwrap(), "--print-config"]).out, printed);
+    // Without sections, and with the settings of all methods, as a run's config.toml once was.
+    let sections: toml::Table = toml::from_str(&printed).unwrap();
+    let mut flat = toml::Table::new();
+    for (name, value) in sections {
+        match value {
+            toml::Value::Table(section) => flat.extend(section),
+            value => drop(flat.insert(name, value)),
+        }
+    }
+    flat.insert("hra_lambda".into(), 0.0.into());
+    flat.insert("use_rslora".into(), false.into());
+    std::fs::write(&file, toml::to_string(&flat).unwrap()).unwrap();
+    let read = hra::train::config::TrainConfig::read(&file).unwrap();
+    assert_eq!(read.to_toml().unwrap(), printed);
+}
+
+#[test]
+fn the_document_of_settings_has_every_setting_in_its_section() {
+    let text = std::fs::read_to_string(root().join("docs/settings.md")).unwrap();
+    for key in hra::train::config::keys::keys() {
+        let heading = key
+            .section
+            .name()
+            .map_or("Before the first section\n".to_string(), |name| format!("`[{name}]`\n"));
+        let section = text.split("\n## ").find(|part| part.starts_with(&heading));
+        let section = section.unwrap_or_else(|| panic!("no section {heading}"));
+        assert!(section.contains(&format!("\n| `{}`", key.name)), "{}", key.place());
+    }
 }

@@ -22,14 +22,22 @@ title = "small"
 output_dir = "out"
 {extra}
 [train]
+threads = 1
+
+[train.model]
 pretrained_model_name_or_path = "{assets}/tiny-sd"
-max_train_steps = 6
-checkpointing_steps = 2
+
+[train.prior]
 with_prior_preservation = true
 num_class_images = 2
 class_steps = 2
+
+[train.schedule]
+max_train_steps = 6
+
+[train.checkpoints]
+checkpointing_steps = 2
 log_every = 2
-threads = 1
 [draw]
 prompts = ["a fluent 3d emoji of a {{subject}}", "a {{subject}} on a red background"]
 validation_prompts = ["a {{subject}}"]
@@ -64,13 +72,12 @@ class_prompt = "a fluent 3d emoji of a {{class}}"
 const METHODS: &str = r#"
 [[method]]
 label = "HRA"
-method = "hra"
-rank = 4
-learning_rate = 3e-3
+adapter = { method = "hra", rank = 4 }
+optimizer = { learning_rate = 3e-3 }
 [[method]]
 label = "full <b>\"fine\"</b>"
-method = "full"
-learning_rate = 1e-4
+adapter = { method = "full" }
+optimizer = { learning_rate = 1e-4 }
 "#;
 
 fn scratch(text: &str) -> Scratch {
@@ -352,8 +359,8 @@ fn a_dry_run_tells_the_plan_and_writes_nothing() {
 #[test]
 fn what_cannot_be_compared_is_refused_with_all_reasons() {
     let wrong = config("jobs = 0\nseeds = [1, 1]", "", METHODS)
-        .replace("learning_rate = 3e-3", "learning_rate = 3e-3\nmax_train_steps = 9")
-        .replace("log_every = 2", "log_every = 2\nseed = 3");
+        .replace("optimizer = {", "schedule = { max_train_steps = 9 }\noptimizer = {")
+        .replace("threads = 1", "threads = 1\nseed = 3");
     let error = scratch(&wrong).run(&["compare", "c.toml"]);
     assert_eq!(error.code, 2);
     for part in

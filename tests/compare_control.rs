@@ -22,14 +22,24 @@ fn config(control: &str, more: &str) -> String {
 title = "small"
 output_dir = "out"
 [train]
+threads = 1
+
+[train.model]
 pretrained_model_name_or_path = "{assets}/tiny-sd"
+
+[train.data]
 resolution = 64
+
+[train.optimizer]
+control_lr = 1e-2
+
+[train.schedule]
 max_train_steps = 4
 train_batch_size = 2
+
+[train.checkpoints]
 checkpointing_steps = 2
-control_lr = 1e-2
 log_every = 2
-threads = 1
 [draw]
 scheduler = "ddim"
 steps = 2
@@ -44,13 +54,12 @@ num_test = 6
 {control}
 [[method]]
 label = "HRA"
-method = "hra"
-rank = 4
-learning_rate = 3e-3
+adapter = {{ method = "hra", rank = 4 }}
+optimizer = {{ learning_rate = 3e-3 }}
 [[method]]
 label = "encoder alone"
-method = "none"
-learning_rate = 1e-2
+adapter = {{ method = "none" }}
+optimizer = {{ learning_rate = 1e-2 }}
 "#
     )
 }
@@ -299,10 +308,22 @@ fn what_means_nothing_with_control_is_refused() {
     CompareConfig::read(&scratch(&good).path("c.toml")).unwrap();
     for (from, to, expected) in [
         ("title =", "protocol = \"paper\"\ntitle =", "protocol: paper is for subjects"),
-        ("resolution = 64", "", "[train]: resolution is needed with [[control]]"),
-        ("threads = 1", "condition = \"canny\"", "[train]: condition is said in [[control]]"),
-        ("threads = 1", "train_data_dir = \"x\"", "[train]: train_data_dir is set by the comparison itself"),
-        ("threads = 1", "with_prior_preservation = true", "class pictures have no conditions"),
+        ("resolution = 64", "", "[train]: [data] resolution is needed with [[control]]"),
+        (
+            "resolution = 64",
+            "resolution = 64\ncondition = \"canny\"",
+            "[train]: [data] condition is said in [[control]]",
+        ),
+        (
+            "resolution = 64",
+            "resolution = 64\ntrain_data_dir = \"x\"",
+            "[train]: [data] train_data_dir is set by the comparison itself",
+        ),
+        (
+            "[train.data]",
+            "[train.prior]\nwith_prior_preservation = true\n[train.data]",
+            "class pictures have no conditions",
+        ),
         ("seed = 40", "prompts = [\"a\"]", "with [[control]] the pairs' captions are drawn"),
         ("seed = 40", "drift_prompts = [\"a\"]", "with [[control]] the pairs' captions are drawn"),
         ("seed = 40", "num_images = 2", "with [[control]] each pair is drawn once"),
@@ -314,13 +335,13 @@ fn what_means_nothing_with_control_is_refused() {
             "[search]\nlearning_rates = [1.0, 2.0]\n[[control]]",
             "a [search] needs pairs that no table uses",
         ),
-        ("rank = 4", "rank = 4\nimage_column = \"x\"", "image_column is not a method's own"),
+        ("adapter = {", "data = { image_column = \"x\" }\nadapter = {", "image_column is not a method's own"),
         ("canny_low = 80", "canny_low = 800", "canny_low and canny_high: expected"),
     ] {
         let told = refused(&good.replacen(from, to, 1));
         assert!(told.contains(expected), "{expected} is not in\n{told}");
     }
-    let once = refused(&good.replacen("threads = 1", "train_data_dir = \"x\"", 1));
+    let once = refused(&good.replacen("resolution = 64", "resolution = 64\ntrain_data_dir = \"x\"", 1));
     assert_eq!(once.matches("train_data_dir").count(), 1, "told once: {once}");
     let subject = "[[subject]]\nname = \"cat\"\nclass = \"cat\"\ndata_dir = \"x\"\ninstance_prompt = \"x\"\n[[control]]";
     let both = refused(&good.replacen("[[control]]", subject, 1));

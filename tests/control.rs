@@ -52,7 +52,8 @@ fn new_encoder(model: &StableDiffusion) -> ConditionEncoder {
 }
 
 fn attach_hra(model: &mut StableDiffusion) {
-    let config = HraConfig { rank: 4, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false };
+    let config =
+        HraConfig { rank: 4, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 };
     let targets = TargetRule::from_words(&ATTENTION.map(String::from)).unwrap();
     attach::attach_new(&mut model.unet, &targets, &Method::new(config), Bias::None, 5).unwrap();
 }

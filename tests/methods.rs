@@ -45,7 +45,8 @@ fn oft(partition: Partition) -> OftConfig {
 fn methods(b: i64) -> Vec<Method> {
     let lora = LoraConfig { rank: 2, alpha: 3.0, rslora: false, ..LoraConfig::new(1, 1.0) };
     let blocks = oft(Partition::BlockSize(b));
-    let hra = HraConfig { rank: 2, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false };
+    let hra =
+        HraConfig { rank: 2, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 };
     vec![
         Method::new(hra),
         Method::new(lora.clone()),
@@ -430,7 +431,8 @@ fn what_does_not_divide_is_refused_with_what_does() {
         ..LoraConfig::new(1, 1.0)
     };
     assert!(problem(Method::new(lora)).contains("at most 12"));
-    let hra = HraConfig { rank: 14, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false };
+    let hra =
+        HraConfig { rank: 14, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 };
     assert!(problem(Method::new(hra)).contains("at most 12"));
 }
 

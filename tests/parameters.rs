@@ -107,7 +107,13 @@ fn the_papers_parameter_counts_for_stable_diffusion_1_5() {
     assert_eq!(everything + unet.others as usize, 859_520_964);
 
     let hra = |rank| {
-        Method::new(HraConfig { rank, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: true })
+        Method::new(HraConfig {
+            rank,
+            gram_schmidt: false,
+            init: HraInit::Auto,
+            allow_odd_rank: true,
+            lambda: 0.0,
+        })
     };
     assert_eq!(unet.sum(&attention, &hra(7)), 696_192); // the paper's 0.69 M
     assert_eq!(unet.sum(&attention, &hra(8)), 795_648);

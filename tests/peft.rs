@@ -30,7 +30,8 @@ fn oft(partition: Partition, coft: Coft) -> OftConfig {
 }
 
 fn methods() -> Vec<Method> {
-    let hra = HraConfig { rank: 2, gram_schmidt: true, init: HraInit::Peft, allow_odd_rank: true };
+    let hra =
+        HraConfig { rank: 2, gram_schmidt: true, init: HraInit::Peft, allow_odd_rank: true, lambda: 0.0 };
     vec![
         Method::new(hra),
         Method::new(HraConfig { rank: 3, gram_schmidt: false, ..hra }),

@@ -40,8 +40,8 @@ fn rates_are_chosen_by_validation_alone() {
     let pasted = &written.summary.text[written.summary.text.find("[[method]]").unwrap()..];
     let pasted: toml::Table = toml::from_str(pasted).unwrap();
     let expected: toml::Table = toml::from_str(
-        "method = [{label = 'HRA', method = 'hra', rank = 8, learning_rate = 1e-3}, \
-         {label = 'LoRA', method = 'lora', rank = 8, learning_rate = 1e-2}]",
+        "method = [{label = 'HRA', adapter = {method = 'hra', rank = 8}, optimizer = {learning_rate = 1e-3}}, \
+         {label = 'LoRA', adapter = {method = 'lora', rank = 8}, optimizer = {learning_rate = 1e-2}}]",
     )
     .unwrap();
     assert_eq!(pasted, expected);

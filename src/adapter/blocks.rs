@@ -18,8 +18,7 @@ use crate::platform::host;
 use tch::{Kind, Tensor};
 
 /// How a layer's inputs are cut into blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
-#[serde(from = "PartitionSettings")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Partition {
     /// So many blocks in every layer.
     Blocks(i64),
@@ -27,11 +26,18 @@ pub enum Partition {
     BlockSize(i64),
 }
 
-/// The settings of a run that say it: blocks of `block_size` inputs where one is given, else `rank` blocks.
-#[derive(serde::Deserialize)]
-struct PartitionSettings {
-    rank: i64,
-    block_size: Option<i64>,
+/// What a training says of it: blocks of `block_size` inputs where one is given, else `rank` blocks.
+#[derive(serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct PartitionSettings {
+    pub(super) rank: i64,
+    pub(super) block_size: Option<i64>,
+}
+
+impl Default for PartitionSettings {
+    fn default() -> Self {
+        Self { rank: 8, block_size: None }
+    }
 }
 
 impl From<PartitionSettings> for Partition {

@@ -5,6 +5,9 @@ use crate::adapter::Adapter;
 use crate::adapter::how::ELSEWHERE;
 use crate::adapter::peft_fields::Fields;
 use crate::error::{Error, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_aux::serde_introspection::serde_introspect;
 use serde_json::Value;
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -57,6 +60,11 @@ pub trait MethodSettings: Comparable + Debug + Send + Sync {
 
     /// The last parts of its tensors' names in files, such as `hra_u`.
     fn tensor_names(&self) -> &'static [&'static str];
+
+    /// What the sum of the regularisers ([`Adapter::regulariser`]) is multiplied by in the loss; 0 for none.
+    fn regulariser_weight(&self) -> f64 {
+        0.0
+    }
 
     /// `peft_type` and its own fields in PEFT's `adapter_config.json`; `None` for what is no adapter.
     fn to_peft(&self) -> Option<(&'static str, Value)>;
@@ -146,10 +154,8 @@ pub struct Entry {
     pub name: &'static str,
     /// What it is, in a line.
     pub about: &'static str,
-    /// The settings of a run that mean something to it.
-    pub settings: &'static [&'static str],
-    /// The method from a run's settings, of which it takes its own.
-    pub from_settings: fn(&toml::Table) -> Result<Method>,
+    /// Its own settings of a training.
+    pub own: OwnSection,
     /// How it is read from PEFT's files; `None` where another entry reads them, or there are none.
     pub reader: Option<PeftReader>,
 }
@@ -164,9 +170,35 @@ pub struct PeftReader {
     pub read: fn(&mut Fields) -> Option<Box<dyn MethodSettings>>,
 }
 
-/// A method's own part of a run's settings.
-pub(super) fn own<T: serde::de::DeserializeOwned>(settings: &toml::Table) -> Result<T> {
-    settings.clone().try_into().map_err(|e: toml::de::Error| Error::config(e.to_string()))
+/// A method's own settings of a training: what the section `[adapter]` holds beside what all methods have. A type of its own,
+/// so that a setting of another method is an unknown field.
+pub trait OwnSettings: Serialize + DeserializeOwned + Default {
+    /// The method with these settings.
+    fn method(self) -> Method;
+}
+
+/// [`OwnSettings`] of some type, as the registry holds them.
+pub struct OwnSection {
+    /// Names of all of them.
+    pub keys: fn() -> &'static [&'static str],
+    /// The method with what is given, and defaults for the rest. Errors: a key that it has not, a value of another type.
+    pub method: fn(&toml::Table) -> std::result::Result<Method, toml::de::Error>,
+    /// What is given, and defaults for the rest.
+    pub whole: fn(&toml::Table) -> std::result::Result<toml::Table, toml::de::Error>,
+}
+
+impl OwnSection {
+    /// Those of a type.
+    pub const fn of<T: OwnSettings>() -> Self {
+        fn read<T: OwnSettings>(table: &toml::Table) -> std::result::Result<T, toml::de::Error> {
+            table.clone().try_into()
+        }
+        Self {
+            keys: serde_introspect::<T>,
+            method: |table| read::<T>(table).map(T::method),
+            whole: |table| toml::Table::try_from(read::<T>(table)?).map_err(serde::de::Error::custom),
+        }
+    }
 }
 
 /// What a tensor file says beside its config.

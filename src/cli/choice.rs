@@ -1,19 +1,19 @@
 //! Flags whose value is one of several words.
 
-use crate::platform::choice::Choice;
+use crate::platform::choice::{Choice, Word, words};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
 /// The words as clap lists them.
-pub fn possible_values<T: Choice>() -> Vec<PossibleValue> {
-    let value = |choice: &crate::platform::choice::Named<T>| {
-        let value = PossibleValue::new(choice.name).aliases(choice.others.iter().copied());
-        if choice.about.is_empty() { value } else { value.help(choice.about) }
+pub fn possible_values(words: Vec<Word>) -> Vec<PossibleValue> {
+    let value = |word: Word| {
+        let value = PossibleValue::new(word.name).aliases(word.others.iter().copied());
+        if word.about.is_empty() { value } else { value.help(word.about) }
     };
-    T::CHOICES.iter().map(value).collect()
+    words.into_iter().map(value).collect()
 }
 
 /// Reads one of the words.
 pub fn choice<T: Choice + Send + Sync>() -> impl TypedValueParser<Value = T> {
-    PossibleValuesParser::new(possible_values::<T>())
+    PossibleValuesParser::new(possible_values(words::<T>()))
         .try_map(|word| T::find(&word).ok_or_else(|| format!("there is no `{word}`")))
 }

@@ -75,15 +75,13 @@ pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
         let names: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
         observer.note(&format!("settings of {}, of which a later one wins", names.join(", ")));
     }
-    let given = TrainConfig::merged(&files, &args.settings.0)?;
+    let given = TrainConfig::merged(&files, &args.settings.0, observer)?;
     let config = match &resume {
         None => given.with_absolute_paths()?,
         Some(_) => {
             RunFolder::check_run(&given.output_dir)?;
-            let saved = given.output_dir.join(CONFIG_FILE);
-            let before = TrainConfig::read(&saved)?;
-            let files: Vec<_> = std::iter::once(saved.as_path()).chain(files).collect();
-            let mut config = TrainConfig::merged(&files, &args.settings.0)?;
+            let before = TrainConfig::read(&given.output_dir.join(CONFIG_FILE))?;
+            let mut config = before.under(&files, &args.settings.0, observer)?;
             // The folder that was named holds the run, even if it was moved since.
             config.output_dir = given.output_dir;
             let config = config.with_absolute_paths()?;
@@ -143,7 +141,7 @@ fn json(outcome: &Outcome, config: &TrainConfig, scored: Option<&Scored>) -> Val
     let moved = outcome.movement;
     json!({
         "folder": outcome.folder,
-        "method": config.method,
+        "method": config.adapter.method,
         "parameters": outcome.parameters,
         "steps": outcome.steps,
         "seconds": outcome.seconds,
@@ -160,7 +158,7 @@ fn json(outcome: &Outcome, config: &TrainConfig, scored: Option<&Scored>) -> Val
 
 fn report(outcome: &Outcome, config: &TrainConfig) {
     let folder = outcome.folder.display();
-    let method = config.method().ok().flatten();
+    let method = config.adapter.method().ok().flatten();
     let whole = method.as_ref().map(|method| method.trains_whole_network());
     let peft = method.is_some_and(|method| method.is_known_to_peft());
     let (what, readers) = match (whole, config.is_control()) {
@@ -196,8 +194,9 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
     }
     println!(
         "draw with it:\n  hra sample --model {}{} --adapter {} --prompt {} --guidance {} --output {}",
-        shell_word(&config.pretrained_model_name_or_path.to_string_lossy()),
+        shell_word(&config.model.pretrained_model_name_or_path.to_string_lossy()),
         config
+            .model
             .model_config
             .as_ref()
             .map_or_else(String::new, |dir| { format!(" --config {}", shell_word(&dir.to_string_lossy())) }),
@@ -205,9 +204,9 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
         if config.is_control() {
             "CAPTION --control IMAGE".to_string()
         } else {
-            shell_word(&config.instance_prompt)
+            shell_word(&config.data.instance_prompt)
         },
-        config.validation_guidance,
+        config.previews.validation_guidance,
         shell_word(&outcome.folder.join("pictures").to_string_lossy())
     );
 }

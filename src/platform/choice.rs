@@ -39,3 +39,21 @@ pub trait Choice: Copy + PartialEq + 'static {
         found.map(|choice| choice.value)
     }
 }
+
+/// A word to choose, without its value.
+pub struct Word {
+    /// As it is written.
+    pub name: &'static str,
+    /// Names that are accepted too.
+    pub others: &'static [&'static str],
+    /// What it is, for whoever has to choose; may be empty.
+    pub about: &'static str,
+}
+
+/// The words of a choice, in the order in which they are listed.
+pub fn words<T: Choice>() -> Vec<Word> {
+    T::CHOICES
+        .iter()
+        .map(|choice| Word { name: choice.name, others: choice.others, about: choice.about })
+        .collect()
+}

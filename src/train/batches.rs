@@ -73,10 +73,12 @@ impl Batches {
         let source = |name, pictures: Pictures, prompt: &str, most: usize| {
             let count = pictures.len().min(most);
             let crops: u64 = (0..count)
-                .map(|i| if config.center_crop { 1 } else { pictures.window_count(i, resolution) })
+                .map(|i| if config.data.center_crop { 1 } else { pictures.window_count(i, resolution) })
                 .fold(0, u64::saturating_add);
             let prompt = match &pictures {
-                Pictures::Folder(_) => Some(Prompt::new(model, prompt, config.train_text_encoder, observer)?),
+                Pictures::Folder(_) => {
+                    Some(Prompt::new(model, prompt, config.adapter.train_text_encoder, observer)?)
+                }
                 Pictures::Pairs(_) => {
                     warn_of_long_captions(model, &pictures, observer)?;
                     None
@@ -87,24 +89,26 @@ impl Batches {
                 pictures,
                 count,
                 prompt,
-                empty: config.proportion_empty_prompts,
+                empty: config.data.proportion_empty_prompts,
                 cache: crops <= MAX_CACHED,
                 moments: HashMap::new(),
             })
         };
         let class = class
-            .map(|pictures| source("class", pictures, &config.class_prompt, config.num_class_images))
+            .map(|pictures| {
+                source("class", pictures, &config.prior.class_prompt, config.prior.num_class_images)
+            })
             .transpose()?;
         let name = if config.is_control() { "pair" } else { "instance" };
         Ok(Self {
             draws: Draws {
                 seed: config.seed,
                 resolution,
-                center_crop: config.center_crop,
+                center_crop: config.data.center_crop,
                 train_timesteps: model.scheduler.train_timesteps()? as u64,
             },
-            batch_size: config.train_batch_size as u64,
-            instance: source(name, instance, &config.instance_prompt, usize::MAX)?,
+            batch_size: config.schedule.train_batch_size as u64,
+            instance: source(name, instance, &config.data.instance_prompt, usize::MAX)?,
             class,
         })
     }

@@ -40,7 +40,7 @@ pub struct ClassImages {
 
 /// Where the class pictures of this run are or will be.
 pub fn folder(config: &TrainConfig) -> PathBuf {
-    config.class_data_dir.clone().unwrap_or_else(|| config.output_dir.join("class_images"))
+    config.prior.class_data_dir.clone().unwrap_or_else(|| config.output_dir.join("class_images"))
 }
 
 impl ClassImages {
@@ -54,19 +54,19 @@ impl ClassImages {
         let dir = folder(config);
         let settings = Settings::square(
             model,
-            &config.class_prompt,
-            config.class_scheduler,
-            config.class_steps,
-            config.class_guidance,
+            &config.prior.class_prompt,
+            config.prior.class_scheduler,
+            config.prior.class_steps,
+            config.prior.class_guidance,
             resolution,
         )?;
         settings.validate(model)?;
         let mut manifest = Manifest {
             model_fingerprint: fingerprint.to_string(),
-            prompt: config.class_prompt.clone(),
+            prompt: config.prior.class_prompt.clone(),
             scheduler: settings.sampler.to_string(),
-            steps: config.class_steps,
-            guidance: config.class_guidance,
+            steps: config.prior.class_steps,
+            guidance: config.prior.class_guidance,
             resolution,
             seed: config.seed,
         };
@@ -92,7 +92,7 @@ impl ClassImages {
         files::create_dir_all(&self.dir)?;
         let json = serde_json::to_string_pretty(manifest).map_err(|e| Error::Data(e.to_string()))?;
         files::write_atomic(&self.dir.join(MANIFEST_FILE), json.as_bytes())?;
-        let total = config.num_class_images;
+        let total = config.prior.num_class_images;
         let missing: Vec<usize> = (0..total).filter(|i| !self.file(*i).is_file()).collect();
         if missing.is_empty() {
             return Ok(format!("class pictures: {total} made before, in {dir}"));
@@ -121,7 +121,7 @@ impl ClassImages {
         let mut session: Session<_, Control> = Session::over(model, None);
         let progress = Counter::new(observer, "class pictures", 0, missing.len() as u64);
         let mut done = 0;
-        for indices in missing.chunks(config.sample_batch_size) {
+        for indices in missing.chunks(config.prior.sample_batch_size) {
             let seeds: Vec<u64> =
                 indices.iter().map(|i| seed::derive(seed, "class image", *i as u64)).collect();
             let drawn = session.draw(&Request::new(&self.settings, &seeds, seeds.len()), observer);

@@ -27,7 +27,7 @@ impl Pictures {
     /// What `setting` names: pairs where control trains, a folder of pictures otherwise.
     pub fn read(config: &TrainConfig, setting: &str, path: &Path, observer: &dyn Observer) -> Result<Self> {
         if config.is_control() {
-            return PairFolder::read(path, &config.pair_settings(), observer).map(Self::Pairs);
+            return PairFolder::read(path, &config.data.pair_settings(), observer).map(Self::Pairs);
         }
         if !path.is_dir() {
             return Err(Error::Data(format!(
@@ -107,7 +107,7 @@ impl Pictures {
         resolution: u32,
         observer: &dyn Observer,
     ) -> Result<()> {
-        if config.condition != ConditionKind::Canny {
+        if config.data.condition != ConditionKind::Canny {
             return Ok(());
         }
         for i in 0..self.len().min(LOOKED_AT) {

@@ -56,6 +56,8 @@ pub(super) struct Networks {
     pub(super) layers: usize,
     /// Whether there are adapters beside base weights that stay.
     pub(super) has_adapter: bool,
+    /// See [`MethodSettings::regulariser_weight`].
+    pub(super) regulariser_weight: f64,
 }
 
 /// What is shown and looked at.
@@ -106,6 +108,7 @@ pub(super) fn prepare(
     }
     let previews = Previews::new(&model, &config, resolution, held_out.as_ref(), observer)?;
     let class_images = config
+        .prior
         .with_prior_preservation
         .then(|| ClassImages::check(&model, &config, resolution, &fingerprint))
         .transpose()?;
@@ -126,7 +129,9 @@ pub(super) fn prepare(
     if whole {
         attach::release_base(&mut model.unet);
     }
-    let networks = Networks { schedule, control, layers, has_adapter: method.is_some() && !whole, model };
+    let regulariser_weight = method.as_ref().map_or(0.0, |method| method.regulariser_weight());
+    let has_adapter = method.is_some() && !whole;
+    let networks = Networks { schedule, control, layers, has_adapter, regulariser_weight, model };
     let kind = networks.model.denoiser().kind();
     let (optimisation, taken, earlier) =
         optimisation(&config, checkpoint, (parameters, parts), kind, &folder, observer)?;
@@ -151,24 +156,25 @@ struct Inputs {
 
 impl Inputs {
     fn read(config: TrainConfig, observer: &dyn Observer) -> Result<Self> {
-        let compute = device::resolve(config.device, Some(config.dtype))?;
+        let compute = device::resolve(config.device, Some(config.model.dtype))?;
         compute.notes.iter().for_each(|note| observer.note(note));
-        let (setting, path) = match &config.train_data_dir {
+        let (setting, path) = match &config.data.train_data_dir {
             Some(path) => ("train_data_dir", path),
-            None => ("instance_data_dir", &config.instance_data_dir),
+            None => ("instance_data_dir", &config.data.instance_data_dir),
         };
         let instance = Pictures::read(&config, setting, path, observer)?;
-        let held_out = config.held_out_data_dir.as_deref();
+        let held_out = config.data.held_out_data_dir.as_deref();
         let held_out =
             held_out.map(|dir| Pictures::read(&config, "held_out_data_dir", dir, observer)).transpose()?;
-        let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model, observer)?;
-        let from = config.model_config.as_deref();
+        let dir = hub::resolve(&config.model.pretrained_model_name_or_path, Wanted::Model, observer)?;
+        let from = config.model.model_config.as_deref();
         let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
         model.expect_text_to_image()?;
         model.notes.iter().for_each(|note| observer.note(note));
         device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
         let resolution = setup::resolution(&config, &model)?;
-        let config = TrainConfig { resolution: Some(resolution), ..config };
+        let mut config = config;
+        config.data.resolution = Some(resolution);
         let (what, held_out_what) = if config.is_control() {
             ("pairs", "held-out pairs")
         } else {
@@ -180,8 +186,8 @@ impl Inputs {
         }
         observer.say(report.trim_end());
         instance.warn_of_no_edges(&config, resolution, observer)?;
-        if !config.with_prior_preservation
-            && (config.class_data_dir.is_some() || !config.class_prompt.is_empty())
+        if !config.prior.with_prior_preservation
+            && (config.prior.class_data_dir.is_some() || !config.prior.class_prompt.is_empty())
         {
             observer.note("class_data_dir and class_prompt have no effect without --with_prior_preservation");
         }
@@ -209,19 +215,20 @@ impl Trained {
         instance: &Pictures,
         observer: &dyn Observer,
     ) -> Result<Self> {
-        let targets = TargetRule::from_words(&config.target_modules)?;
-        let text_targets = TargetRule::from_words(&config.text_target_modules)?;
-        let method = config.method()?;
+        let targets = TargetRule::from_words(&config.adapter.target_modules)?;
+        let text_targets = TargetRule::from_words(&config.adapter.text_target_modules)?;
+        let method = config.adapter.method()?;
         let mut layers = 0;
         if let Some(method) = &method {
-            layers += attach::attach_new(&mut model.unet, &targets, method, config.bias, config.seed)?;
+            layers +=
+                attach::attach_new(&mut model.unet, &targets, method, config.adapter.bias, config.seed)?;
             setup::warn_of_idle_words("target_modules", &targets, &mut model.unet, observer);
         }
-        let texts = if config.train_text_encoder { &mut model.texts[..] } else { &mut [] };
+        let texts = if config.adapter.train_text_encoder { &mut model.texts[..] } else { &mut [] };
         for (i, tower) in texts.iter_mut().enumerate() {
             let (network, seed) = (&mut tower.encoder, seed::derive(config.seed, "text encoder", i as u64));
             if let Some(method) = &method {
-                layers += attach::attach_new(network, &text_targets, method, config.bias, seed)?;
+                layers += attach::attach_new(network, &text_targets, method, config.adapter.bias, seed)?;
                 setup::warn_of_idle_words("text_target_modules", &text_targets, network, observer);
             }
         }
@@ -230,7 +237,7 @@ impl Trained {
         if method.is_some() {
             networks.push(&mut model.unet);
         }
-        if config.train_text_encoder {
+        if config.adapter.train_text_encoder {
             networks.extend(model.texts.iter_mut().map(|tower| &mut tower.encoder as &mut dyn Layers));
         }
         networks.extend(encoder.iter_mut().map(|encoder| encoder as &mut dyn Layers));
@@ -246,7 +253,7 @@ fn check_base(config: &TrainConfig, checkpoint: Option<&Loaded>, fingerprint: &s
         None => Ok(()),
         Some(loaded) => Err(Error::Run(format!(
             "{}: the base model's weights are not those that this run began with (step {})",
-            config.pretrained_model_name_or_path.display(),
+            config.model.pretrained_model_name_or_path.display(),
             loaded.state.step
         ))),
     }
@@ -278,9 +285,9 @@ fn optimisation(
     folder: &RunFolder,
     observer: &dyn Observer,
 ) -> Result<(Optimisation, i64, f64)> {
-    let mut optimizer = AdamW::new(config.adamw(), &parameters);
+    let mut optimizer = AdamW::new(config.optimizer.adamw(), &parameters);
     let mut loss_scale = (kind == Kind::Half).then(|| LossScale::new(parameters.flat().device()));
-    let mut ema = config.use_ema.then(|| Ema::new(config.ema_decay, &parameters));
+    let mut ema = config.optimizer.use_ema.then(|| Ema::new(config.optimizer.ema_decay, &parameters));
     let (mut step, mut seconds, mut sums) = (0, 0.0, Sums::default());
     if let Some(loaded) = checkpoint {
         loaded.restore(&parts, &mut parameters, &mut optimizer, ema.as_mut(), loss_scale.as_mut())?;

@@ -43,10 +43,10 @@ impl Previews {
         held_out: Option<&Pictures>,
         observer: &dyn Observer,
     ) -> Result<Self> {
-        let images = &config.validation_image;
-        let files = ConditionFiles::new(&config.pair_settings())?;
+        let images = &config.previews.validation_image;
+        let files = ConditionFiles::new(&config.data.pair_settings())?;
         let mut wanted: Vec<(String, Option<RgbImage>)> = Vec::new();
-        for (i, prompt) in config.validation_prompt.iter().enumerate() {
+        for (i, prompt) in config.previews.validation_prompt.iter().enumerate() {
             let condition =
                 images.get(i).or(images.last()).map(|path| files.load(path, observer)).transpose()?;
             // The middle square, as of pairs.
@@ -56,7 +56,7 @@ impl Previews {
             };
             wanted.push((prompt.clone(), condition.map(square)));
         }
-        if config.num_validation_images == 0 {
+        if config.previews.num_validation_images == 0 {
             return Ok(Self { rows: Vec::new() });
         }
         if let (true, Some(pictures)) = (wanted.is_empty(), held_out) {
@@ -69,9 +69,9 @@ impl Previews {
             let settings = Settings::square(
                 model,
                 &prompt,
-                config.validation_scheduler,
-                config.validation_inference_steps,
-                config.validation_guidance,
+                config.previews.validation_scheduler,
+                config.previews.validation_inference_steps,
+                config.previews.validation_guidance,
                 resolution,
             )?;
             settings.validate(model)?;
@@ -110,14 +110,15 @@ impl Previews {
         step: i64,
         observer: &dyn Observer,
     ) -> Result<()> {
-        let seeds: Vec<u64> = (0..config.num_validation_images as u64).map(|i| config.seed + i).collect();
+        let seeds: Vec<u64> =
+            (0..config.previews.num_validation_images as u64).map(|i| config.seed + i).collect();
         let condition = self.rows.iter().take(1).filter_map(|row| row.1.as_ref()).map(|_| "condition".into());
         let columns = condition.chain(seeds.iter().map(|s| format!("seed {s}"))).collect();
         let mut grid = Grid { columns, rows: Vec::new() };
         let name = model.name();
         let mut session = Session::over(model, control);
         for (p, (settings, condition)) in self.rows.iter().enumerate() {
-            let mut request = Request::new(settings, &seeds, config.sample_batch_size);
+            let mut request = Request::new(settings, &seeds, config.prior.sample_batch_size);
             request.steering = condition.as_ref().filter(|_| control.is_some()).map(|condition| Steering {
                 conditions: sample::conditions(&[condition], settings.width, settings.height),
                 strength: Strength::default(),
@@ -127,7 +128,7 @@ impl Previews {
                 let by = format!("{} at step {step}", config.output_dir.display());
                 let mut text = settings.to_text(Some(seeds[i]), &name, &by);
                 text.extend(
-                    condition.iter().map(|_| ("condition".to_string(), config.condition.to_string())),
+                    condition.iter().map(|_| ("condition".to_string(), config.data.condition.to_string())),
                 );
                 png::save_png(&dir.join(format!("{p:04}-{i:04}.png")), &picture.image, &text)?;
             }
@@ -167,7 +168,8 @@ impl HeldOut {
             let mut shape = latents.size();
             shape[0] = HELD_OUT_TIMESTEPS;
             let noise = random::normal(seed::derive(config.seed, "held-out noise", image as u64), &shape);
-            let (tokens, _) = model.tokens(&[pictures.caption(image).unwrap_or(&config.instance_prompt)])?;
+            let (tokens, _) =
+                model.tokens(&[pictures.caption(image).unwrap_or(&config.data.instance_prompt)])?;
             let side = i64::from(resolution);
             // Equal rows share their memory.
             let condition =

@@ -30,7 +30,7 @@ pub(super) fn trained_parts(
     text_targets: &TargetRule,
     control: Option<&EncoderConfig>,
 ) -> Result<Vec<TrainedPart>> {
-    let mut parts = match config.method()? {
+    let mut parts = match config.adapter.method()? {
         None => Vec::new(),
         Some(method) if method.trains_whole_network() => {
             let files = vec![("config.json", model.unet_config()?)];
@@ -40,7 +40,7 @@ pub(super) fn trained_parts(
     };
     if let Some(encoder) = control {
         let mut beside = vec![("config.json", encoder.to_json()?)];
-        if let Some(palette) = &config.palette {
+        if let Some(palette) = &config.data.palette {
             beside.push((PALETTE_FILE, files::read_to_string(palette)?));
         }
         parts.push(TrainedPart::Network { folder: CONTROL_ENCODER, files: beside });
@@ -56,12 +56,12 @@ fn adapter_parts(
 ) -> Vec<TrainedPart> {
     let adapter = |targets: &TargetRule| AdapterConfig {
         method: method.clone(),
-        bias: config.bias,
+        bias: config.adapter.bias,
         targets: targets.to_json(),
-        base_model: config.pretrained_model_name_or_path.to_str().map(str::to_string),
+        base_model: config.model.pretrained_model_name_or_path.to_str().map(str::to_string),
     };
     let mut parts = vec![TrainedPart::Peft { place: "", config: adapter(targets), class: UNET_CLASS }];
-    if config.train_text_encoder {
+    if config.adapter.train_text_encoder {
         let config = adapter(text_targets);
         parts.push(TrainedPart::Peft { place: TEXT_ENCODER, config, class: TEXT_CLASS });
     }
@@ -77,8 +77,8 @@ pub(super) fn control_encoder(
     if !config.is_control() {
         return Ok(None);
     }
-    let thresholds = pictures.makes_conditions().then_some([config.canny_low, config.canny_high]);
-    let name = config.condition.to_string();
+    let thresholds = pictures.makes_conditions().then_some([config.data.canny_low, config.data.canny_high]);
+    let name = config.data.condition.to_string();
     let own = EncoderConfig::new(&model.unet, model.vae.factor(), &name, thresholds);
     let seed = seed::derive(config.seed, "control encoder", 0);
     let mut encoder = ConditionEncoder::start(own, seed, model.device());
@@ -90,7 +90,7 @@ pub(super) fn control_encoder(
 /// The run's own resolution, or the model's; it must fit the VAE.
 pub(super) fn resolution(config: &TrainConfig, model: &StableDiffusion) -> Result<u32> {
     let factor = model.vae.factor();
-    let resolution = config.resolution.map_or_else(|| model.native_size(), i64::from);
+    let resolution = config.data.resolution.map_or_else(|| model.native_size(), i64::from);
     if resolution < factor || resolution % factor != 0 {
         return Err(Error::config(format!(
             "resolution: expected a multiple of {factor} (pixels for one latent of this model), found {resolution}"
@@ -124,11 +124,11 @@ pub(super) fn find_checkpoint(
             )));
         }
     };
-    if config.max_train_steps < step {
+    if config.schedule.max_train_steps < step {
         return Err(Error::Run(format!(
             "max_train_steps: {} has taken {step} steps already, asked for are {}",
             run.display(),
-            config.max_train_steps
+            config.schedule.max_train_steps
         )));
     }
     Loaded::read(&checkpoint::folder(run, step)).map(Some)
@@ -156,15 +156,15 @@ pub(super) fn start_from(
     parameters: &mut Parameters,
     observer: &dyn Observer,
 ) -> Result<()> {
-    let Some(word) = &config.init_adapter else { return Ok(()) };
+    let Some(word) = &config.adapter.init_adapter else { return Ok(()) };
     let path = hub::resolve(word, Wanted::Adapter, observer)?;
-    let own = config.method()?.map_or_else(String::new, |method| method.describe());
+    let own = config.adapter.method()?.map_or_else(String::new, |method| method.describe());
     let mut values: BTreeMap<(String, String), Tensor> = BTreeMap::new();
     let mut problems = Vec::new();
     for place in ["", TEXT_ENCODER] {
         let folder = path.join(place);
         let there = place.is_empty() || folder.is_dir();
-        if !place.is_empty() && there != config.train_text_encoder {
+        if !place.is_empty() && there != config.adapter.train_text_encoder {
             let (has, flag) = if there { ("has one", "give") } else { ("has none", "leave out") };
             problems.push(format!("the adapter {has} for the text encoder: {flag} --train_text_encoder"));
         } else if there {

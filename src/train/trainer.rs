@@ -60,8 +60,8 @@ impl<'a> Trainer<'a> {
     }
 
     pub(super) fn run(mut self) -> Result<Outcome> {
-        let (first, total) = (self.run.taken, self.config.max_train_steps);
-        let accumulation = self.config.gradient_accumulation_steps as u64;
+        let (first, total) = (self.run.taken, self.config.schedule.max_train_steps);
+        let accumulation = self.config.schedule.gradient_accumulation_steps as u64;
         self.announce(first, total);
         let progress = Counter::new(self.observer, "training", first as u64, total.max(first) as u64);
         let mut last = None;
@@ -72,7 +72,7 @@ impl<'a> Trainer<'a> {
             self.optimisation.parameters.zero_gradient();
             for micro in 0..accumulation {
                 let index = (step - 1) as u64 * accumulation + micro;
-                let trains_text = self.config.train_text_encoder;
+                let trains_text = self.config.adapter.train_text_encoder;
                 attach::prepare(&mut self.networks.model);
                 let batch = self.data.batches.batch(&self.networks.model, index, trains_text)?;
                 let loss = self.loss(&batch);
@@ -80,11 +80,11 @@ impl<'a> Trainer<'a> {
             }
             self.update(step)?;
             let due = |every: i64| step % every == 0 || step == total;
-            let look = due(self.config.validation_steps);
-            if look || due(self.config.log_every) {
+            let look = due(self.config.previews.validation_steps);
+            if look || due(self.config.checkpoints.log_every) {
                 last = self.record(step, look)?.or(last);
             }
-            if due(self.config.checkpointing_steps) {
+            if due(self.config.checkpoints.checkpointing_steps) {
                 self.save(step)?;
             }
             if look {
@@ -103,15 +103,15 @@ impl<'a> Trainer<'a> {
     /// the totals keep the losses until they are recorded.
     fn loss(&mut self, batch: &Batch) -> Tensor {
         let Self { config, networks, optimisation, .. } = self;
-        let accumulation = config.gradient_accumulation_steps as f64;
+        let accumulation = config.schedule.gradient_accumulation_steps as f64;
         let (control, schedule) = (networks.control.as_ref(), &networks.schedule);
-        let (prior_weight, snr_gamma) = (config.prior_loss_weight, config.snr_gamma);
+        let (prior_weight, snr_gamma) = (config.prior.prior_loss_weight, config.optimizer.snr_gamma);
         let loss =
             training_loss(networks.model.denoiser(), control, schedule, batch, prior_weight, snr_gamma);
         let regulariser =
-            if config.hra_lambda > 0.0 { attach::regulariser(&mut networks.model) } else { None };
+            if networks.regulariser_weight > 0.0 { attach::regulariser(&mut networks.model) } else { None };
         let total = match &regulariser {
-            Some(regulariser) => &loss.total + regulariser * config.hra_lambda,
+            Some(regulariser) => &loss.total + regulariser * networks.regulariser_weight,
             None => loss.total.shallow_clone(),
         };
         let parts = [Some(&total), Some(&loss.instance), loss.prior.as_ref(), regulariser.as_ref()];
@@ -131,14 +131,14 @@ impl<'a> Trainer<'a> {
         match loss_scale {
             None => {
                 totals.end_step(step, &norm, None);
-                let factor = clip_factor(&norm, self.config.max_grad_norm);
+                let factor = clip_factor(&norm, self.config.optimizer.max_grad_norm);
                 optimizer.step(parameters, &factor, &rates, None)?;
             }
             Some(loss_scale) => {
                 let scale = loss_scale.scale.get(0).copy();
                 let norm = norm / &scale;
                 let overflow = LossScale::overflow(&norm);
-                let factor = clip_factor(&norm, self.config.max_grad_norm) / scale;
+                let factor = clip_factor(&norm, self.config.optimizer.max_grad_norm) / scale;
                 optimizer.step(parameters, &factor, &rates, Some(&overflow))?;
                 loss_scale.update(&overflow);
                 totals.end_step(step, &norm, Some((&overflow, &loss_scale.scale)));
@@ -210,7 +210,7 @@ impl<'a> Trainer<'a> {
     fn record(&mut self, step: i64, look: bool) -> Result<Option<Record>> {
         let Reading { sums, gradient_norm, loss_scale, .. } = self.read()?;
         let config = &self.config;
-        let last = step == config.max_train_steps;
+        let last = step == config.schedule.max_train_steps;
         if sums.count == 0.0 {
             // f16 skipped every step, with losses that are no numbers: the next record tells of them.
             return Ok(None);
@@ -223,8 +223,8 @@ impl<'a> Trainer<'a> {
             step,
             loss: mean(sums.loss),
             loss_instance: mean(sums.instance),
-            loss_prior: config.with_prior_preservation.then(|| mean(sums.prior)),
-            regulariser: (config.hra_lambda > 0.0).then(|| mean(sums.regulariser)),
+            loss_prior: config.prior.with_prior_preservation.then(|| mean(sums.prior)),
+            regulariser: (self.networks.regulariser_weight > 0.0).then(|| mean(sums.regulariser)),
             learning_rate: self.optimisation.learning_rates[0].at(step - 1),
             gradient_norm,
             loss_scale,
@@ -234,7 +234,7 @@ impl<'a> Trainer<'a> {
             seconds: self.seconds(),
             ..Record::default()
         };
-        if last || look || step % (config.log_every * RECORDS_A_MOVEMENT) == 0 {
+        if last || look || step % (config.checkpoints.log_every * RECORDS_A_MOVEMENT) == 0 {
             let movement = self.movement();
             record.weight_change = movement.map(|m| m.mean);
             record.weight_change_max = movement.map(|m| m.largest);
@@ -298,7 +298,7 @@ impl<'a> Trainer<'a> {
             &self.optimisation.parts,
             &self.optimisation.parameters,
             &self.optimisation.moving(),
-            self.config.checkpoints_total_limit,
+            self.config.checkpoints.checkpoints_total_limit,
         )
     }
 

@@ -366,10 +366,10 @@ pub fn checkpoint(scratch: &Path, input: &[u8]) {
 pub fn train_config(scratch: &Path, input: &[u8]) {
     put(scratch, "config.toml", input);
     let path = scratch.join("config.toml");
-    let given = TrainConfig::merged(&[&path], &toml::Table::new());
+    let given = TrainConfig::merged(&[&path], &toml::Table::new(), &Silent);
     for config in [given, TrainConfig::read(&path)].into_iter().flatten() {
         let _ = (
-            config.method().map(|m| m.map(|m| m.describe())),
+            config.adapter.method().map(|m| m.map(|m| m.describe())),
             config.to_toml(),
             config.check_resume(&config, &Silent),
         );
@@ -377,15 +377,15 @@ pub fn train_config(scratch: &Path, input: &[u8]) {
             continue;
         }
         for shape in [[8, 8], [320, 768]] {
-            let Ok(Some(method)) = config.method() else { continue };
+            let Ok(Some(method)) = config.adapter.method() else { continue };
             let _ = method.parameters_for(&shape);
             let weight = Tensor::ones(shape, (Kind::Float, Device::Cpu));
             let _ = method.start(&weight, config.seed).map(|adapter| adapter.project());
         }
         for rate in config.learning_rates() {
-            let _ = [0, 1, config.max_train_steps].map(|step| rate.at(step));
+            let _ = [0, 1, config.schedule.max_train_steps].map(|step| rate.at(step));
         }
-        let _ = config.adamw();
+        let _ = config.optimizer.adamw();
     }
 }
 

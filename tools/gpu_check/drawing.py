@@ -119,12 +119,18 @@ seeds = [0]
 jobs = 2
 
 [train]
-pretrained_model_name_or_path = {quote(str(assets / "tiny-sd"))}
 device = {quote(program.part.device)}
+threads = 1
+
+[train.model]
+pretrained_model_name_or_path = {quote(str(assets / "tiny-sd"))}
+
+[train.data]
 resolution = 64
+
+[train.schedule]
 max_train_steps = {steps}
 train_batch_size = 2
-threads = 1
 
 [draw]
 prompts = ["a fluent 3d emoji of a {{subject}}"]
@@ -147,7 +153,6 @@ instance_prompt = "a fluent 3d emoji of a {{subject}}"
 
 [[method]]
 label = "HRA r 4"
-method = "hra"
-rank = 4
-learning_rate = 1e-3
+adapter = {{ method = "hra", rank = 4 }}
+optimizer = {{ learning_rate = 1e-3 }}
 """

@@ -4,10 +4,11 @@
 //! rotations by the exact Cayley transform, and a scale for each output, which leaves the bias alone. One factor is OFT
 //! with dense raw blocks and that scale; PEFT makes more only with its CUDA extension.
 
-use crate::adapter::blocks::{self, Cayley, Partition};
+use crate::adapter::blocks::{self, Cayley, Partition, PartitionSettings};
 use crate::adapter::how::ELSEWHERE;
 use crate::adapter::method::{
-    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, Parts, PeftReader, own,
+    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts,
+    PeftReader,
 };
 use crate::adapter::peft_fields::halves;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
@@ -26,12 +27,22 @@ pub struct BoftConfig {
     pub factors: i64,
 }
 
+/// What a training says of BOFT.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+struct BoftSettings(PartitionSettings);
+
+impl OwnSettings for BoftSettings {
+    fn method(self) -> Method {
+        Method::new(BoftConfig { partition: self.0.into(), factors: 1 })
+    }
+}
+
 /// BOFT's line in the registry.
 pub const METHOD: Entry = Entry {
     name: "boft",
     about: "OFT of butterfly factors, with a trained scale for each output",
-    settings: &["rank", "block_size"],
-    from_settings: |settings| Ok(Method::new(BoftConfig { partition: own(settings)?, factors: 1 })),
+    own: OwnSection::of::<BoftSettings>(),
     reader: Some(PeftReader {
         peft_type: "BOFT",
         prefix: "boft_",

@@ -7,8 +7,10 @@
 //! |W_i + s (B A)_i|^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 <B_i (A A^T), B_i>
 //! ```
 
-use crate::adapter::method::{Entry, FileFacts, Method, MethodSettings, Parts, PeftReader};
-use crate::adapter::methods::lora::{Lora, LoraConfig};
+use crate::adapter::method::{
+    Entry, FileFacts, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader,
+};
+use crate::adapter::methods::lora::{Lora, LoraConfig, LoraSettings};
 use crate::adapter::{Adapter, Change, Form, Frozen};
 use crate::platform::host;
 use serde_json::Value;
@@ -18,12 +20,22 @@ use tch::{Kind, Tensor};
 #[derive(Debug, Clone, PartialEq)]
 pub struct DoraConfig(pub LoraConfig);
 
+/// What a training says of DoRA: what it says of LoRA.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+struct DoraSettings(LoraSettings);
+
+impl OwnSettings for DoraSettings {
+    fn method(self) -> Method {
+        Method::new(DoraConfig(self.0.into()))
+    }
+}
+
 /// DoRA's line in the registry.
 pub const METHOD: Entry = Entry {
     name: "dora",
     about: "LoRA with a trained magnitude for each output",
-    settings: crate::adapter::methods::lora::METHOD.settings,
-    from_settings: |settings| LoraConfig::from_settings(settings).map(|lora| Method::new(DoraConfig(lora))),
+    own: OwnSection::of::<DoraSettings>(),
     reader: Some(PeftReader {
         peft_type: "LORA",
         prefix: "lora_",

@@ -10,8 +10,8 @@
 //!
 //! PEFT has no such method: its files are read here, and `hra export` makes LoRA or whole models of them.
 
-use crate::adapter::blocks::Partition;
-use crate::adapter::method::{Entry, Method, MethodSettings, Parts, PeftReader, own};
+use crate::adapter::blocks::{Partition, PartitionSettings};
+use crate::adapter::method::{Entry, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader};
 use crate::adapter::peft_fields::halves;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, matrix_shape};
 use crate::platform::host;
@@ -29,12 +29,22 @@ pub struct EtherPlusConfig {
     pub partition: Partition,
 }
 
+/// What a training says of ETHER+.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+struct EtherPlusSettings(PartitionSettings);
+
+impl OwnSettings for EtherPlusSettings {
+    fn method(self) -> Method {
+        Method::new(EtherPlusConfig { partition: self.0.into() })
+    }
+}
+
 /// ETHER+'s line in the registry.
 pub const METHOD: Entry = Entry {
     name: "ether+",
     about: "A reflection undone by another one for each block of inputs and outputs, which bounds the change",
-    settings: &["rank", "block_size"],
-    from_settings: |settings| Ok(Method::new(EtherPlusConfig { partition: own(settings)? })),
+    own: OwnSection::of::<EtherPlusSettings>(),
     reader: Some(PeftReader {
         peft_type: "ETHER_PLUS",
         prefix: "ether_",

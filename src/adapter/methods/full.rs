@@ -1,6 +1,6 @@
 //! Full fine-tuning as an adapter: the trained weight itself, in the place of the frozen one.
 
-use crate::adapter::method::{Entry, Method, MethodSettings, Parts};
+use crate::adapter::method::{Entry, Method, MethodSettings, OwnSection, OwnSettings, Parts};
 use crate::adapter::{Adapter, Change, Form, Frozen};
 use crate::platform::host;
 use serde_json::Value;
@@ -10,12 +10,22 @@ use tch::{Kind, Tensor};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FullConfig;
 
+/// What a training says of full fine-tuning: nothing.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FullSettings {}
+
+impl OwnSettings for FullSettings {
+    fn method(self) -> Method {
+        Method::new(FullConfig)
+    }
+}
+
 /// Full fine-tuning's line in the registry.
 pub const METHOD: Entry = Entry {
     name: "full",
     about: "All weights of the UNet, without an adapter",
-    settings: &[],
-    from_settings: |_| Ok(Method::new(FullConfig)),
+    own: OwnSection::of::<FullSettings>(),
     reader: None,
 };
 

@@ -13,7 +13,8 @@
 
 use crate::adapter::how::ELSEWHERE;
 use crate::adapter::method::{
-    Combined, Entry, How, LayerChain, Link, Method, MethodSettings, Parts, PeftReader, own,
+    Combined, Entry, How, LayerChain, Link, Method, MethodSettings, OwnSection, OwnSettings, Parts,
+    PeftReader,
 };
 use crate::adapter::reflections::{Reflections, wy_factor};
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, check_stored_rank, matrix_shape};
@@ -54,7 +55,8 @@ impl Choice for HraInit {
 }
 
 /// The settings of HRA.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct HraConfig {
     /// Number of reflections r.
     pub rank: i64,
@@ -65,14 +67,28 @@ pub struct HraConfig {
     pub init: HraInit,
     /// Allow an odd rank, which cannot start at the identity.
     pub allow_odd_rank: bool,
+    /// Weight of the orthogonality regulariser (the paper's lambda).
+    #[serde(rename = "hra_lambda")]
+    pub lambda: f64,
+}
+
+impl Default for HraConfig {
+    fn default() -> Self {
+        Self { rank: 8, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 }
+    }
+}
+
+impl OwnSettings for HraConfig {
+    fn method(self) -> Method {
+        Method::new(self)
+    }
 }
 
 /// HRA's line in the registry.
 pub const METHOD: Entry = Entry {
     name: "hra",
     about: "Householder Reflection Adaptation",
-    settings: &["rank", "gram_schmidt", "hra_init", "allow_odd_rank", "hra_lambda"],
-    from_settings: |settings| own::<HraConfig>(settings).map(Method::new),
+    own: OwnSection::of::<HraConfig>(),
     reader: Some(PeftReader {
         peft_type: "HRA",
         prefix: "hra_",
@@ -82,6 +98,7 @@ pub const METHOD: Entry = Entry {
                 gram_schmidt: fields.flag("apply_GS", false),
                 init: HraInit::Peft,
                 allow_odd_rank: true,
+                lambda: 0.0,
             }))
         },
     }),
@@ -109,6 +126,12 @@ impl MethodSettings for HraConfig {
                 r = self.rank,
             )));
         }
+        if !(0.0..=f64::from(f32::MAX)).contains(&self.lambda) {
+            return Err(Error::config("hra_lambda: expected 0 or more"));
+        }
+        if self.lambda != 0.0 && self.gram_schmidt {
+            return Err(Error::config("hra_lambda has no effect with gram_schmidt: use one of them"));
+        }
         Ok(())
     }
 
@@ -124,6 +147,10 @@ impl MethodSettings for HraConfig {
 
     fn tensor_names(&self) -> &'static [&'static str] {
         &["hra_u"]
+    }
+
+    fn regulariser_weight(&self) -> f64 {
+        self.lambda
     }
 
     fn to_peft(&self) -> Option<(&'static str, Value)> {

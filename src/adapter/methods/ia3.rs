@@ -6,7 +6,8 @@
 
 use crate::adapter::how::ELSEWHERE;
 use crate::adapter::method::{
-    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, Parts, PeftReader,
+    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts,
+    PeftReader,
 };
 use crate::adapter::peft_patterns::whole_pattern;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry};
@@ -28,12 +29,22 @@ pub struct Ia3Config {
     inputs: BTreeSet<String>,
 }
 
+/// What a training says of (IA)^3: nothing.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Ia3Settings {}
+
+impl OwnSettings for Ia3Settings {
+    fn method(self) -> Method {
+        Method::new(Ia3Config::default())
+    }
+}
+
 /// (IA)^3's line in the registry.
 pub const METHOD: Entry = Entry {
     name: "ia3",
     about: "A factor for each output",
-    settings: &[],
-    from_settings: |_| Ok(Method::new(Ia3Config::default())),
+    own: OwnSection::of::<Ia3Settings>(),
     reader: Some(PeftReader {
         peft_type: "IA3",
         prefix: "ia3_",

@@ -4,7 +4,8 @@
 //! a dense `B A`. DoRA, which is built on it, is in [`super::dora`].
 
 use crate::adapter::method::{
-    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, Parts, PeftReader, own,
+    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts,
+    PeftReader,
 };
 use crate::adapter::peft_fields::{Fields, factor};
 use crate::adapter::peft_patterns::{Exceptions, Patterns};
@@ -63,12 +64,41 @@ pub struct LoraConfig {
     pub patterns: Patterns,
 }
 
+/// What a training says of LoRA, and of DoRA.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct LoraSettings {
+    rank: i64,
+    /// The rank, where it is not set.
+    lora_alpha: Option<f64>,
+    use_rslora: bool,
+    init_lora_weights: LoraInit,
+}
+
+impl Default for LoraSettings {
+    fn default() -> Self {
+        Self { rank: 8, lora_alpha: None, use_rslora: false, init_lora_weights: LoraInit::Gaussian }
+    }
+}
+
+impl From<LoraSettings> for LoraConfig {
+    fn from(settings: LoraSettings) -> Self {
+        let LoraSettings { rank, lora_alpha, use_rslora: rslora, init_lora_weights: init } = settings;
+        Self { rslora, init, ..Self::new(rank, lora_alpha.unwrap_or(rank as f64)) }
+    }
+}
+
+impl OwnSettings for LoraSettings {
+    fn method(self) -> Method {
+        Method::new(LoraConfig::from(self))
+    }
+}
+
 /// LoRA's line in the registry.
 pub const METHOD: Entry = Entry {
     name: "lora",
     about: "Low-rank adaptation",
-    settings: &["rank", "lora_alpha", "use_rslora", "init_lora_weights"],
-    from_settings: |settings| LoraConfig::from_settings(settings).map(Method::new),
+    own: OwnSection::of::<LoraSettings>(),
     reader: Some(PeftReader {
         peft_type: "LORA",
         prefix: "lora_",
@@ -89,19 +119,6 @@ impl LoraConfig {
     /// s for a layer of this rank and alpha.
     pub fn scale(rank: i64, alpha: f64, rslora: bool) -> f64 {
         alpha / if rslora { (rank as f64).sqrt() } else { rank as f64 }
-    }
-
-    /// From a run's settings.
-    pub(super) fn from_settings(settings: &toml::Table) -> Result<Self> {
-        #[derive(serde::Deserialize)]
-        struct Own {
-            rank: i64,
-            lora_alpha: Option<f64>,
-            use_rslora: bool,
-            init_lora_weights: LoraInit,
-        }
-        let Own { rank, lora_alpha, use_rslora: rslora, init_lora_weights: init } = own(settings)?;
-        Ok(Self { rslora, init, ..Self::new(rank, lora_alpha.unwrap_or(rank as f64)) })
     }
 
     /// From PEFT's config, of LoRA or DoRA.

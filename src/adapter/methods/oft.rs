@@ -10,10 +10,11 @@
 //! opposite sign at `ij` and `ji`), weight decay and the projection, which scales it; then `S = P`. Training the upper
 //! triangle, whose gradient is twice that, is the same path for Adam, which divides the factor away.
 
-use crate::adapter::blocks::{self, Cayley, Partition};
+use crate::adapter::blocks::{self, Cayley, Partition, PartitionSettings};
 use crate::adapter::how::ELSEWHERE;
 use crate::adapter::method::{
-    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, Parts, PeftReader, own,
+    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts,
+    PeftReader,
 };
 use crate::adapter::peft_fields::{Fields, halves};
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
@@ -51,12 +52,48 @@ pub struct OftConfig {
     pub block_share: bool,
 }
 
+/// What a training says of OFT.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+struct OftSettings(PartitionSettings);
+
+impl OwnSettings for OftSettings {
+    fn method(self) -> Method {
+        let (partition, cayley, coft) = (self.0.into(), Cayley::Exact, Coft::None);
+        Method::new(OftConfig { partition, cayley, coft, block_share: false })
+    }
+}
+
+/// What a training says of COFT.
+#[derive(serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct CoftSettings {
+    rank: i64,
+    block_size: Option<i64>,
+    coft_eps: f64,
+}
+
+impl Default for CoftSettings {
+    fn default() -> Self {
+        let PartitionSettings { rank, block_size } = PartitionSettings::default();
+        Self { rank, block_size, coft_eps: 6e-5 }
+    }
+}
+
+impl OwnSettings for CoftSettings {
+    fn method(self) -> Method {
+        let Self { rank, block_size, coft_eps: eps } = self;
+        let partition = PartitionSettings { rank, block_size }.into();
+        let (cayley, coft) = (Cayley::Exact, Coft::Paper { eps });
+        Method::new(OftConfig { partition, cayley, coft, block_share: false })
+    }
+}
+
 /// OFT's line in the registry.
 pub const METHOD: Entry = Entry {
     name: "oft",
     about: "Orthogonal fine-tuning: a rotation of blocks of the inputs",
-    settings: &["rank", "block_size"],
-    from_settings: |settings| OftConfig::from_settings(settings, false).map(Method::new),
+    own: OwnSection::of::<OftSettings>(),
     reader: Some(PeftReader {
         peft_type: "OFT",
         prefix: "oft_",
@@ -68,22 +105,11 @@ pub const METHOD: Entry = Entry {
 pub const CONSTRAINED: Entry = Entry {
     name: "coft",
     about: "OFT whose rotations stay small",
-    settings: &["rank", "block_size", "coft_eps"],
-    from_settings: |settings| OftConfig::from_settings(settings, true).map(Method::new),
+    own: OwnSection::of::<CoftSettings>(),
     reader: None,
 };
 
 impl OftConfig {
-    fn from_settings(settings: &toml::Table, constrained: bool) -> Result<Self> {
-        #[derive(serde::Deserialize)]
-        struct Own {
-            coft_eps: f64,
-        }
-        let Own { coft_eps: eps } = own(settings)?;
-        let coft = if constrained { Coft::Paper { eps } } else { Coft::None };
-        Ok(Self { partition: own(settings)?, cayley: Cayley::Exact, coft, block_share: false })
-    }
-
     /// From PEFT's config.
     fn read(fields: &mut Fields) -> Self {
         fields.refuse("fan_in_fan_out", "weights stored the other way round");

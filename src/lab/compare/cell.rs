@@ -42,7 +42,7 @@ pub fn run(comparison: &Path, id: &str, observer: &dyn Observer) -> Result<()> {
         return Ok(());
     }
     let config = task.train_config(comparison);
-    let compute = device::resolve(config.device, Some(config.dtype))?;
+    let compute = device::resolve(config.device, Some(config.model.dtype))?;
     let cell = Cell { comparison, task: &task, folder, config, compute, observer };
     let (trained, fingerprint) = match cell.train_and_draw() {
         // A rate too high is a result; the other cells go on.
@@ -179,7 +179,7 @@ impl Cell<'_> {
         fingerprint: &str,
         resolution: u32,
     ) -> Drawing {
-        let (sampling, batch) = (self.task.sampling.clone(), self.config.sample_batch_size);
+        let (sampling, batch) = (self.task.sampling.clone(), self.config.prior.sample_batch_size);
         let model = fingerprint.to_string();
         Drawing { sampling, model, resolution, batch, prompts, num_images, pairs: None }
     }
@@ -204,9 +204,9 @@ impl Cell<'_> {
         let (config, compute) = (&self.config, &self.compute);
         let mut session = draw::open(config, compute, self.observer)?;
         let fingerprint = session.model().fingerprint()?;
-        let resolution = config.resolution.unwrap_or(session.model().native_size() as u32);
+        let resolution = config.data.resolution.unwrap_or(session.model().native_size() as u32);
         results::write_json(&self.folder.join("resolution.json"), &resolution)?;
-        if self.task.cell.learning_rate.is_none() && config.with_prior_preservation {
+        if self.task.cell.learning_rate.is_none() && config.prior.with_prior_preservation {
             self.class_pictures(session.model())?;
         }
         let shown: Vec<Vec<RgbImage>> =
@@ -238,7 +238,11 @@ impl Cell<'_> {
     fn adapter(&self, step: i64) -> Option<PathBuf> {
         self.task.cell.learning_rate?;
         let run = &self.config.output_dir;
-        Some(if step == self.config.max_train_steps { run.clone() } else { checkpoint::folder(run, step) })
+        Some(if step == self.config.schedule.max_train_steps {
+            run.clone()
+        } else {
+            checkpoint::folder(run, step)
+        })
     }
 
     /// Class pictures are made once, by whoever comes first.
@@ -384,7 +388,7 @@ impl Cell<'_> {
     }
 
     fn environment(&self) -> Environment {
-        let dtype = toml::Value::try_from(self.config.dtype).ok();
+        let dtype = toml::Value::try_from(self.config.model.dtype).ok();
         Environment {
             version: env!("CARGO_PKG_VERSION").into(),
             device: doctor::device_name(self.compute.device),
@@ -426,7 +430,7 @@ impl Cell<'_> {
             return Ok(Vec::new());
         }
         let text = String::from_utf8_lossy(&files::read(&path, MAX_METRICS)?).into_owned();
-        let weight = self.config.prior_loss_weight;
+        let weight = self.config.prior.prior_loss_weight;
         let point = |r: Record| LossPoint {
             step: r.step,
             loss: r.loss_instance + weight * r.loss_prior.unwrap_or(0.0),

@@ -50,7 +50,7 @@ pub fn check(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
             "--score: expected a training on a subject, found one of control\nhint: `hra compare` scores control (docs/compare.md)",
         ));
     }
-    if config.validation_prompt.is_empty() || config.num_validation_images == 0 {
+    if config.previews.validation_prompt.is_empty() || config.previews.num_validation_images == 0 {
         return Err(Error::config(
             "--score: expected a --validation-prompt or more, which every checkpoint is drawn from",
         ));
@@ -60,7 +60,7 @@ pub fn check(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
             "--score: expected something to score with, found none\nhint: give --clip DIR, --dino DIR or --drift-prompt TEXT",
         ));
     }
-    if config.use_ema {
+    if config.optimizer.use_ema {
         return Err(Error::config(
             "--score: checkpoints hold the adapter itself and the end of a run with --use_ema its average, which do not compare\n\
              hint: leave one of them out",
@@ -74,41 +74,42 @@ pub fn check(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
 pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> Result<Scored> {
     check(config, judges, observer)?;
     let run = &config.output_dir;
-    let compute = device::resolve(config.device, Some(config.dtype))?;
+    let compute = device::resolve(config.device, Some(config.model.dtype))?;
     let mut session = draw::open(config, &compute, observer)?;
-    let resolution = config.resolution.unwrap_or(session.model().native_size() as u32);
+    let resolution = config.data.resolution.unwrap_or(session.model().native_size() as u32);
     let fingerprint = session.model().fingerprint()?;
     let drawing = |prompts: &[String]| -> Result<Drawing> {
         let sampling = Sampling {
             seed: config.seed,
-            scheduler: config.validation_scheduler,
-            steps: config.validation_inference_steps,
-            guidance: config.validation_guidance,
+            scheduler: config.previews.validation_scheduler,
+            steps: config.previews.validation_inference_steps,
+            guidance: config.previews.validation_guidance,
             control: Strength::default(),
         };
         Ok(Drawing {
             sampling,
             model: fingerprint.clone(),
             resolution,
-            batch: config.sample_batch_size,
+            batch: config.prior.sample_batch_size,
             prompts: prompts.to_vec(),
-            num_images: config.num_validation_images,
+            num_images: config.previews.num_validation_images,
             pairs: None,
         })
     };
-    let (own, drift) = (drawing(&config.validation_prompt)?, drawing(&judges.drift_prompts)?);
+    let (own, drift) = (drawing(&config.previews.validation_prompt)?, drawing(&judges.drift_prompts)?);
     let folder = run.join(FOLDER);
     let base_drift = folder.join("base");
     drift.draw(&mut session, &[], "", &base_drift, observer)?;
 
     let towers = Towers::load(&judges.towers, compute.device, observer)?;
     let _guard = tch::no_grad_guard();
-    let real: Vec<RgbImage> = match &config.held_out_data_dir {
+    let real: Vec<RgbImage> = match &config.data.held_out_data_dir {
         Some(dir) => score::pictures(dir, usize::MAX)?,
         None => Vec::new(),
     };
     let subject = score::subject(&towers, &real, &[], &[])?;
     let texts: Vec<Prompt> = config
+        .previews
         .validation_prompt
         .iter()
         .map(|prompt| Prompt { prompt: prompt.clone(), text: without_token(prompt, &judges.token) })
@@ -144,7 +145,7 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
 /// Steps with what was trained up to them, the end last.
 fn trained(config: &TrainConfig) -> Result<Vec<(i64, PathBuf)>> {
     let run: &Path = &config.output_dir;
-    let last = config.max_train_steps;
+    let last = config.schedule.max_train_steps;
     let before = checkpoint::list(run)?.into_iter().filter(|step| *step < last);
     Ok(before.map(|step| (step, checkpoint::folder(run, step))).chain([(last, run.to_path_buf())]).collect())
 }

@@ -246,7 +246,7 @@ impl CompareConfig {
 
     /// The learning rates that a method is trained with: those of the search, or its own.
     pub fn learning_rates(&self, method: &MethodEntry) -> Result<Vec<f64>> {
-        let own = self.train_config(method)?.learning_rate;
+        let own = self.train_config(method)?.optimizer.learning_rate;
         Ok(match &self.search {
             None => vec![own],
             Some(search) if search.factors.is_empty() => search.learning_rates.clone(),
@@ -271,7 +271,7 @@ impl CompareConfig {
     /// Steps after which cells are scored, ascending; the last is the whole training.
     pub fn steps(&self) -> Result<Vec<i64>> {
         let mut steps: BTreeSet<i64> = self.score_steps.iter().copied().collect();
-        steps.insert(TrainConfig::from_tables(&[&self.train])?.max_train_steps);
+        steps.insert(TrainConfig::from_tables(&[&self.train])?.schedule.max_train_steps);
         Ok(steps.into_iter().collect())
     }
 }

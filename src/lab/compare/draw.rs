@@ -66,8 +66,8 @@ pub struct Pairs {
 
 /// Loads the base model of a training, to draw with.
 pub fn open(config: &TrainConfig, compute: &Compute, observer: &dyn Observer) -> Result<Session> {
-    let dir = hub::resolve(&config.pretrained_model_name_or_path, Wanted::Model, observer)?;
-    let from = config.model_config.as_deref();
+    let dir = hub::resolve(&config.model.pretrained_model_name_or_path, Wanted::Model, observer)?;
+    let from = config.model.model_config.as_deref();
     let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
     model.expect_text_to_image()?;
     device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
@@ -77,7 +77,7 @@ pub fn open(config: &TrainConfig, compute: &Compute, observer: &dyn Observer) ->
 /// Puts what was trained into `adapter` on the model, in place of what was on it before.
 pub fn put_on(session: &mut Session, config: &TrainConfig, adapter: &Path) -> Result<()> {
     // A control encoder may have been trained alone.
-    if config.method == MethodName::NONE {
+    if config.adapter.method == MethodName::NONE {
         session.take_off()?;
     } else {
         let loaded = LoadedAdapter::read(adapter, session.layer_names()?)?;

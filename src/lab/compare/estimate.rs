@@ -52,10 +52,10 @@ impl Estimate {
         let bases = tasks.iter().filter(|t| t.cell.learning_rate.is_none() && !cell::is_done(folder, t));
         let class: usize = bases
             .clone()
-            .map(|t| if t.train.with_prior_preservation { t.train.num_class_images } else { 0 })
+            .map(|t| if t.train.prior.with_prior_preservation { t.train.prior.num_class_images } else { 0 })
             .sum();
         let drawn: usize = todo.iter().copied().chain(bases).map(pictures).sum();
-        let steps = todo.iter().map(|t| t.train.max_train_steps).sum();
+        let steps = todo.iter().map(|t| t.train.schedule.max_train_steps).sum();
         let mut estimate = Self {
             trainings: todo.len(),
             done: mine.len() - todo.len(),
@@ -70,9 +70,11 @@ impl Estimate {
         }
         let call = Probe::measure(&todo[0].train, config, observer)?;
         let step = |task: &Task| seen(folder, tasks, task).unwrap_or_else(|| call.step(task));
-        let training: f64 = todo.iter().map(|t| step(t) * t.train.max_train_steps as f64).sum();
+        let training: f64 = todo.iter().map(|t| step(t) * t.train.schedule.max_train_steps as f64).sum();
         let drawing = call.picture(config.draw.steps, config.draw.guidance) * drawn as f64
-            + todo.first().map_or(0.0, |t| call.picture(t.train.class_steps, t.train.class_guidance))
+            + todo
+                .first()
+                .map_or(0.0, |t| call.picture(t.train.prior.class_steps, t.train.prior.class_guidance))
                 * class as f64;
         estimate.seconds = (training + drawing) / config.jobs as f64;
         estimate.from = format!(
@@ -105,15 +107,19 @@ struct Probe {
 
 impl Probe {
     fn measure(train: &TrainConfig, config: &CompareConfig, observer: &dyn Observer) -> Result<Self> {
-        let compute = device::resolve(train.device, Some(train.dtype))?;
-        let dir = hub::resolve(&train.pretrained_model_name_or_path, Wanted::Model, observer)?;
-        let mut model =
-            StableDiffusion::load_with(&dir, train.model_config.as_deref(), compute.kind, compute.device)?;
+        let compute = device::resolve(train.device, Some(train.model.dtype))?;
+        let dir = hub::resolve(&train.model.pretrained_model_name_or_path, Wanted::Model, observer)?;
+        let mut model = StableDiffusion::load_with(
+            &dir,
+            train.model.model_config.as_deref(),
+            compute.kind,
+            compute.device,
+        )?;
         model.expect_text_to_image()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = train.threads.unwrap_or((cores / config.jobs).max(1) as i32);
         device::set_threads(Some(threads), attach::weight_count(&mut model.unet))?;
-        let size = train.resolution.unwrap_or(model.native_size() as u32);
+        let size = train.data.resolution.unwrap_or(model.native_size() as u32);
         let settings = Settings::square(&model, "", None, 1, 1.0, size)?;
         settings.validate(&model)?;
         let _guard = tch::no_grad_guard();
@@ -136,9 +142,9 @@ impl Probe {
 
     fn step(&self, task: &Task) -> f64 {
         let train = &task.train;
-        let rows = train.train_batch_size * train.gradient_accumulation_steps;
-        let rows = if train.with_prior_preservation { 2 * rows } else { rows };
-        let method = train.method().ok().flatten();
+        let rows = train.schedule.train_batch_size * train.schedule.gradient_accumulation_steps;
+        let rows = if train.prior.with_prior_preservation { 2 * rows } else { rows };
+        let method = train.adapter.method().ok().flatten();
         let whole = method.is_some_and(|method| method.trains_whole_network());
         let calls = if whole { CALLS_A_FULL_STEP } else { CALLS_A_STEP };
         self.seconds * rows as f64 * calls

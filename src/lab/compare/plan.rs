@@ -8,10 +8,14 @@ use crate::lab::compare::task::{Task, TaskSet};
 use crate::lab::evaluate::{TowerPaths, towers};
 use crate::lab::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, ScoredWith, Set};
 use crate::model::control::Passes;
+use crate::platform::choice::Choice;
 use crate::platform::device::DeviceChoice;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
-use crate::train::config::TrainConfig;
+use crate::train::config::keys::{keys, value};
+use crate::train::config::{
+    CheckpointsSection, DataSection, PreviewsSection, PriorSection, ScheduleSection, TrainConfig,
+};
 use crate::weights::source::Source;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -48,8 +52,8 @@ pub fn plan(
     let towers = config.scores.resolved(observer)?;
     let identity = towers::identity(&towers, observer)?;
     let train = TrainConfig::from_tables(&[&config.train])?;
-    let dir = hub::resolve(&train.pretrained_model_name_or_path, Wanted::Model, observer)?;
-    let model = Source::open(&dir, train.model_config.as_deref())?.fingerprint()?;
+    let dir = hub::resolve(&train.model.pretrained_model_name_or_path, Wanted::Model, observer)?;
+    let model = Source::open(&dir, train.model.model_config.as_deref())?.fingerprint()?;
     let planner = Planner { config, subjects, steps: &steps, towers, identity, train, model };
     let chosen = match stage {
         Stage::Tables(chosen) => Some(*chosen),
@@ -139,7 +143,7 @@ impl Planner<'_> {
                 for subject in self.subjects {
                     for method in &self.config.methods {
                         let rate = match chosen {
-                            None => self.train_config(method)?.learning_rate,
+                            None => self.train_config(method)?.optimizer.learning_rate,
                             Some(chosen) => *chosen.get(&method.label).ok_or_else(|| {
                                 Error::Run(format!(
                                     "search: no learning rate of `{}` gave a score\nhint: try lower ones",
@@ -160,12 +164,12 @@ impl Planner<'_> {
     }
 
     fn method(&self, method: &MethodEntry) -> Result<PlannedMethod> {
-        let settings = serde_json::to_value(&method.settings)
-            .ok()
-            .and_then(|value| value.as_object().cloned())
-            .ok_or_else(|| {
-                Error::config(format!("method `{}`: settings that JSON does not hold", method.label))
-            })?;
+        let own = TrainConfig::own_words(&method.settings)?;
+        let said = keys().filter_map(|key| Some((key.name.to_string(), value(&own, key)?)));
+        let settings = said.map(|(name, value)| Ok((name, serde_json::to_value(value)?)));
+        let settings = settings.collect::<serde_json::Result<_>>().map_err(|_| {
+            Error::config(format!("method `{}`: settings that JSON does not hold", method.label))
+        })?;
         let learning_rates = self.config.learning_rates(method)?;
         Ok(PlannedMethod { label: method.label.clone(), settings, learning_rates })
     }
@@ -175,15 +179,15 @@ impl Planner<'_> {
         let (train, draw) = (&self.train, &self.config.draw);
         let scheduler = draw.scheduler.map_or("the model's".to_string(), |s| s.to_string());
         let mut common = vec![
-            ("model".to_string(), train.pretrained_model_name_or_path.display().to_string()),
-            ("resolution".into(), train.resolution.map_or("the model's".into(), |r| r.to_string())),
-            ("steps".into(), train.max_train_steps.to_string()),
+            ("model".to_string(), train.model.pretrained_model_name_or_path.display().to_string()),
+            ("resolution".into(), train.data.resolution.map_or("the model's".into(), |r| r.to_string())),
+            ("steps".into(), train.schedule.max_train_steps.to_string()),
             (
                 if self.config.controls.is_empty() { "subject pictures a step" } else { "pairs a step" }
                     .into(),
-                (train.train_batch_size * train.gradient_accumulation_steps).to_string(),
+                (train.schedule.train_batch_size * train.schedule.gradient_accumulation_steps).to_string(),
             ),
-            ("learning-rate schedule".into(), self.schedule(train)?),
+            ("learning-rate schedule".into(), self.schedule(train)),
             ("pictures a prompt".into(), draw.num_images.to_string()),
             ("drawn with".into(), format!("{scheduler}, {} steps, guidance {}", draw.steps, draw.guidance)),
         ];
@@ -194,24 +198,27 @@ impl Planner<'_> {
             };
             common.push(("condition".into(), format!("in {passes}, scale {}", draw.control_scale)));
             common.retain(|(key, _)| key != "pictures a prompt");
-            common.push(("captions left out".into(), train.proportion_empty_prompts.to_string()));
+            common.push(("captions left out".into(), train.data.proportion_empty_prompts.to_string()));
         }
-        if !self.config.methods.iter().any(|m| m.settings.contains_key("target_modules")) {
-            common.push(("target modules of adapters".into(), train.target_modules.join(", ")));
+        let mut targets = Vec::new();
+        for method in &self.config.methods {
+            targets.push(self.train_config(method)?.adapter.target_modules);
         }
-        if train.with_prior_preservation {
+        if targets.iter().all(|words| *words == train.adapter.target_modules) {
+            common.push(("target modules of adapters".into(), train.adapter.target_modules.join(", ")));
+        }
+        if train.prior.with_prior_preservation {
             common.push((
                 "class pictures".into(),
-                format!("{}, weight {}", train.num_class_images, train.prior_loss_weight),
+                format!("{}, weight {}", train.prior.num_class_images, train.prior.prior_loss_weight),
             ));
         }
         Ok(common)
     }
 
-    fn schedule(&self, train: &TrainConfig) -> Result<String> {
-        let table = train.to_table()?;
-        let name = table.get("lr_scheduler").and_then(|v| v.as_str()).unwrap_or_default();
-        Ok(format!("{name}, warm-up {}", train.lr_warmup_steps))
+    fn schedule(&self, train: &TrainConfig) -> String {
+        let ScheduleSection { lr_scheduler, lr_warmup_steps, .. } = &train.schedule;
+        format!("{}, warm-up {lr_warmup_steps}", lr_scheduler.word())
     }
 
     fn base(&self, subject: &Subject) -> Result<Task> {
@@ -235,7 +242,8 @@ impl Planner<'_> {
         rate: f64,
         set: Set,
     ) -> Result<Task> {
-        let train = TrainConfig { learning_rate: rate, seed, ..self.train_config(method)? };
+        let mut train = TrainConfig { seed, ..self.train_config(method)? };
+        train.optimizer.learning_rate = rate;
         self.task(subject, &method.label, train, seed, Some(rate), &[set])
     }
 
@@ -249,14 +257,20 @@ impl Planner<'_> {
         sets: &[Set],
     ) -> Result<Task> {
         let train = TrainConfig {
-            instance_prompt: subject.instance_prompt.clone(),
-            class_prompt: subject.class_prompt.clone(),
-            validation_prompt: Vec::new(),
-            // Without prompts control would preview held-out pairs, in the time that is measured.
-            num_validation_images: 0,
-            validation_steps: (train.max_train_steps / HELD_OUT_LOOKS).max(1),
-            checkpoints_total_limit: (self.steps.len() == 1).then_some(1),
             seed,
+            data: DataSection { instance_prompt: subject.instance_prompt.clone(), ..train.data },
+            prior: PriorSection { class_prompt: subject.class_prompt.clone(), ..train.prior },
+            previews: PreviewsSection {
+                validation_prompt: Vec::new(),
+                // Without prompts control would preview held-out pairs, in the time that is measured.
+                num_validation_images: 0,
+                validation_steps: (train.schedule.max_train_steps / HELD_OUT_LOOKS).max(1),
+                ..train.previews
+            },
+            checkpoints: CheckpointsSection {
+                checkpoints_total_limit: (self.steps.len() == 1).then_some(1),
+                ..train.checkpoints
+            },
             ..train
         };
         let train = self.with_pairs(subject, train);
@@ -301,7 +315,7 @@ impl Planner<'_> {
             },
             num_drift_images: draw.num_drift_images,
             towers: self.towers.clone(),
-            class_look_alikes: subject.look_alikes.is_empty() && train.with_prior_preservation,
+            class_look_alikes: subject.look_alikes.is_empty() && train.prior.with_prior_preservation,
             scored_with: ScoredWith::new(),
             remove_weights: self.config.remove_weights,
             is_final: false,
@@ -314,13 +328,19 @@ impl Planner<'_> {
     /// What class pictures depend on beside their prompt.
     fn class_settings(&self) -> String {
         let t = &self.train;
-        let how = (t.class_steps, t.class_guidance, t.class_scheduler, t.resolution, t.sample_batch_size);
+        let how = (
+            t.prior.class_steps,
+            t.prior.class_guidance,
+            t.prior.class_scheduler,
+            t.data.resolution,
+            t.prior.sample_batch_size,
+        );
         format!("{} {how:?}", self.model)
     }
 
     fn base_id(&self, subject: &Subject) -> String {
         let t = &self.train;
-        let counts = (t.dtype, t.with_prior_preservation, t.num_class_images);
+        let counts = (t.model.dtype, t.prior.with_prior_preservation, t.prior.num_class_images);
         format!("{BASE}-{}-{}", subject.name, short(&format!("{} {counts:?}", self.class_settings())))
     }
 
@@ -334,7 +354,7 @@ impl Planner<'_> {
         };
         let (train_data_dir, palette) =
             (Some(control.train_data_dir.clone()), control.settings.palette.clone());
-        TrainConfig { train_data_dir, palette, ..train }
+        TrainConfig { data: DataSection { train_data_dir, palette, ..train.data }, ..train }
     }
 
     fn set(&self, set: Set, subject: &Subject, is_trained: bool) -> TaskSet {
@@ -364,8 +384,12 @@ impl Planner<'_> {
                 .filter(|(kind, _)| *kind != other)
                 .map(|(kind, p)| (kind, p.iter().map(|p| p.hash.as_str()).collect()))
                 .collect();
-            let drawn =
-                (&task.drift_prompts, task.num_drift_images, &task.sampling, task.train.sample_batch_size);
+            let drawn = (
+                &task.drift_prompts,
+                task.num_drift_images,
+                &task.sampling,
+                task.train.prior.sample_batch_size,
+            );
             let how = (task.class_look_alikes, &task.control);
             let key = (&self.identity, pictures, set, drawn, &task.steps, how);
             (set.set, hash(format!("{key:?}").as_bytes())[..16].to_string())

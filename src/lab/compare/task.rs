@@ -6,7 +6,7 @@ use crate::lab::compare::draw::{Pairs, Sampling};
 use crate::lab::compare::subject::Prompt;
 use crate::lab::evaluate::TowerPaths;
 use crate::lab::results::{self, PlannedCell, ScoredWith, Set};
-use crate::train::config::TrainConfig;
+use crate::train::config::{DataSection, PriorSection, TrainConfig};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -87,14 +87,20 @@ impl Task {
         if self.control.is_some() {
             let held_out = kinds.map(|kind| control::table(&subject, kind));
             let held_out_data_dir = held_out.into_iter().find(|table| table.is_file());
-            return TrainConfig { output_dir, held_out_data_dir, ..self.train.clone() };
+            let data = DataSection { held_out_data_dir, ..self.train.data.clone() };
+            return TrainConfig { output_dir, data, ..self.train.clone() };
         }
         let held_out = kinds.map(|kind| subject.join(kind)).into_iter().find(|folder| folder.is_dir());
+        let class_folder = || comparison.join(&self.class_folder);
+        let class_data_dir = self.train.prior.with_prior_preservation.then(class_folder);
         TrainConfig {
             output_dir,
-            instance_data_dir: subject.join("train"),
-            class_data_dir: self.train.with_prior_preservation.then(|| comparison.join(&self.class_folder)),
-            held_out_data_dir: held_out,
+            data: DataSection {
+                instance_data_dir: subject.join("train"),
+                held_out_data_dir: held_out,
+                ..self.train.data.clone()
+            },
+            prior: PriorSection { class_data_dir, ..self.train.prior.clone() },
             ..self.train.clone()
         }
     }

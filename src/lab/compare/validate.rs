@@ -3,47 +3,9 @@
 use crate::error::{Error, Result};
 use crate::lab::compare::config::CompareConfig;
 use crate::lab::compare::control;
-use crate::train::config::{TrainConfig, own_names};
+use crate::train::config::keys::{InComparison, keys, value};
+use crate::train::config::{DataSection, PriorSection, TrainConfig};
 use std::collections::BTreeSet;
-
-/// What the keys of `[train]` and `[[method]]` may not be: the comparison sets them itself.
-const OURS: [&str; 13] = [
-    "output_dir",
-    "seed",
-    "instance_data_dir",
-    "instance_prompt",
-    "held_out_data_dir",
-    "train_data_dir",
-    "validation_image",
-    "class_prompt",
-    "class_data_dir",
-    "validation_prompt",
-    "validation_steps",
-    "checkpoints_total_limit",
-    "init_adapter",
-];
-
-/// What a `[[method]]` may say: the method and what it is trained by. Everything else is the same for all.
-const METHODS_OWN: [&str; 18] = [
-    "method",
-    "rank",
-    "block_size",
-    "lora_alpha",
-    "use_rslora",
-    "init_lora_weights",
-    "coft_eps",
-    "hra_lambda",
-    "gram_schmidt",
-    "hra_init",
-    "allow_odd_rank",
-    "target_modules",
-    "bias",
-    "learning_rate",
-    "train_text_encoder",
-    "text_target_modules",
-    "text_encoder_lr",
-    "control_lr",
-];
 
 /// Scores that a search may be about, and the tower that each needs. Identity is not among them: its look-alikes hold the
 /// tables' pictures of other subjects.
@@ -133,19 +95,26 @@ impl CompareConfig {
                 format!("method: label: `{}` is the base model's row", method.label),
             );
         }
-        for (place, table) in std::iter::once(("[train]".to_string(), &self.train))
-            .chain(self.methods.iter().map(|m| (format!("method `{}`", m.label), &m.settings)))
-        {
-            for key in OURS.iter().filter(|key| table.contains_key(**key)) {
-                check(false, format!("{place}: {key} is set by the comparison itself; leave it out"));
-            }
+        // Tables with other keys are told where they are read as settings.
+        let read = |table: &toml::Table| TrainConfig::own_words(table).unwrap_or_default();
+        let train = read(&self.train);
+        for key in keys().filter(|key| value(&train, key).is_some()) {
+            check(
+                key.in_comparison != InComparison::SetByIt,
+                format!("[train]: {} is set by the comparison itself; leave it out", key.place()),
+            );
         }
         for method in &self.methods {
-            for key in
-                own_names(method.settings.clone()).keys().filter(|key| !METHODS_OWN.contains(&key.as_str()))
-            {
-                let all = "is not a method's own: set it in [train], for all methods alike";
-                check(false, format!("method `{}`: {key} {all}", method.label));
+            let own = read(&method.settings);
+            for key in keys().filter(|key| value(&own, key).is_some()) {
+                let problem = match key.in_comparison {
+                    InComparison::MethodsOwn => continue,
+                    InComparison::SetByIt => "is set by the comparison itself; leave it out",
+                    InComparison::Common | InComparison::OfPairs => {
+                        "is not a method's own: set it in [train], for all methods alike"
+                    }
+                };
+                check(false, format!("method `{}`: {} {problem}", method.label, key.place()));
             }
         }
     }
@@ -205,9 +174,12 @@ impl CompareConfig {
                     // With words in the places that the comparison fills.
                     let filled = match self.controls.is_empty() {
                         true => TrainConfig {
-                            instance_data_dir: "folder".into(),
-                            instance_prompt: "prompt".into(),
-                            class_prompt: "prompt".into(),
+                            data: DataSection {
+                                instance_data_dir: "folder".into(),
+                                instance_prompt: "prompt".into(),
+                                ..config.data
+                            },
+                            prior: PriorSection { class_prompt: "prompt".into(), ..config.prior },
                             ..config
                         },
                         false => config,
@@ -218,15 +190,18 @@ impl CompareConfig {
                     let wrong = trained.iter().find_map(|config| config.validate().err());
                     let wrong = wrong.map(|e| format!("method `{}`: {e}", method.label));
                     check(wrong.is_none(), wrong.unwrap_or_default());
-                    let every = filled.checkpointing_steps;
+                    let every = filled.checkpoints.checkpointing_steps;
                     let all = every < 1
-                        || self.score_steps.iter().all(|s| *s == filled.max_train_steps || s % every == 0);
+                        || self
+                            .score_steps
+                            .iter()
+                            .all(|s| *s == filled.schedule.max_train_steps || s % every == 0);
                     check(all, format!("score_steps: expected multiples of checkpointing_steps ({every})"));
                     check(
-                        self.score_steps.is_empty() || !filled.use_ema,
+                        self.score_steps.is_empty() || !filled.optimizer.use_ema,
                         "score_steps: checkpoints hold the adapter itself and the end of a run with use_ema its average".into(),
                     );
-                    totals.insert(filled.max_train_steps);
+                    totals.insert(filled.schedule.max_train_steps);
                 }
             }
         }

@@ -3,6 +3,7 @@
 use crate::lab::report::statistics::mean;
 use crate::lab::report::values::result;
 use crate::lab::results::{CellRecord, Evaluation, Plan, PlannedCell, PlannedMethod, Set};
+use crate::train::config::keys::{Section, keys};
 use serde::Serialize;
 use std::collections::BTreeSet;
 
@@ -124,14 +125,14 @@ pub fn toml_snippet(plan: &Plan, rates: &[BestRate]) -> String {
         };
         let mut table = toml::Table::new();
         table.insert("label".into(), method.label.clone().into());
-        for (key, value) in &method.settings {
-            if let Ok(value) = toml::Value::try_from(value)
-                && !key.starts_with("learning_rate")
-            {
-                table.insert(key.clone(), value);
-            }
+        let said = keys().filter_map(|key| {
+            let value = toml::Value::try_from(method.settings.get(key.name)?).ok()?;
+            Some((key, value))
+        });
+        for (key, value) in said {
+            key.section.of_mut(&mut table).insert(key.name.into(), value);
         }
-        table.insert("learning_rate".into(), best.rate.into());
+        Section::Optimizer.of_mut(&mut table).insert("learning_rate".into(), best.rate.into());
         tables.push(toml::Value::Table(table));
     }
     if tables.is_empty() {

@@ -1,94 +1,88 @@
-//! Where the settings come from and go to: command line over files over defaults, the copy in a run folder, and what a
-//! resumed run may change.
+//! Where the settings come from and go to: the command line over files over defaults, and the copy in a run folder.
 
+use crate::adapter::methods::METHODS;
 use crate::error::{Error, Result};
-use crate::platform::hub;
+use crate::platform::files;
 use crate::platform::observer::Observer;
-use crate::train::config::{TrainConfig, UNSET, own_names};
-use crate::train::optim::LrSchedule;
-use std::path::{Path, PathBuf};
+use crate::train::config::keys::{self, Key, Section, value};
+use crate::train::config::{MethodName, TrainConfig};
+use std::path::Path;
+use toml::{Table, Value};
 
-/// Settings that may differ when a run is resumed: they do not change the steps already made.
-const FREE_ON_RESUME: [&str; 16] = [
-    "output_dir",
-    "device",
-    "threads",
-    "max_train_steps",
-    "held_out_data_dir",
-    "sample_batch_size",
-    "validation_prompt",
-    "validation_image",
-    "num_validation_images",
-    "validation_steps",
-    "validation_inference_steps",
-    "validation_guidance",
-    "validation_scheduler",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "log_every",
-];
+/// What is wrong with settings, a line each.
+type Problems = Vec<String>;
 
 impl TrainConfig {
-    /// What was typed wins over `files`, of which a later one wins over an earlier one; the defaults come last.
-    pub fn merged(files: &[&Path], typed: &toml::Table) -> Result<Self> {
-        let mut merged = Self::defaults()?;
+    /// What was typed wins over `files`, of which a later one wins over an earlier one; the defaults come last. Where a method
+    /// takes the place of another one, those settings of the other that it has not are left out, and that is told.
+    pub fn merged(files: &[&Path], typed: &Table, observer: &dyn Observer) -> Result<Self> {
+        Self::merged_over(Table::new(), files, typed, observer)
+    }
+
+    /// As [`Self::merged`], with these settings in place of the defaults.
+    pub fn under(&self, files: &[&Path], typed: &Table, observer: &dyn Observer) -> Result<Self> {
+        Self::merged_over(self.to_table()?, files, typed, observer)
+    }
+
+    fn merged_over(
+        mut merged: Table,
+        files: &[&Path],
+        typed: &Table,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let mut add = |table: Table| {
+            // Alone first: a mistake is told with the file it is in.
+            let table = in_own_words(table)?;
+            typed_values(&table)?;
+            if table.get("adapter").is_some_and(|adapter| adapter.get("method").is_some()) {
+                let (method, own) = method_and_own(&table);
+                method.map_or(Ok(Table::new()), |method| whole(method, &own))?;
+            }
+            let Replaced { by, left_out } = over(&mut merged, table);
+            if !left_out.is_empty() {
+                observer.note(&format!("method {by} has no {}: left out", left_out.join(", ")));
+            }
+            Ok::<_, Problems>(())
+        };
         for path in files {
-            let text = crate::platform::files::read_to_string(path)?;
-            let problem = |e: toml::de::Error| {
-                let hint = "hint: keys are the long flags of `hra train --help`, with underscores";
-                Error::format(path, format!("{}\n{hint}", e.to_string().trim_end()))
+            let wrong = |problems: Problems| {
+                let hint = "hint: docs/settings.md lists the sections; keys are the long flags of `hra train --help`, with underscores";
+                Error::format(path, format!("{}\n{hint}", problems.join("\n")))
             };
-            let table = own_names(toml::from_str(&text).map_err(problem)?);
-            // Alone over the defaults first, so that a mistake is told with the file it is in.
-            over(Self::defaults()?, &table).try_into::<Self>().map_err(problem)?;
-            merged = over(merged, &table);
+            let table: Table = toml::from_str(&files::read_to_string(path)?)
+                .map_err(|e| wrong(vec![e.to_string().trim_end().to_string()]))?;
+            add(table).map_err(wrong)?;
         }
-        over(merged, &own_names(typed.clone()))
-            .try_into()
-            .map_err(|e: toml::de::Error| Error::config(e.to_string()))
+        let wrong = |problems: Problems| Error::config(problems.join("\n"));
+        add(typed.clone()).map_err(wrong)?;
+        Self::from_sections(merged).map_err(wrong)
     }
 
     /// Reads a resolved config, as a run folder holds it.
     pub fn read(path: &Path) -> Result<Self> {
-        let problem = |e: toml::de::Error| Error::format(path, e.to_string().trim_end().to_string());
-        let table: toml::Table =
-            toml::from_str(&crate::platform::files::read_to_string(path)?).map_err(problem)?;
-        // A run of an earlier version does not name the settings that came later.
-        over(Self::defaults()?, &table).try_into().map_err(problem)
+        let problem = |problem: String| Error::format(path, problem);
+        let table: Table = toml::from_str(&files::read_to_string(path)?)
+            .map_err(|e| problem(e.to_string().trim_end().to_string()))?;
+        // A run of an earlier version has no sections, and names the settings of all methods.
+        let table = if table.values().any(Value::is_table) { table } else { in_sections(table) };
+        let read = in_own_words(table).and_then(Self::from_sections);
+        read.map_err(|problems| problem(problems.join("\n")))
     }
 
     /// The settings of several tables, of which a later one wins over an earlier one, over the defaults.
-    pub fn from_tables(tables: &[&toml::Table]) -> Result<Self> {
-        let merged =
-            tables.iter().fold(Self::defaults()?, |all, table| over(all, &own_names((*table).clone())));
-        merged.try_into().map_err(|e: toml::de::Error| Error::config(e.to_string().trim_end().to_string()))
+    pub fn from_tables(tables: &[&Table]) -> Result<Self> {
+        let problem = |problems: Problems| Error::config(problems.join("\n"));
+        let mut merged = Table::new();
+        for table in tables {
+            over(&mut merged, in_own_words((*table).clone()).map_err(problem)?);
+        }
+        Self::from_sections(merged).map_err(problem)
     }
 
-    fn defaults() -> Result<toml::Table> {
-        Self::default().to_table()
-    }
-
-    /// The same settings with every path made absolute, so that a run can be resumed from any folder. A hub id stays as it is.
-    pub fn with_absolute_paths(mut self) -> Result<Self> {
-        let absolute = |path: &mut PathBuf| {
-            if !path.as_os_str().is_empty() {
-                *path = std::path::absolute(&*path).map_err(|e| Error::io("find", path, e))?;
-            }
-            Ok::<(), Error>(())
-        };
-        if !hub::is_id(&self.pretrained_model_name_or_path) {
-            absolute(&mut self.pretrained_model_name_or_path)?;
-        }
-        self.model_config.as_mut().map_or(Ok(()), absolute)?;
-        absolute(&mut self.output_dir)?;
-        absolute(&mut self.instance_data_dir)?;
-        if let Some(adapter) = self.init_adapter.as_mut().filter(|path| !hub::is_id(path)) {
-            absolute(adapter)?;
-        }
-        self.class_data_dir.as_mut().map_or(Ok(()), absolute)?;
-        let optional = [&mut self.held_out_data_dir, &mut self.train_data_dir, &mut self.palette];
-        optional.into_iter().flatten().chain(&mut self.validation_image).try_for_each(absolute)?;
-        Ok(self)
+    /// The settings of a table in sections by their own names, where other programs call them otherwise. Errors: what is no
+    /// setting, or stands where it does not belong.
+    pub fn own_words(table: &Table) -> Result<Table> {
+        in_own_words(table.clone()).map_err(|problems| Error::config(problems.join("\n")))
     }
 
     /// As a config file. What is not set is named in a comment, with what happens then.
@@ -96,54 +90,206 @@ impl TrainConfig {
         let cannot = |e| Error::config(format!("the settings cannot be written as TOML: {e}"));
         let mut text = toml::to_string(self).map_err(cannot)?;
         let table = self.to_table()?;
-        for (key, default) in UNSET.iter().filter(|(key, _)| !table.contains_key(*key)) {
-            text += &format!("# {key} is not set: {default}\n");
+        let method = self.adapter.method.name();
+        for key in keys::keys().filter(|key| !key.unset.is_empty() && value(&table, key).is_none()) {
+            if belongs_to(method, key.name) {
+                text += &format!("# {} is not set: {}\n", key.place(), key.unset);
+            }
         }
         Ok(text)
     }
 
-    /// Fails with every setting that would change the steps that `before` has already made.
-    pub fn check_resume(&self, before: &Self, observer: &dyn Observer) -> Result<()> {
-        let (new, old) = (self.to_table()?, before.to_table()?);
-        let mut differences = Vec::new();
-        let mut keys: Vec<&String> = new.keys().chain(old.keys()).collect();
-        keys.sort();
-        keys.dedup();
-        for key in keys {
-            let show = |v: Option<&toml::Value>| v.map_or("nothing".to_string(), ToString::to_string);
-            if !FREE_ON_RESUME.contains(&key.as_str()) && new.get(key) != old.get(key) {
-                differences.push(format!(
-                    "{key}: the run has {}, asked for is {}",
-                    show(old.get(key)),
-                    show(new.get(key))
-                ));
-            }
-        }
-        if differences.is_empty() {
-            let whole = [LrSchedule::Constant, LrSchedule::ConstantWithWarmup];
-            if self.max_train_steps != before.max_train_steps && !whole.contains(&self.lr_scheduler) {
-                observer.note(&format!(
-                    "the learning rate now follows its schedule over {} steps",
-                    self.max_train_steps
-                ));
-            }
-            return Ok(());
-        }
-        Err(Error::Run(format!(
-            "a resumed run continues with its own settings, but these differ\n{}\nhint: leave them out, or start a new run in another output_dir",
-            differences.join("\n")
-        )))
+    /// As a table of a config file.
+    pub fn to_table(&self) -> Result<Table> {
+        Table::try_from(self)
+            .map_err(|e| Error::config(format!("the settings cannot be written as TOML: {e}")))
     }
 
-    /// As a table of a config file.
-    pub fn to_table(&self) -> Result<toml::Table> {
-        toml::Table::try_from(self)
-            .map_err(|e| Error::config(format!("the settings cannot be written as TOML: {e}")))
+    /// From sections with the settings' own names.
+    fn from_sections(mut table: Table) -> std::result::Result<Self, Problems> {
+        let mut problems = typed_values(&table).err().unwrap_or_default();
+        let (method, own) = method_and_own(&table);
+        if let (Some(method), true) = (method, problems.is_empty()) {
+            match whole(method, &own) {
+                Ok(own) => Section::Adapter.of_mut(&mut table).extend(own),
+                Err(more) => problems.extend(more),
+            }
+        }
+        if problems.is_empty() {
+            // Each value was read alone before.
+            return table.try_into().map_err(|e: toml::de::Error| vec![e.message().to_string()]);
+        }
+        Err(problems)
     }
 }
 
-/// `table` with the entries of `winner` in place of its own.
-fn over(mut table: toml::Table, winner: &toml::Table) -> toml::Table {
-    table.extend(winner.iter().map(|(key, value)| (key.clone(), value.clone())));
-    table
+/// Every key by its own name, where other programs call it otherwise. Errors: a line for each key that is no setting, or stands
+/// where it does not belong.
+fn in_own_words(table: Table) -> std::result::Result<Table, Problems> {
+    let (mut read, mut problems) = (Table::new(), Problems::new());
+    for (name, value) in table {
+        match (Section::find(&name), value) {
+            (Some(section), Value::Table(settings)) => {
+                let own = section.of_mut(&mut read);
+                for (name, value) in settings {
+                    match keys::find(&name) {
+                        Some(key) if key.section == section => {
+                            own.insert(key.name.to_string(), value);
+                        }
+                        found => problems.push(misplaced(section, &name, found)),
+                    }
+                }
+            }
+            (Some(_), value) => {
+                let flat = keys::find(&name)
+                    .map_or_else(String::new, |key| format!("; write {} = {value}", key.place()));
+                problems
+                    .push(format!("{name}: expected a section [{name}], found {}{flat}", value.type_str()));
+            }
+            (None, value) => match keys::find(&name) {
+                Some(key) if key.section == Section::Run => {
+                    read.insert(key.name.to_string(), value);
+                }
+                found => problems.push(misplaced(Section::Run, &name, found)),
+            },
+        }
+    }
+    if problems.is_empty() { Ok(read) } else { Err(problems) }
+}
+
+/// Says where a setting belongs, or which one comes nearest.
+fn misplaced(section: Section, name: &str, found: Option<&Key>) -> String {
+    let place = section.name().map_or_else(|| name.to_string(), |section| format!("[{section}] {name}"));
+    if let Some(key) = found {
+        return match key.section {
+            Section::Run => format!("{place}: it stands before the first section: {}", key.name),
+            _ if section == Section::Run => format!("{place}: settings have sections now: {}", key.place()),
+            _ => format!("{place}: it belongs to another section: {}", key.place()),
+        };
+    }
+    let likeness = |key: &&Key| {
+        let names = std::iter::once(&key.name).chain(key.others);
+        let nearest = names.map(|own| strsim::jaro_winkler(own, name)).fold(0.0, f64::max);
+        // Among equals that of the same section.
+        nearest + if key.section == section { 1e-3 } else { 0.0 }
+    };
+    let nearest = keys::keys().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+    format!("{place}: unknown field; the nearest is {}", nearest.map(Key::place).unwrap_or_default())
+}
+
+/// `table` without sections, as earlier versions wrote it, in sections: of the methods' own settings those of its method.
+fn in_sections(table: Table) -> Table {
+    let method = table.get("method").and_then(Value::as_str).map(str::to_string);
+    let own = |name: &str| method.as_deref().is_none_or(|method| belongs_to(method, name));
+    let mut sections = Table::new();
+    for (name, value) in table {
+        match keys::find(&name) {
+            Some(key) if key.section == Section::Adapter && !own(key.name) => {}
+            Some(key) => {
+                key.section.of_mut(&mut sections).insert(name, value);
+            }
+            None => {
+                sections.insert(name, value);
+            }
+        }
+    }
+    sections
+}
+
+/// Whether a setting of `[adapter]` means something to the method of this name.
+fn belongs_to(method: &str, name: &str) -> bool {
+    let own = METHODS.iter().find(|entry| entry.name == method).map_or(&[][..], |entry| (entry.own.keys)());
+    own.contains(&name) || !is_some_methods(name)
+}
+
+/// Whether a setting is some method's own, and not one that all methods have.
+fn is_some_methods(name: &str) -> bool {
+    METHODS.iter().any(|entry| (entry.own.keys)().contains(&name))
+}
+
+/// What a method left out that took the place of another one.
+struct Replaced {
+    by: String,
+    left_out: Vec<String>,
+}
+
+/// Puts the settings of `winner` in place of those of `table`.
+fn over(table: &mut Table, winner: Table) -> Replaced {
+    let (before, _) = method_and_own(table);
+    let mut replaced = Replaced { by: String::new(), left_out: Vec::new() };
+    for (name, value) in winner {
+        match (Section::find(&name), value) {
+            (Some(section), Value::Table(settings)) => {
+                let own = section.of_mut(table);
+                if section == Section::Adapter
+                    && let Some(method) = settings.get("method").and_then(Value::as_str)
+                    && before.map(MethodName::name) != Some(method)
+                {
+                    replaced.by = method.to_string();
+                    replaced.left_out = own.keys().filter(|key| !belongs_to(method, key)).cloned().collect();
+                    own.retain(|key, _| belongs_to(method, key));
+                }
+                own.extend(settings);
+            }
+            (_, value) => {
+                table.insert(name, value);
+            }
+        }
+    }
+    replaced
+}
+
+/// The method that a table names, else the default one, and what it says of the methods' own settings; no method where its
+/// word is none.
+fn method_and_own(table: &Table) -> (Option<MethodName>, Table) {
+    let adapter = table.get("adapter").and_then(Value::as_table).cloned().unwrap_or_default();
+    let method = match adapter.get("method").map(Value::as_str) {
+        None => Some(MethodName::DEFAULT),
+        Some(word) => word.and_then(|word| word.parse().ok()),
+    };
+    let own = adapter.into_iter().filter(|(name, _)| is_some_methods(name));
+    (method, own.collect())
+}
+
+/// All of a method's own settings, with defaults for those that are not given. Errors: a line for each that is not its own.
+fn whole(method: MethodName, own: &Table) -> std::result::Result<Table, Problems> {
+    let foreign: Problems =
+        own.keys().filter(|name| !belongs_to(method.name(), name)).map(|name| foreign(name)).collect();
+    match method.entry() {
+        _ if !foreign.is_empty() => Err(foreign),
+        None => Ok(Table::new()),
+        Some(entry) => (entry.own.whole)(own).map_err(|e| vec![format!("[adapter] {}", e.message())]),
+    }
+}
+
+/// Says whose setting it is.
+fn foreign(name: &str) -> String {
+    let of: Vec<&str> =
+        METHODS.iter().filter(|entry| (entry.own.keys)().contains(&name)).map(|entry| entry.name).collect();
+    match &of[..] {
+        [one] => format!("[adapter] {name}: only method {one} has it"),
+        _ => format!("[adapter] {name}: only the methods {} have it", of.join(", ")),
+    }
+}
+
+/// Reads every value alone, so that what is wrong is told with its place. Errors: a line for each of another type, or out of
+/// its words.
+fn typed_values(table: &Table) -> std::result::Result<(), Problems> {
+    let mut problems = Problems::new();
+    for key in keys::keys() {
+        let Some(found) = value(table, key) else { continue };
+        let alone = Table::from_iter([(key.name.to_string(), found.clone())]);
+        let of_a_method = METHODS.iter().find(|entry| (entry.own.keys)().contains(&key.name));
+        let read = match (of_a_method, key.section.name()) {
+            (Some(entry), _) => (entry.own.whole)(&alone).map(|_| ()),
+            (None, Some(section)) => Table::from_iter([(section.to_string(), Value::Table(alone))])
+                .try_into::<TrainConfig>()
+                .map(|_| ()),
+            (None, None) => alone.try_into::<TrainConfig>().map(|_| ()),
+        };
+        if let Err(error) = read {
+            problems.push(format!("{}: {}", key.place(), error.message()));
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
 }

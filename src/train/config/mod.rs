@@ -1,329 +1,93 @@
-//! The settings of a training run: one struct that is the config file and the resolved copy in the run
-//! folder ([`merge`]). Names are those of diffusers' DreamBooth scripts where they have one. No tensors and no paths opened here.
+//! The settings of a training run: one struct that is the config file and the resolved copy in the run folder, in
+//! [`sections`]; [`keys`] is the table of all of them, [`merge`] where they come from. No tensors and no paths opened here.
 
+pub mod keys;
 mod merge;
 mod method_name;
-mod names;
+mod resume;
+mod sections;
 mod validate;
 
 pub use method_name::MethodName;
-pub use names::{SECOND_NAMES, UNSET, own_names};
+pub use sections::{
+    AdapterSection, CheckpointsSection, DataSection, ModelSection, OptimizerSection, PreviewsSection,
+    PriorSection, ScheduleSection,
+};
 
-use crate::adapter::Method;
-use crate::adapter::methods::hra::HraInit;
-use crate::adapter::methods::lora::LoraInit;
-use crate::adapter::peft::Bias;
-use crate::adapter::target::{ATTENTION, TEXT_ATTENTION};
-use crate::data::image::edges::Thresholds;
-use crate::data::pairs::{ConditionKind, PairSettings};
-use crate::diffusion::sampler::SamplerKind;
-use crate::error::Result;
-use crate::platform::device::{DeviceChoice, Precision};
-use crate::train::optim::{AdamWConfig, LearningRate, LrSchedule};
+use crate::platform::device::DeviceChoice;
+use crate::train::optim::{LearningRate, LrSchedule};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Everything that a training run depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Stable Diffusion to start from: folder, checkpoint file (.safetensors), or hub id owner/name[@revision].
-    pub pretrained_model_name_or_path: PathBuf,
-    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json.
-    pub model_config: Option<PathBuf>,
     /// Run folder: adapter, metrics, previews and checkpoints go there and nowhere else.
     pub output_dir: PathBuf,
     /// Seed of every random draw of the run.
     pub seed: u64,
     /// auto, cpu, cuda or cuda:N.
     pub device: DeviceChoice,
-    /// Number format of the frozen model; the adapter is always f32.
-    pub dtype: Precision,
     /// CPU threads.
     pub threads: Option<i32>,
-
-    /// Folder with the pictures of the subject.
-    pub instance_data_dir: PathBuf,
-    /// Prompt of the subject, with its rare token, such as "a photo of sks dog".
-    pub instance_prompt: String,
-    /// Pictures become squares of this many pixels.
-    pub resolution: Option<u32>,
-    /// Cut the middle out of pictures that are not square, instead of a random square.
-    pub center_crop: bool,
-    /// Pictures of the subject (with --train_data_dir: pairs, of which 32 are measured) that are not trained on: their loss is measured with fixed noise.
-    pub held_out_data_dir: Option<PathBuf>,
-
-    /// Train control, on pairs of picture and condition: a folder with metadata.jsonl or metadata.csv, or a .jsonl, .json or .csv file.
-    pub train_data_dir: Option<PathBuf>,
-    /// What the conditions are.
-    pub condition: ConditionKind,
-    /// Make the conditions from the pictures (canny), even where the pairs name files.
-    pub make_conditions: bool,
-    /// Lower threshold of edges that are made.
-    pub canny_low: f64,
-    /// Upper threshold of edges that are made.
-    pub canny_high: f64,
-    /// Colours of the classes (JSON), by which label maps become conditions.
-    pub palette: Option<PathBuf>,
-    /// Column of the pictures.
-    pub image_column: String,
-    /// Column of the captions.
-    pub caption_column: String,
-    /// Column of the conditions.
-    pub conditioning_image_column: String,
-    /// Share of captions that are left out, so that the condition alone must do.
-    pub proportion_empty_prompts: f64,
-    /// Peak learning rate of the control encoder.
-    pub control_lr: Option<f64>,
-    /// Condition of a preview: one for each validation prompt, or one for all.
-    #[serde(default)]
-    pub validation_image: Vec<PathBuf>,
-
-    /// Keep the class as it was: train on class pictures too.
-    pub with_prior_preservation: bool,
-    /// Prompt of the class, such as "a photo of a dog".
-    pub class_prompt: String,
-    /// Folder of class pictures: your own, or empty to be filled.
-    pub class_data_dir: Option<PathBuf>,
-    /// Number of class pictures that the model makes.
-    pub num_class_images: usize,
-    /// Weight of the class pictures' loss.
-    pub prior_loss_weight: f64,
-    /// Pictures drawn at once, class pictures and previews.
-    pub sample_batch_size: usize,
-    /// Steps for a class picture.
-    pub class_steps: usize,
-    /// Guidance for a class picture; nearer to 1 is nearer to what the model knows of the class.
-    pub class_guidance: f64,
-    /// Scheduler for class pictures.
-    pub class_scheduler: Option<SamplerKind>,
-
-    /// Adaptation method.
-    pub method: MethodName,
-    /// Capacity: hra reflections (even), lora and dora rank; oft, coft, boft and ether+ split a layer's inputs into this many blocks.
-    pub rank: i64,
-    /// oft, coft, boft, ether+: size of a block, in place of the number of blocks.
-    pub block_size: Option<i64>,
-    /// lora, dora: the change is scaled by alpha / rank.
-    pub lora_alpha: Option<f64>,
-    /// lora, dora: scale by alpha / sqrt(rank) instead.
-    pub use_rslora: bool,
-    /// lora, dora: how the down projection starts.
-    pub init_lora_weights: LoraInit,
-    /// coft: how far a block may turn; its ball has the radius eps * b^2 / sqrt(blocks).
-    pub coft_eps: f64,
-    /// hra: weight of the orthogonality regulariser (the paper's lambda).
-    pub hra_lambda: f64,
-    /// hra: orthonormalise the vectors (the paper's lambda = infinity; PEFT's apply_GS).
-    pub gram_schmidt: bool,
-    /// hra: start of the vectors: ours, whose best learning rate does not depend on the rank, or PEFT's draw.
-    pub hra_init: HraInit,
-    /// hra: train an odd rank although it cannot start at the base model.
-    pub allow_odd_rank: bool,
-    /// Layers of the UNet to adapt: name endings separated by commas, or one regular expression for whole names.
-    pub target_modules: Vec<String>,
-    /// Start from the values of this adapter folder (of the same method, rank and layers).
-    pub init_adapter: Option<PathBuf>,
-    /// Train the text encoder too, by the same method.
-    pub train_text_encoder: bool,
-    /// Layers of the text encoder to adapt.
-    pub text_target_modules: Vec<String>,
-    /// Biases that train beside the adapter: none, all of the network, or only those of adapted layers.
-    pub bias: Bias,
-
-    /// Optimiser steps.
-    pub max_train_steps: i64,
-    /// Subject pictures for a step (with prior preservation, as many class pictures too).
-    pub train_batch_size: usize,
-    /// Batches whose gradients are averaged for one step.
-    pub gradient_accumulation_steps: usize,
-    /// Peak learning rate.
-    pub learning_rate: f64,
-    /// Peak learning rate of the text encoder.
-    pub text_encoder_lr: Option<f64>,
-    /// Learning-rate schedule.
-    pub lr_scheduler: LrSchedule,
-    /// Steps of linear warm-up (all schedules but constant).
-    pub lr_warmup_steps: i64,
-    /// Cycles of cosine_with_restarts.
-    pub lr_num_cycles: f64,
-    /// Power of the polynomial schedule.
-    pub lr_power: f64,
-    /// AdamW beta 1.
-    pub adam_beta1: f64,
-    /// AdamW beta 2.
-    pub adam_beta2: f64,
-    /// AdamW weight decay.
-    pub adam_weight_decay: f64,
-    /// AdamW epsilon.
-    pub adam_epsilon: f64,
-    /// Gradients are scaled down to this norm.
-    pub max_grad_norm: f64,
-    /// Min-SNR weighting of the loss, 5.0 in its paper.
-    pub snr_gamma: Option<f64>,
-    /// Average the adapter over steps; previews and the final adapter use the average.
-    pub use_ema: bool,
-    /// Memory of that average.
-    pub ema_decay: f64,
-
-    /// Prompts of previews; may be given several times.
-    #[serde(default)]
-    pub validation_prompt: Vec<String>,
-    /// Pictures for each preview prompt; 0 for no previews.
-    pub num_validation_images: usize,
-    /// Steps between previews, and between measurements of the held-out loss.
-    pub validation_steps: i64,
-    /// Sampling steps for a preview.
-    pub validation_inference_steps: usize,
-    /// Guidance for previews.
-    pub validation_guidance: f64,
-    /// Scheduler for previews.
-    pub validation_scheduler: Option<SamplerKind>,
-    /// Steps between checkpoints.
-    pub checkpointing_steps: i64,
-    /// Checkpoints to keep.
-    pub checkpoints_total_limit: Option<usize>,
-    /// Steps between records of metrics.jsonl and TensorBoard; how far the weights moved is in every tenth, and with previews.
-    pub log_every: i64,
+    pub model: ModelSection,
+    pub data: DataSection,
+    pub prior: PriorSection,
+    pub adapter: AdapterSection,
+    pub optimizer: OptimizerSection,
+    pub schedule: ScheduleSection,
+    pub previews: PreviewsSection,
+    pub checkpoints: CheckpointsSection,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
-            pretrained_model_name_or_path: PathBuf::new(),
-            model_config: None,
             output_dir: PathBuf::from("runs/hra"),
             seed: 0,
             device: DeviceChoice::Auto,
-            dtype: Precision::F32,
             threads: None,
-            instance_data_dir: PathBuf::new(),
-            instance_prompt: String::new(),
-            resolution: None,
-            center_crop: false,
-            held_out_data_dir: None,
-            train_data_dir: None,
-            condition: ConditionKind::Other,
-            make_conditions: false,
-            canny_low: Thresholds::default().low,
-            canny_high: Thresholds::default().high,
-            palette: None,
-            image_column: "file_name".into(),
-            caption_column: "text".into(),
-            conditioning_image_column: "conditioning_image".into(),
-            proportion_empty_prompts: 0.0,
-            control_lr: None,
-            validation_image: Vec::new(),
-            with_prior_preservation: false,
-            class_prompt: String::new(),
-            class_data_dir: None,
-            num_class_images: 100,
-            prior_loss_weight: 1.0,
-            sample_batch_size: 4,
-            class_steps: 50,
-            class_guidance: 4.0,
-            class_scheduler: None,
-            method: MethodName::DEFAULT,
-            rank: 8,
-            block_size: None,
-            lora_alpha: None,
-            use_rslora: false,
-            init_lora_weights: LoraInit::Gaussian,
-            coft_eps: 6e-5,
-            hra_lambda: 0.0,
-            gram_schmidt: false,
-            hra_init: HraInit::Auto,
-            allow_odd_rank: false,
-            target_modules: ATTENTION.map(String::from).to_vec(),
-            init_adapter: None,
-            train_text_encoder: false,
-            text_target_modules: TEXT_ATTENTION.map(String::from).to_vec(),
-            bias: Bias::None,
-            max_train_steps: 1000,
-            train_batch_size: 1,
-            gradient_accumulation_steps: 1,
-            learning_rate: 1e-4,
-            text_encoder_lr: None,
-            lr_scheduler: LrSchedule::Constant,
-            lr_warmup_steps: 0,
-            lr_num_cycles: 1.0,
-            lr_power: 1.0,
-            adam_beta1: 0.9,
-            adam_beta2: 0.999,
-            adam_weight_decay: 1e-2,
-            adam_epsilon: 1e-8,
-            max_grad_norm: 1.0,
-            snr_gamma: None,
-            use_ema: false,
-            ema_decay: 0.999,
-            validation_prompt: Vec::new(),
-            num_validation_images: 4,
-            validation_steps: 100,
-            validation_inference_steps: 25,
-            validation_guidance: 7.5,
-            validation_scheduler: None,
-            checkpointing_steps: 100,
-            checkpoints_total_limit: None,
-            log_every: 10,
+            model: ModelSection::default(),
+            data: DataSection::default(),
+            prior: PriorSection::default(),
+            adapter: AdapterSection::default(),
+            optimizer: OptimizerSection::default(),
+            schedule: ScheduleSection::default(),
+            previews: PreviewsSection::default(),
+            checkpoints: CheckpointsSection::default(),
         }
     }
 }
 
 impl TrainConfig {
-    /// The method with its settings; none where the control encoder trains alone.
-    pub fn method(&self) -> Result<Option<Method>> {
-        self.method.entry().map(|entry| (entry.from_settings)(&self.to_table()?)).transpose()
-    }
-
     /// Whether control trains.
     pub fn is_control(&self) -> bool {
-        self.train_data_dir.is_some()
-    }
-
-    /// How pairs are read.
-    pub fn pair_settings(&self) -> PairSettings {
-        PairSettings {
-            image_column: self.image_column.clone(),
-            caption_column: self.caption_column.clone(),
-            conditioning_image_column: self.conditioning_image_column.clone(),
-            condition: self.condition,
-            make_conditions: self.make_conditions,
-            thresholds: Thresholds { low: self.canny_low, high: self.canny_high },
-            palette: self.palette.clone(),
-        }
-    }
-
-    /// The optimiser's settings.
-    pub fn adamw(&self) -> AdamWConfig {
-        AdamWConfig {
-            beta1: self.adam_beta1,
-            beta2: self.adam_beta2,
-            epsilon: self.adam_epsilon,
-            weight_decay: self.adam_weight_decay,
-        }
+        self.data.train_data_dir.is_some()
     }
 
     /// The learning rates over the run: the UNet's, the text encoder's and the control encoder's, each where it trains.
     pub fn learning_rates(&self) -> Vec<LearningRate> {
+        let Self { optimizer, schedule, adapter, .. } = self;
         // diffusers' scripts give lr_num_cycles to cosine_with_restarts only; cosine is half a period.
-        let cycles = if self.lr_scheduler == LrSchedule::Cosine { 0.5 } else { self.lr_num_cycles };
+        let cycles = if schedule.lr_scheduler == LrSchedule::Cosine { 0.5 } else { schedule.lr_num_cycles };
         let rate = |peak| LearningRate {
             peak,
-            schedule: self.lr_scheduler,
-            warmup: self.lr_warmup_steps,
-            total: self.max_train_steps,
+            schedule: schedule.lr_scheduler,
+            warmup: schedule.lr_warmup_steps,
+            total: schedule.max_train_steps,
             cycles,
-            power: self.lr_power,
+            power: schedule.lr_power,
         };
         let mut rates = Vec::new();
-        if self.method != MethodName::NONE {
-            rates.push(rate(self.learning_rate));
+        if adapter.method != MethodName::NONE {
+            rates.push(rate(optimizer.learning_rate));
         }
-        if self.train_text_encoder {
-            rates.push(rate(self.text_encoder_lr.unwrap_or(self.learning_rate)));
+        if adapter.train_text_encoder {
+            rates.push(rate(optimizer.text_encoder_lr.unwrap_or(optimizer.learning_rate)));
         }
         if self.is_control() {
-            rates.push(rate(self.control_lr.unwrap_or(self.learning_rate)));
+            rates.push(rate(optimizer.control_lr.unwrap_or(optimizer.learning_rate)));
         }
         rates
     }

@@ -1,7 +1,6 @@
 //! What can be checked of the settings without opening a file.
 
 use crate::adapter::Method;
-use crate::adapter::methods::METHODS;
 use crate::adapter::peft::Bias;
 use crate::adapter::target::TargetRule;
 use crate::data::pairs::ConditionKind;
@@ -39,7 +38,7 @@ impl TrainConfig {
     pub fn validate(&self) -> Result<()> {
         let mut problems = Problems::default();
         problems.require(
-            given(&self.pretrained_model_name_or_path),
+            given(&self.model.pretrained_model_name_or_path),
             "pretrained_model_name_or_path: a model folder is needed",
         );
         if self.is_control() {
@@ -56,14 +55,14 @@ impl TrainConfig {
 
     fn check_control(&self, problems: &mut Problems) {
         problems.require(
-            !given(&self.instance_data_dir) && self.instance_prompt.is_empty(),
+            !given(&self.data.instance_data_dir) && self.data.instance_prompt.is_empty(),
             "instance_data_dir and instance_prompt: train_data_dir has pictures and captions of its own",
         );
         problems.require(
-            !self.with_prior_preservation,
+            !self.prior.with_prior_preservation,
             "with_prior_preservation: class pictures have no conditions; leave it out with train_data_dir",
         );
-        let (images, prompts) = (self.validation_image.len(), self.validation_prompt.len());
+        let (images, prompts) = (self.previews.validation_image.len(), self.previews.validation_prompt.len());
         problems.require(
             images == prompts || images == 1 && prompts > 0,
             "validation_image: expected one for each validation_prompt, or one for all",
@@ -72,21 +71,21 @@ impl TrainConfig {
 
     fn check_subject(&self, problems: &mut Problems) {
         problems.require(
-            given(&self.instance_data_dir),
+            given(&self.data.instance_data_dir),
             "instance_data_dir: a folder with the subject's pictures is needed (or train_data_dir, to train control)",
         );
         problems.require(
-            !self.instance_prompt.trim().is_empty(),
+            !self.data.instance_prompt.trim().is_empty(),
             "instance_prompt: a prompt is needed, such as \"a photo of sks dog\"",
         );
-        let idle = self.validation_image.is_empty()
-            && self.control_lr.is_none()
-            && self.proportion_empty_prompts == 0.0
-            && self.palette.is_none()
-            && !self.make_conditions
-            && self.condition == ConditionKind::Other;
+        let idle = self.previews.validation_image.is_empty()
+            && self.optimizer.control_lr.is_none()
+            && self.data.proportion_empty_prompts == 0.0
+            && self.data.palette.is_none()
+            && !self.data.make_conditions
+            && self.data.condition == ConditionKind::Other;
         problems.require(
-            idle && self.method != MethodName::NONE,
+            idle && self.adapter.method != MethodName::NONE,
             "condition, make_conditions, palette, proportion_empty_prompts, control_lr, validation_image and method none: only with \
              train_data_dir",
         );
@@ -95,121 +94,120 @@ impl TrainConfig {
     fn check_counts(&self, problems: &mut Problems) {
         let mut require = |ok, problem| problems.require(ok, problem);
         require(given(&self.output_dir), "output_dir: a folder is needed");
-        if self.with_prior_preservation {
-            require(!self.class_prompt.trim().is_empty(), "class_prompt: needed for prior preservation");
-            require(self.num_class_images >= 1, "num_class_images: expected 1 or more");
-            require(self.class_steps >= 1, "class_steps: expected 1 or more");
+        if self.prior.with_prior_preservation {
+            require(
+                !self.prior.class_prompt.trim().is_empty(),
+                "class_prompt: needed for prior preservation",
+            );
+            require(self.prior.num_class_images >= 1, "num_class_images: expected 1 or more");
+            require(self.prior.class_steps >= 1, "class_steps: expected 1 or more");
         }
         require(
-            self.resolution.is_none_or(|r| (8..=4096).contains(&r)),
+            self.data.resolution.is_none_or(|r| (8..=4096).contains(&r)),
             "resolution: expected 8 to 4096 pixels",
         );
         // Far above any use, and far below what would overflow a count or fill a memory.
-        require(self.num_class_images <= 1_000_000, "num_class_images: expected at most 1000000");
-        require(self.num_validation_images <= 10_000, "num_validation_images: expected at most 10000");
-        require(self.train_batch_size <= 4096, "train_batch_size: expected at most 4096");
-        require(self.sample_batch_size <= 4096, "sample_batch_size: expected at most 4096");
-        require(self.max_train_steps <= 1_000_000_000, "max_train_steps: expected at most 1000000000");
-        require(self.max_train_steps >= 1, "max_train_steps: expected 1 or more");
-        require(self.train_batch_size >= 1, "train_batch_size: expected 1 or more");
-        require(self.sample_batch_size >= 1, "sample_batch_size: expected 1 or more");
-        require(self.gradient_accumulation_steps >= 1, "gradient_accumulation_steps: expected 1 or more");
-        require(self.lr_warmup_steps >= 0, "lr_warmup_steps: expected 0 or more");
-        require(self.validation_steps >= 1, "validation_steps: expected 1 or more");
-        require(self.checkpointing_steps >= 1, "checkpointing_steps: expected 1 or more");
-        require(self.checkpoints_total_limit != Some(0), "checkpoints_total_limit: expected 1 or more");
-        require(self.log_every >= 1, "log_every: expected 1 or more");
+        require(self.prior.num_class_images <= 1_000_000, "num_class_images: expected at most 1000000");
+        require(
+            self.previews.num_validation_images <= 10_000,
+            "num_validation_images: expected at most 10000",
+        );
+        require(self.schedule.train_batch_size <= 4096, "train_batch_size: expected at most 4096");
+        require(self.prior.sample_batch_size <= 4096, "sample_batch_size: expected at most 4096");
+        require(
+            self.schedule.max_train_steps <= 1_000_000_000,
+            "max_train_steps: expected at most 1000000000",
+        );
+        require(self.schedule.max_train_steps >= 1, "max_train_steps: expected 1 or more");
+        require(self.schedule.train_batch_size >= 1, "train_batch_size: expected 1 or more");
+        require(self.prior.sample_batch_size >= 1, "sample_batch_size: expected 1 or more");
+        require(
+            self.schedule.gradient_accumulation_steps >= 1,
+            "gradient_accumulation_steps: expected 1 or more",
+        );
+        require(self.schedule.lr_warmup_steps >= 0, "lr_warmup_steps: expected 0 or more");
+        require(self.previews.validation_steps >= 1, "validation_steps: expected 1 or more");
+        require(self.checkpoints.checkpointing_steps >= 1, "checkpointing_steps: expected 1 or more");
+        require(
+            self.checkpoints.checkpoints_total_limit != Some(0),
+            "checkpoints_total_limit: expected 1 or more",
+        );
+        require(self.checkpoints.log_every >= 1, "log_every: expected 1 or more");
     }
 
     fn check_numbers(&self, problems: &mut Problems) {
         let mut require = |ok, problem| problems.require(ok, problem);
         require(
-            (0.0..=1.0).contains(&self.proportion_empty_prompts),
+            (0.0..=1.0).contains(&self.data.proportion_empty_prompts),
             "proportion_empty_prompts: expected a share, 0 to 1",
         );
         require(
-            (0.0..=1e9).contains(&self.canny_low) && (self.canny_low..=1e9).contains(&self.canny_high),
+            (0.0..=1e9).contains(&self.data.canny_low)
+                && (self.data.canny_low..=1e9).contains(&self.data.canny_high),
             "canny_low and canny_high: expected two numbers from 0 up, the first not above the second",
         );
-        require(self.text_encoder_lr.is_none_or(positive), "text_encoder_lr: expected a number above 0");
-        require(self.control_lr.is_none_or(positive), "control_lr: expected a number above 0");
-        require(positive(self.learning_rate), "learning_rate: expected a number above 0");
-        require(natural(self.adam_weight_decay), "adam_weight_decay: expected 0 or more");
-        require(positive(self.adam_epsilon), "adam_epsilon: expected a number above 0");
-        require(positive(self.max_grad_norm), "max_grad_norm: expected a number above 0");
-        require(natural(self.prior_loss_weight), "prior_loss_weight: expected 0 or more");
-        require(natural(self.hra_lambda), "hra_lambda: expected 0 or more");
         require(
-            self.hra_lambda == 0.0 || !self.gram_schmidt,
-            "hra_lambda has no effect with gram_schmidt: use one of them",
+            self.optimizer.text_encoder_lr.is_none_or(positive),
+            "text_encoder_lr: expected a number above 0",
         );
-        require(self.snr_gamma.is_none_or(positive), "snr_gamma: expected a number above 0");
-        require((0.0..1.0).contains(&self.adam_beta1), "adam_beta1: expected 0 up to 1");
-        require((0.0..1.0).contains(&self.adam_beta2), "adam_beta2: expected 0 up to 1");
-        require((0.0..1.0).contains(&self.ema_decay), "ema_decay: expected 0 up to 1");
+        require(self.optimizer.control_lr.is_none_or(positive), "control_lr: expected a number above 0");
+        require(positive(self.optimizer.learning_rate), "learning_rate: expected a number above 0");
+        require(natural(self.optimizer.adam_weight_decay), "adam_weight_decay: expected 0 or more");
+        require(positive(self.optimizer.adam_epsilon), "adam_epsilon: expected a number above 0");
+        require(positive(self.optimizer.max_grad_norm), "max_grad_norm: expected a number above 0");
+        require(natural(self.prior.prior_loss_weight), "prior_loss_weight: expected 0 or more");
+        require(self.optimizer.snr_gamma.is_none_or(positive), "snr_gamma: expected a number above 0");
+        require((0.0..1.0).contains(&self.optimizer.adam_beta1), "adam_beta1: expected 0 up to 1");
+        require((0.0..1.0).contains(&self.optimizer.adam_beta2), "adam_beta2: expected 0 up to 1");
+        require((0.0..1.0).contains(&self.optimizer.ema_decay), "ema_decay: expected 0 up to 1");
         require(
-            natural(self.lr_num_cycles) && natural(self.lr_power),
+            natural(self.schedule.lr_num_cycles) && natural(self.schedule.lr_power),
             "lr_num_cycles and lr_power: expected 0 or more",
         );
     }
 
     fn check_adapter(&self, problems: &mut Problems) {
         let mut require = |ok, problem| problems.require(ok, problem);
-        require(!self.target_modules.is_empty(), "target_modules: expected at least one name");
-        require(!self.text_target_modules.is_empty(), "text_target_modules: expected at least one name");
-        let none = self.method == MethodName::NONE;
-        require(!none || self.init_adapter.is_none(), "init_adapter: method none has no adapter");
+        require(!self.adapter.target_modules.is_empty(), "target_modules: expected at least one name");
         require(
-            !none || !self.train_text_encoder,
+            !self.adapter.text_target_modules.is_empty(),
+            "text_target_modules: expected at least one name",
+        );
+        let none = self.adapter.method == MethodName::NONE;
+        require(!none || self.adapter.init_adapter.is_none(), "init_adapter: method none has no adapter");
+        require(
+            !none || !self.adapter.train_text_encoder,
             "train_text_encoder: method none trains the control encoder alone",
         );
-        require(!none || self.bias == Bias::None, "bias: method none trains the control encoder alone");
-        match self.method() {
+        require(
+            !none || self.adapter.bias == Bias::None,
+            "bias: method none trains the control encoder alone",
+        );
+        match self.adapter.method() {
             Ok(Some(method)) => self.check_method(&method, problems),
             Ok(None) => {}
             Err(e) => problems.0.push(e.to_string()),
         }
-        for words in [&self.target_modules, &self.text_target_modules] {
+        for words in [&self.adapter.target_modules, &self.adapter.text_target_modules] {
             problems.0.extend(TargetRule::from_words(words).err().map(|e| e.to_string()));
         }
-        self.check_foreign(problems);
     }
 
     fn check_method(&self, method: &Method, problems: &mut Problems) {
         problems.0.extend(method.validate().err().map(|e| e.to_string()));
-        let name = self.method;
+        let name = self.adapter.method;
         let whole = method.trains_whole_network();
         problems.require(
-            !whole || !self.train_text_encoder,
+            !whole || !self.adapter.train_text_encoder,
             &format!("train_text_encoder: method {name} trains the UNet alone"),
         );
         problems.require(
-            !whole || self.init_adapter.is_none(),
+            !whole || self.adapter.init_adapter.is_none(),
             &format!("init_adapter: method {name} starts from a model, not an adapter"),
         );
         problems.require(
-            method.keeps_bias() || self.bias == Bias::None,
+            method.keeps_bias() || self.adapter.bias == Bias::None,
             &format!("bias: method {name} has no place for trained biases"),
         );
-    }
-
-    /// Settings of other methods that are set: they would be without effect.
-    fn check_foreign(&self, problems: &mut Problems) {
-        let set = [
-            ("hra_lambda", self.hra_lambda != 0.0),
-            ("gram_schmidt", self.gram_schmidt),
-            ("block_size", self.block_size.is_some()),
-            ("lora_alpha", self.lora_alpha.is_some()),
-            ("use_rslora", self.use_rslora),
-        ];
-        let own = self.method.entry().map_or(&[][..], |entry| entry.settings);
-        for (setting, _) in set.iter().filter(|(setting, set)| *set && !own.contains(setting)) {
-            let of = METHODS.iter().filter(|entry| entry.settings.contains(setting));
-            let of: Vec<&str> = of.map(|entry| entry.name).collect();
-            problems.0.push(match &of[..] {
-                [one] => format!("{setting}: only method {one} has it"),
-                _ => format!("{setting}: only the methods {} have it", of.join(", ")),
-            });
-        }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::data::image::edges::Thresholds;
 use crate::data::pairs::{ConditionKind, PairSettings};
-use crate::train::config::TrainConfig;
+use crate::train::config::{DataSection, TrainConfig};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -91,7 +91,7 @@ impl ControlEntry {
 
     /// The settings of a training on its pairs.
     pub fn applied_to(&self, train: TrainConfig) -> TrainConfig {
-        TrainConfig {
+        let data = DataSection {
             train_data_dir: Some(self.data_dir.clone()),
             condition: self.condition,
             make_conditions: self.make_conditions,
@@ -101,7 +101,8 @@ impl ControlEntry {
             image_column: self.image_column.clone(),
             caption_column: self.caption_column.clone(),
             conditioning_image_column: self.conditioning_image_column.clone(),
-            ..train
-        }
+            ..train.data
+        };
+        TrainConfig { data, ..train }
     }
 }

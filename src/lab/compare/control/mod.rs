@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 /// Subjects of a comparison of control.
 pub fn resolve(config: &CompareConfig, observer: &dyn Observer) -> Result<Vec<Subject>> {
-    let resolution = TrainConfig::from_tables(&[&config.train])?.resolution;
+    let resolution = TrainConfig::from_tables(&[&config.train])?.data.resolution;
     let resolution =
         resolution.ok_or_else(|| Error::config("[train]: resolution is needed with [[control]]"))?;
     config.controls.iter().map(|entry| subject(config, entry, resolution, observer)).collect()

@@ -1,18 +1,8 @@
 //! What cannot be said beside `[[control]]` in a comparison's config.
 
 use crate::lab::compare::config::{CompareConfig, Protocol, four};
-
-/// Keys of `[train]` that each `[[control]]` says itself; those that no comparison takes are refused elsewhere.
-const OWN_KEYS: [&str; 8] = [
-    "condition",
-    "make_conditions",
-    "canny_low",
-    "canny_high",
-    "palette",
-    "image_column",
-    "caption_column",
-    "conditioning_image_column",
-];
+use crate::train::config::TrainConfig;
+use crate::train::config::keys::{InComparison, keys, value};
 
 /// What is wrong with a comparison of control, beside what is wrong with its trainings.
 pub fn problems(config: &CompareConfig) -> Vec<String> {
@@ -22,21 +12,26 @@ pub fn problems(config: &CompareConfig) -> Vec<String> {
             problems.push(problem.to_string());
         }
     };
-    let (train, draw) = (&config.train, &config.draw);
+    let draw = &config.draw;
     check(
         config.protocol == Protocol::Default,
         "protocol: paper is for subjects; leave it out with [[control]]",
     );
+    // Tables with other keys are told where they are read as settings.
+    let said = TrainConfig::own_words(&config.train).unwrap_or_default();
+    let train = TrainConfig::from_tables(&[&said]).unwrap_or_default();
     check(
-        train.contains_key("resolution"),
-        "[train]: resolution is needed with [[control]]: pairs are rendered at it",
+        train.data.resolution.is_some(),
+        "[train]: [data] resolution is needed with [[control]]: pairs are rendered at it",
     );
-    for key in OWN_KEYS.iter().filter(|key| train.contains_key(**key)) {
-        check(false, &format!("[train]: {key} is said in [[control]]; leave it out"));
+    for key in keys().filter(|key| value(&said, key).is_some()) {
+        check(
+            key.in_comparison != InComparison::OfPairs,
+            &format!("[train]: {} is said in [[control]]; leave it out", key.place()),
+        );
     }
-    let prior = train.get("with_prior_preservation").and_then(toml::Value::as_bool) == Some(true);
     check(
-        !prior,
+        !train.prior.with_prior_preservation,
         "[train]: with_prior_preservation: class pictures have no conditions; leave it out with [[control]]",
     );
     let texts = [&draw.prompts, &draw.validation_prompts, &draw.drift_prompts];
