@@ -2,15 +2,22 @@
 //! (tools/gpu_check.sh, which runs `parity` of this binary).
 
 mod reference;
-mod support;
+mod support {
+    pub mod base;
+    pub mod cases;
+    pub mod error;
+    pub mod finished;
+}
 
 use hra::platform::device::{self, DeviceChoice};
 use reference::{Compared, Comparer, Compute, adapters, control, networks, samplers, training};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::{Command, Stdio};
-use support::program::{Finished, Scratch, finished};
-use support::{root, stored_cases};
+use support::base::root;
+use support::cases::stored_cases;
+use support::finished::{Finished, finished};
 use tch::{Device, Kind};
 
 /// On CUDA sums are added up in another order: f32 may err by so many times what f32 on the CPU may.
@@ -62,6 +69,12 @@ fn check(name: &str, compute: Compute, error: f64, limit: f64) -> bool {
     ok
 }
 
+/// Root of the mean square of the errors.
+fn mean(compared: &Compared) -> f64 {
+    let errors = &compared.errors;
+    (errors.iter().map(|(error, _)| error * error).sum::<f64>() / errors.len() as f64).sqrt()
+}
+
 fn parity_on(device: Device, planted: f64) {
     let mut failed = 0;
     let compute = Compute { device, kind: Kind::Float };
@@ -83,9 +96,9 @@ fn parity_on(device: Device, planted: f64) {
             // A loss is one number, in which errors cancel by luck: it may err by half as much as the output that it is the
             // mean square of.
             let output = name.strip_suffix("loss").and_then(|case| cpu.get(&format!("{case}output")));
-            let usual = output.map_or(HALF_ROUNDING, Compared::mean) / 2.0;
-            let limit = HALF_MARGIN * cpu[&name].mean().max(usual);
-            failed += usize::from(!check(&name, compute, compared.mean(), limit));
+            let usual = output.map_or(HALF_ROUNDING, mean) / 2.0;
+            let limit = HALF_MARGIN * mean(&cpu[&name]).max(usual);
+            failed += usize::from(!check(&name, compute, mean(&compared), limit));
         }
     }
     assert_eq!(failed, 0, "{failed} checks failed");
@@ -109,14 +122,14 @@ fn parity() {
 }
 
 /// A dry run of the whole check, and what it wrote.
-fn dry_run(scratch: &Scratch, parts: &str, broken: &str) -> (Finished, Value) {
+fn dry_run(scratch: &Path, parts: &str, broken: &str) -> (Finished, Value) {
     let mut command = Command::new("bash");
     command.arg(root().join("tools/gpu_check.sh")).args(["--dry-run", "--parts", parts, "--out"]);
-    command.arg(scratch.path("out")).stdin(Stdio::null());
+    command.arg(scratch.join("out")).stdin(Stdio::null());
     command.env("HRA_BIN", env!("CARGO_BIN_EXE_hra")).env("HRA_CUDA_TESTS", std::env::current_exe().unwrap());
     command.env("HRA_GPU_CHECK_BREAK", broken);
     let done = finished(command.output().unwrap());
-    let results = std::fs::read_to_string(scratch.path("out/results.json"));
+    let results = std::fs::read_to_string(scratch.join("out/results.json"));
     let results = results.unwrap_or_else(|e| panic!("{e}\n{}\n{}", done.out, done.err));
     (done, serde_json::from_str(&results).unwrap())
 }
@@ -131,8 +144,8 @@ fn part<'a>(results: &'a Value, name: &str) -> &'a Value {
 
 #[test]
 fn the_dry_run_makes_every_check_and_passes() {
-    let scratch = Scratch::new();
-    let (done, results) = dry_run(&scratch, &PARTS.join(","), "");
+    let scratch = tempfile::tempdir().unwrap();
+    let (done, results) = dry_run(scratch.path(), &PARTS.join(","), "");
     assert_eq!(done.code, 0, "{}\n{}", done.out, done.err);
     let counts = std::fs::read_to_string(root().join("tools/gpu_check/counts.json")).unwrap();
     let counts: Value = serde_json::from_str(&counts).unwrap();
@@ -144,14 +157,14 @@ fn the_dry_run_makes_every_check_and_passes() {
         // Without a GPU, or without Python's libraries, only the comparison of speed lacks something.
         assert!(number("skipped") == 0 || name == "speed", "{part}");
     }
-    let table = std::fs::read_to_string(scratch.path("out/results.md")).unwrap();
+    let table = std::fs::read_to_string(scratch.path().join("out/results.md")).unwrap();
     assert!(table.contains("## Checks") && !table.contains("**no**"), "{table}");
 }
 
 #[test]
 fn a_planted_error_of_one_percent_fails_its_part_and_the_rest_goes_on() {
-    let scratch = Scratch::new();
-    let (done, results) = dry_run(&scratch, &PARTS.join(","), &PARTS.join(","));
+    let scratch = tempfile::tempdir().unwrap();
+    let (done, results) = dry_run(scratch.path(), &PARTS.join(","), &PARTS.join(","));
     assert_eq!(done.code, 1, "{}\n{}", done.out, done.err);
     for name in PARTS {
         let part = part(&results, name);
@@ -163,8 +176,8 @@ fn a_planted_error_of_one_percent_fails_its_part_and_the_rest_goes_on() {
         );
     }
     // One alone: the others pass.
-    let scratch = Scratch::new();
-    let (done, results) = dry_run(&scratch, "doctor,memory", "doctor");
+    let scratch = tempfile::tempdir().unwrap();
+    let (done, results) = dry_run(scratch.path(), "doctor,memory", "doctor");
     assert_eq!(done.code, 1, "{}\n{}", done.out, done.err);
     assert!(
         part(&results, "doctor")["ok"] == false && part(&results, "memory")["ok"] == true,

@@ -2,7 +2,8 @@
 
 use super::Comparer;
 use super::networks::unet_call;
-use crate::support::{Case, relative_error};
+use crate::support::cases::Case;
+use crate::support::error::relative_error;
 use hra::adapter::peft::AdapterFile;
 use hra::attach;
 use hra::attach::fixed::attach_fixed;

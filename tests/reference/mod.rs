@@ -1,6 +1,5 @@
-//! The reference cases as functions of where they are computed: on the CPU in f32 they are the parity tests (tests/parity.rs), on
-//! a GPU and in half precision those of tests/cuda.rs.
-#![allow(dead_code)] // each test binary uses its own part
+//! The reference cases as functions of where they are computed: on the CPU in f32 they are the parity tests (tests/numbers/parity.rs),
+//! on a GPU and in half precision those of tests/cuda.rs.
 
 pub mod adapters;
 pub mod control;
@@ -8,8 +7,10 @@ pub mod networks;
 pub mod samplers;
 pub mod training;
 
-use crate::support::{Case, relative_error};
+use crate::support::cases::Case;
+use crate::support::error::relative_error;
 use hra::StableDiffusion;
+use serde_json::Value;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
@@ -40,10 +41,16 @@ impl Compared {
             .map(|(error, allowed)| error / allowed)
             .fold(0.0, |a, b| if b > a || b.is_nan() { b } else { a })
     }
+}
 
-    /// Root of the mean square of the errors.
-    pub fn mean(&self) -> f64 {
-        (self.errors.iter().map(|(error, _)| error * error).sum::<f64>() / self.errors.len() as f64).sqrt()
+impl Case {
+    pub fn has(&self, name: &str) -> bool {
+        self.expected.shape(name).is_some()
+    }
+
+    /// Text and numbers of expected.json.
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&std::fs::read_to_string(self.dir.join("expected.json")).unwrap()).unwrap()
     }
 }
 

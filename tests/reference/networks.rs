@@ -1,7 +1,7 @@
 //! Text states, the UNet and the VAE against Python's.
 
 use super::Comparer;
-use crate::support::Case;
+use crate::support::cases::Case;
 use hra::StableDiffusion;
 use hra::model::Conditioning;
 use tch::Tensor;

@@ -1,7 +1,8 @@
 //! Final latents of every sampler, with a function in the UNet's place, against Python diffusers
 //! (`fixtures/make_sampler_fixtures.py`).
 
-use crate::support::{relative_error, root};
+use crate::support::base::root;
+use crate::support::error::relative_error;
 use hra::Result;
 use hra::diffusion::noise::SchedulerConfig;
 use hra::diffusion::sampler::{Plan, SamplerKind};

@@ -1,7 +1,8 @@
 //! Three training steps, from noise to the optimiser's step, against PyTorch's.
 
 use super::Comparer;
-use crate::support::{Case, root};
+use crate::support::base::root;
+use crate::support::cases::Case;
 use hra::adapter::peft::AdapterFile;
 use hra::attach;
 use hra::attach::parameters::Parameters;

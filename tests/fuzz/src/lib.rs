@@ -1,6 +1,6 @@
 //! The readers under libFuzzer, each input in a fresh folder.
 
-#[path = "../../support/readers.rs"]
+#[path = "../../support/readers/mod.rs"]
 pub mod readers;
 
 /// Gives `input` to a reader.

@@ -1,0 +1,25 @@
+//! The arithmetic: every method as algebra, and networks, training, samplers, pictures and scores against numbers that other
+//! programs made.
+
+#[path = "../reference/mod.rs"]
+mod reference;
+#[path = "../support"]
+mod support {
+    pub mod all_cases;
+    pub mod base;
+    pub mod cases;
+    pub mod error;
+    pub mod process;
+}
+
+mod adapters;
+mod data;
+mod each_method;
+mod images;
+mod methods;
+mod noise;
+mod parameters;
+mod parity;
+mod samplers;
+mod sampling;
+mod scores;

@@ -1,0 +1,26 @@
+//! The program as users run it and the library as programs call it: training, drawing, what is told, and who may use whom in the
+//! source.
+
+#[path = "../support"]
+mod support {
+    pub mod background;
+    pub mod base;
+    pub mod error;
+    pub mod finished;
+    pub mod process;
+    pub mod records;
+    pub mod scratch;
+    pub mod training;
+}
+
+mod cli;
+mod examples;
+mod img2img;
+mod large;
+mod layers;
+mod methods_training;
+mod observer;
+mod run_folder;
+mod sample;
+mod session;
+mod train;

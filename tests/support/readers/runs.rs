@@ -1,0 +1,64 @@
+//! What a training starts from and goes on from.
+
+use super::{put, split};
+use hra::adapter::{Adapter, Full};
+use hra::attach::loaded::FULL_UNET;
+use hra::attach::parameters::Parameters;
+use hra::platform::observer::Silent;
+use hra::train::checkpoint::{Loaded, TrainedPart};
+use hra::train::config::TrainConfig;
+use hra::train::optim::{AdamW, AdamWConfig, Ema};
+use hra::train::run::Metrics;
+use std::path::Path;
+use tch::{Device, Kind, Tensor};
+
+/// A TOML file with the settings of a training run.
+pub fn train_config(scratch: &Path, input: &[u8]) {
+    put(scratch, "config.toml", input);
+    let path = scratch.join("config.toml");
+    let given = TrainConfig::merged(&[&path], &toml::Table::new(), &Silent);
+    for config in [given, TrainConfig::read(&path)].into_iter().flatten() {
+        let _ = (
+            config.adapter.method().map(|m| m.map(|m| m.describe())),
+            config.to_toml(),
+            config.check_resume(&config, &Silent),
+        );
+        if config.validate().is_err() {
+            continue;
+        }
+        for shape in [[8, 8], [320, 768]] {
+            let Ok(Some(method)) = config.adapter.method() else { continue };
+            let _ = method.parameters_for(&shape);
+            let weight = Tensor::ones(shape, (Kind::Float, Device::Cpu));
+            let _ = method.start(&weight, config.seed).map(|adapter| adapter.project());
+        }
+        for rate in config.learning_rates() {
+            let _ = [0, 1, config.schedule.max_train_steps].map(|step| rate.at(step));
+        }
+        let _ = config.optimizer.adamw();
+    }
+}
+
+/// What a run goes on from: `state.json`, `optimizer.safetensors` and `metrics.jsonl`.
+pub fn run(scratch: &Path, input: &[u8]) {
+    let [state, optimizer, metrics] = split(input);
+    put(scratch, "state.json", state);
+    put(scratch, "optimizer.safetensors", optimizer);
+    put(scratch, "metrics.jsonl", metrics);
+    let loaded = Loaded::read(scratch);
+    let step = loaded.as_ref().map_or(0, |loaded| loaded.state.step);
+    if let Ok(loaded) = loaded {
+        put(scratch, FULL_UNET, optimizer);
+        let (name, weight) =
+            Full::new(Tensor::ones([4, 2], (Kind::Float, Device::Cpu))).parameters().remove(0);
+        let mut parameters = Parameters::pack(&[vec![(name.to_string(), weight)]]);
+        let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
+        let (mut adam, mut ema) = (AdamW::new(config, &parameters), Ema::new(0.9, &parameters));
+        let parts = [TrainedPart::Network { folder: "unet", files: Vec::new() }];
+        if loaded.restore(&parts, &mut parameters, &mut adam, Some(&mut ema), None).is_ok() {
+            adam.step(&mut parameters, &Tensor::from(1f32), &[1e-3], None).unwrap();
+            ema.update(&parameters, 1);
+        }
+    }
+    let _ = Metrics::open(scratch, step, true);
+}
