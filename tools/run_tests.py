@@ -76,7 +76,7 @@ def run(level, threads, words):
                 names.append(match[1])
             elif match := FAILED.match(line):
                 failed.append(f"{names[-1] if names else '?'} {match[1]}")
-            elif match := RESULT.search(line):
+            elif match := RESULT.match(line):
                 counts = [count + int(more) for count, more in zip(counts, match.groups())]
                 ended.update(names[-1:])
     seconds = round(time.monotonic() - started)
