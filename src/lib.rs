@@ -1,7 +1,7 @@
 //! Householder Reflection Adaptation (HRA) for Stable Diffusion: training on a few pictures, sampling, and the parts of
 //! both, on libtorch.
 //!
-//! Data flows one way; a room (a folder) imports only from those below it; no files import each other in a circle (`tests/layers.rs`):
+//! Data flows one way; a room (a folder) imports only from those below it; no files import each other in a circle (`tests/program/layers.rs`):
 //!
 //! ```text
 //! cli/        what the user typed, turned into calls; the terminal: how progress looks, Ctrl-C

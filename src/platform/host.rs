@@ -1,7 +1,7 @@
 //! Where values cross between the host and the device: nowhere else is a tensor made on the CPU, moved, or read.
 //!
 //! Copies to a GPU leave from page-locked memory and are not waited for (CUDA C++ Programming Guide, "Asynchronous
-//! concurrent execution"); every read waits for the device. clippy.toml and tests/layers.rs keep the other rooms to this.
+//! concurrent execution"); every read waits for the device. clippy.toml and tests/program/layers.rs keep the other rooms to this.
 
 use crate::error::Result;
 use tch::{Device, Kind, Tensor, kind::Element};

@@ -1,4 +1,4 @@
-"""TensorBoard's own reader on what src/train/tensorboard.rs writes (by way of tests/tensorboard.rs)."""
+"""TensorBoard's own reader on what src/train/tensorboard.rs writes (by way of tests/formats/tensorboard.rs)."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("events")
-    command = ["cargo", "test", "--quiet", "--test", "tensorboard", "a_resumed_run"]
+    command = ["cargo", "test", "--quiet", "--test", "formats", "tensorboard::a_resumed_run"]
     subprocess.run(command, cwd=ROOT, env=dict(os.environ, HRA_EVENTS=str(folder)), check=True)
     assert len(list(folder.glob("events.out.tfevents.*"))) == 2
     return folder
