@@ -130,7 +130,8 @@ fn what_does_not_divide_is_refused_with_what_does() {
         ..LoraConfig::new(1, 1.0)
     };
     assert!(problem(Method::new(lora)).contains("at most 12"));
-    let hra = HraConfig { rank: 14, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 };
+    let hra =
+        HraConfig { rank: 14, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 };
     assert!(problem(Method::new(hra)).contains("at most 12"));
 }
 

@@ -31,7 +31,8 @@ pub fn oft(partition: Partition) -> OftConfig {
 fn methods(b: i64) -> Vec<Method> {
     let lora = LoraConfig { rank: 2, alpha: 3.0, rslora: false, ..LoraConfig::new(1, 1.0) };
     let blocks = oft(Partition::BlockSize(b));
-    let hra = HraConfig { rank: 2, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 };
+    let hra =
+        HraConfig { rank: 2, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 };
     vec![
         Method::new(hra),
         Method::new(lora.clone()),
