@@ -42,9 +42,9 @@ pub struct ExportArgs {
     /// Number format [default: f32 for adapters, that of the model's files for models]
     #[arg(long, value_parser = choice::<Precision>())]
     dtype: Option<Precision>,
-    /// Strength of a single adapter
-    #[arg(long, value_name = "S", allow_negative_numbers = true)]
-    strength: Option<f64>,
+    /// Earlier versions' word for the strength of a single adapter
+    #[arg(long, hide = true, allow_hyphen_values = true)]
+    strength: Option<String>,
     /// Rank of a LoRA in place of changes that are not of low rank [default: 64]
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
     rank: Option<i64>,
@@ -55,19 +55,16 @@ pub struct ExportArgs {
 
 /// Runs `hra export`.
 pub fn run(args: &ExportArgs, observer: &dyn Observer) -> Result<()> {
+    if let Some(strength) = &args.strength {
+        return Err(Error::config(format!(
+            "--strength: an adapter's strength stands beside it: --adapter {}={strength}",
+            args.adapter[0]
+        )));
+    }
     let mut adapters: Vec<(PathBuf, f64)> =
         args.adapter.iter().map(|a| adapter_with_strength(a)).collect::<Result<_>>()?;
     for (word, _) in &mut adapters {
         *word = hub::resolve(word, Wanted::Adapter, observer)?;
-    }
-    if let Some(strength) = args.strength {
-        if !strength.is_finite() {
-            return Err(Error::config(format!("--strength: expected a number, found {strength}")));
-        }
-        let [(_, own)] = &mut adapters[..] else {
-            return Err(Error::config("--strength: for one adapter; give several theirs as --adapter DIR=S"));
-        };
-        *own *= strength;
     }
     let file = matches!(args.to, Target::KohyaLora | Target::Checkpoint);
     if file && args.output.extension().is_none_or(|e| e != "safetensors") {

@@ -111,10 +111,10 @@ fn changes_of_full_rank_become_the_best_lora_and_several_adapters_one_model() {
     let wanted = bench.latents(&bench.place("pipeline"), &both);
     assert!(relative_error(&bench.latents(&bench.path("both"), &[]), &wanted) < 1e-4);
     let half = bench.export(
-        &[&bench.place("hra-r4")],
+        &[&format!("{}=0.5", bench.place("hra-r4"))],
         "diffusers-lora",
         "half",
-        &["--dtype", "f16", "--strength", "0.5"],
+        &["--dtype", "f16"],
     );
     assert!(number(&half, "weight is") < 1e-2, "{half}");
 }
@@ -132,6 +132,20 @@ fn what_a_form_cannot_hold_is_refused_with_the_way_out() {
         parts.iter().for_each(|part| assert!(done.err.contains(part), "{part}: {}", done.err));
         assert!(!Path::new(&output).exists() || output.ends_with("there.safetensors"));
     };
+    let old = bench.scratch.run(&[
+        "export",
+        "--model",
+        &model,
+        "--to",
+        "peft",
+        "--output",
+        "x",
+        "--adapter",
+        "dir",
+        "--strength",
+        "-0.5",
+    ]);
+    assert!(old.code == 2 && old.err.contains("--adapter dir=-0.5"), "{}", old.err);
     let hra = bench.place("hra-r4");
     refuse(&[&bench.place("hra-r4-bias")], "kohya-lora", "a.safetensors", &["trained biases", "--to merged"]);
     refuse(&[&hra, &hra], "peft", "b", &["expected one adapter", "hra merge"]);

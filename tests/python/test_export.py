@@ -133,11 +133,8 @@ def test_an_export_at_a_strength_is_the_adapter_at_that_strength(made, adapter, 
     given = adapter(case, kind)
     reference = draw(model, noise, f"{given}={strength}", factor=case.factor())
     assert cases.relative(reference, draw(model, noise, given, factor=case.factor())) > 1e-3
-    path, _ = export("kohya-lora", model, given, name="a.safetensors", words=["--strength", strength])
+    path, _ = export("kohya-lora", model, f"{given}={strength}", name="a.safetensors")
     assert cases.relative(cases.two_steps(with_lora(case, model, path), noise), reference) <= 1e-4
-    other, _ = export("kohya-lora", model, f"{given}={strength}", name="b.safetensors")
-    stored, same = load_file(path), load_file(other)
-    assert stored.keys() == same.keys() and all(torch.equal(stored[key], same[key]) for key in stored)
 
 
 @pytest.mark.parametrize("dtype, bound", [("f16", 5e-3), ("bf16", 4e-2)])
@@ -197,7 +194,7 @@ def test_a_peft_folder_at_a_strength(made, adapter, export, draw, strength):
     """An HRA adapter at a strength is an HRA adapter."""
     case, model, noise = made("sd21-c")
     given = adapter(case, "r4-conv")
-    path, _ = export("peft", model, given, words=["--strength", strength])
+    path, _ = export("peft", model, f"{given}={strength}")
     reference = draw(model, noise, f"{given}={strength}", factor=case.factor())
     assert cases.relative(cases.two_steps(with_peft(case, model, path), noise), reference) <= 1e-4
 

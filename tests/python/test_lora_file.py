@@ -166,7 +166,7 @@ def test_an_exported_hra_adapter_gives_its_latents_in_diffusers(
 def test_an_export_at_a_strength_is_the_adapter_at_that_strength(hra, folder, adapter, tmp_path, kind, strength):
     case = BY_NAME["sd15-a"]
     path = tmp_path / "exported.safetensors"
-    hra("export", "--model", folder(case), "--adapter", adapter(case, "r4"), "--strength", strength, "--to", kind,
+    hra("export", "--model", folder(case), "--adapter", f"{adapter(case, 'r4')}={strength}", "--to", kind,
         "--output", path)
     noise = cases.unit_noise(case, seed=case.seed + 1)
     found = python(case, load(cases.load(folder(case)), path), noise)
