@@ -4,7 +4,6 @@
 //! products with `(d_in, r)` matrices. The largest matrix is the weight itself.
 
 use crate::platform::host;
-use nalgebra::{DMatrix, DVector};
 use tch::{Kind, Tensor};
 
 /// An orthogonal factor `H = I - U T U^T` on the input side of a weight.
@@ -70,8 +69,8 @@ impl Reflections {
     pub fn power(&self, s: f64) -> (Self, bool) {
         let _guard = tch::no_grad_guard();
         let (q, m) = self.core();
-        let (power, left_over) = orthogonal_power(&to_matrix(&m), s);
-        let t = host::eye(q.size()[1]) - to_tensor(&power);
+        let (power, left_over) = orthogonal_power(&m, s);
+        let t = host::eye(q.size()[1]) - power;
         (Self { u: q, t }, left_over)
     }
 
@@ -82,14 +81,14 @@ impl Reflections {
         let _guard = tch::no_grad_guard();
         let all: Vec<Tensor> = factors.iter().map(|(h, _)| h.u.shallow_clone()).collect();
         let q = span(&Tensor::cat(&all, 1)); // [d_in, k]
-        let k = q.size()[1] as usize;
-        let mut sum = DMatrix::zeros(k, k);
+        let eye = host::eye(q.size()[1]);
+        let mut sum = eye.zeros_like();
         for (h, s) in factors {
             let qu = q.tr().matmul(&h.u);
-            let m = host::eye(k as i64) - qu.matmul(&h.t).matmul(&qu.tr());
-            sum += orthogonal_log(&to_matrix(&m))? * *s;
+            let m = &eye - qu.matmul(&h.t).matmul(&qu.tr());
+            sum += orthogonal_log(&m)? * *s;
         }
-        let t = host::eye(k as i64) - to_tensor(&sum.exp());
+        let t = eye - sum.matrix_exp();
         Some(Self { u: q, t })
     }
 
@@ -98,8 +97,7 @@ impl Reflections {
     pub fn vectors(&self) -> Tensor {
         let _guard = tch::no_grad_guard();
         let (q, m) = self.core();
-        let u = householder_vectors(to_matrix(&m));
-        q.matmul(&to_tensor(&u)).to_kind(Kind::Float)
+        q.matmul(&householder_vectors(&m)).to_kind(Kind::Float)
     }
 
     /// `(Q, M)` with orthonormal `Q (d_in, k)` of span(U) and the orthogonal `M = Q^T H Q`: `H = I + Q (M - I) Q^T`.
@@ -129,7 +127,7 @@ impl Reflections {
     pub fn angles(&self) -> Vec<f64> {
         let _guard = tch::no_grad_guard();
         let (_, m) = self.core();
-        let turns = Turns::of(&to_matrix(&m));
+        let turns = Turns::of(&m);
         let mut angles: Vec<f64> = turns.planes.iter().map(|plane| plane.angle).collect();
         angles.extend(turns.minus_ones.iter().map(|_| std::f64::consts::PI));
         angles.sort_by(|a, b| b.total_cmp(a));
@@ -168,25 +166,27 @@ fn span(u: &Tensor) -> Tensor {
 /// An orthogonal matrix as turns of planes: `m v = cos(angle) v + sin(angle) w` and `m w = cos(angle) w - sin(angle) v`.
 struct Turns {
     planes: Vec<Plane>,
-    /// Unit vectors with eigenvalue -1; with 1 is all the rest.
-    minus_ones: Vec<DVector<f64>>,
+    /// Unit vectors `(k)` with eigenvalue -1; with 1 is all the rest.
+    minus_ones: Vec<Tensor>,
 }
 
+/// Orthonormal `v` and `w`, `(k)`, and the angle of the turn from v towards w, in radians.
 struct Plane {
-    v: DVector<f64>,
-    w: DVector<f64>,
+    v: Tensor,
+    w: Tensor,
     angle: f64,
 }
 
 impl Turns {
-    /// The planes of an orthogonal `m`.
+    /// The planes of an orthogonal `m` `(k, k)`.
     ///
     /// Its symmetric part A and skew part K commute. An eigenspace of A holds the planes of one cosine, where K^T K has
     /// the eigenvector v of a plane, and `K v = sin(angle) w`. Both problems are symmetric, which always has an answer;
     /// QR iterations for a general Schur form need not end for an orthogonal matrix (all eigenvalues have one modulus).
-    fn of(m: &DMatrix<f64>) -> Self {
-        let (a, k) = ((m + m.transpose()) * 0.5, (m - m.transpose()) * 0.5);
-        let (cosines, vectors) = symmetric_eigen(&a);
+    fn of(m: &Tensor) -> Self {
+        let (a, k) = ((m + m.tr()) * 0.5, (m - m.tr()) * 0.5);
+        let (cosines, vectors) = a.linalg_eigh("L");
+        let cosines = numbers(&cosines); // ascending
         let mut turns = Self { planes: Vec::new(), minus_ones: Vec::new() };
         let mut start = 0;
         for end in 1..=cosines.len() {
@@ -194,44 +194,42 @@ impl Turns {
             if end < cosines.len() && cosines[end] - cosines[end - 1] < 1e-7 {
                 continue;
             }
-            turns.add_eigenspace(&a, &k, &vectors.columns(start, end - start).into_owned());
+            turns.add_eigenspace(&a, &k, &vectors.narrow(1, start as i64, (end - start) as i64));
             start = end;
         }
         turns
     }
 
-    /// Splits an eigenspace of A, an orthonormal basis in columns, into planes.
-    fn add_eigenspace(&mut self, a: &DMatrix<f64>, k: &DMatrix<f64>, basis: &DMatrix<f64>) {
-        let kb = k * basis;
-        let (_, inner) = symmetric_eigen(&(kb.transpose() * &kb));
-        let mut left: Vec<DVector<f64>> = (basis * inner).column_iter().map(|c| c.into_owned()).collect();
-        while let Some(at) = (0..left.len()).max_by(|i, j| left[*i].norm().total_cmp(&left[*j].norm())) {
-            let v = left.swap_remove(at);
-            if v.norm() < 0.1 {
+    /// Splits an eigenspace of A, an orthonormal `basis` `(k, n)`, into planes.
+    fn add_eigenspace(&mut self, a: &Tensor, k: &Tensor, basis: &Tensor) {
+        let kb = k.matmul(basis);
+        let (_, inner) = kb.tr().matmul(&kb).linalg_eigh("L");
+        let mut left = basis.matmul(&inner);
+        loop {
+            let lengths = numbers(&left.norm_scalaropt_dim(2, [0], false));
+            let longest = (0..lengths.len()).max_by(|i, j| lengths[*i].total_cmp(&lengths[*j]));
+            let Some(at) = longest.filter(|at| lengths[*at] >= 0.1) else {
                 break; // what is left lies in the planes that were found
-            }
-            let v = v.normalize();
-            let kv = k * &v;
-            let (sine, cosine) = (kv.norm(), (a * &v).dot(&v));
-            let mut found = vec![v];
+            };
+            let v = left.select(1, at as i64) / lengths[at];
+            let kv = k.mv(&v);
+            let (sine, cosine) = (host::number(&kv.norm()), host::number(&a.mv(&v).dot(&v)));
+            let mut found = vec![v.shallow_clone()];
             if sine > 1e-8 {
                 let w = kv / sine;
-                found.push(w.clone());
-                self.planes.push(Plane { v: found[0].clone(), w, angle: sine.atan2(cosine) });
+                found.push(w.shallow_clone());
+                self.planes.push(Plane { v, w, angle: sine.atan2(cosine) });
             } else if cosine < 0.0 {
-                self.minus_ones.push(found[0].clone());
+                self.minus_ones.push(v);
             }
-            for rest in &mut left {
-                for own in &found {
-                    let part = own.dot(rest);
-                    rest.axpy(-part, own, 1.0);
-                }
+            for own in &found {
+                left = &left - own.outer(&left.tr().mv(own));
             }
         }
     }
 
     /// The planes, with pairs of eigenvalues -1 as half turns, and the eigenvector of -1 that has no partner.
-    fn paired(mut self) -> (Vec<Plane>, Option<DVector<f64>>) {
+    fn paired(mut self) -> (Vec<Plane>, Option<Tensor>) {
         let mut single = None;
         for w in std::mem::take(&mut self.minus_ones) {
             match single.take() {
@@ -243,64 +241,50 @@ impl Turns {
     }
 }
 
-/// Eigenvalues, ascending, and eigenvectors in columns.
-fn symmetric_eigen(m: &DMatrix<f64>) -> (Vec<f64>, DMatrix<f64>) {
-    let (values, vectors) = to_tensor(m).linalg_eigh("L");
-    (host::values(&values).unwrap_or_default(), to_matrix(&vectors))
-}
-
-/// The skew-symmetric logarithm of an orthogonal `m`; `None` if its determinant is -1.
-fn orthogonal_log(m: &DMatrix<f64>) -> Option<DMatrix<f64>> {
+/// The skew-symmetric logarithm of an orthogonal `m` `(k, k)`; `None` if its determinant is -1.
+fn orthogonal_log(m: &Tensor) -> Option<Tensor> {
     let (planes, single) = Turns::of(m).paired();
-    let mut log = DMatrix::zeros(m.nrows(), m.nrows());
+    let mut log = m.zeros_like();
     for Plane { v, w, angle } in planes {
-        let turn = w * v.transpose() * angle;
-        log += &turn - turn.transpose();
+        let turn = w.outer(&v) * angle;
+        log += &turn - turn.tr();
     }
     single.is_none().then_some(log)
 }
 
-/// `m^s` for an orthogonal `m`, and whether one eigenvalue -1 had no partner.
-fn orthogonal_power(m: &DMatrix<f64>, s: f64) -> (DMatrix<f64>, bool) {
+/// `m^s` for an orthogonal `m` `(k, k)`, and whether one eigenvalue -1 had no partner.
+fn orthogonal_power(m: &Tensor, s: f64) -> (Tensor, bool) {
     let (planes, single) = Turns::of(m).paired();
-    let mut power = DMatrix::identity(m.nrows(), m.nrows());
+    let mut power = host::eye(m.size()[0]);
     for Plane { v, w, angle } in planes {
         let (sin, cos) = (s * angle).sin_cos();
-        let turn = &w * v.transpose() * sin;
-        power += (&v * v.transpose() + &w * w.transpose()) * (cos - 1.0) + &turn - turn.transpose();
+        let turn = w.outer(&v) * sin;
+        power += (v.outer(&v) + w.outer(&w)) * (cos - 1.0) + &turn - turn.tr();
     }
     if let Some(z) = &single {
-        power += z * z.transpose() * ((s * std::f64::consts::PI).cos() - 1.0);
+        power += z.outer(z) * ((s * std::f64::consts::PI).cos() - 1.0);
     }
     (power, single.is_some())
 }
 
-/// Unit columns with `m = H_1 H_2 .. H_n`: each reflection turns one more column of what is left of the orthogonal `m`
-/// into that of the identity.
-fn householder_vectors(mut m: DMatrix<f64>) -> DMatrix<f64> {
-    let k = m.nrows();
+/// Unit columns `(k, n)` with `m = H_1 H_2 .. H_n`: each reflection turns one more column of what is left of the
+/// orthogonal `m` `(k, k)` into that of the identity.
+fn householder_vectors(m: &Tensor) -> Tensor {
+    let (mut left, eye) = (m.shallow_clone(), host::eye(m.size()[0]));
     let mut vectors = Vec::new();
-    for i in 0..k {
-        let mut v = m.column(i).into_owned();
-        v[i] -= 1.0;
-        let length = v.norm();
+    for i in 0..m.size()[0] {
+        let v = left.select(1, i) - eye.select(1, i);
+        let length = host::number(&v.norm());
         if length > 1e-8 {
             let u = v / length;
-            let row = u.transpose() * &m;
-            m -= &u * row * 2.0;
+            left = &left - u.outer(&left.tr().mv(&u)) * 2.0;
             vectors.push(u);
         }
     }
-    if vectors.is_empty() { DMatrix::zeros(k, 0) } else { DMatrix::from_columns(&vectors) }
+    if vectors.is_empty() { eye.narrow(1, 0, 0) } else { Tensor::stack(&vectors, 1) }
 }
 
-fn to_matrix(t: &Tensor) -> DMatrix<f64> {
-    let size = t.size();
-    let values = host::values::<f64>(t).expect("a tensor of this thread's own can be read");
-    DMatrix::from_row_slice(size[0] as usize, size[1] as usize, &values)
-}
-
-fn to_tensor(m: &DMatrix<f64>) -> Tensor {
-    // nalgebra stores columns one after the other
-    host::tensor(m.as_slice()).reshape([m.ncols() as i64, m.nrows() as i64]).tr()
+/// The numbers of a vector `(n)` that was computed here.
+fn numbers(vector: &Tensor) -> Vec<f64> {
+    host::values(vector).expect("a tensor of this thread's own can be read")
 }
