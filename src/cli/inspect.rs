@@ -3,6 +3,7 @@
 use crate::convert::inspect::{self, LayerReport, Report};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
+use crate::platform::columns::{self, Column, left, right};
 use crate::platform::device;
 use crate::platform::host;
 use crate::platform::hub::{self, Wanted};
@@ -65,8 +66,8 @@ fn print(report: &Report) {
 
 /// A table with the columns that any layer has.
 fn print_layers(layers: &[LayerReport]) {
-    type Column = (&'static str, fn(&LayerReport) -> Option<String>);
-    const COLUMNS: [Column; 7] = [
+    type Value = (&'static str, fn(&LayerReport) -> Option<String>);
+    const COLUMNS: [Value; 7] = [
         ("values", |l| Some(l.parameters.to_string())),
         ("norm", |l| Some(format!("{:.3}", l.norm))),
         ("||W'-W||", |l| l.change_norm.map(|x| format!("{x:.4}"))),
@@ -75,17 +76,18 @@ fn print_layers(layers: &[LayerReport]) {
         ("distance", |l| l.distance.map(|x| format!("{x:.2}°"))),
         ("|HH^T-I|", |l| l.orthogonality_error.map(|x| format!("{x:.1e}"))),
     ];
-    let columns: Vec<&Column> =
+    let shown: Vec<&Value> =
         COLUMNS.iter().filter(|(_, value)| layers.iter().any(|l| value(l).is_some())).collect();
     if layers.is_empty() {
         return;
     }
-    let width = layers.iter().map(|l| l.name.len()).max().unwrap_or(0);
-    let cells = |value: &dyn Fn(&Column) -> String| {
-        columns.iter().map(|column| format!("{:>10}", value(column))).collect::<String>()
+    let row = |first: &str, cell: &dyn Fn(&Value) -> String| {
+        [first.to_string()].into_iter().chain(shown.iter().map(|value| cell(value))).collect::<Vec<_>>()
     };
-    println!("  {:width$}{}", "layer", cells(&|(name, _)| (*name).to_string()));
-    for layer in layers {
-        println!("  {:width$}{}", layer.name, cells(&|(_, value)| value(layer).unwrap_or_default()));
+    let mut rows = vec![row("layer", &|(name, _)| (*name).to_string())];
+    rows.extend(layers.iter().map(|layer| row(&layer.name, &|(_, value)| value(layer).unwrap_or_default())));
+    let all: Vec<Column> = [left(0).after(2)].into_iter().chain(shown.iter().map(|_| right(10))).collect();
+    for line in columns::lines(&all, &rows) {
+        println!("{line}");
     }
 }

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::lab::compare::checkpoints::{self, Judges, Scored};
 use crate::lab::evaluate::TowerPaths;
 use crate::lab::results::{SCORES, ScoreKind};
+use crate::platform::columns::{self, Column, left, right};
 use crate::platform::device::peak_process_memory;
 use crate::platform::files::shell_word;
 use crate::platform::observer::Observer;
@@ -123,16 +124,20 @@ fn report_scores(scored: &Scored) {
     let keys: BTreeSet<&String> = scored.evaluations.iter().flat_map(|e| e.scores.keys()).collect();
     let kinds: Vec<&ScoreKind> =
         SCORES.iter().filter(|kind| keys.iter().any(|key| *key == kind.key)).collect();
-    let heads: String = kinds.iter().map(|kind| format!("  {:>14}", kind.title)).collect();
-    println!("scores of the validation prompts:\n{:>8}{heads}", "step");
+    let mut rows = vec![vec!["step".to_string()]];
+    rows[0].extend(kinds.iter().map(|kind| kind.title.to_string()));
     for evaluation in &scored.evaluations {
         let value = |kind: &&ScoreKind| {
-            evaluation.scores.get(kind.key).map_or(format!("  {:>14}", "-"), |v| format!("  {v:>14.4}"))
+            evaluation.scores.get(kind.key).map_or("-".to_string(), |v| format!("{v:.4}"))
         };
-        let values: String = kinds.iter().map(value).collect();
-        let mark = if scored.best == Some(evaluation.step) { "  best" } else { "" };
-        println!("{:>8}{values}{mark}", evaluation.step);
+        let mut row = vec![evaluation.step.to_string()];
+        row.extend(kinds.iter().map(value));
+        row.extend((scored.best == Some(evaluation.step)).then(|| "best".to_string()));
+        rows.push(row);
     }
+    let scores = kinds.iter().map(|_| right(14).after(2));
+    let all: Vec<Column> = [right(8)].into_iter().chain(scores).chain([left(0).after(2)]).collect();
+    println!("scores of the validation prompts:\n{}", columns::lines(&all, &rows).join("\n"));
     println!("{}: scores.json, scores.svg and the pictures", scored.folder.display());
 }
 

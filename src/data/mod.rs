@@ -25,6 +25,7 @@ use cache::Cache;
 use crate::data::image::decode::{self, MAX_FILE_BYTES, Picture};
 use crate::data::image::resize::{center_offset, short_side_size};
 use crate::data::image::{Filter, RgbImage, crop, load_rgb, resize};
+use crate::platform::columns::{self, left};
 use crate::platform::files::{self, Kind};
 use crate::{Error, Result};
 
@@ -149,8 +150,7 @@ impl ImageFolder {
         if !self.skipped.is_empty() {
             let _ = write!(text, ", {} skipped", self.skipped.len());
         }
-        let names = self.images.iter().map(|i| &i.name).chain(self.skipped.iter().map(|s| &s.name));
-        let column = names.map(|name| name.chars().count()).max().unwrap_or(0);
+        let mut rows = Vec::new();
         for image in &self.images {
             let size = format!("{}x{}", image.width, image.height);
             let notes = [
@@ -160,11 +160,12 @@ impl ImageFolder {
                 image.same_as.as_ref().map(|other| format!("same picture as {other}")),
             ];
             let notes: String = notes.into_iter().flatten().map(|note| format!(", {note}")).collect();
-            let _ = write!(text, "\n  {:column$}  used     {size} {}{notes}", image.name, image.format);
+            rows.push(vec![image.name.clone(), "used".into(), format!("{size} {}{notes}", image.format)]);
         }
         for Skipped { name, reason } in &self.skipped {
-            let _ = write!(text, "\n  {name:column$}  skipped  {}", one_line(reason));
+            rows.push(vec![name.clone(), "skipped".into(), one_line(reason)]);
         }
+        columns::lines(&[left(0).after(2); 3], &rows).iter().for_each(|line| text += &format!("\n{line}"));
         text
     }
 

@@ -1,6 +1,7 @@
 //! What everything stands on: the machine, files, the hub, seeds, and how a run is watched and stopped.
 
 pub mod choice;
+pub mod columns;
 pub mod cuda;
 pub mod device;
 pub mod doctor;

@@ -5,6 +5,7 @@ use crate::cli::evaluate::conditions::FileScores;
 use crate::error::Result;
 use crate::lab::report::statistics::Bootstrap;
 use crate::lab::results::{Better, Evaluation, OF_CONDITIONS, SCORES};
+use crate::platform::columns::{self, left, right};
 use crate::platform::device;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -91,8 +92,23 @@ pub fn report(
     if let Some(note) = files.note() {
         println!("{note}");
     }
-    let head = if intervals.is_empty() { "" } else { "  95 % interval" };
-    println!("{:<18}{:>10}  {:<13}{:<8}{head}", "score", "mean", "of", "better");
+    for line in table(found, files, &intervals) {
+        println!("{line}");
+    }
+    if let Some(path) = &args.csv {
+        println!("every picture's scores: {}", path.display());
+    }
+    Ok(())
+}
+
+/// The lines of the table of all scores.
+fn table(
+    found: &Evaluation,
+    files: &FileScores,
+    intervals: &BTreeMap<&'static str, (f64, f64)>,
+) -> Vec<String> {
+    let head = if intervals.is_empty() { "" } else { "95 % interval" };
+    let mut rows = vec![["score", "mean", "of", "better", head].map(String::from).to_vec()];
     for kind in SCORES.iter().filter(|kind| found.scores.contains_key(kind.key)) {
         let (n, what) = count(found, files, kind.key);
         let better = match kind.better {
@@ -101,15 +117,11 @@ pub fn report(
             Better::Neither => "-",
         };
         let interval = intervals.get(kind.key);
-        let interval = interval.map_or_else(String::new, |(low, high)| format!("  {low:.4} to {high:.4}"));
-        let (mean, of) = (found.scores[kind.key], counted(n, what));
-        let line = format!("{:<18}{mean:>10.4}  {of:<13}{better:<8}{interval}", kind.title);
-        println!("{}", line.trim_end());
+        let interval = interval.map_or_else(String::new, |(low, high)| format!("{low:.4} to {high:.4}"));
+        let mean = format!("{:.4}", found.scores[kind.key]);
+        rows.push(vec![kind.title.into(), mean, counted(n, what), better.into(), interval]);
     }
-    if let Some(path) = &args.csv {
-        println!("every picture's scores: {}", path.display());
-    }
-    Ok(())
+    columns::lines(&[left(18), right(10), left(13).after(2), left(8), left(0).after(2)], &rows)
 }
 
 /// A row for each picture: file, prompt, and every score that any of them has.

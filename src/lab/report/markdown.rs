@@ -3,6 +3,7 @@
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, Row};
 use crate::lab::report::words;
+use crate::platform::columns::{self, left, right};
 
 /// `report.md`.
 pub fn markdown(a: &Analysis) -> String {
@@ -140,17 +141,10 @@ pub fn terminal(a: &Analysis) -> String {
         .chain(rows)
         .map(|row| row.iter().map(|cell| plain(cell)).collect())
         .collect();
-    let width = |column: usize| table.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..table[0].len()).map(width).collect();
-    for row in &table {
-        let mut line = String::new();
-        for (i, (cell, width)) in row.iter().zip(&widths).enumerate() {
-            // Names to the left, numbers to the right.
-            line += &if i == 0 { format!("{cell:<width$}") } else { format!("  {cell:>width$}") };
-        }
-        text += line.trim_end();
-        text.push('\n');
-    }
+    // Names to the left, numbers to the right.
+    let mut all = vec![right(0).after(2); table[0].len()];
+    all[0] = left(0);
+    columns::lines(&all, &table).iter().for_each(|line| text += &format!("{line}\n"));
     let after = [a.findings(), a.gaps(), a.rate_warnings()].concat();
     for sentence in after {
         text += &format!("{}\n", plain(&sentence));

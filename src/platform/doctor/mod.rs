@@ -14,6 +14,7 @@ use serde::Serialize;
 use tch::Device;
 
 use crate::error::{Error, Result};
+use crate::platform::columns::{self, left};
 use crate::platform::cuda::{self, CudaState, Driver, Gpu};
 use crate::platform::device::{self, PeakMemory, kib_line, peak_memory};
 use crate::platform::doctor::attention::AttentionKernel;
@@ -199,55 +200,82 @@ fn gib(bytes: Option<u64>) -> String {
     bytes.map_or_else(|| "unknown".to_string(), |b| format!("{:.1} GiB", b as f64 / (1u64 << 30) as f64))
 }
 
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+impl Report {
+    /// What there is, by name.
+    fn facts(&self) -> Vec<Vec<String>> {
         let unknown = || "unknown".to_string();
-        writeln!(f, "hra        {}", self.hra)?;
         let folder = self.libtorch.folder.as_ref().map_or_else(unknown, |p| p.display().to_string());
-        writeln!(f, "libtorch   {} in {folder}", self.libtorch.version.clone().unwrap_or_else(unknown))?;
+        let version = self.libtorch.version.clone().unwrap_or_else(unknown);
         let cpu = &self.cpu;
         let model = cpu.model.clone().unwrap_or_else(|| std::env::consts::ARCH.to_string());
-        write!(f, "cpu        {model}, {} cores, {} threads", cpu.cores, cpu.threads)?;
-        writeln!(f, "{}{}", if cpu.features.is_empty() { "" } else { ", " }, cpu.features.join(" "))?;
-        writeln!(f, "memory     {}, {} available", gib(cpu.memory_total), gib(cpu.memory_available))?;
-        writeln!(f, "driver     {}", self.cuda.driver.as_deref().unwrap_or("no NVIDIA driver"))?;
-        for gpu in &self.cuda.gpus {
-            let (major, minor) = gpu.capability;
-            let memory = gib(Some(gpu.memory));
-            writeln!(f, "cuda:{:<6}{}, {memory}, compute capability {major}.{minor}", gpu.index, gpu.name)?;
+        let features = cpu.features.join(" ");
+        let features = if features.is_empty() { features } else { format!(", {features}") };
+        let memory = [cpu.memory_total, cpu.memory_available].map(gib);
+        let mut facts = vec![
+            ("hra".to_string(), self.hra.to_string()),
+            ("libtorch".into(), format!("{version} in {folder}")),
+            ("cpu".into(), format!("{model}, {} cores, {} threads{features}", cpu.cores, cpu.threads)),
+            ("memory".into(), format!("{}, {} available", memory[0], memory[1])),
+            ("driver".into(), self.cuda.driver.as_deref().unwrap_or("no NVIDIA driver").into()),
+        ];
+        for Gpu { index, name, memory, capability: (major, minor) } in &self.cuda.gpus {
+            let memory = gib(Some(*memory));
+            let text = format!("{name}, {memory}, compute capability {major}.{minor}");
+            facts.push((format!("cuda:{index}"), text));
         }
-        match &self.cuda.library {
-            CudaState::Loaded { library } => writeln!(f, "cuda       {} is loaded", library.display())?,
-            CudaState::Absent { .. } => writeln!(f, "cuda       this libtorch is for CPUs only")?,
-            CudaState::Refused { message, .. } => writeln!(f, "cuda       not loaded: {message}")?,
-        }
+        let library = match &self.cuda.library {
+            CudaState::Loaded { library } => format!("{} is loaded", library.display()),
+            CudaState::Absent { .. } => "this libtorch is for CPUs only".into(),
+            CudaState::Refused { message, .. } => format!("not loaded: {message}"),
+        };
+        facts.push(("cuda".into(), library));
         if let Some(version) = self.cuda.cudnn {
-            writeln!(f, "cudnn      {}.{}.{}", version / 10000, version / 100 % 100, version % 100)?;
+            let text = format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100);
+            facts.push(("cudnn".into(), text));
         }
-        writeln!(f)?;
-        for check in &self.checks {
-            write!(f, "{:<8}{:<6}{:<16}", check.device, check.precision, check.operation)?;
-            let verdict = if check.passed() { "ok" } else { "failed" };
-            match (&check.message, check.milliseconds, check.error) {
-                (None, Some(time), Some(error)) => {
-                    writeln!(f, "{time:>9.2} ms  error {error:.1e}  {verdict}")?;
-                }
-                (message, ..) => {
-                    writeln!(f, "{verdict}: {}", message.as_deref().unwrap_or("it did not run"))?
-                }
-            }
-        }
-        if !self.attention.is_empty() {
-            writeln!(f)?;
-        }
+        facts.into_iter().map(|(name, text)| vec![name, text]).collect()
+    }
+
+    /// Which kernels attention runs in, and how much memory the checks took of each GPU.
+    fn kernels(&self) -> Vec<Vec<String>> {
+        let mut rows = Vec::new();
         for of in self.attention.chunk_by(|a, b| (&a.device, a.precision) == (&b.device, b.precision)) {
             let kernels: Vec<String> = of.iter().map(|k| format!("{} {}", k.attention, k.kernel)).collect();
             let AttentionKernel { device, precision, .. } = &of[0];
-            writeln!(f, "{device:<8}{precision:<6}{:<16}{}", "attention", kernels.join(", "))?;
+            rows.push([device, *precision, "attention", &kernels.join(", ")].map(String::from).to_vec());
         }
         for GpuPeak { device, peak } in &self.gpu_peaks {
             let [allocated, reserved] = [peak.allocated, peak.reserved].map(|bytes| gib(Some(bytes)));
-            writeln!(f, "{device:<14}{:<16}{allocated} in tensors, {reserved} reserved", "peak memory")?;
+            let text = format!("{allocated} in tensors, {reserved} reserved");
+            rows.push([device, "", "peak memory", &text].map(String::from).to_vec());
+        }
+        rows
+    }
+}
+
+/// One check by device, format and operation, and what came of it.
+fn row(check: &Check) -> Vec<String> {
+    let verdict = if check.passed() { "ok" } else { "failed" };
+    let text = match (&check.message, check.milliseconds, check.error) {
+        (None, Some(time), Some(error)) => format!("{time:>9.2} ms  error {error:.1e}  {verdict}"),
+        (message, ..) => format!("{verdict}: {}", message.as_deref().unwrap_or("it did not run")),
+    };
+    [&check.device, check.precision, check.operation, &text].map(String::from).to_vec()
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let of_device = [left(8), left(6), left(16), left(0)];
+        let checks: Vec<_> = self.checks.iter().map(row).collect();
+        let mut lines = columns::lines(&[left(11), left(0)], &self.facts());
+        lines.push(String::new());
+        lines.extend(columns::lines(&of_device, &checks));
+        if !self.attention.is_empty() {
+            lines.push(String::new());
+        }
+        lines.extend(columns::lines(&of_device, &self.kernels()));
+        for line in lines {
+            writeln!(f, "{line}")?;
         }
         for missing in &self.missing {
             writeln!(f, "\n{missing}")?;
