@@ -4,7 +4,9 @@
 //! [`LEFTOVER_PREFIX`]), flushed to the disk and renamed. A crash or a full disk leaves the old file as it was, and at worst
 //! a hidden leftover. Every error names the path and what was tried.
 
-use std::ffi::{CString, OsString};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -89,6 +91,35 @@ pub fn list_dir(path: &Path) -> Result<Vec<DirEntry>> {
     }
     entries.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(entries)
+}
+
+/// The files of a folder whose ending, in lower case, is wanted, sorted by name; hidden ones are not.
+pub fn list_files(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+    let usable = |entry: &DirEntry| {
+        let end = entry.path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+        entry.kind == Kind::File && !entry.name.as_bytes().starts_with(b".") && wanted(&end)
+    };
+    Ok(list_dir(dir)?.into_iter().filter(usable).map(|entry| entry.path).collect())
+}
+
+/// A file's name without folder and ending, by which files of two folders are paired.
+pub fn stem(path: &Path) -> &OsStr {
+    path.file_stem().unwrap_or_default()
+}
+
+/// `items` by the stems of their paths, and in their order those whose stem an earlier one has.
+pub fn by_stem<T>(
+    items: impl IntoIterator<Item = T>,
+    path: impl Fn(&T) -> &Path,
+) -> (BTreeMap<OsString, T>, Vec<T>) {
+    let (mut first, mut others) = (BTreeMap::new(), Vec::new());
+    for item in items {
+        match first.entry(stem(path(&item)).to_os_string()) {
+            Entry::Vacant(place) => drop(place.insert(item)),
+            Entry::Occupied(_) => others.push(item),
+        }
+    }
+    (first, others)
 }
 
 /// Makes the folder and those above it; fine if it is there already.

@@ -11,7 +11,7 @@ use crate::lab::evaluate::control::{
     Confusion, Labels, Segmentation, landmark_error, overlap, subject_mask, subject_miou,
 };
 use crate::lab::results::{PictureScores, PromptScores, Scores};
-use crate::platform::files::{self, Kind};
+use crate::platform::files;
 use crate::platform::observer::Observer;
 use clap::Args;
 use serde_json::{Value, json};
@@ -110,7 +110,7 @@ impl Conditions {
 
     /// The scores of the picture that was read from `path`. Counterparts of another size are resized and cut as conditions are.
     pub fn score(&self, path: &Path, picture: &RgbImage) -> Result<Scores> {
-        let counterpart = |files: &'_ Named| files.get(path.file_stem().unwrap_or_default()).cloned();
+        let counterpart = |found: &'_ Named| found.get(files::stem(path)).cloned();
         let mut scores = Scores::new();
         if let Some((files, thresholds)) = &self.edges
             && let Some(source) = counterpart(files)
@@ -292,18 +292,11 @@ fn landmark_errors(truth: &Path, predictions: &Path, scale: f64) -> Result<Landm
 
 /// The files of a folder by their names without the ending, but those with these endings.
 fn named(dir: &Path, others: &[&str]) -> Result<Named> {
-    let mut found = Named::new();
-    for entry in files::list_dir(dir)? {
-        let end = entry.path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
-        let hidden = entry.name.to_string_lossy().starts_with('.');
-        if entry.kind != Kind::File || hidden || others.contains(&end.as_str()) {
-            continue;
-        }
-        let stem = entry.path.file_stem().unwrap_or_default().to_os_string();
-        if let Some(other) = found.insert(stem, entry.path.clone()) {
-            let (one, two) = (other.display(), entry.path.display());
-            return Err(Error::Data(format!("expected one file of a name, found {one} and {two}")));
-        }
+    let all = files::list_files(dir, |end| !others.contains(&end))?;
+    let (found, again) = files::by_stem(all, |path| path);
+    if let Some(two) = again.first() {
+        let (one, two) = (found[files::stem(two)].display(), two.display());
+        return Err(Error::Data(format!("expected one file of a name, found {one} and {two}")));
     }
     if found.is_empty() {
         return Err(Error::Data(format!("{}: expected files to score with, found none", dir.display())));
@@ -312,9 +305,8 @@ fn named(dir: &Path, others: &[&str]) -> Result<Named> {
 }
 
 /// Fails if a file has no counterpart, and lists them.
-fn all_there<'a>(flag: &str, dir: &Path, found: &Named, files: impl Iterator<Item = &'a Path>) -> Result<()> {
-    let missing: Vec<&Path> =
-        files.filter(|path| !found.contains_key(path.file_stem().unwrap_or_default())).collect();
+fn all_there<'a>(flag: &str, dir: &Path, found: &Named, of: impl Iterator<Item = &'a Path>) -> Result<()> {
+    let missing: Vec<&Path> = of.filter(|path| !found.contains_key(files::stem(path))).collect();
     if missing.is_empty() {
         return Ok(());
     }

@@ -305,17 +305,17 @@ impl Known {
 /// The mask of each real picture: the picture in `dir` with its name, whatever the ending.
 fn masks(dir: &Path, real: &[PathBuf]) -> Result<Vec<RgbImage>> {
     let folder = ImageFolder::scan(dir)?;
+    let (masks, _) = files::by_stem(folder.images(), |image| &image.path);
     let mask = |path: &PathBuf| {
-        let found = folder.images().iter().position(|image| image.path.file_stem() == path.file_stem());
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        let found = found.ok_or_else(|| {
+        let found = masks.get(files::stem(path)).ok_or_else(|| {
+            let stem = files::stem(path).to_string_lossy();
             Error::Data(format!(
                 "{}: expected a mask {stem}.png for {}, found none",
                 dir.display(),
                 path.display()
             ))
         })?;
-        folder.load(found)
+        load_rgb(&found.path)
     };
     real.iter().map(mask).collect()
 }

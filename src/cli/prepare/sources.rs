@@ -2,8 +2,7 @@
 
 use crate::data::table::{self, Row};
 use crate::error::Result;
-use crate::platform::files::{self, Kind};
-use std::collections::btree_map::Entry;
+use crate::platform::files;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt;
@@ -80,7 +79,7 @@ impl Sources {
             }
             return Ok(found);
         }
-        for path in listed(dir, is_picture)? {
+        for path in files::list_files(dir, is_picture)? {
             let name = inside(Path::new(path.file_name().unwrap_or_default()));
             found.sources.push(Source { name, picture: Some(path.clone()), path, caption: None });
         }
@@ -90,7 +89,7 @@ impl Sources {
     /// The files of `dir`, maps or points as `wanted` says of their endings, each with the picture of its name; a folder in the
     /// picture's name is one of `dir` where that has it.
     pub fn beside(dir: &Path, pictures: Option<&Path>, wanted: impl Fn(&str) -> bool) -> Result<Self> {
-        let listed = |dir: &Path| listed(dir, &wanted);
+        let listed = |dir: &Path| files::list_files(dir, &wanted);
         let Some(pictures) = pictures else {
             let source = |path: PathBuf| {
                 let name = inside(Path::new(path.file_name().unwrap_or_default()));
@@ -107,19 +106,11 @@ impl Sources {
             let within = parent.map(|parent| dir.join(parent)).filter(|path| path.is_dir());
             let folder = within.unwrap_or_else(|| dir.to_path_buf());
             if !folders.contains_key(&folder) {
-                let mut files: BTreeMap<OsString, PathBuf> = BTreeMap::new();
-                for path in listed(&folder)? {
-                    match files.entry(path.file_stem().unwrap_or_default().to_os_string()) {
-                        Entry::Vacant(place) => {
-                            place.insert(path);
-                        }
-                        Entry::Occupied(first) => {
-                            let first = first.get().display();
-                            let reason =
-                                format!("expected one file of a name, found {first} too, which is used");
-                            found.bad.push(Bad::new(&path, reason));
-                        }
-                    }
+                let (files, others) = files::by_stem(listed(&folder)?, |path| path);
+                for path in others {
+                    let first = files[files::stem(&path)].display();
+                    let reason = format!("expected one file of a name, found {first} too, which is used");
+                    found.bad.push(Bad::new(&path, reason));
                 }
                 folders.insert(folder.clone(), files);
             }
@@ -146,17 +137,6 @@ impl Sources {
 /// The name of a condition for a file: without its ending, and nowhere but in the output.
 fn inside(file: &Path) -> PathBuf {
     let normal = file.components().all(|part| matches!(part, Component::Normal(_)));
-    let stem = PathBuf::from(file.file_stem().unwrap_or_default());
+    let stem = PathBuf::from(files::stem(file));
     if normal { file.with_file_name(&stem) } else { stem }
-}
-
-/// The files of a folder whose ending, in lower case, is wanted; hidden ones are not.
-fn listed(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
-    let entries = files::list_dir(dir)?.into_iter();
-    let usable = entries.filter(|entry| {
-        let name = entry.name.to_string_lossy();
-        let end = entry.path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
-        entry.kind == Kind::File && !name.starts_with('.') && wanted(&end)
-    });
-    Ok(usable.map(|entry| entry.path).collect())
 }

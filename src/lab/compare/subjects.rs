@@ -9,6 +9,7 @@ use crate::lab::compare::control;
 use crate::lab::compare::dreambooth;
 use crate::lab::compare::subject::{Picture, Prompt, Subject, hash};
 use crate::lab::evaluate::scores::without_token;
+use crate::platform::files;
 use crate::platform::observer::Observer;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -226,11 +227,10 @@ fn split(
 fn masks(entry: &SubjectEntry, test: &[Picture]) -> Result<Vec<Picture>> {
     let Some(dir) = &entry.masks_dir else { return Ok(Vec::new()) };
     let place = format!("subject `{}`: masks_dir", entry.name);
-    let found = pictures(dir, &place)?;
+    let (found, _) = files::by_stem(pictures(dir, &place)?, |picture| &picture.path);
     let mask = |test: &Picture| {
-        let same = |p: &&Picture| Path::new(&p.name).file_stem() == Path::new(&test.name).file_stem();
         let missing = || Error::Data(format!("{place}: expected a mask for {}, found none", test.name));
-        found.iter().find(same).cloned().ok_or_else(missing)
+        found.get(files::stem(&test.path)).cloned().ok_or_else(missing)
     };
     test.iter().map(mask).collect()
 }
