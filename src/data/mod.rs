@@ -307,11 +307,3 @@ fn reason(error: Error) -> String {
 fn one_line(reason: &str) -> String {
     reason.replace("\nhint: ", "; ")
 }
-
-/// The pixels as a model is shown them: channel by channel, rows from the top, `[3, height, width]`, black -1 and white 1.
-///
-/// The f32 arithmetic of torchvision's `ToTensor` and `Normalize([0.5], [0.5])`, to the same bit.
-pub fn to_chw_f32(image: &RgbImage) -> Vec<f32> {
-    let value = |v: u8| (f32::from(v) / 255.0 - 0.5) / 0.5;
-    (0..3).flat_map(|c| image.pixels().map(move |pixel| value(pixel.0[c]))).collect()
-}

@@ -2,11 +2,11 @@
 
 use crate::data::image::RgbImage;
 use crate::data::image::edges::may_be_edges;
+use crate::data::image::tensor;
 use crate::data::pairs::{ConditionKind, ConditionSource, PairFolder};
-use crate::data::{Crop, ImageFolder, Window, to_chw_f32};
+use crate::data::{Crop, ImageFolder, Window};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::platform::host;
 use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
 use std::path::Path;
@@ -143,7 +143,5 @@ impl Pictures {
 
 /// Mean and log-variance of the latents of a square picture, each `(1, c, h, w)`.
 pub fn encode(model: &StableDiffusion, pixels: &RgbImage) -> (Tensor, Tensor) {
-    let size = i64::from(pixels.width());
-    let pixels = host::tensor(&to_chw_f32(pixels)).view([1, 3, size, size]);
-    model.vae.encode(&pixels)
+    model.vae.encode(&tensor::signed(pixels))
 }

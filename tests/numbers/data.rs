@@ -4,8 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use hra::Error;
+use hra::data::image::tensor::signed;
 use hra::data::image::{Filter, RgbImage, center_crop, resize_short_side, save_png};
-use hra::data::{Crop, ImageFolder, Window, to_chw_f32};
+use hra::data::{Crop, ImageFolder, Window};
 use proptest::prelude::*;
 
 fn fixture(name: &str) -> PathBuf {
@@ -131,7 +132,8 @@ fn resized_pictures_are_kept_and_changed_files_noticed() {
 #[test]
 fn pixels_become_numbers_as_in_torchvision() {
     let image = RgbImage::from_raw(2, 1, vec![0, 1, 100, 255, 127, 128]).unwrap();
-    let bits: Vec<u32> = to_chw_f32(&image).into_iter().map(f32::to_bits).collect();
+    let bits: Vec<u32> =
+        Vec::try_from(signed(&image).view([-1])).unwrap().into_iter().map(f32::to_bits).collect();
     assert_eq!(bits, [0xbf80_0000, 0x3f80_0000, 0xbf7d_fdfe, 0xbb80_8080, 0xbe5c_dcdc, 0x3b80_8100]);
 }
 

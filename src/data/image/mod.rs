@@ -1,5 +1,5 @@
 //! Pictures as 8-bit RGB pixels: reading, resizing, writing, contact sheets; `edges`, `palette` and `landmarks` make the
-//! pictures that a model is conditioned on. Knows nothing of tensors or training.
+//! pictures that a model is conditioned on, `tensor` turns pictures into numbers. Knows nothing of training.
 //!
 //! What Python's training scripts do with Pillow is done here to the same bit, so that a run trains on the same pixels;
 //! only lossy decoders differ in rounding (JPEG: by 0.02 to 0.15 levels on average, 5 at most).
@@ -12,6 +12,7 @@ pub mod mask;
 pub mod palette;
 pub mod png;
 pub mod resize;
+pub mod tensor;
 
 pub use ::image::RgbImage;
 pub use decode::load_rgb;

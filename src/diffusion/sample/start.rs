@@ -6,14 +6,14 @@
 //! is held to the picture from outside: after each step the latents outside the mask are replaced by the picture's at that
 //! noise level. One of 9 sees the mask and the masked picture beside its latents.
 
-use crate::data::image::{Filter, RgbImage, resize};
+use crate::data::image::{Filter, Mask, RgbImage, resize, tensor};
 use crate::diffusion::sample::settings::Settings;
 use crate::diffusion::sampler::Plan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::host;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Mask values from here on are white: `VaeImageProcessor` compares with 0.5 of 255.
 const WHITE: u8 = 128;
@@ -24,8 +24,8 @@ pub struct Start {
     /// Tells pictures apart in a session.
     id: u64,
     image: RgbImage,
-    /// Row by row, whether a pixel is drawn anew; `None` for image-to-image.
-    mask: Option<Vec<bool>>,
+    /// Whether a pixel is drawn anew; `None` for image-to-image.
+    mask: Option<Mask>,
     strength: f64,
 }
 
@@ -46,7 +46,7 @@ impl Start {
         }
         let image = resize(image, width, height, Filter::Lanczos);
         let mask = mask.map(|mask| is_white(&resize(mask, width, height, Filter::Lanczos)));
-        if mask.as_ref().is_some_and(|mask| !mask.contains(&true)) {
+        if mask.as_ref().is_some_and(|mask| mask.count() == 0) {
             return Err(Error::config(
                 "--mask: expected white where the picture is to be drawn anew, found black everywhere",
             ));
@@ -101,16 +101,14 @@ impl Start {
     /// Encodes the picture, once for all drawings.
     pub(super) fn prepare(&self, model: &StableDiffusion) -> Prepared {
         let device = model.device();
-        let pixels = self.pixels();
+        // In memory pixel by pixel, as `VaeImageProcessor` has them: another layout would choose other kernels.
+        let pixels = tensor::signed(&self.image).permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
         let posterior = |pixels: &Tensor| {
             let (mean, log_variance) = model.vae.encode(pixels);
             Posterior { mean, deviation: (log_variance * 0.5).exp(), scale: model.vae.scaling_factor() }
         };
-        let masked = self.mask.as_ref().filter(|_| model.is_inpainting()).map(|mask| {
-            let (width, height) = (i64::from(self.image.width()), i64::from(self.image.height()));
-            let kept: Vec<f32> = mask.iter().map(|white| f32::from(u8::from(!white))).collect();
-            posterior(&(&pixels * host::tensor(&kept).reshape([1, 1, height, width])))
-        });
+        let masked = self.mask.as_ref().filter(|_| model.is_inpainting());
+        let masked = masked.map(|mask| posterior(&(&pixels * tensor::of_mask(mask).rsub_scalar(1.0))));
         Prepared {
             image: self.uses_image(model).then(|| posterior(&pixels)),
             masked,
@@ -123,34 +121,25 @@ impl Start {
     pub(super) fn paste(&self, drawn: &mut RgbImage) {
         let Some(mask) = &self.mask else { return };
         for ((to, from), _) in
-            drawn.pixels_mut().zip(self.image.pixels()).zip(mask).filter(|(_, white)| !**white)
+            drawn.pixels_mut().zip(self.image.pixels()).zip(mask.pixels()).filter(|(_, white)| !**white)
         {
             *to = *from;
         }
     }
 
-    /// `(1, 3, h, w)`, f32 in [-1, 1].
-    fn pixels(&self) -> Tensor {
-        let (width, height) = (i64::from(self.image.width()), i64::from(self.image.height()));
-        let bytes = host::tensor(self.image.as_raw()).reshape([1, height, width, 3]);
-        bytes.permute([0, 3, 1, 2]).to_kind(Kind::Float) / 255.0 * 2.0 - 1.0
-    }
-
     /// `(1, 1, h / factor, w / factor)`: the mask's pixel at the upper left corner of each latent.
     fn latent_mask(&self, factor: i64) -> Option<Tensor> {
-        let mask = self.mask.as_ref()?;
-        let (width, height) = (i64::from(self.image.width()), i64::from(self.image.height()));
-        let pixels = host::tensor(mask).to_kind(Kind::Float).reshape([1, 1, height, width]);
+        let pixels = tensor::of_mask(self.mask.as_ref()?);
         Some(pixels.slice(2, 0, None, factor).slice(3, 0, None, factor))
     }
 }
 
 /// Grey values by Pillow's `convert("L")` (ITU-R 601 in 16 binary places), then whether they are white.
-fn is_white(mask: &RgbImage) -> Vec<bool> {
+fn is_white(mask: &RgbImage) -> Mask {
     let grey = |[r, g, b]: [u8; 3]| {
         ((u32::from(r) * 19595 + u32::from(g) * 38470 + u32::from(b) * 7471 + 0x8000) >> 16) as u8
     };
-    mask.pixels().map(|pixel| grey(pixel.0) >= WHITE).collect()
+    Mask::of(mask, |pixel| grey(pixel) >= WHITE)
 }
 
 /// What the encoder makes of a picture: a Gaussian for each value of its latents.

@@ -1,12 +1,12 @@
 //! How a condition steers a drawing: which control, how strongly, in which steps and passes.
 
-use crate::data::image::{Filter, RgbImage, resize};
+use crate::data::image::{Filter, RgbImage, resize, tensor};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::control::{Control, Passes};
 use crate::model::{Call, Signals};
 use crate::platform::host;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// The conditions of the pictures that are drawn.
 pub struct Steering {
@@ -73,8 +73,7 @@ fn condition(picture: &RgbImage, width: i64, height: i64) -> Tensor {
     if picture.dimensions() != (w, h) {
         return condition(&resize(picture, w, h, Filter::Lanczos), width, height);
     }
-    let bytes = host::tensor(picture.as_raw()).view([1, height, width, 3]);
-    bytes.permute([0, 3, 1, 2]).contiguous().to_kind(Kind::Float) / 255.0
+    tensor::unit(picture)
 }
 
 /// Steers the model calls of one batch.

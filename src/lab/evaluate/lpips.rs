@@ -9,9 +9,8 @@
 //!
 //! On CUDA the convolutions round their inputs to TF32, as PyTorch's do; on the CPU all is f32.
 
-use crate::data;
 use crate::data::image::resize::center_offset;
-use crate::data::image::{Filter, RgbImage, resize};
+use crate::data::image::{Filter, RgbImage, resize, tensor};
 use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::platform::files::Kind as FileKind;
@@ -263,9 +262,7 @@ impl Lpips {
         }
         let constant =
             |values: [f32; 3]| host::to_device(&host::tensor(&values).view([1, 3, 1, 1]), self.device);
-        let pixels = host::tensor(&data::to_chw_f32(picture));
-        let pixels =
-            host::try_to_device(&pixels.view([1, 3, i64::from(height), i64::from(width)]), self.device)?;
+        let pixels = host::try_to_device(&tensor::signed(picture), self.device)?;
         let mut x = (pixels - constant(SHIFT)) / constant(SCALE);
         let mut features = Vec::new();
         for (step, weight, bias) in &self.steps {

@@ -5,9 +5,9 @@
 //! defaults only, and in what a bare number for `size` means.
 
 use crate::data::image::resize::short_side_size;
+use crate::data::image::tensor::{self, Levels};
 use crate::data::image::{Filter, RgbImage, resize};
 use crate::error::{Error, Result};
-use crate::platform::host;
 use crate::weights::source::read_below;
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
@@ -25,7 +25,7 @@ pub struct Processor {
     resize: Option<(Target, Filter)>,
     crops: bool,
     /// What each of the 256 values becomes, for each channel.
-    values: [[f32; 256]; 3],
+    values: [Levels; 3],
     width: u32,
     height: u32,
 }
@@ -73,16 +73,13 @@ impl Processor {
     /// Pictures of any sizes to `(b, 3, h, w)`, f32, CPU. Errors: a picture without pixels, or one so long and thin that it
     /// would take too much memory when resized.
     pub fn pixels(&self, pictures: &[&RgbImage]) -> Result<Tensor> {
-        let (height, width) = self.size();
-        let mut pixels = Vec::with_capacity(pictures.len() * (3 * height * width) as usize);
-        for picture in pictures {
-            self.add(picture, &mut pixels)?;
-        }
-        Ok(host::tensor(&pixels).f_view([pictures.len() as i64, 3, height, width])?)
+        let shown = |picture: &&RgbImage| Ok(tensor::mapped(&self.cut(picture)?, &self.values));
+        let shown = pictures.iter().map(shown).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::f_cat(&shown, 0)?)
     }
 
-    /// Appends the three channels of one picture to `out`.
-    fn add(&self, picture: &RgbImage, out: &mut Vec<f32>) -> Result<()> {
+    /// The pixels that a tower sees.
+    fn cut(&self, picture: &RgbImage) -> Result<RgbImage> {
         let (width, height) = picture.dimensions();
         if width == 0 || height == 0 {
             return Err(Error::Data(format!(
@@ -109,16 +106,11 @@ impl Processor {
             false => 0,
         };
         let (left, top) = (start(width, self.width), start(height, self.height));
-        for (channel, values) in self.values.iter().enumerate() {
-            for y in (0..i64::from(self.height)).map(|y| y + top) {
-                out.extend((0..i64::from(self.width)).map(|x| x + left).map(|x| {
-                    let inside = (0..width).contains(&x) && (0..height).contains(&y);
-                    let value = if inside { resized.get_pixel(x as u32, y as u32).0[channel] } else { 0 };
-                    values[usize::from(value)]
-                }));
-            }
-        }
-        Ok(())
+        Ok(RgbImage::from_fn(self.width, self.height, |x, y| {
+            let (x, y) = (i64::from(x) + left, i64::from(y) + top);
+            let inside = (0..width).contains(&x) && (0..height).contains(&y);
+            if inside { *resized.get_pixel(x as u32, y as u32) } else { [0; 3].into() }
+        }))
     }
 }
 
@@ -296,7 +288,7 @@ impl Settings {
     }
 
     /// What the 256 values become in each channel, in NumPy's precision: multiplied in f64, normalised in f32.
-    fn values(&self) -> Problem<[[f32; 256]; 3]> {
+    fn values(&self) -> Problem<[Levels; 3]> {
         let factor = if self.flag("do_rescale")? { self.number("rescale_factor")? } else { 1.0 };
         let (mean, std) = match self.flag("do_normalize")? {
             true => (self.channels("image_mean")?, self.channels("image_std")?),
