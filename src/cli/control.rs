@@ -1,6 +1,7 @@
 //! The flags by which `hra sample` is given conditions, and what they lead to.
 
 use crate::cli::choice::choice;
+use crate::cli::prepare::thresholds;
 use crate::data::image::decode::MAX_FILE_BYTES;
 use crate::data::image::edges::may_be_edges;
 use crate::data::image::{RgbImage, Thresholds};
@@ -210,15 +211,8 @@ impl ControlArgs {
     fn thresholds(&self, encoder: Option<&Trained>) -> Result<Thresholds> {
         let own = encoder.and_then(|encoder| encoder.config.canny_thresholds);
         let own = own.map_or_else(Thresholds::default, |[low, high]| Thresholds { low, high });
-        let thresholds =
-            Thresholds { low: self.canny_low.unwrap_or(own.low), high: self.canny_high.unwrap_or(own.high) };
-        let Thresholds { low, high } = thresholds;
-        if !(0.0..=1e9).contains(&low) || !(low..=1e9).contains(&high) {
-            return Err(Error::config(format!(
-                "--canny-low and --canny-high: expected two numbers from 0 up, the first not above the second, found {low} and {high}"
-            )));
-        }
-        Ok(thresholds)
+        let (low, high) = (self.canny_low.unwrap_or(own.low), self.canny_high.unwrap_or(own.high));
+        thresholds(low, high, ["--canny-low", "--canny-high"])
     }
 
     fn strength(&self) -> Strength {

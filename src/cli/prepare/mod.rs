@@ -341,12 +341,14 @@ impl Maker {
 
 /// Thresholds as the user gave them with two flags.
 pub(super) fn thresholds(low: f64, high: f64, flags: [&str; 2]) -> Result<Thresholds> {
-    if low.is_finite() && high.is_finite() && 0.0 <= low && low <= high {
-        return Ok(Thresholds { low, high });
+    let thresholds = Thresholds { low, high };
+    if thresholds.are_possible() {
+        return Ok(thresholds);
     }
     let [low_flag, high_flag] = flags;
     Err(Error::config(format!(
-        "{low_flag} and {high_flag}: expected 0 <= low <= high, found {low} and {high}\nhint: gradients go up to 2040"
+        "{low_flag} and {high_flag}: expected 0 <= low <= high, found {low} and {high}\nhint: gradients go up to {}",
+        Thresholds::MAX
     )))
 }
 

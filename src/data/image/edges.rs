@@ -16,7 +16,7 @@ const BGR: [usize; 3] = [2, 1, 0];
 const TAN_22: i32 = 13573;
 const TAN_BITS: i32 = 15;
 
-/// Magnitudes of gradients (0 to 2040) between which a pixel is an edge only beside a stronger one.
+/// Magnitudes of gradients, 0 to [`Self::MAX`], between which a pixel is an edge only beside a stronger one.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Thresholds {
@@ -24,6 +24,16 @@ pub struct Thresholds {
     pub low: f64,
     /// What is above it is an edge.
     pub high: f64,
+}
+
+impl Thresholds {
+    /// No gradient is larger: |dx| and |dy| reach 4 x 255.
+    pub const MAX: f64 = 2040.0;
+
+    /// Whether `0 <= low <= high <= MAX`, which settings and flags must keep.
+    pub fn are_possible(self) -> bool {
+        0.0 <= self.low && self.low <= self.high && self.high <= Self::MAX
+    }
 }
 
 impl Default for Thresholds {
@@ -153,4 +163,17 @@ pub fn may_be_edges(image: &RgbImage) -> bool {
     }
     let total = image.pixels().len();
     100 * grey >= 99 * total && 2 * black >= total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thresholds_lie_where_gradients_do_and_the_lower_comes_first() {
+        let possible = |low, high| Thresholds { low, high }.are_possible();
+        assert!(possible(0.0, 0.0) && possible(100.0, 200.0) && possible(2040.0, 2040.0));
+        assert!(!possible(200.0, 100.0) && !possible(-1.0, 100.0) && !possible(100.0, 2041.0));
+        assert!(!possible(f64::NAN, 100.0) && !possible(100.0, f64::NAN));
+    }
 }

@@ -1,10 +1,11 @@
 //! Contact sheets: images in rows and columns with labels, to look at many at once.
 //!
-//! Text is drawn with Noto Sans Mono, rendered into the binary (ASCII only; other characters show as `?`).
+//! Text is drawn with Noto Sans Mono (`assets/fonts/`), which is in the binary with its Latin, Greek and Cyrillic letters; other
+//! characters show as a box.
 
 use ::image::imageops::{self, FilterType};
 use ::image::{Rgb, RgbImage};
-use noto_sans_mono_bitmap::{FontWeight, RasterHeight, get_raster, get_raster_width};
+use ab_glyph::{Font as _, FontRef, PxScale, ScaleFont, point};
 
 /// Small images are enlarged until they are at least this wide, in pixels.
 const MIN_CELL: u32 = 192;
@@ -19,7 +20,8 @@ const ROW_LABEL_CHARS: usize = 24;
 /// From this cell width on, text is twice as large: such sheets are looked at from further away.
 const LARGE_CELL: u32 = 384;
 const WHITE: Rgb<u8> = Rgb([255; 3]);
-const INK: u8 = 32;
+const INK: f32 = 32.0;
+const FONT: &[u8] = include_bytes!("../../../assets/fonts/NotoSansMono-Regular.ttf");
 
 /// A table of images with a label above each column and at the left of each row.
 #[derive(Debug, Clone, Default)]
@@ -39,26 +41,46 @@ pub struct GridRow {
     pub images: Vec<RgbImage>,
 }
 
-/// Size of the text of a sheet.
-#[derive(Clone, Copy)]
-struct Font {
-    size: RasterHeight,
+/// The text of a sheet.
+struct Text {
+    font: FontRef<'static>,
+    scale: PxScale,
+    /// Width of every character, in pixels.
+    advance: u32,
     /// From one line to the next, in pixels.
     line: u32,
 }
 
-impl Font {
+impl Text {
     fn for_cell(width: u32) -> Self {
-        if width < LARGE_CELL {
-            Self { size: RasterHeight::Size16, line: 20 }
-        } else {
-            Self { size: RasterHeight::Size32, line: 40 }
-        }
+        let font = FontRef::try_from_slice(FONT).expect("the font is part of the program");
+        let (advance, line) = if width < LARGE_CELL { (7, 20) } else { (14, 40) };
+        let scale = PxScale::from(
+            advance as f32 * font.height_unscaled() / font.h_advance_unscaled(font.glyph_id('0')),
+        );
+        Self { font, scale, advance, line }
     }
 
-    /// Width of every character, in pixels.
-    fn advance(self) -> u32 {
-        get_raster_width(FontWeight::Regular, self.size) as u32
+    /// Draws one line with its upper left corner at `(x, y)`; twice, a little apart, where it is bold.
+    fn draw(&self, sheet: &mut RgbImage, (x, y): (u32, u32), line: &str, bold: bool) {
+        let baseline = y as f32 + self.font.as_scaled(self.scale).ascent();
+        let apart = self.advance as f32 / 10.0;
+        let strokes = if bold { &[0.0, apart][..] } else { &[0.0] };
+        for (n, c) in line.chars().enumerate() {
+            for stroke in strokes {
+                let left = (x + n as u32 * self.advance) as f32 + stroke;
+                let glyph = self.font.glyph_id(c).with_scale_and_position(self.scale, point(left, baseline));
+                let Some(outline) = self.font.outline_glyph(glyph) else { continue };
+                let corner = outline.px_bounds().min;
+                outline.draw(|dx, dy, coverage| {
+                    let (x, y) = (corner.x as u32 + dx, corner.y as u32 + dy);
+                    if let Some(pixel) = sheet.get_pixel_mut_checked(x, y) {
+                        let grey = 255.0 - coverage.min(1.0) * (255.0 - INK);
+                        *pixel = Rgb([(grey as u8).min(pixel.0[0]); 3]);
+                    }
+                });
+            }
+        }
     }
 }
 
@@ -70,26 +92,25 @@ impl Grid {
         let widest = images().map(RgbImage::width).max().unwrap_or(0).max(1);
         let factor = MIN_CELL.div_ceil(widest);
         let cell = widest * factor;
-        let font = Font::for_cell(cell);
+        let text = Text::for_cell(cell);
         let columns =
             self.rows.iter().map(|row| row.images.len()).chain([self.columns.len()]).max().unwrap_or(0);
 
         let headers: Vec<_> =
-            self.columns.iter().map(|label| wrap(label, (cell / font.advance()) as usize)).collect();
+            self.columns.iter().map(|label| wrap(label, (cell / text.advance) as usize)).collect();
         let labels: Vec<_> = self.rows.iter().map(|row| wrap(&row.label, ROW_LABEL_CHARS)).collect();
-        let label_chars = labels.iter().flatten().map(String::len).max().unwrap_or(0);
-        let left =
-            MARGIN + if label_chars == 0 { 0 } else { label_chars as u32 * font.advance() + LABEL_GAP };
+        let label_chars = labels.iter().flatten().map(|line| length(line)).max().unwrap_or(0);
+        let left = MARGIN + if label_chars == 0 { 0 } else { label_chars as u32 * text.advance + LABEL_GAP };
         let header_lines = headers.iter().map(Vec::len).max().unwrap_or(0);
         let top =
-            MARGIN + if header_lines == 0 { 0 } else { header_lines as u32 * font.line + LABEL_GAP / 2 };
+            MARGIN + if header_lines == 0 { 0 } else { header_lines as u32 * text.line + LABEL_GAP / 2 };
         let heights: Vec<u32> = self
             .rows
             .iter()
             .zip(&labels)
             .map(|(row, label)| {
                 let tallest = row.images.iter().map(|i| i.height() * factor).max().unwrap_or(0);
-                tallest.max(label.len() as u32 * font.line)
+                tallest.max(label.len() as u32 * text.line)
             })
             .collect();
 
@@ -99,24 +120,17 @@ impl Grid {
         for (column, lines) in headers.iter().enumerate() {
             let x = left + column as u32 * (cell + GAP);
             // Headers stand on the cells: a short one is as close to its column as a long one.
-            let y = top - LABEL_GAP / 2 - lines.len() as u32 * font.line;
+            let y = top - LABEL_GAP / 2 - lines.len() as u32 * text.line;
             for (n, line) in lines.iter().enumerate() {
-                let inset = (cell - line.len() as u32 * font.advance()) / 2;
-                draw_text(&mut sheet, x + inset, y + n as u32 * font.line, line, font, FontWeight::Bold);
+                let inset = (cell - length(line) as u32 * text.advance) / 2;
+                text.draw(&mut sheet, (x + inset, y + n as u32 * text.line), line, true);
             }
         }
         let mut y = top;
         for ((row, lines), height) in self.rows.iter().zip(&labels).zip(&heights) {
-            let inset = (height - lines.len() as u32 * font.line) / 2;
+            let inset = (height - lines.len() as u32 * text.line) / 2;
             for (n, line) in lines.iter().enumerate() {
-                draw_text(
-                    &mut sheet,
-                    MARGIN,
-                    y + inset + n as u32 * font.line,
-                    line,
-                    font,
-                    FontWeight::Regular,
-                );
+                text.draw(&mut sheet, (MARGIN, y + inset + n as u32 * text.line), line, false);
             }
             for (column, image) in row.images.iter().enumerate() {
                 let image = enlarge(image, factor);
@@ -140,24 +154,23 @@ fn enlarge(image: &RgbImage, factor: u32) -> RgbImage {
     imageops::resize(image, image.width() * factor, image.height() * factor, FilterType::Nearest)
 }
 
-/// Breaks a label into lines of at most `limit` characters, at spaces where there are some; the lines are ASCII.
+/// Breaks a label into lines of at most `limit` characters, at spaces where there are some.
 fn wrap(label: &str, limit: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for paragraph in label.lines() {
         let mut line = String::new();
-        for word in paragraph.split_whitespace() {
-            let mut word: String = word.chars().map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect();
-            if !line.is_empty() && line.len() + 1 + word.len() > limit {
+        for mut word in paragraph.split_whitespace() {
+            if !line.is_empty() && length(&line) + 1 + length(word) > limit {
                 lines.push(std::mem::take(&mut line));
             }
-            while word.len() > limit {
-                let rest = word.split_off(limit);
-                lines.push(std::mem::replace(&mut word, rest));
+            while let Some((end, _)) = word.char_indices().nth(limit) {
+                lines.push(word[..end].to_string());
+                word = &word[end..];
             }
             if !line.is_empty() {
                 line.push(' ');
             }
-            line.push_str(&word);
+            line.push_str(word);
         }
         if !line.is_empty() {
             lines.push(line);
@@ -166,19 +179,8 @@ fn wrap(label: &str, limit: usize) -> Vec<String> {
     lines
 }
 
-fn draw_text(sheet: &mut RgbImage, x: u32, y: u32, text: &str, font: Font, weight: FontWeight) {
-    for (n, c) in text.chars().enumerate() {
-        let Some(glyph) = get_raster(c, weight, font.size) else { continue };
-        for (dy, row) in glyph.rows().enumerate() {
-            for (dx, coverage) in row.iter().enumerate() {
-                let grey = 255 - (u32::from(*coverage) * u32::from(255 - INK) / 255) as u8;
-                let (x, y) = (x + n as u32 * font.advance() + dx as u32, y + dy as u32);
-                if grey < 255 {
-                    sheet.put_pixel(x, y, Rgb([grey; 3]));
-                }
-            }
-        }
-    }
+fn length(line: &str) -> usize {
+    line.chars().count()
 }
 
 #[cfg(test)]
@@ -194,7 +196,27 @@ mod tests {
     }
 
     #[test]
-    fn characters_beyond_ascii_are_question_marks() {
-        assert_eq!(wrap("caf\u{e9} \u{72ac}\u{1f436}", 20), ["caf? ??"]);
+    fn words_break_between_letters_of_any_alphabet() {
+        assert_eq!(
+            wrap("caf\u{e9} \u{72ac}\u{1f436} \u{434}\u{43e}\u{43c}", 2),
+            ["ca", "f\u{e9}", "\u{72ac}\u{1f436}", "\u{434}\u{43e}", "\u{43c}"]
+        );
+    }
+
+    #[test]
+    fn latin_greek_and_cyrillic_letters_are_drawn_and_others_are_a_box() {
+        let Text { font, .. } = Text::for_cell(192);
+        let letters = [0x21..=0x7e, 0xa1..=0xac, 0xae..=0x17f, 0x388..=0x38a, 0x3a3..=0x3ce, 0x400..=0x45f];
+        for c in letters.into_iter().flatten().filter_map(char::from_u32) {
+            assert!(font.glyph_id(c).0 != 0 && font.outline(font.glyph_id(c)).is_some(), "{c}");
+        }
+        let drawn = |label: &str| {
+            let mut sheet = RgbImage::from_pixel(20, 20, WHITE);
+            Text::for_cell(192).draw(&mut sheet, (2, 0), label, false);
+            sheet
+        };
+        assert_eq!(drawn("\u{72ac}"), drawn("\u{1f436}"));
+        assert!(drawn("\u{72ac}").pixels().filter(|pixel| pixel.0[0] < 200).count() > 20, "a box is seen");
+        assert!(drawn("\u{72ac}") != drawn("?"));
     }
 }

@@ -1,6 +1,7 @@
 //! The control encoder: 3x3 convolutions with SiLU between, of stride 2 once for each halving of the VAE, the last one zero at
 //! the start (ControlNet's first layers, which OFT and HRA use alone). It sees neither timestep nor text.
 
+use crate::data::image::Thresholds;
 use crate::error::{Error, Result};
 use crate::model::UNet;
 use crate::model::layers::{Layer, Layers, Module};
@@ -76,8 +77,12 @@ impl EncoderConfig {
             return Err(problem(format!("_class_name: expected {CLASS}, found {}", config.class_name)));
         }
         config.check().map_err(problem)?;
-        if config.canny_thresholds.is_some_and(|t| t.iter().any(|v| !v.is_finite())) {
-            return Err(problem("canny_thresholds: expected two numbers".into()));
+        let possible = |[low, high]: [f64; 2]| Thresholds { low, high }.are_possible();
+        if config.canny_thresholds.is_some_and(|found| !possible(found)) {
+            let max = Thresholds::MAX;
+            return Err(problem(format!(
+                "canny_thresholds: expected two numbers, 0 <= low <= high <= {max}"
+            )));
         }
         Ok(config)
     }

@@ -3,6 +3,7 @@
 use crate::adapter::Method;
 use crate::adapter::peft::Bias;
 use crate::adapter::target::TargetRule;
+use crate::data::image::Thresholds;
 use crate::data::pairs::ConditionKind;
 use crate::error::{Error, Result};
 use crate::train::config::{MethodName, TrainConfig};
@@ -142,9 +143,8 @@ impl TrainConfig {
             "proportion_empty_prompts: expected a share, 0 to 1",
         );
         require(
-            (0.0..=1e9).contains(&self.data.canny_low)
-                && (self.data.canny_low..=1e9).contains(&self.data.canny_high),
-            "canny_low and canny_high: expected two numbers from 0 up, the first not above the second",
+            Thresholds { low: self.data.canny_low, high: self.data.canny_high }.are_possible(),
+            "canny_low and canny_high: expected two numbers from 0 up, the first not above the second, which is 2040 at most",
         );
         require(
             self.optimizer.text_encoder_lr.is_none_or(positive),
