@@ -30,11 +30,17 @@ impl Block {
     }
 }
 
+/// Two layers of the timestep embedding.
+struct TimeEmbedding {
+    linear_1: Layer,
+    linear_2: Layer,
+}
+
 /// The first half of a UNet. Field names are the checkpoint's.
 pub(super) struct DownPath {
     config: UNetConfig,
     conv_in: Layer,
-    time_embedding: (Layer, Layer),
+    time_embedding: TimeEmbedding,
     down_blocks: Vec<Block>,
     mid_block: Block,
     /// Channels of every tensor that a skip connection carries, in the order of their making.
@@ -88,10 +94,10 @@ impl DownPath {
                 1,
                 same_padding(kernel),
             ),
-            time_embedding: (
-                Layer::linear(&scope.at("time_embedding.linear_1"), c0, time, true),
-                Layer::linear(&scope.at("time_embedding.linear_2"), time, time, true),
-            ),
+            time_embedding: TimeEmbedding {
+                linear_1: Layer::linear(&scope.at("time_embedding.linear_1"), c0, time, true),
+                linear_2: Layer::linear(&scope.at("time_embedding.linear_2"), time, time, true),
+            },
             down_blocks,
             mid_block,
             skip_channels,
@@ -105,8 +111,18 @@ impl DownPath {
         let width = self.config.block_out_channels[0];
         let features =
             timestep_features(timesteps, width, self.config.flip_sin_to_cos, self.config.freq_shift);
-        let time = self.time_embedding.0.forward(&features.to_kind(self.kind)).silu();
-        self.time_embedding.1.forward(&time).silu()
+        let time = self.time_embedding.linear_1.forward(&features.to_kind(self.kind)).silu();
+        self.time_embedding.linear_2.forward(&time).silu()
+    }
+
+    /// The first convolution's output `(b, c0, h, w)`, and the hint on it.
+    fn first(&self, sample: &Tensor, hint: Option<&Tensor>) -> Tensor {
+        let mut x = sample.to_kind(self.kind);
+        if self.config.center_input_sample {
+            x = x * 2.0 - 1.0;
+        }
+        let x = self.conv_in.forward(&x);
+        hint.map_or_else(|| x.shallow_clone(), |hint| &x + hint.to_kind(self.kind))
     }
 
     /// What the middle gives `(b, c, h', w')` and what the skip connections carry. `hint (b, c0, h, w)` is added to the first
@@ -118,12 +134,7 @@ impl DownPath {
         context: &Tensor,
         hint: Option<&Tensor>,
     ) -> (Tensor, Vec<Tensor>) {
-        let mut x = sample.to_kind(self.kind);
-        if self.config.center_input_sample {
-            x = x * 2.0 - 1.0;
-        }
-        let x = self.conv_in.forward(&x);
-        let mut x = hint.map_or_else(|| x.shallow_clone(), |hint| &x + hint.to_kind(self.kind));
+        let mut x = self.first(sample, hint);
         let mut skips = vec![x.shallow_clone()];
         for block in &self.down_blocks {
             for i in 0..block.resnets.len() {
@@ -144,7 +155,8 @@ impl DownPath {
     }
 
     pub(super) fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
-        let first = [&mut self.conv_in, &mut self.time_embedding.0, &mut self.time_embedding.1];
+        let TimeEmbedding { linear_1, linear_2 } = &mut self.time_embedding;
+        let first = [&mut self.conv_in, linear_1, linear_2];
         out.extend(first.map(Module::Layer));
         self.down_blocks.iter_mut().for_each(|b| b.collect(out));
         self.mid_block.collect(out);

@@ -83,30 +83,43 @@ impl UNet {
     pub fn context_width(&self) -> i64 {
         self.down.config().cross_attention_dim
     }
-}
 
-impl Denoiser for UNet {
-    fn predict(&self, call: Call, signals: &Signals) -> Tensor {
-        let context = call.conditioning.states().to_kind(self.kind);
-        let time = self.down.time(call.timesteps);
-        let (middle, mut skips) = self.down.forward(call.sample, &time, &context, signals.hint.as_ref());
+    /// The middle's output and the skip connections with what a control adds to them.
+    fn steered(&self, middle: Tensor, mut skips: Vec<Tensor>, signals: &Signals) -> (Tensor, Vec<Tensor>) {
         for (skip, signal) in skips.iter_mut().zip(&signals.skips) {
             *skip = &*skip + signal.to_kind(self.kind);
         }
-        let mut x = match &signals.middle {
+        let middle = match &signals.middle {
             Some(signal) => middle + signal.to_kind(self.kind),
             None => middle,
         };
+        (middle, skips)
+    }
+
+    /// The way up, from the middle's output `(b, c, h', w')` to `(b, c0, h, w)`.
+    fn up(&self, middle: Tensor, mut skips: Vec<Tensor>, time: &Tensor, context: &Tensor) -> Tensor {
+        let mut x = middle;
         for block in &self.up_blocks {
             for i in 0..block.resnets.len() {
                 let skip = skips.pop().expect("as many skips are taken as were made");
-                x = block.layer(i, &Tensor::cat(&[x, skip], 1), &time, &context);
+                x = block.layer(i, &Tensor::cat(&[x, skip], 1), time, context);
             }
             if let Some(upsampler) = &block.upsampler {
                 let size = skips.last().expect("an upsampler has a level above it").size();
                 x = upsampler.forward(&x, (size[2], size[3]));
             }
         }
+        x
+    }
+}
+
+impl Denoiser for UNet {
+    fn predict(&self, call: Call, signals: &Signals) -> Tensor {
+        let context = call.conditioning.states().to_kind(self.kind);
+        let time = self.down.time(call.timesteps);
+        let (middle, skips) = self.down.forward(call.sample, &time, &context, signals.hint.as_ref());
+        let (middle, skips) = self.steered(middle, skips, signals);
+        let x = self.up(middle, skips, &time, &context);
         self.conv_out.forward(&self.conv_norm_out.forward(&x).silu()).to_kind(Kind::Float)
     }
 
