@@ -255,8 +255,7 @@ impl Adapter for LowRank {
     }
 
     fn change(&self, _: &Tensor, strength: f64) -> Change {
-        let wide = |t: &Tensor| host::wide(t);
-        Form::LowRank { down: wide(&self.down), up: wide(&self.up) * strength }.into()
+        Form::LowRank { down: host::wide(&self.down), up: host::wide(&self.up) * strength }.into()
     }
 }
 

@@ -170,7 +170,7 @@ fn layer_effect(
                 problems[i].push(format!("`{}`: {problem}", layer.name));
                 continue;
             }
-            let base = base.get_or_insert_with(|| wide(&layer.matrix()));
+            let base = base.get_or_insert_with(|| host::wide(&layer.matrix()));
             let weight = form.as_ref().map_or_else(|| base.shallow_clone(), |form| form.merged(base));
             let change = if adapter.moves_from_base() {
                 let Change { form, notes } = adapter.change(base, *strength);
@@ -180,7 +180,7 @@ fn layer_effect(
             };
             reports[i].add(&change, &weight);
             if let Some(frozen) = layer.bias() {
-                let before = bias.as_ref().map_or_else(|| wide(frozen), Tensor::shallow_clone);
+                let before = bias.as_ref().map_or_else(|| host::wide(frozen), Tensor::shallow_clone);
                 bias = adapter.change_bias(&before, *strength).or(bias);
             }
             reports[i].note(&adapter.notes(&layer.weight().size()));
@@ -196,7 +196,7 @@ fn layer_effect(
         if let Some(trained) = source.bias(&layer.name)? {
             match layer.bias() {
                 Some(frozen) if frozen.size() == trained.size() => {
-                    moved(&mut bias, &wide(frozen), &wide(&trained), *strength);
+                    moved(&mut bias, &host::wide(frozen), &host::wide(&trained), *strength);
                 }
                 Some(frozen) => problems[i].push(format!(
                     "`{}`: expected a bias of shape {:?} for this model, found {:?}",
@@ -225,7 +225,7 @@ fn norm_effect(
         for (trained, frozen, sum) in pairs {
             let Some(trained) = trained else { continue };
             if trained.size() == frozen.size() {
-                moved(sum, &wide(frozen), &wide(&trained), *strength);
+                moved(sum, &host::wide(frozen), &host::wide(&trained), *strength);
             } else {
                 let (expected, found) = (frozen.size(), trained.size());
                 problems[i].push(format!("`{}`: expected shape {expected:?}, found {found:?}", norm.name));
@@ -267,10 +267,6 @@ fn attach_layer(layer: &mut Layer, form: Option<Form>, bias: Option<Tensor>, kee
             }
         }
     }
-}
-
-fn wide(t: &Tensor) -> Tensor {
-    host::wide(t)
 }
 
 /// A bias moves on a straight line; with several adapters the moves add up.

@@ -1,6 +1,7 @@
 //! Attention, transformer blocks, and the spatial transformer around them (diffusers `Transformer2DModel`).
 
 use crate::model::layers::{Layer, Module, Norm};
+use crate::platform::device::adds_mask;
 use crate::platform::host;
 use crate::weights::config::UNetConfig;
 use crate::weights::scope::Scope;
@@ -73,16 +74,11 @@ pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, sees: Sees, upcast: boo
     let dot_product = |mask: Option<&Tensor>, causal| {
         Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, false)
     };
-    match (sees, q.device()) {
-        (Sees::All, _) => dot_product(None, false),
-        // A mask is added to the scores, as the references were rounded.
-        (Sees::Past, host::CPU) => {
-            let n = q.size()[2];
-            dot_product(Some(&host::full(&[n, n], f64::NEG_INFINITY, kind).triu(1)), false)
-        }
-        // The kernels that keep no matrix of scores take no mask.
-        (Sees::Past, _) => dot_product(None, true),
+    if sees == Sees::Past && adds_mask(q.device()) {
+        let n = q.size()[2];
+        return dot_product(Some(&host::full(&[n, n], f64::NEG_INFINITY, kind).triu(1)), false);
     }
+    dot_product(None, sees == Sees::Past)
 }
 
 /// Self-attention, cross-attention and a gated feed-forward, each with a norm before and a skip around.

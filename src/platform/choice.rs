@@ -34,10 +34,19 @@ pub trait Choice: Copy + PartialEq + 'static {
 
     /// The value of this name, in letters of either case.
     fn find(word: &str) -> Option<Self> {
-        let is = |name: &&str| name.eq_ignore_ascii_case(word);
-        let found = Self::CHOICES.iter().find(|choice| is(&choice.name) || choice.others.iter().any(is));
-        found.map(|choice| choice.value)
+        called(|name| name.eq_ignore_ascii_case(word))
     }
+
+    /// The value of this name, in letters of its own case.
+    fn find_exactly(word: &str) -> Option<Self> {
+        called(|name| name == word)
+    }
+}
+
+/// The value that has a name of which `is` says yes.
+fn called<T: Choice>(is: impl Fn(&str) -> bool) -> Option<T> {
+    let found = T::CHOICES.iter().find(|choice| is(choice.name) || choice.others.iter().any(|name| is(name)));
+    found.map(|choice| choice.value)
 }
 
 /// A word to choose, without its value.

@@ -113,13 +113,9 @@ impl FromStr for Precision {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Self::CHOICES.iter().find(|c| c.name == text || c.others.contains(&text)).map(|c| c.value).ok_or_else(
-            || {
-                Error::config(format!(
-                    "precision: expected f32 (fp32, no), bf16 or f16 (fp16), found `{text}`"
-                ))
-            },
-        )
+        Self::find_exactly(text).ok_or_else(|| {
+            Error::config(format!("precision: expected f32 (fp32, no), bf16 or f16 (fp16), found `{text}`"))
+        })
     }
 }
 
@@ -135,6 +131,12 @@ pub fn name(device: Device) -> String {
         Device::Cuda(index) => format!("cuda:{index}"),
         _ => "cpu".to_string(),
     }
+}
+
+/// Whether attention to what came before adds a mask on this device, as the references were rounded; the kernels that keep no matrix
+/// of scores take none.
+pub fn adds_mask(device: Device) -> bool {
+    device == Device::Cpu
 }
 
 /// Where to compute and in which number format.

@@ -1,6 +1,7 @@
 //! Which of its attention kernels libtorch chooses, by device and number format.
 
 use crate::error::Result;
+use crate::platform::device::adds_mask;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -37,9 +38,8 @@ pub fn choices(
                 Ok(Tensor::f_empty([1, heads, n, width], (kind, device))?.set_requires_grad(true))
             };
             let (q, k) = (tensor(queries)?, tensor(keys)?);
-            // On a CPU a mask is added, as the references were rounded.
             let causal = attention == "causal";
-            let mask = (causal && device == Device::Cpu)
+            let mask = (causal && adds_mask(device))
                 .then(|| Tensor::f_empty([queries, keys], (kind, device)))
                 .transpose()?;
             let is_causal = causal && mask.is_none();
