@@ -13,8 +13,7 @@ use crate::error::{Error, Result};
 use crate::platform::files::{self, shell_word};
 use crate::platform::observer::{Counter, Observer};
 use choice::{Choice, choose, is_plain_name};
-use hf_hub::api::RepoInfo;
-use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::env;
 use std::fs::{self, File};
@@ -105,6 +104,26 @@ impl Id {
         let ok = is_name(owner) && is_name(repository) && is_revision && !is_file;
         ok.then(|| Self { name: name.to_string(), revision: revision.to_string() })
     }
+
+    /// What the cache calls the folder of the repository.
+    fn folder(&self) -> String {
+        format!("models--{}", self.name.replace('/', "--"))
+    }
+}
+
+/// What the hub says of a revision.
+#[derive(Deserialize)]
+struct RepoInfo {
+    /// The commit.
+    sha: String,
+    /// Its files.
+    siblings: Vec<Sibling>,
+}
+
+#[derive(Deserialize)]
+struct Sibling {
+    /// Name inside the repository.
+    rfilename: String,
 }
 
 /// One revision of one repository, seen from this machine.
@@ -112,8 +131,6 @@ struct Hub {
     id: Id,
     endpoint: String,
     cache_dir: PathBuf,
-    repo: Repo,
-    cache: CacheRepo,
     client: Client,
     has_token: bool,
     offline: bool,
@@ -149,16 +166,13 @@ impl Hub {
             return Err(Error::Hub("HF_TOKEN: expected a token, found characters that no token has".into()));
         }
         let yes = |value: String| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str());
-        let repo = Repo::with_revision(id.name.clone(), RepoType::Model, id.revision.clone());
         Ok(Self {
-            cache: Cache::new(cache_dir.clone()).repo(repo.clone()),
             has_token: token.is_some(),
             client: Client::new(token),
             offline: text("HF_HUB_OFFLINE").is_some_and(yes),
             id,
             endpoint,
             cache_dir,
-            repo,
         })
     }
 
@@ -172,8 +186,9 @@ impl Hub {
         {
             return Ok(path);
         }
-        let info: RepoInfo = match self.client.json(&format!("{}/api/{}", self.endpoint, self.repo.api_url()))
-        {
+        let revision = self.id.revision.replace('/', "%2F");
+        let url = format!("{}/api/models/{}/revision/{revision}", self.endpoint, self.id.name);
+        let info: RepoInfo = match self.client.json(&url) {
             Ok(info) => info,
             Err(failure) if failure.passes() => {
                 let why = match failure {
@@ -194,7 +209,7 @@ impl Hub {
         }
         let names = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
         let choice = choose(&names, wanted).map_err(|lack| self.error(&format!("expected {lack}")))?;
-        let snapshot = self.cache.pointer_path(&info.sha);
+        let snapshot = self.snapshot(&info.sha);
         let missing: Vec<&String> =
             choice.files.iter().filter(|name| !snapshot.join(name).is_file()).collect();
         if !missing.is_empty() {
@@ -218,7 +233,7 @@ impl Hub {
             fs::read_to_string(self.folder().join("refs").join(revision)).ok()
         };
         let commit = commit.map(|c| c.trim().to_string()).filter(|c| is_commit(c));
-        let snapshot = commit.map(|c| self.cache.pointer_path(&c)).filter(|path| path.is_dir());
+        let snapshot = commit.map(|c| self.snapshot(&c)).filter(|path| path.is_dir());
         let snapshot = snapshot.ok_or_else(|| "any file of it".to_string())?;
         let mut names = BTreeSet::new();
         for entry in files::list_dir(&snapshot).unwrap_or_default() {
@@ -246,7 +261,7 @@ impl Hub {
     ) -> Result<()> {
         // By commit, so that all files are of one state of the repository.
         let url =
-            |name: &str| format!("{}/{}/resolve/{commit}/{}", self.endpoint, self.repo.url(), encoded(name));
+            |name: &str| format!("{}/{}/resolve/{commit}/{}", self.endpoint, self.id.name, encoded(name));
         let mut remotes: Vec<(&str, Remote)> = Vec::new();
         for name in names {
             observer.check(|| "stopped before the download".to_string())?;
@@ -294,17 +309,18 @@ impl Hub {
         snapshot: &Path,
         tick: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
-        let blob = self.cache.blob_path(&remote.etag);
-        files::create_dir_all(&self.folder().join("blobs"))?;
+        let blobs = self.folder().join("blobs");
+        let blob = blobs.join(&remote.etag);
+        files::create_dir_all(&blobs)?;
         // Other processes wait here, Python's too; the lock goes with the file handle.
-        let locks = self.cache_dir.join(".locks").join(self.repo.folder_name());
+        let locks = self.cache_dir.join(".locks").join(self.id.folder());
         files::create_dir_all(&locks)?;
         let path = locks.join(format!("{}.lock", remote.etag));
         let lock =
             File::options().append(true).create(true).open(&path).map_err(|e| Error::io("open", &path, e))?;
         lock.lock().map_err(|e| Error::io("lock", &path, e))?;
         if files::kind(&blob) != Some(files::Kind::File) {
-            let part = self.folder().join("blobs").join(format!("{}.incomplete", remote.etag));
+            let part = blobs.join(format!("{}.incomplete", remote.etag));
             self.client.download(url, remote, &part, tick).map_err(|failure| self.told(failure))?;
             fs::rename(&part, &blob).map_err(|e| Error::io("write", &blob, e))?;
         }
@@ -322,7 +338,12 @@ impl Hub {
 
     /// The repository's folder in the cache.
     fn folder(&self) -> PathBuf {
-        self.cache_dir.join(self.repo.folder_name())
+        self.cache_dir.join(self.id.folder())
+    }
+
+    /// The folder of the files of a commit, which are links into `blobs/`.
+    fn snapshot(&self, commit: &str) -> PathBuf {
+        self.folder().join("snapshots").join(commit)
     }
 
     fn error(&self, problem: &str) -> Error {

@@ -1,6 +1,6 @@
 //! Requests to the hub, and downloads that go on where they were cut off.
 //!
-//! hf-hub's own download is not used: it takes the server's `ETag` as a file name unseen, appends a whole answer to a part
+//! The crate hf-hub is not used: its download takes the server's `ETag` as a file name unseen, appends a whole answer to a part
 //! where the server does not know ranges, asks for nothing for ever once a part is complete, checks neither length nor
 //! hash, and waits without end. Redirects are followed here, one by one: the token stays with the hub's own host, and
 //! another host is asked over https only.
