@@ -3,7 +3,7 @@
 use hra::StableDiffusion;
 use hra::attach::loaded::LoadedAdapter;
 use hra::data::image::png::save_png;
-use hra::diffusion::sample::{Request, Session, Settings};
+use hra::diffusion::sample::{Request, SampleSettings, Session};
 use hra::platform::observer::Silent;
 use std::path::Path;
 use tch::{Device, Kind};
@@ -16,7 +16,7 @@ fn main() -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)?;
     let model = StableDiffusion::load(Path::new(model), Kind::Float, Device::Cpu)?;
     let size = model.native_size() as u32;
-    let settings = Settings::square(&model, prompt, None, 20, 7.5, size)?;
+    let settings = SampleSettings::square(&model, prompt, None, 20, 7.5, size)?;
     let mut session = Session::open(model, Vec::new(), None)?;
     let adapter = LoadedAdapter::read(Path::new(adapter), session.layer_names()?)?;
     session.put_on(vec![(adapter, 1.0)])?;

@@ -149,7 +149,7 @@ impl PartialEq for Method {
 }
 
 /// A method as the registry lists it.
-pub struct Entry {
+pub struct RegisteredMethod {
     /// The word that names it on the command line.
     pub name: &'static str,
     /// What it is, in a line.

@@ -59,7 +59,7 @@ impl AdapterFile {
         let mut config = ReadConfig::parse(&config_path, &text)?;
         let file = TensorFile::open(&dir.join(WEIGHTS_FILE))?;
         let metadata = file.texts();
-        let mut found = Found::in_file(&file, &*config.method)?;
+        let mut found = FoundLayer::in_file(&file, &*config.method)?;
         let layers = found.adapters(&mut config, &metadata);
         if layers.is_empty() && found.problems.is_empty() {
             let names = config.method.tensor_names()[0];
@@ -72,21 +72,21 @@ impl AdapterFile {
             return Err(Error::Weights { path: file.path().to_path_buf(), problems: found.problems });
         }
         let notes = std::mem::take(&mut config.notes);
-        let Found { biases, unused, .. } = found;
+        let FoundLayer { biases, unused, .. } = found;
         Ok(Self { config: config.finish(), layers, biases, unused, metadata, notes })
     }
 }
 
 /// What a tensor file holds.
 #[derive(Default)]
-struct Found {
+struct FoundLayer {
     parts: BTreeMap<String, Parts>,
     biases: BTreeMap<String, Tensor>,
     unused: Vec<String>,
     problems: Vec<String>,
 }
 
-impl Found {
+impl FoundLayer {
     fn in_file(file: &TensorFile, method: &dyn MethodSettings) -> Result<Self> {
         let mut found = Self::default();
         for key in file.names() {

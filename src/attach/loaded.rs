@@ -154,8 +154,10 @@ impl LoadedAdapter {
             ));
         }
         let file = LoraFile::read(path)?;
-        let parts =
-            [(lora_file::Part::UNet, &names.unet), (lora_file::Part::TextEncoder, &names.text_encoder)];
+        let parts = [
+            (lora_file::LoraPart::UNet, &names.unet),
+            (lora_file::LoraPart::TextEncoder, &names.text_encoder),
+        ];
         for (part, names) in parts {
             let own: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
             let ldm: Vec<(&str, &str)> =

@@ -2,7 +2,7 @@
 
 use crate::cli::terminal;
 use crate::error::{Error, Result};
-use crate::lab::compare::{self, CompareConfig, Estimate, Outcome, Shard, duration};
+use crate::lab::compare::{self, CompareConfig, ComparisonOutcome, Estimate, Shard, duration};
 use crate::lab::report;
 use crate::lab::results::Plan;
 use crate::platform::observer::Observer;
@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 )]
 pub struct CompareArgs {
     #[command(subcommand)]
-    verb: Option<Verb>,
+    verb: Option<CompareVerb>,
     /// Config file (TOML)
     #[arg(required = true)]
     config: Option<PathBuf>,
@@ -48,7 +48,7 @@ pub struct CompareArgs {
 }
 
 #[derive(Debug, Subcommand)]
-enum Verb {
+enum CompareVerb {
     /// Write the report of a comparison anew, from its records alone
     Report(ReportArgs),
     /// Do one cell of a comparison
@@ -74,8 +74,8 @@ struct CellArgs {
 /// Runs `hra compare`.
 pub fn run(args: &CompareArgs, observer: &dyn Observer) -> Result<()> {
     match &args.verb {
-        Some(Verb::Report(args)) => return report(&args.folder, args.json),
-        Some(Verb::Cell(args)) => {
+        Some(CompareVerb::Report(args)) => return report(&args.folder, args.json),
+        Some(CompareVerb::Cell(args)) => {
             terminal::listen_in_child()?;
             return compare::cell::run(&args.folder, &args.id, observer);
         }
@@ -100,7 +100,7 @@ pub fn run(args: &CompareArgs, observer: &dyn Observer) -> Result<()> {
     finish(&config, &outcome, args.json)
 }
 
-fn finish(config: &CompareConfig, outcome: &Outcome, json: bool) -> Result<()> {
+fn finish(config: &CompareConfig, outcome: &ComparisonOutcome, json: bool) -> Result<()> {
     let folder = &config.output_dir;
     if outcome.missing > 0 && outcome.failures.is_empty() {
         // Other workers may be writing; whoever comes last, or the user, joins the records.

@@ -6,7 +6,7 @@ use crate::data::image::decode::MAX_FILE_BYTES;
 use crate::data::image::edges::may_be_edges;
 use crate::data::image::{RgbImage, Thresholds};
 use crate::data::pairs::{ConditionFiles, ConditionKind, PairFolder, PairSettings, shuffled};
-use crate::diffusion::sample::{Settings, Steering, Strength, conditions};
+use crate::diffusion::sample::{SampleSettings, Steering, Strength, conditions};
 use crate::error::{Error, Result};
 use crate::model::control::{
     ConditionEncoder, Control, ControlNet, EncoderConfig, PALETTE_FILE, Passes, encoder_of,
@@ -89,14 +89,14 @@ pub struct ControlArgs {
 /// What was asked for, looked at; nothing is loaded yet.
 pub struct Asked<'a> {
     args: &'a ControlArgs,
-    encoders: Vec<Trained>,
+    encoders: Vec<TrainedEncoder>,
     settings: PairSettings,
     /// Pairs whose captions are drawn.
-    pub pairs: Option<Pairs>,
+    pub pairs: Option<PairsFlags>,
 }
 
 /// Pairs whose captions are drawn.
-pub struct Pairs {
+pub struct PairsFlags {
     folder: PairFolder,
     count: usize,
     /// The pair whose condition is drawn with each caption.
@@ -106,21 +106,21 @@ pub struct Pairs {
 /// A control, and the conditions that it is shown.
 pub struct Controlled<'a> {
     asked: &'a Asked<'a>,
-    conditions: Conditions<'a>,
+    conditions: DrawnConditions<'a>,
     strength: Strength,
     /// The control encoder of an adapter, which the base model is drawn without.
     pub of_adapter: bool,
 }
 
 /// Where conditions come from.
-enum Conditions<'a> {
+enum DrawnConditions<'a> {
     /// One for all prompts, or one for each.
     Files(ConditionFiles, Vec<RgbImage>),
-    Pairs(&'a Pairs),
+    Pairs(&'a PairsFlags),
 }
 
 /// What an adapter's control encoder was trained with.
-struct Trained {
+struct TrainedEncoder {
     dir: PathBuf,
     config: EncoderConfig,
     /// Of its adapter.
@@ -132,7 +132,7 @@ impl ControlArgs {
     pub fn look(&self, adapters: &[(PathBuf, f64)], observer: &dyn Observer) -> Result<Asked<'_>> {
         let encoders = adapters.iter().filter_map(|(path, strength)| Some((encoder_of(path)?, *strength)));
         let encoders = encoders
-            .map(|(dir, strength)| Ok(Trained { config: EncoderConfig::read(&dir)?, dir, strength }))
+            .map(|(dir, strength)| Ok(TrainedEncoder { config: EncoderConfig::read(&dir)?, dir, strength }))
             .collect::<Result<Vec<_>>>()?;
         self.refuse_idle_flags()?;
         self.strength().validate()?;
@@ -176,7 +176,12 @@ impl ControlArgs {
         Ok(())
     }
 
-    fn read_pairs(&self, path: &Path, settings: &PairSettings, observer: &dyn Observer) -> Result<Pairs> {
+    fn read_pairs(
+        &self,
+        path: &Path,
+        settings: &PairSettings,
+        observer: &dyn Observer,
+    ) -> Result<PairsFlags> {
         let folder = PairFolder::read(path, settings, observer)?;
         if !folder.bad().is_empty() {
             eprintln!("warning: {}", folder.report(None));
@@ -194,11 +199,11 @@ impl ControlArgs {
                 "--num-pairs: expected 1 or more, and 2 different pictures to shuffle them",
             ));
         }
-        Ok(Pairs { folder, count, sources })
+        Ok(PairsFlags { folder, count, sources })
     }
 
     /// What the conditions are, as the user or else the adapter says.
-    fn kind(&self, encoder: Option<&Trained>) -> ConditionKind {
+    fn kind(&self, encoder: Option<&TrainedEncoder>) -> ConditionKind {
         let own = encoder.and_then(|e| ConditionKind::find(&e.config.condition));
         if let (Some(asked), Some(own)) = (self.condition, own)
             && asked != own
@@ -208,7 +213,7 @@ impl ControlArgs {
         self.condition.or(own).unwrap_or_default()
     }
 
-    fn thresholds(&self, encoder: Option<&Trained>) -> Result<Thresholds> {
+    fn thresholds(&self, encoder: Option<&TrainedEncoder>) -> Result<Thresholds> {
         let own = encoder.and_then(|encoder| encoder.config.canny_thresholds);
         let own = own.map_or_else(Thresholds::default, |[low, high]| Thresholds { low, high });
         let (low, high) = (self.canny_low.unwrap_or(own.low), self.canny_high.unwrap_or(own.high));
@@ -295,12 +300,12 @@ impl Asked<'_> {
             eprintln!("note: control: tensors that were not used: {}", tensor_file::list(&unused));
         }
         let conditions = match &self.pairs {
-            Some(pairs) => Conditions::Pairs(pairs),
+            Some(pairs) => DrawnConditions::Pairs(pairs),
             None => {
                 let files = ConditionFiles::new(&self.settings)?;
                 let pictures =
                     args.control.iter().map(|path| files.load(path, observer)).collect::<Result<_>>()?;
-                Conditions::Files(files, pictures)
+                DrawnConditions::Files(files, pictures)
             }
         };
         let of_adapter = matches!(control, Control::Encoder(_));
@@ -308,7 +313,7 @@ impl Asked<'_> {
     }
 }
 
-impl Pairs {
+impl PairsFlags {
     /// The captions, in the order of the pairs.
     pub fn captions(&self) -> Vec<String> {
         (0..self.count).map(|i| self.folder.caption(i).to_string()).collect()
@@ -355,7 +360,7 @@ impl Controlled<'_> {
     /// Width and height of the first condition, each cut to a multiple of `factor`: what is drawn where no size is given, unless
     /// there are pairs, which are cut to what is drawn.
     pub fn size(&self, factor: i64) -> Result<Option<[i64; 2]>> {
-        let Conditions::Files(_, pictures) = &self.conditions else { return Ok(None) };
+        let DrawnConditions::Files(_, pictures) = &self.conditions else { return Ok(None) };
         let (width, height) = pictures[0].dimensions();
         let size = [width, height].map(i64::from);
         if size.iter().any(|side| *side < factor) {
@@ -367,11 +372,11 @@ impl Controlled<'_> {
     }
 
     /// The condition of prompt `p` as it is shown.
-    pub fn condition(&self, p: usize, settings: &Settings) -> Result<RgbImage> {
+    pub fn condition(&self, p: usize, settings: &SampleSettings) -> Result<RgbImage> {
         let (width, height) = (settings.width as u32, settings.height as u32);
         let condition = match &self.conditions {
-            Conditions::Pairs(pairs) => pairs.condition(p, width, height)?,
-            Conditions::Files(files, pictures) => {
+            DrawnConditions::Pairs(pairs) => pairs.condition(p, width, height)?,
+            DrawnConditions::Files(files, pictures) => {
                 files.shown(&pictures[p.min(pictures.len() - 1)], width, height)
             }
         };
@@ -398,8 +403,8 @@ impl Controlled<'_> {
     pub fn text(&self, p: usize) -> Vec<(String, String)> {
         let Asked { args, settings, .. } = self.asked;
         let file = match &self.conditions {
-            Conditions::Pairs(pairs) => pairs.condition_of(p),
-            Conditions::Files(..) => {
+            DrawnConditions::Pairs(pairs) => pairs.condition_of(p),
+            DrawnConditions::Files(..) => {
                 let path = args.control[p.min(args.control.len() - 1)].display();
                 if args.make_conditions { format!("edges of {path}") } else { path.to_string() }
             }

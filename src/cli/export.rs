@@ -3,7 +3,7 @@
 use crate::attach;
 use crate::cli::adapter_with_strength;
 use crate::cli::choice::choice;
-use crate::convert::export::{self, Request, Target};
+use crate::convert::export::{self, ExportForm, ExportRequest};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::device::{self, Precision};
@@ -34,8 +34,8 @@ pub struct ExportArgs {
     #[arg(long, required = true, value_name = "DIR[=STRENGTH]")]
     adapter: Vec<String>,
     /// What to write
-    #[arg(long, value_parser = choice::<Target>())]
-    to: Target,
+    #[arg(long, value_parser = choice::<ExportForm>())]
+    to: ExportForm,
     /// Folder, or file for a LoRA or checkpoint; must not be there yet
     #[arg(long, value_name = "PATH")]
     output: PathBuf,
@@ -66,14 +66,14 @@ pub fn run(args: &ExportArgs, observer: &dyn Observer) -> Result<()> {
     for (word, _) in &mut adapters {
         *word = hub::resolve(word, Wanted::Adapter, observer)?;
     }
-    let file = matches!(args.to, Target::KohyaLora | Target::Checkpoint);
+    let file = matches!(args.to, ExportForm::KohyaLora | ExportForm::Checkpoint);
     if file && args.output.extension().is_none_or(|e| e != "safetensors") {
         return Err(Error::config(format!(
             "--output: expected a file name that ends with .safetensors, found {}",
             args.output.display()
         )));
     }
-    let request = Request {
+    let request = ExportRequest {
         adapters,
         to: args.to,
         output: args.output.clone(),

@@ -1,6 +1,6 @@
 //! `hra inspect`.
 
-use crate::convert::inspect::{self, LayerReport, Report};
+use crate::convert::inspect::{self, FileReport, LayerReport};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
 use crate::platform::columns::{self, Column, left, right};
@@ -49,7 +49,7 @@ pub fn run(args: &InspectArgs, observer: &dyn Observer) -> Result<()> {
     Ok(())
 }
 
-fn print(report: &Report) {
+fn print(report: &FileReport) {
     println!("{}: {}", report.path, report.what);
     for (name, value) in &report.facts {
         println!("  {name}: {value}");

@@ -1,6 +1,6 @@
 //! What `hra sample` draws from: seeds, or noise that another program made.
 
-use crate::diffusion::sample::{From, Noise, Session, Settings, Start};
+use crate::diffusion::sample::{From, Noise, SampleSettings, Session, Start};
 use crate::error::{Error, Result};
 use crate::platform::host;
 use crate::weights::tensor_file::TensorFile;
@@ -8,7 +8,7 @@ use std::path::Path;
 use tch::Kind;
 
 /// Where the noise comes from.
-pub enum Source {
+pub enum NoiseSource {
     /// Seeds of the pictures of a prompt.
     Seeds(Vec<u64>),
     /// The same noise for each prompt.
@@ -60,7 +60,7 @@ pub fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
     Ok(Noise { latents, steps: noise, image, masked_image })
 }
 
-impl Source {
+impl NoiseSource {
     /// `given` noise, else `count` seeds from `first` on.
     pub fn new(count: usize, first: u64, given: Option<Noise>) -> Self {
         let seeds = || (0..count as u64).map(|i| first.wrapping_add(i)).collect();
@@ -72,7 +72,7 @@ impl Source {
         &mut self,
         asked: (Option<usize>, u64),
         session: &mut Session,
-        settings: &Settings,
+        settings: &SampleSettings,
         start: Option<&Start>,
     ) -> Result<()> {
         let Self::Given(noise) = self else { return Ok(()) };

@@ -3,14 +3,14 @@
 use crate::attach;
 use crate::attach::loaded::LoadedAdapter;
 use crate::cli::choice::choice;
-use crate::cli::control::{ControlArgs, Controlled, Pairs};
-use crate::cli::noise::{Source, read_noise};
+use crate::cli::control::{ControlArgs, Controlled, PairsFlags};
+use crate::cli::noise::{NoiseSource, read_noise};
 use crate::cli::output::Output;
-use crate::cli::start::{Pictures, StartArgs};
+use crate::cli::start::{StartArgs, StartPictures};
 use crate::cli::terminal;
 use crate::data::image::grid::{Grid, GridRow};
 use crate::data::image::{RgbImage, png};
-use crate::diffusion::sample::{From, Noise, Picture, Request, Session, Settings, Start};
+use crate::diffusion::sample::{From, Noise, Picture, Request, SampleSettings, Session, Start};
 use crate::diffusion::sampler::{SamplerKind, Spacing};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
@@ -145,7 +145,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
 
     let asked = args.control.look(&adapters, observer)?;
     let prompts = prompts(args, asked.pairs.as_ref())?;
-    let names = asked.pairs.as_ref().map(Pairs::names).transpose()?;
+    let names = asked.pairs.as_ref().map(PairsFlags::names).transpose()?;
     let mut session = open(args, &dir, &adapters, &compute)?;
     let controlled = asked.load(prompts.len(), &compute, observer)?.map(|(controlled, control)| {
         session.set_control(Some(control));
@@ -155,7 +155,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
     let settings = settings(args, model, given.as_ref(), pictures.as_ref(), controlled.as_ref())?;
     settings.validate(model)?;
     let start = pictures.map(|pictures| pictures.start(settings.width, settings.height)).transpose()?;
-    let source = Source::new(args.num_images.unwrap_or(1), args.seed, given);
+    let source = NoiseSource::new(args.num_images.unwrap_or(1), args.seed, given);
     let mut job = Job { args, controlled, settings, start, source, prompts };
     job.check(&mut session)?;
     if let Some(parent) = args.save_latents.as_deref().and_then(Path::parent)
@@ -222,9 +222,9 @@ struct Job<'a> {
     args: &'a SampleArgs,
     controlled: Option<Controlled<'a>>,
     /// With an empty prompt.
-    settings: Settings,
+    settings: SampleSettings,
     start: Option<Start>,
-    source: Source,
+    source: NoiseSource,
     prompts: Vec<String>,
 }
 
@@ -241,7 +241,7 @@ impl Job<'_> {
     /// What the request for a prompt is, less its noise.
     fn request<'r>(
         &'r self,
-        settings: &'r Settings,
+        settings: &'r SampleSettings,
         from: From<'r>,
         condition: Option<&RgbImage>,
     ) -> Request<'r> {
@@ -278,7 +278,7 @@ impl Job<'_> {
         let done = Cell::new(0);
         let mut drawn = Drawn::default();
         for (p, prompt) in self.prompts.iter().enumerate() {
-            let settings = Settings { prompt: prompt.clone(), ..self.settings.clone() };
+            let settings = SampleSettings { prompt: prompt.clone(), ..self.settings.clone() };
             let condition = self.controlled.as_ref().map(|c| c.condition(p, &settings)).transpose()?;
             let mut images: Vec<_> = condition.iter().cloned().collect();
             let tick = || {
@@ -330,7 +330,7 @@ impl Job<'_> {
         let condition = controlled.iter().map(|_| "condition".to_string());
         let grid = Grid { columns: condition.chain(columns).collect(), rows };
         let total = prompts.len() * source.count();
-        let all = Settings { prompt: prompts.join("\n"), ..settings };
+        let all = SampleSettings { prompt: prompts.join("\n"), ..settings };
         let mut text = all.to_text(Some(args.seed), &session.model().name(), &args.adapter.join(", "));
         args.start.add_to(&mut text);
         text.extend(controlled.iter().flat_map(Controlled::about));
@@ -364,7 +364,7 @@ impl Drawn {
 }
 
 /// Says so where a picture is drawn much larger than the model knows pictures, which costs time and coherence, unless asked for.
-fn note_of_size(args: &SampleArgs, settings: &Settings, model: &StableDiffusion) {
+fn note_of_size(args: &SampleArgs, settings: &SampleSettings, model: &StableDiffusion) {
     let (width, height, native) = (settings.width, settings.height, model.native_size());
     if args.width.or(args.height).is_none() && width * height > 2 * native * native {
         eprintln!(
@@ -374,9 +374,9 @@ fn note_of_size(args: &SampleArgs, settings: &Settings, model: &StableDiffusion)
     }
 }
 
-fn prompts(args: &SampleArgs, pairs: Option<&Pairs>) -> Result<Vec<String>> {
+fn prompts(args: &SampleArgs, pairs: Option<&PairsFlags>) -> Result<Vec<String>> {
     let mut prompts = args.prompt.clone();
-    prompts.extend(pairs.into_iter().flat_map(Pairs::captions));
+    prompts.extend(pairs.into_iter().flat_map(PairsFlags::captions));
     if let Some(path) = &args.prompt_file {
         prompts.extend(super::prompt_lines(path)?);
     }
@@ -395,9 +395,9 @@ fn settings(
     args: &SampleArgs,
     model: &StableDiffusion,
     given: Option<&Noise>,
-    pictures: Option<&Pictures>,
+    pictures: Option<&StartPictures>,
     control: Option<&Controlled>,
-) -> Result<Settings> {
+) -> Result<SampleSettings> {
     let factor = model.vae.factor();
     let of_picture = pictures.map(|pictures| pictures.size(factor)).transpose()?;
     let of_noise = given.map(|noise| [3, 2].map(|dim| noise.latents.size()[dim] * factor));
@@ -408,7 +408,7 @@ fn settings(
         None => SamplerKind::from_config(&model.scheduler)?,
     };
     note.iter().for_each(|note| eprintln!("note: {note}"));
-    Ok(Settings {
+    Ok(SampleSettings {
         prompt: String::new(),
         negative_prompt: args.negative_prompt.clone(),
         sampler,

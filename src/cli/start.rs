@@ -24,7 +24,7 @@ pub struct StartArgs {
 }
 
 /// The pictures that the flags name, as they are in their files.
-pub struct Pictures<'a> {
+pub struct StartPictures<'a> {
     args: &'a StartArgs,
     image: RgbImage,
     mask: Option<RgbImage>,
@@ -32,7 +32,7 @@ pub struct Pictures<'a> {
 
 impl StartArgs {
     /// Reads the files, if any are named.
-    pub fn read(&self) -> Result<Option<Pictures<'_>>> {
+    pub fn read(&self) -> Result<Option<StartPictures<'_>>> {
         let Some(path) = &self.image else { return Ok(None) };
         let strength = self.strength();
         if !(strength > 0.0 && strength <= 1.0) {
@@ -41,7 +41,7 @@ impl StartArgs {
             )));
         }
         let mask = self.mask.as_deref().map(image::load_rgb).transpose()?;
-        Ok(Some(Pictures { args: self, image: image::load_rgb(path)?, mask }))
+        Ok(Some(StartPictures { args: self, image: image::load_rgb(path)?, mask }))
     }
 
     /// The files that are read.
@@ -71,7 +71,7 @@ impl StartArgs {
     }
 }
 
-impl Pictures<'_> {
+impl StartPictures<'_> {
     /// Width and height of the picture, cut to multiples of `factor` pixels.
     pub fn size(&self, factor: i64) -> Result<[i64; 2]> {
         let size = [i64::from(self.image.width()), i64::from(self.image.height())];

@@ -20,7 +20,7 @@ use tch::{Kind, Tensor};
 
 /// What is known of one network's adapter, of a fully trained network, or of one part of a model.
 #[derive(Debug, Default, Serialize)]
-pub struct Report {
+pub struct FileReport {
     /// Where it lies.
     pub path: String,
     /// What it is, such as `PEFT adapter`.
@@ -65,7 +65,7 @@ pub struct LayerReport {
 
 /// Everything at `path`: an adapter folder (with its text encoder's), a run, a LoRA file, a model. With `model`, each layer
 /// is told relative to its weight.
-pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<Vec<Report>> {
+pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<Vec<FileReport>> {
     let _guard = tch::no_grad_guard();
     if path.is_file() {
         refuse_pickle(path)?;
@@ -108,7 +108,7 @@ pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<V
     Ok(reports)
 }
 
-fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<Report> {
+fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<FileReport> {
     let weights = dir.join(peft::WEIGHTS_FILE);
     let mut report = tensors("PEFT adapter", &weights)?;
     report.path = dir.display().to_string();
@@ -148,7 +148,7 @@ fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<Report
     Ok(report)
 }
 
-fn control_encoder(dir: &Path) -> Result<Report> {
+fn control_encoder(dir: &Path) -> Result<FileReport> {
     let config = EncoderConfig::read(dir)?;
     let mut report = tensors("control encoder", &dir.join(format!("{FILE_STEM}.safetensors")))?;
     report.path = dir.display().to_string();
@@ -162,7 +162,7 @@ fn control_encoder(dir: &Path) -> Result<Report> {
 }
 
 /// A single LoRA file. Its layers have their own names, or the model's where there is one.
-fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<Report> {
+fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<FileReport> {
     let mut report = tensors("LoRA file", path)?;
     let file = match LoraFile::read(path) {
         Ok(file) => file,
@@ -179,7 +179,7 @@ fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<Report>
     }
     let ranks: BTreeSet<i64> = file.layers.iter().map(LoraLayer::rank).collect();
     report.facts.push(("rank".into(), format!("{ranks:?}").replace(['{', '}'], "")));
-    let text = file.layers.iter().filter(|layer| layer.part == lora_file::Part::TextEncoder).count();
+    let text = file.layers.iter().filter(|layer| layer.part == lora_file::LoraPart::TextEncoder).count();
     report.facts.push((
         "layers".into(),
         format!("{} of the UNet, {text} of the text encoder", file.layers.len() - text),
@@ -213,13 +213,16 @@ fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<Report>
 }
 
 /// A model folder or checkpoint: what it is, then the tensors of each part.
-fn whole_model(path: &Path) -> Result<Vec<Report>> {
+fn whole_model(path: &Path) -> Result<Vec<FileReport>> {
     let source = Source::open(path, None)?;
     let mut reports = Vec::new();
     for part in Part::ALL {
         let tensors = source.tensors(part)?;
-        let mut report =
-            Report { path: path.display().to_string(), what: part.folder().into(), ..Report::default() };
+        let mut report = FileReport {
+            path: path.display().to_string(),
+            what: part.folder().into(),
+            ..FileReport::default()
+        };
         let name = format!("{}/config.json", part.folder());
         if let Some(config) = source.find(&name)? {
             let config: serde_json::Value = serde_json::from_str(&config.content)
@@ -274,16 +277,17 @@ const TOLD: [&str; 12] = [
 ];
 
 /// The tensors of one file: how many values, in what formats, and whether they can be numbers of a network.
-fn tensors(what: &str, path: &Path) -> Result<Report> {
+fn tensors(what: &str, path: &Path) -> Result<FileReport> {
     let file = TensorFile::open(path)?;
-    let mut report = Report { path: path.display().to_string(), what: what.into(), ..Report::default() };
+    let mut report =
+        FileReport { path: path.display().to_string(), what: what.into(), ..FileReport::default() };
     for name in file.names() {
         report.add_tensor(&name, &file.dtype(&name), &file.read(&name)?);
     }
     Ok(report)
 }
 
-impl Report {
+impl FileReport {
     /// Counts a tensor of a file, and looks at its numbers.
     fn add_tensor(&mut self, name: &str, dtype: &str, tensor: &Tensor) {
         self.parameters += tensor.numel();

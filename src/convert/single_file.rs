@@ -8,10 +8,10 @@ use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::platform::host;
 use crate::weights::config::{TextConfig, UNetConfig};
-use crate::weights::ldm::{Form, Tower};
+use crate::weights::ldm::{LdmTextTower, TensorForm};
 use crate::weights::part::{Part, Text};
 use crate::weights::source::{EMBEDDED, Source, TEXT_FILES};
-use crate::weights::tensor_file::{self, Planned};
+use crate::weights::tensor_file::{self, PlannedTensor};
 use crate::weights::tensors::Tensors;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -59,21 +59,21 @@ pub fn write_checkpoint(
     }
     let mut plan = Vec::new();
     for (key, recipe) in &mut recipes {
-        recipe.sort_by_key(|(_, _, form)| if let Form::Third(i) = form { *i } else { 0 });
+        recipe.sort_by_key(|(_, _, form)| if let TensorForm::Third(i) = form { *i } else { 0 });
         let (part, name, form) = &recipe[0];
         let mut shape = model.shape(*part, name);
         match form {
-            Form::Same if is_vae_attention(*part, name) && shape.len() == 2 => shape.extend([1, 1]),
-            Form::Same => {}
-            Form::Transposed => shape.reverse(),
-            Form::Third(_) if recipe.len() == 3 => shape[0] *= 3,
-            Form::Third(_) => {
+            TensorForm::Same if is_vae_attention(*part, name) && shape.len() == 2 => shape.extend([1, 1]),
+            TensorForm::Same => {}
+            TensorForm::Transposed => shape.reverse(),
+            TensorForm::Third(_) if recipe.len() == 3 => shape[0] *= 3,
+            TensorForm::Third(_) => {
                 let problem =
                     format!("expected query, key and value for `{key}`, found {} of them", recipe.len());
                 return Err(Error::format(source.path(), problem));
             }
         }
-        plan.push(Planned { name: key.clone(), kind: model.kind(*part, name), shape });
+        plan.push(PlannedTensor { name: key.clone(), kind: model.kind(*part, name), shape });
     }
     let mut text: Vec<(String, String)> = modelspec(source, path)?;
     for name in TEXT_FILES {
@@ -87,7 +87,7 @@ pub fn write_checkpoint(
         let mut tensors = Vec::new();
         for (part, name, form) in &recipes[key] {
             let tensor = model.read(*part, name)?;
-            tensors.push(if *form == Form::Transposed { tensor.f_tr()? } else { tensor });
+            tensors.push(if *form == TensorForm::Transposed { tensor.f_tr()? } else { tensor });
         }
         let whole = if tensors.len() == 1 { tensors.remove(0) } else { Tensor::f_cat(&tensors, 0)? };
         Ok(whole.f_reshape(&shapes[key][..])?)
@@ -134,7 +134,7 @@ pub fn write_folder(
 }
 
 /// What goes into one key of a checkpoint: one tensor, or three.
-type Recipe = Vec<(Part, String, Form)>;
+type Recipe = Vec<(Part, String, TensorForm)>;
 
 /// The tensors of all parts, with some replaced.
 struct Model<'a> {
@@ -243,7 +243,7 @@ impl<'a> Model<'a> {
         for name in self.names(part).filter(|name| !left_out(name)) {
             keys.insert(self.key_in_folder(part, name), name);
         }
-        let plan = keys.iter().map(|(key, name)| Planned {
+        let plan = keys.iter().map(|(key, name)| PlannedTensor {
             name: key.clone(),
             kind: self.kind(part, name),
             shape: self.shape(part, name),
@@ -274,7 +274,7 @@ fn is_vae_attention(part: Part, name: &str) -> bool {
 
 /// The 24th block of OpenCLIP's tower, if there are only 23.
 fn add_last_block(recipes: &mut BTreeMap<String, Recipe>) {
-    let block = |i: i64| format!("{}transformer.resblocks.{i}.", Tower::OpenClip.prefix());
+    let block = |i: i64| format!("{}transformer.resblocks.{i}.", LdmTextTower::OpenClip.prefix());
     let (before, last) = (block(OPEN_CLIP_LAYERS - 1), block(OPEN_CLIP_LAYERS));
     if recipes.keys().any(|key| key.starts_with(&last)) {
         return;
@@ -298,8 +298,9 @@ fn refuse_existing(path: &Path) -> Result<()> {
 
 /// What Stability's specification of model metadata has for these models (github.com/Stability-AI/ModelSpec, 1.0.0).
 fn modelspec(source: &Source, path: &Path) -> Result<Vec<(String, String)>> {
-    let tower =
-        Tower::of_activation(&TextConfig::parse(&source.text("text_encoder/config.json")?)?.hidden_act);
+    let tower = LdmTextTower::of_activation(
+        &TextConfig::parse(&source.text("text_encoder/config.json")?)?.hidden_act,
+    );
     let scheduler = source.find("scheduler/scheduler_config.json")?;
     let prediction = match scheduler.and_then(|text| serde_json::from_str::<Value>(&text.content).ok()) {
         Some(value) if value["prediction_type"] == "v_prediction" => Some("v"),
@@ -307,9 +308,9 @@ fn modelspec(source: &Source, path: &Path) -> Result<Vec<(String, String)>> {
         None => source.metadata("modelspec.prediction_type"),
     };
     let architecture = match (tower, prediction) {
-        (Tower::Clip, _) => "stable-diffusion-v1",
-        (Tower::OpenClip, Some("v")) => "stable-diffusion-v2-768-v",
-        (Tower::OpenClip, _) => "stable-diffusion-v2-512",
+        (LdmTextTower::Clip, _) => "stable-diffusion-v1",
+        (LdmTextTower::OpenClip, Some("v")) => "stable-diffusion-v2-768-v",
+        (LdmTextTower::OpenClip, _) => "stable-diffusion-v2-512",
     };
     let title = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     let mut spec = vec![

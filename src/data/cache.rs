@@ -10,17 +10,17 @@ const MAX_BYTES: usize = 1 << 30;
 
 /// What was made of each picture, by its index and resolution.
 #[derive(Debug)]
-pub(super) struct Cache<T>(Mutex<Kept<T>>);
+pub(super) struct Cache<T>(Mutex<CacheEntry<T>>);
 
 #[derive(Debug)]
-struct Kept<T> {
+struct CacheEntry<T> {
     values: HashMap<(usize, u32), Arc<T>>,
     bytes: usize,
 }
 
 impl<T> Default for Cache<T> {
     fn default() -> Self {
-        Self(Mutex::new(Kept { values: HashMap::new(), bytes: 0 }))
+        Self(Mutex::new(CacheEntry { values: HashMap::new(), bytes: 0 }))
     }
 }
 

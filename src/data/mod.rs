@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 
 use cache::Cache;
 
-use crate::data::image::decode::{self, MAX_FILE_BYTES, Picture};
+use crate::data::image::decode::{self, DecodedPicture, MAX_FILE_BYTES};
 use crate::data::image::resize::{center_offset, short_side_size};
 use crate::data::image::{Filter, RgbImage, crop, load_rgb, resize};
 use crate::platform::columns::{self, left};
@@ -254,7 +254,7 @@ fn look(name: &str, entry: &files::DirEntry) -> std::result::Result<(Image, [u8;
 }
 
 /// The picture of a file, or why it cannot be trained on.
-fn load_usable(path: &Path) -> std::result::Result<Picture, String> {
+fn load_usable(path: &Path) -> std::result::Result<DecodedPicture, String> {
     let bytes = files::read(path, MAX_FILE_BYTES).map_err(reason)?;
     let picture = decode::decode(&bytes)?;
     let (width, height) = picture.pixels.dimensions();

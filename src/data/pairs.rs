@@ -19,7 +19,7 @@ pub use crate::data::condition::{ConditionFiles, ConditionSource, POINT_FILES, V
 use crate::data::image::resize::{center_offset, covering_size, short_side_size};
 use crate::data::image::{Filter, RgbImage, crop, landmarks, resize};
 pub use crate::data::pair_settings::{ConditionKind, PairSettings};
-use crate::data::table::{self, Entry, Row};
+use crate::data::table::{self, Row, TableEntry};
 use crate::data::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, one_line, windows};
 use crate::platform::observer::{Counter, Observer};
 use crate::{Error, Result};
@@ -297,7 +297,7 @@ fn look_at_all(
 
 /// The pair of a row, with its files looked at.
 fn look(row: &Row, root: &Path, conditions: &Conditions) -> Found {
-    let Entry { image: name, caption, condition, first_of_several } = match &row.entry {
+    let TableEntry { image: name, caption, condition, first_of_several } = match &row.entry {
         Ok(entry) => entry,
         Err(reason) => return Err(Skipped { name: row.place.clone(), reason: reason.clone() }),
     };

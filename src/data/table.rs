@@ -35,11 +35,11 @@ pub struct Row {
     /// Where it is, such as `line 3`.
     pub place: String,
     /// What it says, or why that is no pair.
-    pub entry: std::result::Result<Entry, String>,
+    pub entry: std::result::Result<TableEntry, String>,
 }
 
 /// What a row says.
-pub struct Entry {
+pub struct TableEntry {
     /// Path of the picture.
     pub image: String,
     /// Empty where the row has nothing in its column.
@@ -77,7 +77,7 @@ pub(super) fn read(path: &Path, settings: &PairSettings) -> Result<Table> {
     let rows = if is_csv {
         csv_rows(text, &columns).map_err(|problem| Error::format(&file, problem))?
     } else if text.trim_start().starts_with('[') {
-        let entries: Vec<Fields> =
+        let entries: Vec<TableFields> =
             serde_json::from_str(text).map_err(|e| Error::format(&file, format!("broken JSON: {e}")))?;
         let numbered = entries.into_iter().zip(1..);
         numbered
@@ -158,7 +158,7 @@ impl<'a> Columns<'a> {
     }
 
     /// What the columns of one row say.
-    fn entry(&self, Fields(fields): Fields) -> std::result::Result<Entry, String> {
+    fn entry(&self, TableFields(fields): TableFields) -> std::result::Result<TableEntry, String> {
         let mut taken: [Option<Value>; 3] = [None, None, None];
         let keys: Vec<&str> = fields.iter().map(|(key, _)| key.as_str()).collect();
         let places: [Option<usize>; 3] = std::array::from_fn(|i| {
@@ -188,7 +188,7 @@ impl<'a> Columns<'a> {
                 return Err(format!("expected a file name as condition, found {}", kind_of(&other)));
             }
         };
-        Ok(Entry { image, caption, condition, first_of_several })
+        Ok(TableEntry { image, caption, condition, first_of_several })
     }
 }
 
@@ -221,30 +221,30 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
-fn json_line(line: &str, columns: &Columns) -> std::result::Result<Entry, String> {
+fn json_line(line: &str, columns: &Columns) -> std::result::Result<TableEntry, String> {
     let fields = serde_json::from_str(line).map_err(|e| format!("broken JSON: {e}"))?;
     columns.entry(fields)
 }
 
 /// The keys of a JSON object in their order, those that come twice too: a map would keep the last and say nothing.
-struct Fields(Vec<(String, Value)>);
+struct TableFields(Vec<(String, Value)>);
 
-impl<'de> Deserialize<'de> for Fields {
+impl<'de> Deserialize<'de> for TableFields {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         struct Pairs;
         impl<'de> Visitor<'de> for Pairs {
-            type Value = Fields;
+            type Value = TableFields;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
                 f.write_str("an object with a picture and a caption")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Fields, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<TableFields, A::Error> {
                 let mut fields = Vec::new();
                 while let Some(field) = map.next_entry()? {
                     fields.push(field);
                 }
-                Ok(Fields(fields))
+                Ok(TableFields(fields))
             }
         }
         deserializer.deserialize_map(Pairs)
@@ -267,7 +267,8 @@ fn csv_rows(text: &str, columns: &Columns) -> std::result::Result<Vec<Row>, Stri
         end_seen = if record == [END][..] { Ok(()) } else { Err(line) }.into();
         let value = |text: &str| Value::String(text.to_string());
         let entry = if record.len() == header.len() {
-            columns.entry(Fields(header.iter().map(str::to_string).zip(record.iter().map(value)).collect()))
+            columns
+                .entry(TableFields(header.iter().map(str::to_string).zip(record.iter().map(value)).collect()))
         } else {
             Err(format!("expected {} fields, found {}", header.len(), record.len()))
         };

@@ -9,7 +9,7 @@ use crate::model::text::{TextEncoder, Tokenizer};
 use crate::model::{Conditioning, Denoiser, UNet, Vae};
 use crate::platform::host;
 use crate::platform::hub;
-use crate::weights::ldm::Names;
+use crate::weights::ldm::LdmNames;
 use crate::weights::part::Part;
 use crate::weights::source::Source;
 use crate::weights::tensor_file;
@@ -148,7 +148,7 @@ impl StableDiffusion {
     /// What the layers of the UNet and the text encoder are called, also in LDM checkpoints.
     pub fn layer_names(&mut self) -> Result<LayerNames> {
         let (unet, text) = (self.source.names(Part::UNet)?, self.source.names(Part::TextEncoder)?);
-        let named = |layers: Vec<&mut Layer>, names: Names| {
+        let named = |layers: Vec<&mut Layer>, names: LdmNames| {
             layers.into_iter().map(|layer| (layer.name.clone(), names.layer(&layer.name))).collect()
         };
         let towers = self.texts.iter_mut().flat_map(|tower| tower.encoder.layers_mut()).collect();

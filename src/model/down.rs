@@ -3,7 +3,7 @@
 use crate::model::attention::SpatialTransformer;
 use crate::model::layers::{Layer, Module, timestep_features};
 use crate::model::resnet::{Downsample, Resnet, Upsample};
-use crate::weights::config::{Level, UNetConfig};
+use crate::weights::config::{UNetConfig, UNetLevel};
 use crate::weights::scope::Scope;
 use tch::{Kind, Tensor};
 
@@ -49,7 +49,7 @@ pub(super) struct DownPath {
 }
 
 impl DownPath {
-    pub(super) fn new(scope: &Scope, config: UNetConfig, levels: &[Level], kind: Kind) -> Self {
+    pub(super) fn new(scope: &Scope, config: UNetConfig, levels: &[UNetLevel], kind: Kind) -> Self {
         let c0 = levels[0].channels;
         let time = 4 * c0;
         let last = levels.len() - 1;
@@ -170,7 +170,7 @@ pub(super) fn same_padding(kernel: i64) -> i64 {
 
 pub(super) fn attentions(
     scope: &Scope,
-    level: &Level,
+    level: &UNetLevel,
     attends: bool,
     count: i64,
     config: &UNetConfig,

@@ -7,7 +7,7 @@ use crate::model::denoiser::{Call, Denoiser, Signals};
 use crate::model::down::{Block, DownPath, attentions, same_padding};
 use crate::model::layers::{Layer, Layers, Module, Norm};
 use crate::model::resnet::{Resnet, Upsample};
-use crate::weights::config::{Level, UNetConfig};
+use crate::weights::config::{UNetConfig, UNetLevel};
 use crate::weights::part::Part;
 use crate::weights::scope::{Scope, Weights};
 use crate::weights::source::Source;
@@ -32,7 +32,7 @@ impl UNet {
         Ok((unet, weights.finish()?))
     }
 
-    fn new(scope: &Scope, config: UNetConfig, levels: &[Level], kind: Kind, device: Device) -> Self {
+    fn new(scope: &Scope, config: UNetConfig, levels: &[UNetLevel], kind: Kind, device: Device) -> Self {
         let down = DownPath::new(scope, config.clone(), levels, kind);
         let c0 = levels[0].channels;
         let last = levels.len() - 1;

@@ -21,14 +21,14 @@ use tch::Tensor;
 const MAX_CACHED: u64 = 4096;
 
 /// Pictures of the subject, of its class, or pairs, with the states of what is said of them.
-struct Source {
+struct PictureSource {
     /// In the purposes of random draws.
     name: &'static str,
     pictures: Pictures,
     /// Pictures that are used.
     count: usize,
     /// What is said of all pictures; pairs have captions of their own.
-    prompt: Option<Prompt>,
+    prompt: Option<FixedPrompt>,
     /// Share of captions that are left out.
     empty: f64,
     cache: bool,
@@ -37,7 +37,7 @@ struct Source {
 }
 
 /// One prompt for all pictures.
-struct Prompt {
+struct FixedPrompt {
     tokens: Tokens,
     /// What it becomes, unless text encoders train: then it is made anew for each batch, with gradient.
     conditioning: Option<Conditioning>,
@@ -45,16 +45,16 @@ struct Prompt {
 
 /// Makes the batches of a run.
 pub struct Batches {
-    draws: Draws,
+    draws: BatchDraws,
     batch_size: u64,
     /// The subject's pictures, or pairs.
-    instance: Source,
-    class: Option<Source>,
+    instance: PictureSource,
+    class: Option<PictureSource>,
 }
 
 /// What a sample's random numbers depend on beside its number.
 #[derive(Clone, Copy)]
-struct Draws {
+struct BatchDraws {
     seed: u64,
     resolution: u32,
     center_crop: bool,
@@ -77,14 +77,14 @@ impl Batches {
                 .fold(0, u64::saturating_add);
             let prompt = match &pictures {
                 Pictures::Folder(_) => {
-                    Some(Prompt::new(model, prompt, config.adapter.train_text_encoder, observer)?)
+                    Some(FixedPrompt::new(model, prompt, config.adapter.train_text_encoder, observer)?)
                 }
                 Pictures::Pairs(_) => {
                     warn_of_long_captions(model, &pictures, observer)?;
                     None
                 }
             };
-            Result::Ok(Source {
+            Result::Ok(PictureSource {
                 name,
                 pictures,
                 count,
@@ -101,7 +101,7 @@ impl Batches {
             .transpose()?;
         let name = if config.is_control() { "pair" } else { "instance" };
         Ok(Self {
-            draws: Draws {
+            draws: BatchDraws {
                 seed: config.seed,
                 resolution,
                 center_crop: config.data.center_crop,
@@ -128,7 +128,7 @@ impl Batches {
             }
         }
         let device = model.unet.device();
-        let all = |part: fn(&Row) -> &Tensor| Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0);
+        let all = |part: fn(&BatchRow) -> &Tensor| Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0);
         // All noise of a batch goes to the device at once.
         let noise = Tensor::stack(&[all(|r| &r.latent_noise), all(|r| &r.noise)], 0);
         let noise = host::to_device(&noise, device);
@@ -155,7 +155,7 @@ struct Sample {
 }
 
 /// What a sample is.
-struct Row {
+struct BatchRow {
     /// Mean and standard deviation of the latents, `(1, c, h, w)`, on the device.
     mean: Tensor,
     deviation: Tensor,
@@ -167,7 +167,7 @@ struct Row {
     condition: Option<Tensor>,
 }
 
-impl Prompt {
+impl FixedPrompt {
     fn new(
         model: &StableDiffusion,
         prompt: &str,
@@ -196,13 +196,13 @@ fn warn_of_long_captions(
     Ok(())
 }
 
-impl Source {
-    fn purpose(&self, draws: Draws, what: &str, number: u64) -> u64 {
+impl PictureSource {
+    fn purpose(&self, draws: BatchDraws, what: &str, number: u64) -> u64 {
         seed::derive(draws.seed, &format!("{} {what}", self.name), number)
     }
 
     /// The samples of a batch: every picture once, in a new order, before any comes again.
-    fn samples(&self, draws: Draws, numbers: Range<u64>) -> Vec<Sample> {
+    fn samples(&self, draws: BatchDraws, numbers: Range<u64>) -> Vec<Sample> {
         let n = self.count as u64;
         let (mut round, mut order) = (None, Vec::new());
         let sample = |number: u64| {
@@ -219,7 +219,7 @@ impl Source {
     fn conditioning(
         &self,
         model: &StableDiffusion,
-        draws: Draws,
+        draws: BatchDraws,
         samples: &[Sample],
         trains_text: bool,
     ) -> Result<Conditioning> {
@@ -240,7 +240,7 @@ impl Source {
         Ok(if trains_text { model.conditioning_with_gradient(&tokens) } else { model.conditioning(&tokens) })
     }
 
-    fn row(&mut self, model: &StableDiffusion, draws: Draws, sample: Sample) -> Result<Row> {
+    fn row(&mut self, model: &StableDiffusion, draws: BatchDraws, sample: Sample) -> Result<BatchRow> {
         let Sample { number, image } = sample;
         let purpose = |what: &str| self.purpose(draws, what, number);
         let crop = if draws.center_crop { Crop::Center } else { Crop::Random(purpose("crop")) };
@@ -262,7 +262,7 @@ impl Source {
         let side = i64::from(draws.resolution);
         let condition = prepared.and_then(|(_, condition)| condition);
         let shape = mean.size();
-        Ok(Row {
+        Ok(BatchRow {
             latent_noise: random::normal(latent_seed, &shape),
             noise: random::normal(noise_seed, &shape),
             mean,

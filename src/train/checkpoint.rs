@@ -106,7 +106,7 @@ impl TrainedPart {
 
 /// What a checkpoint says beside its tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct State {
+pub struct TrainState {
     /// Version of this format.
     pub format: u32,
     /// Optimiser steps taken.
@@ -171,7 +171,7 @@ pub fn list(run: &Path) -> Result<Vec<i64>> {
 /// Writes the checkpoint of `state.step` and removes the oldest ones beyond `limit`.
 pub fn save(
     run: &Path,
-    state: &State,
+    state: &TrainState,
     parts: &[TrainedPart],
     parameters: &Parameters,
     moving: &Moving,
@@ -207,7 +207,7 @@ pub fn write_trained(
     dir: &Path,
     parts: &[TrainedPart],
     parameters: &Parameters,
-    state: &State,
+    state: &TrainState,
 ) -> Result<()> {
     // One look at all of them; which one it is, is asked afterwards.
     if !host::all_finite(parameters.flat()) {
@@ -230,7 +230,7 @@ pub fn write_trained(
 
 /// A checkpoint, read back.
 pub struct Loaded {
-    pub state: State,
+    pub state: TrainState,
     optimizer: TensorFile,
     dir: PathBuf,
 }
@@ -239,7 +239,7 @@ impl Loaded {
     /// Reads the checkpoint in `dir`.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(STATE_FILE);
-        let state: State = serde_json::from_str(&files::read_to_string(&path)?)
+        let state: TrainState = serde_json::from_str(&files::read_to_string(&path)?)
             .map_err(|e| Error::format(&path, format!("not a checkpoint's state: {e}")))?;
         if state.format != FORMAT {
             return Err(Error::format(
@@ -310,7 +310,7 @@ impl Loaded {
     }
 }
 
-impl State {
+impl TrainState {
     /// The state after `step` steps.
     pub fn new(step: i64, seconds: f64, base_fingerprint: &str, parameters: &Parameters, sums: Sums) -> Self {
         Self {

@@ -5,7 +5,7 @@
 
 use crate::data::ImageFolder;
 use crate::data::image::png;
-use crate::diffusion::sample::{Request, Session, Settings};
+use crate::diffusion::sample::{Request, SampleSettings, Session};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::control::Control;
@@ -35,7 +35,7 @@ pub struct ClassImages {
     dir: PathBuf,
     /// `None` if the pictures are the user's own.
     manifest: Option<Manifest>,
-    settings: Settings,
+    settings: SampleSettings,
 }
 
 /// Where the class pictures of this run are or will be.
@@ -52,7 +52,7 @@ impl ClassImages {
         fingerprint: &str,
     ) -> Result<Self> {
         let dir = folder(config);
-        let settings = Settings::square(
+        let settings = SampleSettings::square(
             model,
             &config.prior.class_prompt,
             config.prior.class_scheduler,

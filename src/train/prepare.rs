@@ -27,7 +27,7 @@ use crate::train::totals::Totals;
 use tch::Kind;
 
 /// A run that can begin, or go on.
-pub(super) struct Prepared {
+pub(super) struct PreparedRun {
     pub(super) config: TrainConfig,
     pub(super) run: Run,
     pub(super) networks: Networks,
@@ -56,7 +56,7 @@ pub(super) struct Networks {
     pub(super) layers: usize,
     /// Whether there are adapters beside base weights that stay.
     pub(super) has_adapter: bool,
-    /// See [`MethodSettings::regulariser_weight`].
+    /// See [`crate::adapter::MethodSettings::regulariser_weight`].
     pub(super) regulariser_weight: f64,
 }
 
@@ -92,7 +92,7 @@ pub(super) fn prepare(
     config: TrainConfig,
     resume: Option<&Resume>,
     observer: &dyn Observer,
-) -> Result<Prepared> {
+) -> Result<PreparedRun> {
     config.validate()?;
     let checkpoint = match resume {
         None => RunFolder::check_new(&config.output_dir).map(|()| None)?,
@@ -101,8 +101,8 @@ pub(super) fn prepare(
     let inputs = Inputs::read(config, observer)?;
     let fingerprint = inputs.model.fingerprint()?;
     let Inputs { config, resolution, mut model, schedule, instance, held_out, mut report } = inputs;
-    let trained = Trained::attach(&config, &mut model, &instance, observer)?;
-    let Trained { method, layers, control, mut parameters, parts } = trained;
+    let trained = TrainedNetworks::attach(&config, &mut model, &instance, observer)?;
+    let TrainedNetworks { method, layers, control, mut parameters, parts } = trained;
     if checkpoint.is_none() {
         setup::start_from(&config, &fingerprint, &parts, &mut parameters, observer)?;
     }
@@ -137,7 +137,7 @@ pub(super) fn prepare(
         optimisation(&config, checkpoint, (parameters, parts), kind, &folder, observer)?;
     let metrics = Metrics::open(folder.path(), taken, resume.is_some())?;
     let run = Run { folder, metrics, fingerprint, taken, earlier };
-    Ok(Prepared { run, networks, data: Data { batches, held_out, previews }, optimisation, config })
+    Ok(PreparedRun { run, networks, data: Data { batches, held_out, previews }, optimisation, config })
 }
 
 /// What a run reads.
@@ -197,7 +197,7 @@ impl Inputs {
 }
 
 /// What trains.
-struct Trained {
+struct TrainedNetworks {
     /// None where the control encoder trains alone.
     method: Option<Method>,
     /// Number of adapted layers.
@@ -207,7 +207,7 @@ struct Trained {
     parts: Vec<TrainedPart>,
 }
 
-impl Trained {
+impl TrainedNetworks {
     /// Puts new adapters on the networks, and makes a control encoder where control trains.
     fn attach(
         config: &TrainConfig,

@@ -6,7 +6,7 @@ use crate::data::image::grid::{Grid, GridRow};
 use crate::data::image::{RgbImage, center_crop, png};
 use crate::data::pairs::ConditionFiles;
 use crate::diffusion::noise::NoiseSchedule;
-use crate::diffusion::sample::{self, Request, Session, Settings, Steering, Strength};
+use crate::diffusion::sample::{self, Request, SampleSettings, Session, Steering, Strength};
 use crate::diffusion::stable_diffusion::{StableDiffusion, Tokens};
 use crate::error::Result;
 use crate::model::Denoiser;
@@ -30,7 +30,7 @@ const PREVIEWED_PAIRS: usize = 4;
 
 /// What previews are drawn from.
 pub struct Previews {
-    rows: Vec<(Settings, Option<RgbImage>)>,
+    rows: Vec<(SampleSettings, Option<RgbImage>)>,
 }
 
 impl Previews {
@@ -66,7 +66,7 @@ impl Previews {
             }
         }
         let row = |(prompt, condition): (String, Option<RgbImage>)| {
-            let settings = Settings::square(
+            let settings = SampleSettings::square(
                 model,
                 &prompt,
                 config.previews.validation_scheduler,

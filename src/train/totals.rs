@@ -22,11 +22,11 @@ pub struct Totals {
     /// The step after which the loss scale was too small.
     scale_lost: Option<i64>,
     /// On the device, in the order of the steps.
-    kept: Vec<(Kept, Tensor)>,
+    kept: Vec<(KeptLosses, Tensor)>,
 }
 
 /// What a tensor that was kept holds, f32.
-enum Kept {
+enum KeptLosses {
     /// A batch's loss and its parts, those that are there, and its share of the step.
     Loss { there: [bool; 4], share: f64 },
     /// The norm of a step's gradient; with a loss scale then whether the step overflowed, and the scale after it.
@@ -66,7 +66,7 @@ impl Totals {
         let _guard = tch::no_grad_guard();
         let values: Vec<&Tensor> = parts.iter().copied().flatten().collect();
         let there = parts.map(|part| part.is_some());
-        self.keep(Kept::Loss { there, share }, Tensor::stack(&values, 0));
+        self.keep(KeptLosses::Loss { there, share }, Tensor::stack(&values, 0));
     }
 
     /// Ends a step with the norm of its gradient, a scalar; in f16 with whether it overflowed, and the scale after it, `(1)`.
@@ -76,10 +76,10 @@ impl Totals {
             Some((overflow, scale)) => Tensor::cat(&[&norm, overflow, scale], 0),
             None => norm,
         };
-        self.keep(Kept::Step { step, scaled: scaling.is_some() }, values);
+        self.keep(KeptLosses::Step { step, scaled: scaling.is_some() }, values);
     }
 
-    fn keep(&mut self, kept: Kept, values: Tensor) {
+    fn keep(&mut self, kept: KeptLosses, values: Tensor) {
         self.kept.push((kept, values));
         if self.kept.len() >= MOST_KEPT {
             self.add_up();
@@ -114,10 +114,10 @@ impl Totals {
         let mut next = || values.next().unwrap_or(f64::NAN);
         for (what, _) in kept {
             match what {
-                Kept::Loss { there, share } => {
+                KeptLosses::Loss { there, share } => {
                     self.losses.push(there.map(|there| if there { next() * share } else { 0.0 }));
                 }
-                Kept::Step { step, scaled } => {
+                KeptLosses::Step { step, scaled } => {
                     let norm = next();
                     let scaling = scaled.then(|| (next() == 1.0, next()));
                     self.take_in(step, norm, scaling);

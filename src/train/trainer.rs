@@ -5,12 +5,12 @@ use crate::error::{Error, Result};
 use crate::platform::device::{self, PeakMemory};
 use crate::platform::files;
 use crate::platform::observer::{Counter, Event, Observer};
-use crate::train::checkpoint::{self, State};
+use crate::train::checkpoint::{self, TrainState};
 use crate::train::config::TrainConfig;
 use crate::train::loss::{Batch, training_loss};
 use crate::train::loss_scale::LossScale;
 use crate::train::optim::clip_factor;
-use crate::train::prepare::{Data, Networks, Optimisation, Prepared, Run};
+use crate::train::prepare::{Data, Networks, Optimisation, PreparedRun, Run};
 use crate::train::preview::HeldOut;
 use crate::train::run::Record;
 use crate::train::totals::Reading;
@@ -53,8 +53,8 @@ pub(super) struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    pub(super) fn new(prepared: Prepared, observer: &'a dyn Observer) -> Self {
-        let Prepared { config, run, networks, data, optimisation } = prepared;
+    pub(super) fn new(prepared: PreparedRun, observer: &'a dyn Observer) -> Self {
+        let PreparedRun { config, run, networks, data, optimisation } = prepared;
         let (mean_loss, started) = (None, Instant::now());
         Self { observer, config, run, networks, data, optimisation, mean_loss, started }
     }
@@ -285,9 +285,9 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    fn state(&mut self, step: i64) -> Result<State> {
+    fn state(&mut self, step: i64) -> Result<TrainState> {
         let sums = self.read()?.sums;
-        Ok(State::new(step, self.seconds(), &self.run.fingerprint, &self.optimisation.parameters, sums))
+        Ok(TrainState::new(step, self.seconds(), &self.run.fingerprint, &self.optimisation.parameters, sums))
     }
 
     fn save(&mut self, step: i64) -> Result<PathBuf> {

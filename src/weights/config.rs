@@ -119,7 +119,7 @@ impl Default for UNetConfig {
 
 /// One level of the UNet, outermost first, with every size known.
 #[derive(Debug, Clone)]
-pub struct Level {
+pub struct UNetLevel {
     pub channels: i64,
     pub layers: i64,
     pub heads: i64,
@@ -131,14 +131,14 @@ pub struct Level {
 
 impl UNetConfig {
     /// Parses and checks `unet/config.json`; all problems are listed.
-    pub fn parse(text: &Text) -> Result<(Self, Vec<Level>)> {
+    pub fn parse(text: &Text) -> Result<(Self, Vec<UNetLevel>)> {
         let config: Self = parse_json(text)?;
         let levels = config.levels().map_err(|problems| Error::format(&text.path, problems.join("\n")))?;
         Ok((config, levels))
     }
 
     /// The levels, or every problem with them.
-    pub fn levels(&self) -> std::result::Result<Vec<Level>, Vec<String>> {
+    pub fn levels(&self) -> std::result::Result<Vec<UNetLevel>, Vec<String>> {
         let n = self.block_out_channels.len();
         let mut problems = self.unsupported();
         if n == 0 || n > MAX_LEVELS || self.down_block_types.len() != n || self.up_block_types.len() != n {
@@ -173,7 +173,7 @@ impl UNetConfig {
                 attends(&self.down_block_types[i], "CrossAttnDownBlock2D", "DownBlock2D", &mut problems);
             let up =
                 attends(&self.up_block_types[n - 1 - i], "CrossAttnUpBlock2D", "UpBlock2D", &mut problems);
-            let level = Level {
+            let level = UNetLevel {
                 channels,
                 layers: layers[i],
                 heads: heads[i],
@@ -226,7 +226,7 @@ impl UNetConfig {
         problems
     }
 
-    fn level_problems(&self, level: &Level) -> Vec<String> {
+    fn level_problems(&self, level: &UNetLevel) -> Vec<String> {
         let mut problems = Vec::new();
         let channels = level.channels;
         let mut positive = |what: &str, value: i64, most: i64| {

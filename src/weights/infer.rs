@@ -5,7 +5,7 @@
 //! 2.x. For any other width the user has to give the files.
 
 use crate::error::{Error, Result};
-use crate::weights::ldm::Tower;
+use crate::weights::ldm::LdmTextTower;
 use crate::weights::tensor_file::TensorFile;
 use serde_json::{Value, json};
 
@@ -16,7 +16,7 @@ const HEAD: i64 = 64;
 const OPEN_CLIP_LAYERS: usize = 23;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Family {
+enum ModelFamily {
     One,
     Two,
 }
@@ -80,8 +80,8 @@ pub fn unet(file: &TensorFile, velocity: bool) -> Result<Value> {
     };
     let linear = file.shape(&at("middle_block.1.proj_in.weight")).is_some_and(|shape| shape.len() == 2);
     let heads: Value = match family {
-        Family::One => 8.into(),
-        Family::Two => channels.iter().map(|c| c / HEAD).collect(),
+        ModelFamily::One => 8.into(),
+        ModelFamily::Two => channels.iter().map(|c| c / HEAD).collect(),
     };
     Ok(json!({
         "_class_name": "UNet2DConditionModel",
@@ -97,7 +97,7 @@ pub fn unet(file: &TensorFile, velocity: bool) -> Result<Value> {
         "attention_head_dim": heads,
         "use_linear_projection": linear,
         // 2.1's scores leave the range of f16.
-        "upcast_attention": family == Family::Two,
+        "upcast_attention": family == ModelFamily::Two,
         "norm_num_groups": 32,
         "act_fn": "silu",
     }))
@@ -130,25 +130,25 @@ pub fn vae(file: &TensorFile) -> Result<Value> {
 }
 
 /// `text_encoder/config.json`.
-pub fn text_encoder(file: &TensorFile, tower: Tower) -> Result<Value> {
+pub fn text_encoder(file: &TensorFile, tower: LdmTextTower) -> Result<Value> {
     let family = family(file)?;
     let plain = file.shape("cond_stage_model.transformer.embeddings.token_embedding.weight").is_some();
     let [tokens, positions, hidden, block] = match tower {
-        Tower::OpenClip => {
+        LdmTextTower::OpenClip => {
             ["token_embedding.weight", "positional_embedding", "mlp.c_fc.weight", "transformer.resblocks"]
         }
-        Tower::Clip => [
+        LdmTextTower::Clip => [
             "embeddings.token_embedding.weight",
             "embeddings.position_embedding.weight",
             "mlp.fc1.weight",
             "encoder.layers",
         ],
     };
-    let inner = if tower == Tower::Clip && !plain { "text_model." } else { "" };
+    let inner = if tower == LdmTextTower::Clip && !plain { "text_model." } else { "" };
     let at = |name: &str| format!("{}{inner}{name}", tower.prefix());
     let layers = count(|i| file.shape(&at(&format!("{block}.{i}.{hidden}"))).is_some());
     let width = dimension_of(file, &at(tokens), 1)?;
-    let two = family == Family::Two;
+    let two = family == ModelFamily::Two;
     Ok(json!({
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -156,7 +156,7 @@ pub fn text_encoder(file: &TensorFile, tower: Tower) -> Result<Value> {
         "hidden_size": width,
         "projection_dim": if two { width / 2 } else { width },
         "intermediate_size": dimension_of(file, &at(&format!("{block}.0.{hidden}")), 0)?,
-        "num_hidden_layers": if tower == Tower::OpenClip { layers.min(OPEN_CLIP_LAYERS) } else { layers },
+        "num_hidden_layers": if tower == LdmTextTower::OpenClip { layers.min(OPEN_CLIP_LAYERS) } else { layers },
         "num_attention_heads": width / HEAD,
         "max_position_embeddings": dimension_of(file, &at(positions), 0)?,
         "hidden_act": if two { "gelu" } else { "quick_gelu" },
@@ -169,10 +169,10 @@ fn one_or_each(numbers: Vec<usize>) -> Value {
     if numbers.iter().all(|n| *n == numbers[0]) { numbers[0].into() } else { numbers.into() }
 }
 
-fn family(file: &TensorFile) -> Result<Family> {
+fn family(file: &TensorFile) -> Result<ModelFamily> {
     match context_width(file) {
-        Some(768) => Ok(Family::One),
-        Some(1024) => Ok(Family::Two),
+        Some(768) => Ok(ModelFamily::One),
+        Some(1024) => Ok(ModelFamily::Two),
         found => Err(Error::format(
             file.path(),
             format!(

@@ -5,12 +5,12 @@
 //! follow from a model's config, so any number of levels, layers and transformer blocks is served. Published in the
 //! architectures themselves: `ldm/modules/diffusionmodules/{openaimodel,model}.py`, `open_clip/transformer.py`.
 
-use crate::weights::config::Level;
+use crate::weights::config::UNetLevel;
 use std::collections::HashMap;
 
 /// How the tensor of one layout comes out of the other's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum TensorForm {
     /// The same tensor, but for dimensions of size 1 at its end.
     Same,
     /// This third of the rows: query, key and value lie in one LDM tensor.
@@ -21,14 +21,14 @@ pub enum Form {
 
 /// The layout of a checkpoint's text tower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Tower {
+pub enum LdmTextTower {
     /// OpenAI's CLIP by transformers' names (Stable Diffusion 1.x).
     Clip,
     /// OpenCLIP's own (Stable Diffusion 2.x).
     OpenClip,
 }
 
-impl Tower {
+impl LdmTextTower {
     /// The tower that LDM's code builds for this activation: it is not among the weights, so it decides.
     pub fn of_activation(hidden_act: &str) -> Self {
         if hidden_act == "gelu" { Self::OpenClip } else { Self::Clip }
@@ -51,16 +51,16 @@ pub const VAE: &str = "first_stage_model.";
 
 /// The names of one model part in both layouts.
 #[derive(Debug)]
-pub struct Names {
+pub struct LdmNames {
     prefix: &'static str,
     /// Modules, and tensors that are not simply a module's: today's name to LDM's.
-    to_ldm: HashMap<String, (String, Form)>,
-    to_today: HashMap<String, Vec<(String, Form)>>,
+    to_ldm: HashMap<String, (String, TensorForm)>,
+    to_today: HashMap<String, Vec<(String, TensorForm)>>,
 }
 
-impl Names {
+impl LdmNames {
     /// The UNet's, by its levels (outermost first).
-    pub fn unet(levels: &[Level]) -> Self {
+    pub fn unet(levels: &[UNetLevel]) -> Self {
         let mut names = Self::empty(UNET);
         for (today, ldm) in [
             ("conv_in", "input_blocks.0.0"),
@@ -153,9 +153,9 @@ impl Names {
 
     /// The text tower's, by its number of layers. OpenCLIP's has a block more in its table: Stable Diffusion 2.x takes
     /// the states before the last of 24 blocks, and Hugging Face folders leave that one out.
-    pub fn text(tower: Tower, layers: i64) -> Self {
+    pub fn text(tower: LdmTextTower, layers: i64) -> Self {
         let mut names = Self::empty(tower.prefix());
-        if tower == Tower::Clip {
+        if tower == LdmTextTower::Clip {
             for module in ["embeddings", "encoder", "final_layer_norm"] {
                 names.pair(module, &format!("text_model.{module}"));
             }
@@ -165,7 +165,7 @@ impl Names {
         names.pair("embeddings.token_embedding", "token_embedding");
         names.pair("embeddings.position_embedding.weight", "positional_embedding");
         names.pair("final_layer_norm", "ln_final");
-        names.put("text_projection.weight".into(), "text_projection".into(), Form::Transposed);
+        names.put("text_projection.weight".into(), "text_projection".into(), TensorForm::Transposed);
         for i in 0..=layers {
             let (today, ldm) = (format!("encoder.layers.{i}"), format!("transformer.resblocks.{i}"));
             for (new, old) in [
@@ -180,7 +180,7 @@ impl Names {
             for (third, projection) in ["q_proj", "k_proj", "v_proj"].into_iter().enumerate() {
                 for tensor in ["weight", "bias"] {
                     let new = format!("{today}.self_attn.{projection}.{tensor}");
-                    names.put(new, format!("{ldm}.attn.in_proj_{tensor}"), Form::Third(third));
+                    names.put(new, format!("{ldm}.attn.in_proj_{tensor}"), TensorForm::Third(third));
                 }
             }
         }
@@ -198,13 +198,13 @@ impl Names {
         heads(name).find_map(|(head, rest)| {
             self.to_ldm
                 .get(head)
-                .filter(|(_, form)| *form == Form::Same)
+                .filter(|(_, form)| *form == TensorForm::Same)
                 .map(|(ldm, _)| format!("{ldm}{rest}"))
         })
     }
 
     /// The checkpoint's key of a tensor, and what of that key's tensor it is.
-    pub fn key(&self, name: &str) -> Option<(String, Form)> {
+    pub fn key(&self, name: &str) -> Option<(String, TensorForm)> {
         heads(name).find_map(|(head, rest)| {
             let (ldm, form) = self.to_ldm.get(head)?;
             Some((format!("{}{ldm}{rest}", self.prefix), *form))
@@ -212,7 +212,7 @@ impl Names {
     }
 
     /// Today's tensors that a checkpoint's key holds; none, if it is not one of this part.
-    pub fn tensors(&self, key: &str) -> Vec<(String, Form)> {
+    pub fn tensors(&self, key: &str) -> Vec<(String, TensorForm)> {
         let Some(key) = key.strip_prefix(self.prefix) else { return Vec::new() };
         heads(key)
             .find_map(|(head, rest)| {
@@ -227,10 +227,10 @@ impl Names {
     }
 
     fn pair(&mut self, today: &str, ldm: &str) {
-        self.put(today.to_string(), ldm.to_string(), Form::Same);
+        self.put(today.to_string(), ldm.to_string(), TensorForm::Same);
     }
 
-    fn put(&mut self, today: String, ldm: String, form: Form) {
+    fn put(&mut self, today: String, ldm: String, form: TensorForm) {
         self.to_today.entry(ldm.clone()).or_default().push((today.clone(), form));
         self.to_ldm.insert(today, (ldm, form));
     }
@@ -266,8 +266,8 @@ mod tests {
     use super::*;
 
     /// Stable Diffusion's levels: attention in all but the innermost.
-    fn levels() -> Vec<Level> {
-        let level = |channels, attends| Level {
+    fn levels() -> Vec<UNetLevel> {
+        let level = |channels, attends| UNetLevel {
             channels,
             layers: 2,
             heads: 8,
@@ -281,10 +281,10 @@ mod tests {
     /// Keys that stand in the published files of Stable Diffusion 1.5 (v1-5-pruned-emaonly) and 2.1.
     #[test]
     fn published_keys_are_met() {
-        let unet = Names::unet(&levels());
-        let vae = Names::vae(4, 2);
-        let clip = Names::text(Tower::Clip, 12);
-        let open = Names::text(Tower::OpenClip, 23);
+        let unet = LdmNames::unet(&levels());
+        let vae = LdmNames::vae(4, 2);
+        let clip = LdmNames::text(LdmTextTower::Clip, 12);
+        let open = LdmNames::text(LdmTextTower::OpenClip, 23);
         let same = [
             (
                 &unet,
@@ -352,32 +352,32 @@ mod tests {
             ),
         ];
         for (names, today, key) in same {
-            assert_eq!(names.key(today), Some((key.to_string(), Form::Same)), "{today}");
-            assert_eq!(names.tensors(key), [(today.to_string(), Form::Same)], "{key}");
+            assert_eq!(names.key(today), Some((key.to_string(), TensorForm::Same)), "{today}");
+            assert_eq!(names.tensors(key), [(today.to_string(), TensorForm::Same)], "{key}");
         }
     }
 
     #[test]
     fn open_clips_projections_are_stacked_or_turned() {
-        let open = Names::text(Tower::OpenClip, 23);
+        let open = LdmNames::text(LdmTextTower::OpenClip, 23);
         let key = "cond_stage_model.model.transformer.resblocks.7.attn.in_proj_bias";
         let stacked = ["q", "k", "v"].map(|p| format!("encoder.layers.7.self_attn.{p}_proj.bias"));
         for (i, name) in stacked.iter().enumerate() {
-            assert_eq!(open.key(name), Some((key.to_string(), Form::Third(i))));
-            assert_eq!(open.tensors(key)[i], (name.clone(), Form::Third(i)));
+            assert_eq!(open.key(name), Some((key.to_string(), TensorForm::Third(i))));
+            assert_eq!(open.tensors(key)[i], (name.clone(), TensorForm::Third(i)));
         }
         let (key, form) = open.key("text_projection.weight").unwrap();
-        assert_eq!((key.as_str(), form), ("cond_stage_model.model.text_projection", Form::Transposed));
+        assert_eq!((key.as_str(), form), ("cond_stage_model.model.text_projection", TensorForm::Transposed));
     }
 
     #[test]
     fn layers_have_names_and_what_is_foreign_has_none() {
-        let unet = Names::unet(&levels());
+        let unet = LdmNames::unet(&levels());
         let layer = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q";
         let ldm = "output_blocks.3.1.transformer_blocks.0.attn1.to_q";
         assert_eq!(unet.layer(layer).as_deref(), Some(ldm));
         assert_eq!(unet.layer("down_blocks.3.attentions.0.proj_in"), None, "that level does not attend");
-        let open = Names::text(Tower::OpenClip, 2);
+        let open = LdmNames::text(LdmTextTower::OpenClip, 2);
         assert_eq!(open.layer("encoder.layers.0.self_attn.q_proj"), None);
         assert_eq!(
             open.layer("encoder.layers.0.self_attn.out_proj").as_deref(),

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::weights::config::{TextConfig, UNetConfig, VaeConfig};
 use crate::weights::infer;
-use crate::weights::ldm::{Names, Tower, UNET, VAE};
+use crate::weights::ldm::{LdmNames, LdmTextTower, UNET, VAE};
 use crate::weights::part::{Part, Text};
 use crate::weights::tensor_file::{self, TensorFile};
 use crate::weights::tensors::{Tensors, current_name};
@@ -46,7 +46,7 @@ pub struct Source {
 #[derive(Debug)]
 struct Checkpoint {
     file: Arc<TensorFile>,
-    tower: Tower,
+    tower: LdmTextTower,
     config: Option<PathBuf>,
 }
 
@@ -165,7 +165,7 @@ impl Source {
             });
         };
         let mut spare = None;
-        if part == Part::TextEncoder && checkpoint.tower == Tower::OpenClip {
+        if part == Part::TextEncoder && checkpoint.tower == LdmTextTower::OpenClip {
             let config = TextConfig::parse(&self.text("text_encoder/config.json")?)?;
             spare = Some(format!("encoder.layers.{}.", config.num_hidden_layers));
         }
@@ -184,18 +184,18 @@ impl Source {
     }
 
     /// The names of a part's tensors in this checkpoint, or in the one that would be made of this folder.
-    pub fn names(&self, part: Part) -> Result<Names> {
+    pub fn names(&self, part: Part) -> Result<LdmNames> {
         Ok(match part {
-            Part::UNet => Names::unet(&UNetConfig::parse(&self.text("unet/config.json")?)?.1),
+            Part::UNet => LdmNames::unet(&UNetConfig::parse(&self.text("unet/config.json")?)?.1),
             Part::Vae => {
                 let config = VaeConfig::parse(&self.text("vae/config.json")?)?;
-                Names::vae(config.block_out_channels.len(), config.layers_per_block)
+                LdmNames::vae(config.block_out_channels.len(), config.layers_per_block)
             }
             Part::TextEncoder => {
                 let config = TextConfig::parse(&self.text("text_encoder/config.json")?)?;
                 let tower = self.checkpoint.as_ref().map(|checkpoint| checkpoint.tower);
-                let tower = tower.unwrap_or_else(|| Tower::of_activation(&config.hidden_act));
-                Names::text(tower, config.num_hidden_layers)
+                let tower = tower.unwrap_or_else(|| LdmTextTower::of_activation(&config.hidden_act));
+                LdmNames::text(tower, config.num_hidden_layers)
             }
         })
     }
@@ -282,10 +282,10 @@ pub fn refuse_pickle(path: &Path) -> Result<()> {
 }
 
 /// Fails unless the file has keys of all parts; otherwise, which text tower it has.
-fn check_parts(file: &TensorFile) -> Result<Tower> {
+fn check_parts(file: &TensorFile) -> Result<LdmTextTower> {
     let names = file.names();
     let has = |prefix: &str| names.iter().any(|name| name.starts_with(prefix));
-    let tower = [Tower::OpenClip, Tower::Clip].into_iter().find(|tower| has(tower.prefix()));
+    let tower = [LdmTextTower::OpenClip, LdmTextTower::Clip].into_iter().find(|tower| has(tower.prefix()));
     let mut missing: Vec<&str> = [(UNET, "UNet"), (VAE, "VAE")]
         .into_iter()
         .filter(|(prefix, _)| !has(prefix))

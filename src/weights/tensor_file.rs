@@ -197,7 +197,7 @@ impl TensorFile {
 
 /// Writes tensors and free text to `path`, whole or not at all.
 pub fn write(path: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<()> {
-    let planned = |(name, tensor): &(String, Tensor)| Planned {
+    let planned = |(name, tensor): &(String, Tensor)| PlannedTensor {
         name: name.clone(),
         kind: tensor.kind(),
         shape: tensor.size(),
@@ -208,7 +208,7 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)])
 
 /// What a tensor that is yet to be written will be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Planned {
+pub struct PlannedTensor {
     /// Its name in the file.
     pub name: String,
     /// Its number format.
@@ -223,7 +223,7 @@ pub struct Planned {
 /// `fetch` is given a name and must answer with the kind and shape that were planned, on any device.
 pub fn write_stream(
     path: &Path,
-    plan: Vec<Planned>,
+    plan: Vec<PlannedTensor>,
     text: &[(&str, String)],
     mut fetch: impl FnMut(&str) -> Result<Tensor>,
 ) -> Result<()> {
@@ -231,7 +231,7 @@ pub fn write_stream(
     files::write_atomic_with(path, |file| {
         let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(|e| Error::io("write", path, e));
         write(&header)?;
-        for Planned { name, kind, shape } in &plan {
+        for PlannedTensor { name, kind, shape } in &plan {
             let tensor = fetch(name)?;
             if (tensor.kind(), tensor.size()) != (*kind, shape.clone()) {
                 let found = format!("{:?} {:?}", tensor.kind(), tensor.size());
@@ -249,7 +249,8 @@ pub fn write_stream(
 /// The bytes of a safetensors file. The same tensors give the same bytes: the crate's own writer puts the metadata in the
 /// order of a hash map, which differs from run to run.
 pub fn to_bytes(tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<Vec<u8>> {
-    let plan = |(name, t): &(String, Tensor)| Planned { name: name.clone(), kind: t.kind(), shape: t.size() };
+    let plan =
+        |(name, t): &(String, Tensor)| PlannedTensor { name: name.clone(), kind: t.kind(), shape: t.size() };
     let (plan, mut bytes) = layout(tensors.iter().map(plan).collect(), text)?;
     let by_name: HashMap<&str, &Tensor> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
     for planned in &plan {
@@ -259,8 +260,8 @@ pub fn to_bytes(tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result
 }
 
 /// The tensors in the order of the file, and all that comes before their data.
-fn layout(plan: Vec<Planned>, text: &[(&str, String)]) -> Result<(Vec<Planned>, Vec<u8>)> {
-    let mut plan: Vec<(Dtype, Planned)> =
+fn layout(plan: Vec<PlannedTensor>, text: &[(&str, String)]) -> Result<(Vec<PlannedTensor>, Vec<u8>)> {
+    let mut plan: Vec<(Dtype, PlannedTensor)> =
         plan.into_iter().map(|p| Ok((dtype_of(&p)?, p))).collect::<Result<_>>()?;
     // As upstream: wide numbers first, so that all are aligned; then by name.
     plan.sort_by(|(a, left), (b, right)| (b, &left.name).cmp(&(a, &right.name)));
@@ -268,7 +269,7 @@ fn layout(plan: Vec<Planned>, text: &[(&str, String)]) -> Result<(Vec<Planned>, 
     metadata.extend(text.iter().map(|(k, v)| (k.to_string(), v.as_str().into())));
     let mut header = serde_json::Map::from_iter([("__metadata__".to_string(), metadata.into())]);
     let mut end = 0;
-    for (dtype, Planned { name, kind, shape }) in &plan {
+    for (dtype, PlannedTensor { name, kind, shape }) in &plan {
         let start = end;
         end += shape.iter().product::<i64>() as usize * kind.elt_size_in_bytes();
         header.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]}));
@@ -280,7 +281,7 @@ fn layout(plan: Vec<Planned>, text: &[(&str, String)]) -> Result<(Vec<Planned>, 
     Ok((plan.into_iter().map(|(_, planned)| planned).collect(), bytes))
 }
 
-fn dtype_of(planned: &Planned) -> Result<Dtype> {
+fn dtype_of(planned: &PlannedTensor) -> Result<Dtype> {
     Ok(match planned.kind {
         Kind::Float => Dtype::F32,
         Kind::Double => Dtype::F64,

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::platform::files;
-use crate::weights::ldm::{Form, Names};
+use crate::weights::ldm::{LdmNames, TensorForm};
 use crate::weights::part::Part;
 use crate::weights::tensor_file::{self, TensorFile};
 use sha2::{Digest, Sha256};
@@ -16,7 +16,7 @@ use tch::{Kind, Tensor};
 pub struct Tensors {
     place: PathBuf,
     files: Vec<Arc<TensorFile>>,
-    index: BTreeMap<String, Entry>,
+    index: BTreeMap<String, TensorEntry>,
     problems: Vec<String>,
     unknown: Vec<String>,
     /// How the names begin that are there by custom and that no network asks for.
@@ -24,10 +24,10 @@ pub struct Tensors {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct TensorEntry {
     file: usize,
     key: String,
-    form: Form,
+    form: TensorForm,
 }
 
 impl Tensors {
@@ -43,7 +43,7 @@ impl Tensors {
             let file = TensorFile::open(&path)?;
             for key in file.names() {
                 let name = current_name(&key).unwrap_or_else(|| key.clone());
-                tensors.insert(name, Entry { file: tensors.files.len(), key, form: Form::Same });
+                tensors.insert(name, TensorEntry { file: tensors.files.len(), key, form: TensorForm::Same });
             }
             tensors.files.push(Arc::new(file));
         }
@@ -51,7 +51,7 @@ impl Tensors {
     }
 
     /// The part of a checkpoint whose names these are. What lies below `spare` is never called unused.
-    pub(super) fn in_checkpoint(file: &Arc<TensorFile>, names: &Names, spare: Option<String>) -> Self {
+    pub(super) fn in_checkpoint(file: &Arc<TensorFile>, names: &LdmNames, spare: Option<String>) -> Self {
         let mut tensors = Self { spare, ..Self::empty(file.path()) };
         tensors.files.push(file.clone());
         for key in file.names().into_iter().filter(|key| key.starts_with(names.prefix())) {
@@ -65,15 +65,15 @@ impl Tensors {
             for (name, form) in found {
                 let shape = file.shape(&key).unwrap_or_default();
                 let fits = match form {
-                    Form::Same => true,
-                    Form::Third(_) => shape.first().is_some_and(|rows| rows % 3 == 0),
-                    Form::Transposed => shape.len() == 2,
+                    TensorForm::Same => true,
+                    TensorForm::Third(_) => shape.first().is_some_and(|rows| rows % 3 == 0),
+                    TensorForm::Transposed => shape.len() == 2,
                 };
                 if fits {
-                    tensors.insert(name, Entry { file: 0, key: key.clone(), form });
-                } else if !matches!(form, Form::Third(1 | 2)) {
+                    tensors.insert(name, TensorEntry { file: 0, key: key.clone(), form });
+                } else if !matches!(form, TensorForm::Third(1 | 2)) {
                     let expected =
-                        if form == Form::Transposed { "a matrix" } else { "rows in three equal parts" };
+                        if form == TensorForm::Transposed { "a matrix" } else { "rows in three equal parts" };
                     tensors.problems.push(format!("`{key}`: expected {expected}, found {shape:?}"));
                 }
             }
@@ -92,9 +92,9 @@ impl Tensors {
         }
     }
 
-    fn insert(&mut self, name: String, entry: Entry) {
+    fn insert(&mut self, name: String, entry: TensorEntry) {
         let key = entry.key.clone();
-        if let Some(Entry { key: other, .. }) = self.index.insert(name.clone(), entry) {
+        if let Some(TensorEntry { key: other, .. }) = self.index.insert(name.clone(), entry) {
             self.problems.push(format!("`{name}` is there twice, as `{other}` and `{key}`"));
         }
     }
@@ -134,9 +134,9 @@ impl Tensors {
         let entry = self.index.get(name)?;
         let mut shape = self.files[entry.file].shape(&entry.key)?;
         match entry.form {
-            Form::Same => {}
-            Form::Third(_) => shape[0] /= 3,
-            Form::Transposed => shape.reverse(),
+            TensorForm::Same => {}
+            TensorForm::Third(_) => shape[0] /= 3,
+            TensorForm::Transposed => shape.reverse(),
         }
         Some(shape)
     }
@@ -159,11 +159,11 @@ impl Tensors {
     /// What identifies the weights of this part: each one's name, dtype and first 64 values, whatever the layout.
     pub fn identify(&self, hash: &mut Sha256) -> Result<()> {
         let constant = |name: &str| name.ends_with("position_ids") || name.starts_with("text_projection");
-        for (name, Entry { file, key, form }) in &self.index {
+        for (name, TensorEntry { file, key, form }) in &self.index {
             if constant(name) || self.is_spare(name) {
                 continue;
             }
-            let (i, n) = if let Form::Third(i) = form { (*i, 3) } else { (0, 1) };
+            let (i, n) = if let TensorForm::Third(i) = form { (*i, 3) } else { (0, 1) };
             let file = &self.files[*file];
             hash.update(format!("{name}:{}\n", file.dtype(key)));
             let size = file.kind(key).map_or(1, |kind| kind.elt_size_in_bytes());
@@ -179,9 +179,9 @@ impl Tensors {
         })?;
         let file = &self.files[entry.file];
         Ok(match entry.form {
-            Form::Same => file.read(&entry.key)?,
-            Form::Third(i) => file.read_rows(&entry.key, i, 3)?,
-            Form::Transposed => file.read(&entry.key)?.f_tr()?,
+            TensorForm::Same => file.read(&entry.key)?,
+            TensorForm::Third(i) => file.read_rows(&entry.key, i, 3)?,
+            TensorForm::Transposed => file.read(&entry.key)?.f_tr()?,
         })
     }
 }

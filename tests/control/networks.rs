@@ -12,7 +12,7 @@ use hra::adapter::target::{ATTENTION, TargetRule};
 use hra::attach;
 use hra::attach::parameters::Parameters;
 use hra::diffusion::noise::NoiseSchedule;
-use hra::diffusion::sample::{From, Noise, Request, Session, Settings, Steering, Strength};
+use hra::diffusion::sample::{From, Noise, Request, SampleSettings, Session, Steering, Strength};
 use hra::diffusion::sampler::SamplerKind;
 use hra::model::control::{ConditionEncoder, Control, ControlNet, EncoderConfig, Passes};
 use hra::model::layers::{Layers, Module};
@@ -197,8 +197,8 @@ fn conditional_passes_leave_the_negative_half_alone() {
     }
 }
 
-fn settings(sampler: SamplerKind, steps: usize, guidance: f64) -> Settings {
-    Settings {
+fn settings(sampler: SamplerKind, steps: usize, guidance: f64) -> SampleSettings {
+    SampleSettings {
         prompt: "a red apple".into(),
         negative_prompt: "a yellow cat".into(),
         sampler,
@@ -211,14 +211,14 @@ fn settings(sampler: SamplerKind, steps: usize, guidance: f64) -> Settings {
     }
 }
 
-fn noise(model: &StableDiffusion, settings: &Settings, seeds: &[u64]) -> Noise {
+fn noise(model: &StableDiffusion, settings: &SampleSettings, seeds: &[u64]) -> Noise {
     Session::<_, Control>::over(model, None).noise(seeds, settings, None).unwrap()
 }
 
 /// Final latents of two pictures at once.
 fn draw(
     model: &StableDiffusion,
-    settings: &Settings,
+    settings: &SampleSettings,
     noise: &Noise,
     control: Option<(&Control, &Tensor, Strength)>,
 ) -> Tensor {

@@ -3,7 +3,7 @@
 use crate::support::base;
 use hra::convert::single_file::{Replaced, write_checkpoint};
 use hra::data::image::{RgbImage, save_png};
-use hra::train::checkpoint::State;
+use hra::train::checkpoint::TrainState;
 use hra::train::config::TrainConfig;
 use hra::train::run::Sums;
 use hra::weights::part::Part;
@@ -174,7 +174,7 @@ fn of_runs(reader: &str) -> Option<Corpus> {
             (files, 200)
         }
         "run" => {
-            let state = State {
+            let state = TrainState {
                 format: 1,
                 step: 10,
                 seconds: 1.5,

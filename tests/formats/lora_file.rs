@@ -4,7 +4,7 @@
 use crate::support::base::root;
 use crate::support::error::relative_error;
 use hra::StableDiffusion;
-use hra::adapter::lora_file::{Change, LoraFile, LoraLayer, Part, Style, canonical, write};
+use hra::adapter::lora_file::{LayerProduct, LoraFile, LoraLayer, LoraPart, Style, canonical, write};
 use hra::model::layers::Layers;
 use hra::platform::random::normal;
 use hra::platform::seed;
@@ -50,8 +50,8 @@ fn every_style_has_the_effect_that_python_gives_it() {
     let dir = root().join("tests/fixtures/cases/sd15/pipeline");
     let mut model = StableDiffusion::load(&dir, Kind::Float, Device::Cpu).unwrap();
     let parts = [
-        (Part::UNet, weights(&mut model.unet, "unet/diffusion_pytorch_model.safetensors")),
-        (Part::TextEncoder, weights(&mut model.texts[0].encoder, "text_encoder/model.safetensors")),
+        (LoraPart::UNet, weights(&mut model.unet, "unet/diffusion_pytorch_model.safetensors")),
+        (LoraPart::TextEncoder, weights(&mut model.texts[0].encoder, "text_encoder/model.safetensors")),
     ];
     let expected = TensorFile::open(&fixture("expected")).unwrap();
     let probe = expected.read("probe").unwrap();
@@ -128,14 +128,14 @@ fn ldm_names_find_their_layers() {
         ("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q", to_q),
         ("middle_block.0.in_layers.2", "mid_block.resnets.0.conv1"),
     ];
-    let resolved = file.resolve(Part::UNet, &names, &ldm).unwrap();
+    let resolved = file.resolve(LoraPart::UNet, &names, &ldm).unwrap();
     assert_eq!(resolved.layers.keys().collect::<Vec<_>>(), names);
     assert_eq!(resolved.unmatched.iter().map(|l| l.name.as_str()).collect::<Vec<_>>(), ["output_blocks_9_9"]);
-    assert!(file.resolve(Part::TextEncoder, &names, &ldm).unwrap().layers.is_empty());
-    assert_eq!(file.resolve(Part::UNet, &names, &[]).unwrap().unmatched.len(), 3);
+    assert!(file.resolve(LoraPart::TextEncoder, &names, &ldm).unwrap().layers.is_empty());
+    assert_eq!(file.resolve(LoraPart::UNet, &names, &[]).unwrap().unmatched.len(), 3);
 
     tensors.extend(kohya(&canonical(to_q)));
-    let told = read(&tensors, &[]).unwrap().resolve(Part::UNet, &names, &ldm).unwrap_err().to_string();
+    let told = read(&tensors, &[]).unwrap().resolve(LoraPart::UNet, &names, &ldm).unwrap_err().to_string();
     assert!(told.contains(to_q) && told.contains("input_blocks_1_1"), "{told}");
 }
 
@@ -245,10 +245,10 @@ impl Shallow for [(String, Tensor)] {
 }
 
 /// A linear layer of each kind of name, a convolution, a text encoder's layer; ranks 2 and 4.
-fn changes(scale_down: f64, scale_up: f64) -> Vec<Change> {
+fn changes(scale_down: f64, scale_up: f64) -> Vec<LayerProduct> {
     let make = |part, layer: &str, down: &[i64], up: &[i64]| {
         let seeds = [0, 1].map(|half| seed::derive(3, layer, half));
-        Change {
+        LayerProduct {
             part,
             layer: layer.to_string(),
             down: normal(seeds[0], down) * scale_down,
@@ -258,20 +258,20 @@ fn changes(scale_down: f64, scale_up: f64) -> Vec<Change> {
     };
     let block = "down_blocks.0.attentions.0.transformer_blocks.0";
     vec![
-        make(Part::UNet, &format!("{block}.attn1.to_out.0"), &[2, 12], &[12, 2]),
-        make(Part::UNet, &format!("{block}.attn2.to_k"), &[4, 16], &[12, 4]),
-        make(Part::UNet, &format!("{block}.ff.net.2"), &[2, 48], &[12, 2]),
-        make(Part::UNet, "down_blocks.0.resnets.0.conv1", &[2, 12, 3, 3], &[12, 2, 1, 1]),
-        make(Part::TextEncoder, "encoder.layers.0.self_attn.q_proj", &[2, 16], &[16, 2]),
+        make(LoraPart::UNet, &format!("{block}.attn1.to_out.0"), &[2, 12], &[12, 2]),
+        make(LoraPart::UNet, &format!("{block}.attn2.to_k"), &[4, 16], &[12, 4]),
+        make(LoraPart::UNet, &format!("{block}.ff.net.2"), &[2, 48], &[12, 2]),
+        make(LoraPart::UNet, "down_blocks.0.resnets.0.conv1", &[2, 12, 3, 3], &[12, 2, 1, 1]),
+        make(LoraPart::TextEncoder, "encoder.layers.0.self_attn.q_proj", &[2, 16], &[16, 2]),
     ]
 }
 
 /// Largest relative error of the products after writing and reading.
-fn round_trip(path: &Path, style: Style, changes: &[Change], kind: Kind) -> f64 {
+fn round_trip(path: &Path, style: Style, changes: &[LayerProduct], kind: Kind) -> f64 {
     write(path, style, changes, kind, &[("base", "123".to_string())]).unwrap();
     let file = LoraFile::read(path).unwrap();
     assert_eq!((file.layers.len(), file.unused.len()), (changes.len(), 0));
-    let error = |change: &Change| {
+    let error = |change: &LayerProduct| {
         let name = canonical(&change.layer);
         let layer = file.layers.iter().find(|l| l.part == change.part && l.name == name).unwrap();
         let product = change.up.flatten(1, -1).matmul(&change.down.flatten(1, -1));
@@ -301,7 +301,8 @@ fn what_is_written_is_read_back_with_the_same_effect() {
         }
         assert!(round_trip(&path, style, &changes, Kind::Half) < 2e-3);
         let zero = |part: &Tensor| part.zeros_like();
-        let untrained: Vec<Change> = changes.into_iter().map(|c| Change { up: zero(&c.up), ..c }).collect();
+        let untrained: Vec<LayerProduct> =
+            changes.into_iter().map(|c| LayerProduct { up: zero(&c.up), ..c }).collect();
         round_trip(&path, style, &untrained, Kind::Half);
         assert_eq!(LoraFile::read(&path).unwrap().layers[0].product().abs().max().double_value(&[]), 0.0);
     }

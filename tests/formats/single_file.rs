@@ -10,7 +10,7 @@ use hra::model::layers::Layers;
 use hra::platform::random;
 use hra::weights::part::Part;
 use hra::weights::source::TEXT_FILES;
-use hra::weights::tensor_file::{self, Planned, TensorFile};
+use hra::weights::tensor_file::{self, PlannedTensor, TensorFile};
 use serde_json::Value;
 use std::fs;
 use tch::{Device, Kind, Tensor};
@@ -188,9 +188,9 @@ fn a_streamed_file_has_the_bytes_of_one_written_at_once() {
         ("c".into(), random::normal(3, &[1]).to_kind(Kind::BFloat16)),
     ];
     let text = [("x", "y".to_string()), ("a", "\"quoted\"".to_string())];
-    let plan: Vec<Planned> = tensors
+    let plan: Vec<PlannedTensor> = tensors
         .iter()
-        .map(|(name, t)| Planned { name: name.clone(), kind: t.kind(), shape: t.size() })
+        .map(|(name, t)| PlannedTensor { name: name.clone(), kind: t.kind(), shape: t.size() })
         .collect();
     let find = |name: &str| tensors.iter().find(|(n, _)| n == name).unwrap().1.shallow_clone();
     tensor_file::write_stream(&path, plan.clone(), &text, |name| Ok(find(name))).unwrap();

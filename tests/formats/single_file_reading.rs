@@ -12,7 +12,7 @@ use hra::model::UNet;
 use hra::model::layers::Layers;
 use hra::model::text::TextEncoder;
 use hra::weights::config::{TextConfig, UNetConfig, VaeConfig};
-use hra::weights::ldm::Form;
+use hra::weights::ldm::TensorForm;
 use hra::weights::part::Part;
 use hra::weights::source::{Source, TEXT_FILES};
 use hra::weights::tensor_file::{self, TensorFile};
@@ -54,7 +54,7 @@ fn of_shapes(dir: &Path, configs: &[(Part, Value)]) -> PathBuf {
             let (name, shape) = inner.split_once("` ").unwrap();
             let mut shape: Vec<i64> = serde_json::from_str(shape).unwrap();
             let (key, form) = names.key(name).unwrap_or_else(|| panic!("no key for {name}"));
-            if matches!(form, Form::Third(_)) {
+            if matches!(form, TensorForm::Third(_)) {
                 shape[0] *= 3;
             }
             shapes.insert(key, shape);

@@ -6,7 +6,7 @@ use crate::support::base::pin_threads;
 use crate::support::error::relative_error;
 use diffusers::schedulers::{PredictionType, ddim, pndm};
 use hra::Error;
-use hra::diffusion::sampler::{Plan, SamplerKind};
+use hra::diffusion::sampler::{SamplerKind, SamplerPlan};
 use serde_json::{Map, Value, json};
 use tch::Device;
 
@@ -43,7 +43,7 @@ fn starts_from_a_picture_are_those_of_python() {
         let [sampler, name, kind, steps, strength] = parts[..] else { panic!("{key}") };
         let (steps, strength): (usize, f64) = (steps.parse().unwrap(), strength.parse().unwrap());
         let config = config(&configs[name]);
-        let plan = Plan::from_strength(sampler.parse().unwrap(), &config, steps, strength).unwrap();
+        let plan = SamplerPlan::from_strength(sampler.parse().unwrap(), &config, steps, strength).unwrap();
         let inpaint = kind == "inpaint";
         let x = if inpaint && strength == 1.0 {
             noise * plan.init_noise_sigma()
@@ -71,7 +71,8 @@ fn starts_from_a_picture_are_those_of_python() {
 
 #[test]
 fn strengths_that_leave_no_step_are_refused() {
-    let plan = |kind, values: &Value, strength| Plan::from_strength(kind, &config(values), 10, strength);
+    let plan =
+        |kind, values: &Value, strength| SamplerPlan::from_strength(kind, &config(values), 10, strength);
     for strength in [0.0, -0.5, 1.01, f64::NAN] {
         let message = plan(SamplerKind::Ddim, &sd15(), strength).unwrap_err().to_string();
         assert!(message.contains("strength: expected a number above 0 and up to 1, found"), "{message}");
@@ -84,7 +85,7 @@ fn strengths_that_leave_no_step_are_refused() {
     assert!(message.contains("pndm expects 1 with this scheduler config"), "{message}");
     // Cut off, not rounded: 0.29 of 100 is 28.999999999999996 in f64.
     let calls = |strength| {
-        Plan::from_strength(SamplerKind::Ddim, &config(&sd15()), 100, strength).unwrap().model_calls()
+        SamplerPlan::from_strength(SamplerKind::Ddim, &config(&sd15()), 100, strength).unwrap().model_calls()
     };
     assert_eq!((calls(0.29), calls(0.5), calls(1.0)), (28, 50, 100));
 }
@@ -98,7 +99,7 @@ fn sd15() -> Value {
 }
 
 fn refusal(kind: SamplerKind, values: &Value, steps: usize) -> String {
-    Plan::new(kind, &config(values), steps).unwrap_err().to_string()
+    SamplerPlan::new(kind, &config(values), steps).unwrap_err().to_string()
 }
 
 /// The crate's schedulers hold their table in f64 where Python holds f32.
@@ -111,7 +112,7 @@ fn ddim_and_pndm_agree_with_the_diffusers_crate() {
         let mut values = sd15();
         values["prediction_type"] = json!(name);
         for steps in [2, 7, 20, 50] {
-            let plan = |kind| Plan::new(kind, &config(&values), steps).unwrap();
+            let plan = |kind| SamplerPlan::new(kind, &config(&values), steps).unwrap();
             let crate_config =
                 ddim::DDIMSchedulerConfig { prediction_type: prediction, ..Default::default() };
             let scheduler = ddim::DDIMScheduler::new(steps, crate_config);
@@ -183,14 +184,14 @@ fn the_models_own_sampler() {
 
 #[test]
 fn model_calls_are_known_before_sampling() {
-    let calls = |kind, values: &Value| Plan::new(kind, &config(values), 10).unwrap().model_calls();
+    let calls = |kind, values: &Value| SamplerPlan::new(kind, &config(values), 10).unwrap().model_calls();
     let mut runge_kutta = sd15();
     runge_kutta["skip_prk_steps"] = json!(false);
     assert_eq!(calls(SamplerKind::Ddim, &sd15()), 10);
     assert_eq!(calls(SamplerKind::Pndm, &sd15()), 11);
     assert_eq!(calls(SamplerKind::Pndm, &runge_kutta), 19);
     assert_eq!(calls(SamplerKind::Heun, &sd15()), 19);
-    let plan = |kind| Plan::new(kind, &config(&sd15()), 10).unwrap();
+    let plan = |kind| SamplerPlan::new(kind, &config(&sd15()), 10).unwrap();
     assert_eq!(plan(SamplerKind::EulerAncestral).noise_steps(), 9);
     assert_eq!(plan(SamplerKind::Euler).noise_steps(), 0);
 }
@@ -251,14 +252,14 @@ fn what_cannot_be_sampled_is_refused_before_the_first_call() {
         assert!(message.contains(expected), "{kind} {steps}: {message}");
     }
     // PNDM has no thresholding, so the key says nothing about it.
-    assert!(Plan::new(SamplerKind::Pndm, &config(&with("thresholding", json!(true))), 9).is_ok());
+    assert!(SamplerPlan::new(SamplerKind::Pndm, &config(&with("thresholding", json!(true))), 9).is_ok());
 }
 
 #[test]
 fn errors_stop_the_sampling_and_the_callers_noise_stays() {
     let noise = &tensors("samplers.safetensors")["noise"];
     for name in ["ddim", "pndm", "euler", "euler-a", "dpm++2m", "heun", "unipc"] {
-        let plan = Plan::new(name.parse().unwrap(), &config(&sd15()), 6).unwrap();
+        let plan = SamplerPlan::new(name.parse().unwrap(), &config(&sd15()), 6).unwrap();
         let before = noise.copy();
         let (mut calls, mut told) = (0, Vec::new());
         let result = plan.run(

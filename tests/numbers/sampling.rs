@@ -3,8 +3,8 @@
 use crate::support::all_cases::cases;
 use crate::support::error::relative_error;
 use hra::StableDiffusion;
-use hra::diffusion::sample::{From, Noise, Request, Session, Settings};
-use hra::diffusion::sampler::{Plan, SamplerKind};
+use hra::diffusion::sample::{From, Noise, Request, SampleSettings, Session};
+use hra::diffusion::sampler::{SamplerKind, SamplerPlan};
 use hra::platform::choice::Choice;
 use hra::platform::observer::Silent;
 use tch::{Device, Kind, Tensor};
@@ -29,7 +29,7 @@ fn every_scheduler_gives_the_latents_of_python() {
         for sampler in SamplerKind::CHOICES.iter().map(|choice| choice.value) {
             let key = format!("sample.{}.latents", sampler.name());
             let steps = format!("sample.{}.step_noise", sampler.name());
-            let settings = Settings {
+            let settings = SampleSettings {
                 prompt: json["prompts"][0].as_str().unwrap().into(),
                 negative_prompt: json["negative"].as_str().unwrap().into(),
                 sampler,
@@ -70,7 +70,7 @@ fn every_ddim_step_is_that_of_python() {
         let (states, _) = model.encode_prompts(&prompts).unwrap();
         let guidance = json["guidance"].as_f64().unwrap();
         let settings = SamplerKind::Ddim.settings(&model.scheduler, None, None);
-        let plan = Plan::new(SamplerKind::Ddim, &settings, expected.size()[0] as usize).unwrap();
+        let plan = SamplerPlan::new(SamplerKind::Ddim, &settings, expected.size()[0] as usize).unwrap();
         let start = case.get("sample.noise") * plan.init_noise_sigma();
         let predict = |x: &Tensor, timestep: f64| {
             let timesteps = Tensor::full([2], timestep, (Kind::Float, Device::Cpu));

@@ -4,8 +4,8 @@ use crate::support::base::{pin_threads, root};
 use hra::data::image::RgbImage;
 use hra::lab::evaluate::lpips::{Lpips, Net};
 use hra::lab::evaluate::scores::{
-    References, Subject, average_precision, cosines, cover, drift, mean_of_pairs, pixel_difference, top1,
-    without_token,
+    References, ScoredSubject, average_precision, cosines, cover, drift, mean_of_pairs, pixel_difference,
+    top1, without_token,
 };
 use hra::lab::evaluate::{TowerPaths, Towers, towers};
 use hra::lab::results::SCORES;
@@ -139,12 +139,12 @@ fn drift_is_the_mean_absolute_difference() {
 #[test]
 fn without_towers_there_is_nothing_to_score_but_masks_are_checked() {
     let (towers, picture) = (Towers::default(), row(4));
-    let subject = Subject::new(&towers, &References::default()).unwrap();
+    let subject = ScoredSubject::new(&towers, &References::default()).unwrap();
     let (together, each) = subject.score(&towers, Some("a dog"), &[row(3), row(4)], &Silent).unwrap();
     assert!(together.is_empty() && each.len() == 2 && each.iter().all(|scores| scores.is_empty()));
     let masked = |masks: Vec<&RgbImage>| {
         let references = References { real: vec![&picture], masks: Some(masks), ..Default::default() };
-        Subject::new(&towers, &references).map(drop).unwrap_err().to_string()
+        ScoredSubject::new(&towers, &references).map(drop).unwrap_err().to_string()
     };
     assert!(masked(vec![]).contains("expected a mask for each of 1 real pictures, found 0"));
     assert!(masked(vec![&RgbImage::new(4, 1)]).contains("found all black"));
@@ -261,7 +261,8 @@ fn lpips_scores_are_means_over_real_pictures_and_over_pairs_of_a_prompt() {
     let drawn: Vec<RgbImage> = (0..3).map(|k| picture(k, 40, 31)).collect();
     let other = picture(3, 50, 50);
     let subject =
-        Subject::new(&loaded, &References { real: vec![&drawn[0], &other], ..Default::default() }).unwrap();
+        ScoredSubject::new(&loaded, &References { real: vec![&drawn[0], &other], ..Default::default() })
+            .unwrap();
     let (together, each) = subject.score(&loaded, None, &drawn, &Silent).unwrap();
     let distance = |a: &RgbImage, b: &RgbImage| lpips.distances(&[a], &[b], &Silent).unwrap()[0];
     for (scores, picture) in each.iter().zip(&drawn) {

@@ -195,3 +195,20 @@ fn only_the_command_line_knows_clap() {
     assert!(others.is_empty(), "{others:?}");
     assert!(own.len() > 10, "{own:?}");
 }
+
+/// What stands at the start of a line, private or public: a reader who meets a name has met it once.
+#[test]
+fn every_type_has_a_name_of_its_own() {
+    let pattern =
+        regex::Regex::new(r"(?m)^(?:pub(?:\([a-z]+\))? )?(?:struct|enum|trait|type) (\w+)").unwrap();
+    let mut places: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
+    for path in sources(&root().join("src")) {
+        let text = std::fs::read_to_string(&path).unwrap();
+        for found in pattern.captures_iter(&text) {
+            places.entry(found[1].to_string()).or_default().push(path.clone());
+        }
+    }
+    assert!(places.len() > 300, "only {} types were looked at", places.len());
+    places.retain(|_, paths| paths.len() > 1);
+    assert!(places.is_empty(), "{places:#?}");
+}

@@ -5,7 +5,7 @@ use crate::support::base::{pin_threads, root};
 use crate::support::process::alone;
 use crate::support::training::tiny_sd;
 use hra::Error;
-use hra::diffusion::sample::{Request, Session, Settings};
+use hra::diffusion::sample::{Request, SampleSettings, Session};
 use hra::diffusion::sampler::SamplerKind;
 use hra::diffusion::stable_diffusion::StableDiffusion;
 use hra::platform::observer::{Event, Observer};
@@ -104,7 +104,8 @@ fn train_and_draw() {
         let outcome = train(config(&run), Some(&Resume::Latest), &watching).unwrap();
         assert_eq!(outcome.steps, 4);
         let model = StableDiffusion::load(&tiny_sd(), Kind::Float, Device::Cpu).unwrap();
-        let settings = Settings::square(&model, "a cat face", Some(SamplerKind::Ddim), 2, 4.0, 64).unwrap();
+        let settings =
+            SampleSettings::square(&model, "a cat face", Some(SamplerKind::Ddim), 2, 4.0, 64).unwrap();
         let mut session = Session::open(model, Vec::new(), None).unwrap();
         let stopped = Collector { stop_after: Some(0), ..Collector::default() };
         let request = Request::new(&settings, &[7], 1);

@@ -5,7 +5,7 @@ use crate::support::error::relative_error;
 use hra::StableDiffusion;
 use hra::attach::loaded::{FULL_UNET, LoadedAdapter};
 use hra::data::image::RgbImage;
-use hra::diffusion::sample::{Made, Request, Session, Settings, Start};
+use hra::diffusion::sample::{Made, Request, SampleSettings, Session, Start};
 use hra::diffusion::sampler::SamplerKind;
 use hra::model::layers::{Layers, Module};
 use hra::platform::observer::Silent;
@@ -24,8 +24,8 @@ fn open() -> Session {
     Session::open(model, Vec::new(), None).unwrap()
 }
 
-fn settings(prompt: &str) -> Settings {
-    Settings {
+fn settings(prompt: &str) -> SampleSettings {
+    SampleSettings {
         prompt: prompt.into(),
         negative_prompt: "a yellow cat".into(),
         sampler: SamplerKind::Ddim,
@@ -38,7 +38,7 @@ fn settings(prompt: &str) -> Settings {
     }
 }
 
-fn draw(session: &mut Session, settings: &Settings) -> Tensor {
+fn draw(session: &mut Session, settings: &SampleSettings) -> Tensor {
     let pictures = session.draw(&Request::new(settings, &[3, 4], 2), &Silent).unwrap();
     assert_eq!(pictures.iter().map(|p| p.seed).collect::<Vec<_>>(), [Some(3), Some(4)]);
     Tensor::cat(&pictures.iter().map(|p| &p.latents).collect::<Vec<_>>(), 0)
@@ -75,7 +75,7 @@ fn what_requests_share_is_made_once() {
     let _ = draw(&mut session, &settings("a blue car"));
     assert_eq!(made(&session), (3, 0, 1));
     let mut image = |start: &Start, steps: usize| {
-        let settings = Settings { steps, ..settings("a blue car") };
+        let settings = SampleSettings { steps, ..settings("a blue car") };
         let request = Request { start: Some(start), ..Request::new(&settings, &[1], 1) };
         session.draw(&request, &Silent).unwrap();
         made(&session)

@@ -5,7 +5,7 @@ use crate::support::base::root;
 use crate::support::error::relative_error;
 use hra::Result;
 use hra::diffusion::noise::SchedulerConfig;
-use hra::diffusion::sampler::{Plan, SamplerKind};
+use hra::diffusion::sampler::{SamplerKind, SamplerPlan};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ pub fn toy(x: &Tensor, t: f64) -> Tensor {
     x * (0.6 * (t / 400.0).cos()) + (x + t / 150.0).sin() * 0.2
 }
 
-pub fn sample(plan: &Plan, noise: &Tensor, step_noise: &Tensor) -> Result<Tensor> {
+pub fn sample(plan: &SamplerPlan, noise: &Tensor, step_noise: &Tensor) -> Result<Tensor> {
     let (mut calls, mut asked) = (0, 0);
     let latents = plan.run(
         noise * plan.init_noise_sigma(),
@@ -119,7 +119,7 @@ pub fn final_latents(device: Device, most_steps: usize) -> Found {
                 found.cases += 1;
                 let expected = expected[&key].get(i as i64);
                 let is_refused = bool::try_from(expected.isnan().any()).unwrap();
-                match Plan::new(kind, &config, steps) {
+                match SamplerPlan::new(kind, &config, steps) {
                     Err(_) if is_refused => found.refused += 1,
                     Err(e) => found.problems.push(format!("{key} {steps}: {e}")),
                     Ok(_) if is_refused => found.problems.push(format!("{key} {steps}: not refused")),

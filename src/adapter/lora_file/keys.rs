@@ -12,7 +12,7 @@
 //!
 //! What diffusers accepts is in its `loaders/lora_conversion_utils.py` and `utils/state_dict_utils.py` (0.42).
 
-use crate::adapter::lora_file::part::Part;
+use crate::adapter::lora_file::part::LoraPart;
 
 /// What a tensor is in its layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,9 +31,9 @@ pub enum Role {
 
 /// What a key says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Key {
+pub enum LoraKey {
     /// A tensor of a layer, named in the style's own way: dots, or underscores.
-    Layer { part: Part, layer: String, role: Role },
+    Layer { part: LoraPart, layer: String, role: Role },
     /// Something that would change the result and is not done here; the reason.
     Refused(&'static str),
     /// Nothing known.
@@ -108,42 +108,42 @@ const OTHER_METHODS: [(&str, &str); 22] = [
 ];
 
 /// Beginnings that say which part a layer is of; one that begins with another is the longer and comes first.
-const PARTS: [(&str, Part); 7] = [
-    ("unet.", Part::UNet),
-    ("text_encoder.", Part::TextEncoder),
-    ("lora_unet_", Part::UNet),
-    ("lora_te1_", Part::TextEncoder),
-    ("lora_te_", Part::TextEncoder),
-    ("model.diffusion_model.", Part::UNet),
-    ("diffusion_model.", Part::UNet),
+const PARTS: [(&str, LoraPart); 7] = [
+    ("unet.", LoraPart::UNet),
+    ("text_encoder.", LoraPart::TextEncoder),
+    ("lora_unet_", LoraPart::UNet),
+    ("lora_te1_", LoraPart::TextEncoder),
+    ("lora_te_", LoraPart::TextEncoder),
+    ("model.diffusion_model.", LoraPart::UNet),
+    ("diffusion_model.", LoraPart::UNet),
 ];
 
 /// Reads a key.
-pub fn parse(key: &str) -> Key {
+pub fn parse(key: &str) -> LoraKey {
     let bare = key.strip_prefix("base_model.model.").unwrap_or(key);
     if let Some((_, why)) = OTHER_MODELS.iter().find(|(start, _)| bare.starts_with(start)) {
-        return Key::Refused(why);
+        return LoraKey::Refused(why);
     }
     let ending = ROLES.iter().find_map(|(end, role)| Some((bare.strip_suffix(end)?, *role)));
     let Some((module, role)) = ending.filter(|(module, _)| !module.is_empty()) else {
         let other = OTHER_METHODS.iter().find(|(part, _)| bare.contains(part));
-        return other.map_or(Key::Unknown, |(_, why)| Key::Refused(why));
+        return other.map_or(LoraKey::Unknown, |(_, why)| LoraKey::Refused(why));
     };
     let named = PARTS.iter().find_map(|(start, part)| Some((module.strip_prefix(start)?, *part)));
     let (module, part) = named.unwrap_or_else(|| {
         let is_text = ["text_model.", "encoder.layers."].iter().any(|start| module.starts_with(start));
-        (module, if is_text { Part::TextEncoder } else { Part::UNet })
+        (module, if is_text { LoraPart::TextEncoder } else { LoraPart::UNet })
     });
     let module = module.replace(".processor.", ".");
     // The processors of old gave all attention the UNet's names.
     let renamed = match part {
-        Part::UNet => &[(".to_out", ".to_out.0")][..],
-        Part::TextEncoder => {
+        LoraPart::UNet => &[(".to_out", ".to_out.0")][..],
+        LoraPart::TextEncoder => {
             &[(".to_q", ".q_proj"), (".to_k", ".k_proj"), (".to_v", ".v_proj"), (".to_out", ".out_proj")]
         }
     };
     let renamed = renamed.iter().find_map(|(old, new)| Some(format!("{}{new}", module.strip_suffix(old)?)));
-    Key::Layer { part, layer: renamed.unwrap_or(module), role }
+    LoraKey::Layer { part, layer: renamed.unwrap_or(module), role }
 }
 
 /// A layer's name as all styles can give it: underscores for dots, and no `text_model` before it.
@@ -156,9 +156,9 @@ pub fn canonical(layer: &str) -> String {
 mod tests {
     use super::*;
 
-    fn found(key: &str) -> (Part, String, Role) {
+    fn found(key: &str) -> (LoraPart, String, Role) {
         match parse(key) {
-            Key::Layer { part, layer, role } => (part, canonical(&layer), role),
+            LoraKey::Layer { part, layer, role } => (part, canonical(&layer), role),
             other => panic!("{key}: {other:?}"),
         }
     }
@@ -176,7 +176,7 @@ mod tests {
             format!("{dotted}.processor.to_out_lora.down.weight"),
             format!("lora_unet_{layer}.lora_down.weight"),
         ] {
-            assert_eq!(found(&key), (Part::UNet, layer.to_string(), Role::Down), "{key}");
+            assert_eq!(found(&key), (LoraPart::UNet, layer.to_string(), Role::Down), "{key}");
         }
         let layer = "encoder_layers_3_self_attn_q_proj";
         let dotted = "encoder.layers.3.self_attn";
@@ -189,7 +189,7 @@ mod tests {
             format!("lora_te_text_model_{layer}.lora_up.weight"),
             format!("lora_te1_text_model_{layer}.lora_up.weight"),
         ] {
-            assert_eq!(found(&key), (Part::TextEncoder, layer.to_string(), Role::Up), "{key}");
+            assert_eq!(found(&key), (LoraPart::TextEncoder, layer.to_string(), Role::Up), "{key}");
         }
     }
 
@@ -205,12 +205,12 @@ mod tests {
             ("lora_unet_conv_in.diff", "whole weights"),
         ] {
             match parse(key) {
-                Key::Refused(why) => assert!(why.contains(word), "{key}: {why}"),
+                LoraKey::Refused(why) => assert!(why.contains(word), "{key}: {why}"),
                 other => panic!("{key}: {other:?}"),
             }
         }
         for key in ["", ".alpha", "lora_A.weight", "x", "unet.conv_in.weight"] {
-            assert_eq!(parse(key), Key::Unknown, "{key}");
+            assert_eq!(parse(key), LoraKey::Unknown, "{key}");
         }
     }
 }

@@ -14,15 +14,15 @@ mod write;
 use crate::error::{Error, Result};
 use crate::platform::host;
 use crate::weights::tensor_file::TensorFile;
-use keys::{Key, Role};
-use settings::Settings;
+use keys::{LoraKey, Role};
+use settings::LoraFileSettings;
 use std::collections::BTreeMap;
 use std::path::Path;
 use tch::{Kind, Tensor};
 
 pub use keys::canonical;
-pub use part::Part;
-pub use write::{Change, Style, write};
+pub use part::LoraPart;
+pub use write::{LayerProduct, Style, write};
 
 /// The name under which diffusers' `save_lora_weights` writes.
 pub const DIFFUSERS_FILE: &str = "pytorch_lora_weights.safetensors";
@@ -34,7 +34,7 @@ const MAX_DIMENSION: i64 = 1 << 20;
 #[derive(Debug)]
 pub struct LoraLayer {
     /// Which part the layer is of.
-    pub part: Part,
+    pub part: LoraPart,
     /// The layer's name as every style can give it (see [`canonical`]).
     pub name: String,
     /// `(r, d_in)`, or `(r, c, kh, kw)` for a convolution.
@@ -83,7 +83,7 @@ pub struct Resolved<'a> {
 
 /// The keys of one layer while a file is read.
 #[derive(Default)]
-struct Found {
+struct FoundTensor {
     /// As the style writes it, which PEFT's patterns match.
     layer: String,
     keys: BTreeMap<&'static str, String>,
@@ -93,14 +93,14 @@ impl LoraFile {
     /// Reads a file. Everything that is wrong, or cannot be honoured, is told by its key.
     pub fn read(path: &Path) -> Result<Self> {
         let file = TensorFile::open(path)?;
-        let mut found: BTreeMap<(Part, String), Found> = BTreeMap::new();
+        let mut found: BTreeMap<(LoraPart, String), FoundTensor> = BTreeMap::new();
         let mut refused: BTreeMap<&str, Vec<String>> = BTreeMap::new();
         let (mut unused, mut problems) = (Vec::new(), Vec::new());
         for key in file.names() {
             match keys::parse(&key) {
-                Key::Unknown => unused.push(key),
-                Key::Refused(why) => refused.entry(why).or_default().push(key),
-                Key::Layer { part, layer, role } => {
+                LoraKey::Unknown => unused.push(key),
+                LoraKey::Refused(why) => refused.entry(why).or_default().push(key),
+                LoraKey::Layer { part, layer, role } => {
                     let entry = found.entry((part, canonical(&layer))).or_default();
                     entry.layer = layer;
                     if let Some(other) = entry.keys.insert(role_name(role), key.clone()) {
@@ -152,7 +152,7 @@ impl LoraFile {
 
     /// Finds the layers of `part` in a model. `names` are the model's own; `ldm` gives further names (first) of some of them
     /// (second), such as those in a single-file checkpoint. The error is a layer that is meant twice.
-    pub fn resolve(&self, part: Part, names: &[&str], ldm: &[(&str, &str)]) -> Result<Resolved<'_>> {
+    pub fn resolve(&self, part: LoraPart, names: &[&str], ldm: &[(&str, &str)]) -> Result<Resolved<'_>> {
         let own = names.iter().map(|name| (canonical(name), *name));
         let further = ldm
             .iter()
@@ -187,11 +187,11 @@ fn role_name(role: Role) -> &'static str {
     }
 }
 
-fn read_settings(file: &TensorFile, problems: &mut Vec<String>) -> Vec<(Part, Settings)> {
+fn read_settings(file: &TensorFile, problems: &mut Vec<String>) -> Vec<(LoraPart, LoraFileSettings)> {
     let mut found = Vec::new();
     if let Some(text) = file.text(part::METADATA) {
-        for part in [Part::UNet, Part::TextEncoder] {
-            match Settings::read(text, part) {
+        for part in [LoraPart::UNet, LoraPart::TextEncoder] {
+            match LoraFileSettings::read(text, part) {
                 Ok(settings) => found.extend(settings.map(|settings| (part, settings))),
                 Err(mut wrong) => {
                     wrong.retain(|problem| !problems.contains(problem));
@@ -206,10 +206,10 @@ fn read_settings(file: &TensorFile, problems: &mut Vec<String>) -> Vec<(Part, Se
 /// One layer, checked; the error is every problem of it.
 fn read_layer(
     file: &TensorFile,
-    part: Part,
+    part: LoraPart,
     name: String,
-    found: &mut Found,
-    settings: Option<&Settings>,
+    found: &mut FoundTensor,
+    settings: Option<&LoraFileSettings>,
 ) -> std::result::Result<LoraLayer, Vec<String>> {
     let (down_key, up_key) = match (found.keys.remove("down"), found.keys.remove("up")) {
         (Some(down), Some(up)) => (down, up),
@@ -286,7 +286,7 @@ fn read_alpha(file: &TensorFile, key: &str) -> std::result::Result<f64, Vec<Stri
 /// DoRA's norms of rows, under either name; `(d_out)`.
 fn read_magnitude(
     file: &TensorFile,
-    found: &mut Found,
+    found: &mut FoundTensor,
     d_out: i64,
 ) -> std::result::Result<Option<Tensor>, Vec<String>> {
     let read = |key: String, shapes: &[Vec<i64>]| {

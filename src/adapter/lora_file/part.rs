@@ -5,14 +5,14 @@ pub(super) const METADATA: &str = "lora_adapter_metadata";
 
 /// A part of Stable Diffusion that has layers to adapt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Part {
+pub enum LoraPart {
     /// The denoiser.
     UNet,
     /// The CLIP text tower.
     TextEncoder,
 }
 
-impl Part {
+impl LoraPart {
     /// As diffusers names it.
     pub fn name(self) -> &'static str {
         match self {

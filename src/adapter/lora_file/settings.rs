@@ -1,7 +1,7 @@
 //! PEFT's settings of a LoRA, as diffusers puts them into a file's metadata (`lora_adapter_metadata`, JSON): of one model, or
 //! of several with the model's name before each field.
 
-use crate::adapter::lora_file::part::Part;
+use crate::adapter::lora_file::part::LoraPart;
 use crate::adapter::peft_patterns::pattern;
 use regex::Regex;
 use serde_json::{Map, Value};
@@ -31,7 +31,7 @@ const PLAIN_STARTS: [&str; 4] = ["gaussian", "kaiming", "eva", "orthogonal"];
 
 /// What scales the layers of one part.
 #[derive(Debug)]
-pub struct Settings {
+pub struct LoraFileSettings {
     rank: Option<i64>,
     alpha: f64,
     ranks: Vec<(Regex, f64)>,
@@ -41,21 +41,21 @@ pub struct Settings {
     pub dora: bool,
 }
 
-impl Settings {
+impl LoraFileSettings {
     /// The settings for `part` in `text`; none if the text is of other parts. The error is every problem.
-    pub fn read(text: &str, part: Part) -> Result<Option<Self>, Vec<String>> {
+    pub fn read(text: &str, part: LoraPart) -> Result<Option<Self>, Vec<String>> {
         let whole: Map<String, Value> = serde_json::from_str(text)
             .map_err(|e| vec![format!("metadata `{}`: not JSON: {e}", super::part::METADATA)])?;
-        let prefixed = |part: Part| -> Map<String, Value> {
+        let prefixed = |part: LoraPart| -> Map<String, Value> {
             let start = format!("{}.", part.name());
             whole.iter().filter_map(|(k, v)| Some((k.strip_prefix(&start)?.to_string(), v.clone()))).collect()
         };
-        let parts = [Part::UNet, Part::TextEncoder].map(prefixed);
+        let parts = [LoraPart::UNet, LoraPart::TextEncoder].map(prefixed);
         let fields = match part {
             // Without a name they are those of the UNet, which alone writes so (`unet.save_lora_adapter`).
-            Part::UNet if parts.iter().all(Map::is_empty) => &whole,
-            Part::UNet => &parts[0],
-            Part::TextEncoder => &parts[1],
+            LoraPart::UNet if parts.iter().all(Map::is_empty) => &whole,
+            LoraPart::UNet => &parts[0],
+            LoraPart::TextEncoder => &parts[1],
         };
         if fields.is_empty() { Ok(None) } else { Self::from_fields(fields).map(Some) }
     }

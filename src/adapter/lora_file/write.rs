@@ -8,7 +8,7 @@
 //! [`Style::Kohya`] is for A1111, ComfyUI and diffusers. All layers get the same alpha, the largest rank, and `up` is scaled
 //! where a layer's rank is smaller: diffusers 0.42 loses the alphas of attention layers where they differ.
 
-use crate::adapter::lora_file::part::Part;
+use crate::adapter::lora_file::part::LoraPart;
 use crate::error::{Error, Result};
 use crate::platform::host;
 use crate::weights::tensor_file;
@@ -26,9 +26,9 @@ pub enum Style {
 
 /// The change of one layer's weight: `up down`, scale 1.
 #[derive(Debug)]
-pub struct Change {
+pub struct LayerProduct {
     /// Which part the layer is of.
-    pub part: Part,
+    pub part: LoraPart,
     /// The layer's own name, with dots; a text encoder's with or without `text_model.`.
     pub layer: String,
     /// `(r, d_in)`, or `(r, c, kh, kw)` for a convolution.
@@ -44,7 +44,7 @@ pub struct Change {
 pub fn write(
     path: &Path,
     style: Style,
-    changes: &[Change],
+    changes: &[LayerProduct],
     kind: Kind,
     text: &[(&str, String)],
 ) -> Result<()> {
@@ -106,16 +106,16 @@ struct Names {
     alpha: Option<String>,
 }
 
-fn diffusers_names(change: &Change) -> Names {
+fn diffusers_names(change: &LayerProduct) -> Names {
     let layer = full_name(change);
     let place = format!("{}.{layer}", change.part.name());
     let ends_in = |end: &str| layer.ends_with(end);
     let attention =
-        change.part == Part::UNet && [".to_q", ".to_k", ".to_v", ".to_out.0"].into_iter().any(ends_in);
+        change.part == LoraPart::UNet && [".to_q", ".to_k", ".to_v", ".to_out.0"].into_iter().any(ends_in);
     let stem = match (change.part, attention) {
-        (Part::TextEncoder, _) => format!("{place}.lora_linear_layer"),
-        (Part::UNet, false) => format!("{place}.lora"),
-        (Part::UNet, true) => {
+        (LoraPart::TextEncoder, _) => format!("{place}.lora_linear_layer"),
+        (LoraPart::UNet, false) => format!("{place}.lora"),
+        (LoraPart::UNet, true) => {
             let (block, projection) = place.split_once(".to_").unwrap_or((&place, ""));
             format!("{block}.processor.to_{}_lora", projection.trim_end_matches(".0"))
         }
@@ -125,17 +125,17 @@ fn diffusers_names(change: &Change) -> Names {
         up: format!("{stem}.up.weight"),
         // transformers puts the adapter's name into the key before its end, and needs an end to find.
         magnitude: match change.part {
-            Part::UNet => format!("{place}.lora_magnitude_vector"),
-            Part::TextEncoder => format!("{place}.lora_magnitude_vector.weight"),
+            LoraPart::UNet => format!("{place}.lora_magnitude_vector"),
+            LoraPart::TextEncoder => format!("{place}.lora_magnitude_vector.weight"),
         },
         alpha: None,
     }
 }
 
-fn kohya_names(change: &Change) -> Names {
+fn kohya_names(change: &LayerProduct) -> Names {
     let prefix = match change.part {
-        Part::UNet => "lora_unet_",
-        Part::TextEncoder => "lora_te_",
+        LoraPart::UNet => "lora_unet_",
+        LoraPart::TextEncoder => "lora_te_",
     };
     let place = format!("{prefix}{}", full_name(change).replace('.', "_"));
     Names {
@@ -147,9 +147,9 @@ fn kohya_names(change: &Change) -> Names {
 }
 
 /// Other programs have `text_model.` before the text encoder's names.
-fn full_name(change: &Change) -> String {
+fn full_name(change: &LayerProduct) -> String {
     match change.part {
-        Part::TextEncoder if !change.layer.starts_with("text_model.") => {
+        LoraPart::TextEncoder if !change.layer.starts_with("text_model.") => {
             format!("text_model.{}", change.layer)
         }
         _ => change.layer.clone(),

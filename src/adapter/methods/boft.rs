@@ -7,8 +7,8 @@
 use crate::adapter::blocks::{self, Cayley, Partition, PartitionSettings};
 use crate::adapter::how::ELSEWHERE;
 use crate::adapter::method::{
-    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts,
-    PeftReader,
+    Combined, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader,
+    RegisteredMethod,
 };
 use crate::adapter::peft_fields::halves;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
@@ -39,7 +39,7 @@ impl OwnSettings for BoftSettings {
 }
 
 /// BOFT's line in the registry.
-pub const METHOD: Entry = Entry {
+pub const METHOD: RegisteredMethod = RegisteredMethod {
     name: "boft",
     about: "OFT of butterfly factors, with a trained scale for each output",
     own: OwnSection::of::<BoftSettings>(),

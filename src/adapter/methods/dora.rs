@@ -8,7 +8,7 @@
 //! ```
 
 use crate::adapter::method::{
-    Entry, FileFacts, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader,
+    FileFacts, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader, RegisteredMethod,
 };
 use crate::adapter::methods::lora::{Lora, LoraConfig, LoraSettings};
 use crate::adapter::{Adapter, Change, Form, Frozen};
@@ -32,7 +32,7 @@ impl OwnSettings for DoraSettings {
 }
 
 /// DoRA's line in the registry.
-pub const METHOD: Entry = Entry {
+pub const METHOD: RegisteredMethod = RegisteredMethod {
     name: "dora",
     about: "LoRA with a trained magnitude for each output",
     own: OwnSection::of::<DoraSettings>(),

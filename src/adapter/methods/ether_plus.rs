@@ -11,7 +11,9 @@
 //! PEFT has no such method: its files are read here, and `hra export` makes LoRA or whole models of them.
 
 use crate::adapter::blocks::{Partition, PartitionSettings};
-use crate::adapter::method::{Entry, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader};
+use crate::adapter::method::{
+    Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader, RegisteredMethod,
+};
 use crate::adapter::peft_fields::halves;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, matrix_shape};
 use crate::platform::host;
@@ -41,7 +43,7 @@ impl OwnSettings for EtherPlusSettings {
 }
 
 /// ETHER+'s line in the registry.
-pub const METHOD: Entry = Entry {
+pub const METHOD: RegisteredMethod = RegisteredMethod {
     name: "ether+",
     about: "A reflection undone by another one for each block of inputs and outputs, which bounds the change",
     own: OwnSection::of::<EtherPlusSettings>(),
@@ -83,7 +85,7 @@ impl MethodSettings for EtherPlusConfig {
     fn start(&self, weight: &Tensor, seed: u64) -> Result<Box<dyn Adapter>, String> {
         let _guard = tch::no_grad_guard();
         let shapes = self.shapes(&weight.size())?;
-        let pair = |u: Tensor| Pair { v: -&u, u };
+        let pair = |u: Tensor| ReflectionPair { v: -&u, u };
         let draw = |draws: &random::Draws| shapes.map(|shape| draws.normal(&shape));
         let [input, output] = random::seeded(seed, draw).map(|u| pair(host::to_device(&u, weight.device())));
         Ok(Box::new(EtherPlus { input, output }))
@@ -122,7 +124,7 @@ impl MethodSettings for EtherPlusConfig {
             if shortest(&u) == 0.0 || shortest(&v) == 0.0 {
                 return Err(format!("{}: holds a vector of length zero, which has no direction", names[0]));
             }
-            Ok(Pair { u, v })
+            Ok(ReflectionPair { u, v })
         };
         let input = pair([NAMES[0], NAMES[1]])?;
         Ok(Box::new(EtherPlus { input, output: pair([NAMES[2], NAMES[3]])? }))
@@ -131,17 +133,17 @@ impl MethodSettings for EtherPlusConfig {
 
 /// The ETHER+ adapter of one layer.
 pub struct EtherPlus {
-    input: Pair,
-    output: Pair,
+    input: ReflectionPair,
+    output: ReflectionPair,
 }
 
 /// The vectors of one H, f32 `(blocks, b)`; only their directions matter.
-struct Pair {
+struct ReflectionPair {
     u: Tensor,
     v: Tensor,
 }
 
-impl Pair {
+impl ReflectionPair {
     fn units(&self) -> [Tensor; 2] {
         [&self.u, &self.v].map(|t| t / t.norm_scalaropt_dim(2, [1], true))
     }

@@ -1,6 +1,6 @@
 //! Full fine-tuning as an adapter: the trained weight itself, in the place of the frozen one.
 
-use crate::adapter::method::{Entry, Method, MethodSettings, OwnSection, OwnSettings, Parts};
+use crate::adapter::method::{Method, MethodSettings, OwnSection, OwnSettings, Parts, RegisteredMethod};
 use crate::adapter::{Adapter, Change, Form, Frozen};
 use crate::platform::host;
 use serde_json::Value;
@@ -22,7 +22,7 @@ impl OwnSettings for FullSettings {
 }
 
 /// Full fine-tuning's line in the registry.
-pub const METHOD: Entry = Entry {
+pub const METHOD: RegisteredMethod = RegisteredMethod {
     name: "full",
     about: "All weights of the UNet, without an adapter",
     own: OwnSection::of::<FullSettings>(),

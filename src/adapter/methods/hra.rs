@@ -13,8 +13,8 @@
 
 use crate::adapter::how::ELSEWHERE;
 use crate::adapter::method::{
-    Combined, Entry, How, LayerChain, Link, Method, MethodSettings, OwnSection, OwnSettings, Parts,
-    PeftReader,
+    Combined, How, LayerChain, Link, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader,
+    RegisteredMethod,
 };
 use crate::adapter::reflections::{Reflections, wy_factor};
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, check_stored_rank, matrix_shape};
@@ -85,7 +85,7 @@ impl OwnSettings for HraConfig {
 }
 
 /// HRA's line in the registry.
-pub const METHOD: Entry = Entry {
+pub const METHOD: RegisteredMethod = RegisteredMethod {
     name: "hra",
     about: "Householder Reflection Adaptation",
     own: OwnSection::of::<HraConfig>(),

@@ -6,8 +6,8 @@
 
 use crate::adapter::how::ELSEWHERE;
 use crate::adapter::method::{
-    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts,
-    PeftReader,
+    Combined, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader,
+    RegisteredMethod,
 };
 use crate::adapter::peft_patterns::whole_pattern;
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry};
@@ -41,7 +41,7 @@ impl OwnSettings for Ia3Settings {
 }
 
 /// (IA)^3's line in the registry.
-pub const METHOD: Entry = Entry {
+pub const METHOD: RegisteredMethod = RegisteredMethod {
     name: "ia3",
     about: "A factor for each output",
     own: OwnSection::of::<Ia3Settings>(),

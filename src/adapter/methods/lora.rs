@@ -4,8 +4,8 @@
 //! a dense `B A`. DoRA, which is built on it, is in [`super::dora`].
 
 use crate::adapter::method::{
-    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts,
-    PeftReader,
+    Combined, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader,
+    RegisteredMethod,
 };
 use crate::adapter::peft_fields::{Fields, factor};
 use crate::adapter::peft_patterns::{Exceptions, Patterns};
@@ -95,7 +95,7 @@ impl OwnSettings for LoraSettings {
 }
 
 /// LoRA's line in the registry.
-pub const METHOD: Entry = Entry {
+pub const METHOD: RegisteredMethod = RegisteredMethod {
     name: "lora",
     about: "Low-rank adaptation",
     own: OwnSection::of::<LoraSettings>(),

@@ -9,11 +9,11 @@ pub mod ia3;
 pub mod lora;
 pub mod oft;
 
-use crate::adapter::method::{Entry, PeftReader};
+use crate::adapter::method::{PeftReader, RegisteredMethod};
 
 /// All methods, in the order in which they are told.
 #[rustfmt::skip]
-pub const METHODS: &[Entry] = &[
+pub const METHODS: &[RegisteredMethod] = &[
     hra::METHOD,
     lora::METHOD,
     dora::METHOD,
@@ -26,7 +26,7 @@ pub const METHODS: &[Entry] = &[
 ];
 
 /// The method of that name.
-pub fn find(name: &str) -> Option<&'static Entry> {
+pub fn find(name: &str) -> Option<&'static RegisteredMethod> {
     METHODS.iter().find(|entry| entry.name == name)
 }
 

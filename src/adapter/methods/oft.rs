@@ -13,8 +13,8 @@
 use crate::adapter::blocks::{self, Cayley, Partition, PartitionSettings};
 use crate::adapter::how::ELSEWHERE;
 use crate::adapter::method::{
-    Combined, Entry, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts,
-    PeftReader,
+    Combined, FileFacts, How, LayerChain, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader,
+    RegisteredMethod,
 };
 use crate::adapter::peft_fields::{Fields, halves};
 use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, matrix_shape};
@@ -90,7 +90,7 @@ impl OwnSettings for CoftSettings {
 }
 
 /// OFT's line in the registry.
-pub const METHOD: Entry = Entry {
+pub const METHOD: RegisteredMethod = RegisteredMethod {
     name: "oft",
     about: "Orthogonal fine-tuning: a rotation of blocks of the inputs",
     own: OwnSection::of::<OftSettings>(),
@@ -102,7 +102,7 @@ pub const METHOD: Entry = Entry {
 };
 
 /// COFT's line in the registry.
-pub const CONSTRAINED: Entry = Entry {
+pub const CONSTRAINED: RegisteredMethod = RegisteredMethod {
     name: "coft",
     about: "OFT whose rotations stay small",
     own: OwnSection::of::<CoftSettings>(),

@@ -81,16 +81,16 @@ impl ConditionArgs {
 }
 
 /// Files of a folder by their names without the ending.
-type Named = BTreeMap<OsString, PathBuf>;
+type FilesByName = BTreeMap<OsString, PathBuf>;
 
 /// What pictures are scored against, each with a file of its own.
-pub struct Conditions {
-    edges: Option<(Named, Thresholds)>,
-    subjects: Option<Named>,
+pub struct ConditionFlags {
+    edges: Option<(FilesByName, Thresholds)>,
+    subjects: Option<FilesByName>,
     palette: Option<Palette>,
 }
 
-impl Conditions {
+impl ConditionFlags {
     /// Finds the counterparts of the pictures. An error lists those that are missing.
     pub fn of<'a>(args: &ConditionArgs, pictures: impl Iterator<Item = &'a Path> + Clone) -> Result<Self> {
         let beside = |dir: &Option<PathBuf>, flag: &str| {
@@ -110,7 +110,7 @@ impl Conditions {
 
     /// The scores of the picture that was read from `path`. Counterparts of another size are resized and cut as conditions are.
     pub fn score(&self, path: &Path, picture: &RgbImage) -> Result<Scores> {
-        let counterpart = |found: &'_ Named| found.get(files::stem(path)).cloned();
+        let counterpart = |found: &'_ FilesByName| found.get(files::stem(path)).cloned();
         let mut scores = Scores::new();
         if let Some((files, thresholds)) = &self.edges
             && let Some(source) = counterpart(files)
@@ -291,7 +291,7 @@ fn landmark_errors(truth: &Path, predictions: &Path, scale: f64) -> Result<Landm
 }
 
 /// The files of a folder by their names without the ending, but those with these endings.
-fn named(dir: &Path, others: &[&str]) -> Result<Named> {
+fn named(dir: &Path, others: &[&str]) -> Result<FilesByName> {
     let all = files::list_files(dir, |end| !others.contains(&end))?;
     let (found, again) = files::by_stem(all, |path| path);
     if let Some(two) = again.first() {
@@ -305,7 +305,12 @@ fn named(dir: &Path, others: &[&str]) -> Result<Named> {
 }
 
 /// Fails if a file has no counterpart, and lists them.
-fn all_there<'a>(flag: &str, dir: &Path, found: &Named, of: impl Iterator<Item = &'a Path>) -> Result<()> {
+fn all_there<'a>(
+    flag: &str,
+    dir: &Path,
+    found: &FilesByName,
+    of: impl Iterator<Item = &'a Path>,
+) -> Result<()> {
     let missing: Vec<&Path> = of.filter(|path| !found.contains_key(files::stem(path))).collect();
     if missing.is_empty() {
         return Ok(());

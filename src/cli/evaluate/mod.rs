@@ -8,14 +8,14 @@ use crate::cli::towers::TowerFlags;
 use crate::data::image::{RgbImage, load_rgb, read_png_text};
 use crate::data::{Image, ImageFolder};
 use crate::error::{Error, Result};
-use crate::lab::evaluate::scores::{References, Subject, drift, without_token};
+use crate::lab::evaluate::scores::{References, ScoredSubject, drift, without_token};
 use crate::lab::evaluate::{TowerPaths, Towers, towers};
 use crate::lab::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
 use crate::platform::device::{self, DeviceChoice, Precision};
 use crate::platform::files;
 use crate::platform::observer::{Counter, Observer};
 use clap::Args;
-use conditions::{ConditionArgs, Conditions, FileScores};
+use conditions::{ConditionArgs, ConditionFlags, FileScores};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -89,7 +89,7 @@ pub struct EvaluateArgs {
 }
 
 /// A picture to be scored.
-struct Drawn {
+struct DrawnFolder {
     path: PathBuf,
     prompt: Option<String>,
 }
@@ -114,7 +114,7 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
     device::set_threads(args.threads, usize::MAX)?;
     terminal::listen()?;
     let drawn = if args.pictures.is_empty() { Vec::new() } else { drawn(args)? };
-    let conditions = Conditions::of(&args.conditions, drawn.iter().map(|drawn| drawn.path.as_path()))?;
+    let conditions = ConditionFlags::of(&args.conditions, drawn.iter().map(|drawn| drawn.path.as_path()))?;
     // What is wrong with these files is told before the slow part.
     let files = FileScores::of(&args.conditions, observer)?;
     let real = args.real.as_deref().map(Known::read).transpose()?.unwrap_or_default();
@@ -127,7 +127,7 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
         look_alikes: look_alikes.pictures.iter().collect(),
         masks: masks.as_ref().map(|masks| masks.iter().collect()),
     };
-    let subject = Subject::new(&towers, &references)?;
+    let subject = ScoredSubject::new(&towers, &references)?;
     let scoring =
         Scoring { args, towers: &towers, subject: &subject, conditions: &conditions, real: &real, observer };
 
@@ -177,15 +177,15 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
 struct Scoring<'a> {
     args: &'a EvaluateArgs,
     towers: &'a Towers,
-    subject: &'a Subject,
-    conditions: &'a Conditions,
+    subject: &'a ScoredSubject,
+    conditions: &'a ConditionFlags,
     real: &'a Known,
     observer: &'a dyn Observer,
 }
 
 impl Scoring<'_> {
     /// Scores of the pictures of a prompt together, and of each.
-    fn group(&self, prompt: Option<&str>, group: &[&Drawn]) -> Result<(Scores, Vec<Scores>)> {
+    fn group(&self, prompt: Option<&str>, group: &[&DrawnFolder]) -> Result<(Scores, Vec<Scores>)> {
         let pictures: Vec<RgbImage> =
             group.iter().map(|drawn| load_rgb(&drawn.path)).collect::<Result<_>>()?;
         for (picture, drawn) in pictures.iter().zip(group) {
@@ -215,7 +215,7 @@ impl Scoring<'_> {
 }
 
 /// The pictures that were named, with their prompts.
-fn drawn(args: &EvaluateArgs) -> Result<Vec<Drawn>> {
+fn drawn(args: &EvaluateArgs) -> Result<Vec<DrawnFolder>> {
     let mut images: Vec<(PathBuf, bool)> = Vec::new();
     for path in &args.pictures {
         if files::kind(path) == Some(files::Kind::Folder) {
@@ -246,7 +246,7 @@ fn drawn(args: &EvaluateArgs) -> Result<Vec<Drawn>> {
             None if args.prompt_file.is_some() => None,
             None => own_prompt(&path, &text)?,
         };
-        drawn.push(Drawn { path, prompt });
+        drawn.push(DrawnFolder { path, prompt });
     }
     if let Some(path) = &args.prompt_file {
         let lines = super::prompt_lines(path)?;
@@ -334,8 +334,8 @@ fn counterpart(picture: &Path, dir: &Path) -> Result<PathBuf> {
 }
 
 /// Pictures of one prompt, in the order in which prompts first appear; those without one at the end.
-fn groups(drawn: &[Drawn]) -> Vec<(Option<&str>, Vec<&Drawn>)> {
-    let mut groups: Vec<(Option<&str>, Vec<&Drawn>)> = Vec::new();
+fn groups(drawn: &[DrawnFolder]) -> Vec<(Option<&str>, Vec<&DrawnFolder>)> {
+    let mut groups: Vec<(Option<&str>, Vec<&DrawnFolder>)> = Vec::new();
     let mut places: BTreeMap<&str, usize> = BTreeMap::new();
     for picture in drawn {
         if let Some(prompt) = picture.prompt.as_deref() {
@@ -346,7 +346,7 @@ fn groups(drawn: &[Drawn]) -> Vec<(Option<&str>, Vec<&Drawn>)> {
             groups[place].1.push(picture);
         }
     }
-    let rest: Vec<&Drawn> = drawn.iter().filter(|picture| picture.prompt.is_none()).collect();
+    let rest: Vec<&DrawnFolder> = drawn.iter().filter(|picture| picture.prompt.is_none()).collect();
     groups.extend(rest.chunks(AT_ONCE).map(|chunk| (None, chunk.to_vec())));
     groups
 }

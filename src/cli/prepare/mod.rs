@@ -15,7 +15,7 @@ use crate::platform::files;
 use crate::platform::observer::{Counter, Observer};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use sources::{Bad, Source, Sources, is_picture};
+use sources::{Bad, PictureFile, Sources, is_picture};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -125,7 +125,7 @@ enum Maker {
 }
 
 /// A condition, and its picture where that was read.
-struct Made {
+struct MadeFile {
     condition: RgbImage,
     picture: Option<RgbImage>,
 }
@@ -146,7 +146,7 @@ pub fn run(args: &PrepareArgs, observer: &dyn Observer) -> Result<()> {
             Sources::beside(dir, Some(&args.pictures), |ending| POINT_FILES.contains(&ending))?
         }
     };
-    let output = Output { dir: common.output.clone().unwrap_or_else(|| dir.join(kind)) };
+    let output = PreparedOutput { dir: common.output.clone().unwrap_or_else(|| dir.join(kind)) };
     for folder in [Some(dir), pictures].into_iter().flatten() {
         output.refuse(folder)?;
     }
@@ -224,7 +224,7 @@ fn reason(error: Error) -> String {
 fn report(
     as_json: bool,
     kind: &str,
-    output: &Output,
+    output: &PreparedOutput,
     made: &[Value],
     metadata: Option<&Path>,
     bad: &[Bad],
@@ -289,7 +289,7 @@ impl Maker {
         resolution.map_or(how.clone(), |side| format!("{how}, {side}x{side}"))
     }
 
-    fn make(&self, source: &Source, resolution: Option<u32>) -> Result<Made> {
+    fn make(&self, source: &PictureFile, resolution: Option<u32>) -> Result<MadeFile> {
         let picture = source.picture.as_deref().map(load_rgb).transpose()?;
         let size = picture.as_ref().map(RgbImage::dimensions);
         let picture = match resolution.zip(picture.as_ref()) {
@@ -335,7 +335,7 @@ impl Maker {
                 landmarks::draw(&points, width, height)
             }
         };
-        Ok(Made { condition, picture })
+        Ok(MadeFile { condition, picture })
     }
 }
 
@@ -364,11 +364,11 @@ pub(super) fn no_strip(path: &Path, size: (u32, u32)) -> Result<()> {
 }
 
 /// The folder that conditions go into.
-struct Output {
+struct PreparedOutput {
     dir: PathBuf,
 }
 
-impl Output {
+impl PreparedOutput {
     /// Fails if the output is a folder that is read from.
     fn refuse(&self, folder: &Path) -> Result<()> {
         let same = match (self.dir.canonicalize(), folder.canonicalize()) {
@@ -410,7 +410,13 @@ impl Output {
 
     /// Writes a condition, and its picture where that is another than the file's. What it returns is a line of
     /// [`METADATA_FILE`] where there is a caption.
-    fn save(&self, source: &Source, made: Made, how: &str, resolution: Option<u32>) -> Result<Value> {
+    fn save(
+        &self,
+        source: &PictureFile,
+        made: MadeFile,
+        how: &str,
+        resolution: Option<u32>,
+    ) -> Result<Value> {
         let software = format!("hra {}", env!("CARGO_PKG_VERSION"));
         let write = |path: &Path, image: &RgbImage, how: &str| {
             if let Some(folder) = path.parent() {

@@ -17,7 +17,7 @@ pub fn is_picture(ending: &str) -> bool {
 }
 
 /// A file that a condition is made of.
-pub struct Source {
+pub struct PictureFile {
     /// Name of the condition in the output, without an ending; may have folders.
     pub name: PathBuf,
     /// The picture, map or point file.
@@ -51,7 +51,7 @@ impl fmt::Display for Bad {
 /// What was found.
 #[derive(Default)]
 pub struct Sources {
-    pub sources: Vec<Source>,
+    pub sources: Vec<PictureFile>,
     pub bad: Vec<Bad>,
 }
 
@@ -68,7 +68,12 @@ impl Sources {
                         let name = inside(Path::new(&row.image));
                         if path.is_file() {
                             let caption = Some(row.caption);
-                            found.sources.push(Source { name, picture: Some(path.clone()), path, caption });
+                            found.sources.push(PictureFile {
+                                name,
+                                picture: Some(path.clone()),
+                                path,
+                                caption,
+                            });
                         } else {
                             let reason =
                                 format!("named in {place} of {}, is not there", table.file.display());
@@ -81,7 +86,7 @@ impl Sources {
         }
         for path in files::list_files(dir, is_picture)? {
             let name = inside(Path::new(path.file_name().unwrap_or_default()));
-            found.sources.push(Source { name, picture: Some(path.clone()), path, caption: None });
+            found.sources.push(PictureFile { name, picture: Some(path.clone()), path, caption: None });
         }
         Ok(found)
     }
@@ -93,7 +98,7 @@ impl Sources {
         let Some(pictures) = pictures else {
             let source = |path: PathBuf| {
                 let name = inside(Path::new(path.file_name().unwrap_or_default()));
-                Source { name, path, picture: None, caption: None }
+                PictureFile { name, path, picture: None, caption: None }
             };
             return Ok(Self { sources: listed(dir)?.into_iter().map(source).collect(), bad: Vec::new() });
         };
@@ -118,7 +123,7 @@ impl Sources {
             match folders.get(&folder).and_then(|files| files.get(stem)) {
                 Some(path) => {
                     used.insert(path.clone());
-                    found.sources.push(Source { path: path.clone(), ..picture });
+                    found.sources.push(PictureFile { path: path.clone(), ..picture });
                 }
                 None => found.bad.push(Bad::new(
                     &picture.path,

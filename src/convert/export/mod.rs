@@ -6,7 +6,7 @@ mod report;
 pub use report::{Approximation, ReadBack, Written};
 
 use crate::adapter::combine::{How, combine};
-use crate::adapter::lora_file::{self, Change, Style};
+use crate::adapter::lora_file::{self, LayerProduct, Style};
 use crate::adapter::methods::lora::LoraConfig;
 use crate::adapter::peft::{self, AdapterConfig, AdapterFile, Bias};
 use crate::adapter::peft_patterns::Exceptions;
@@ -27,7 +27,7 @@ use tch::{Kind, Tensor};
 
 /// What is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Target {
+pub enum ExportForm {
     /// PEFT folder of the adapter's own method
     Peft,
     /// PEFT folder of a LoRA with the same effect
@@ -42,7 +42,7 @@ pub enum Target {
     Checkpoint,
 }
 
-impl Choice for Target {
+impl Choice for ExportForm {
     const CHOICES: &'static [Named<Self>] = &[
         named(Self::Peft, "peft", &[], "PEFT folder of the adapter's own method"),
         named(Self::PeftLora, "peft-lora", &[], "PEFT folder of a LoRA with the same effect"),
@@ -60,11 +60,11 @@ impl Choice for Target {
 
 /// What to write, and from what.
 #[derive(Debug)]
-pub struct Request {
+pub struct ExportRequest {
     /// Adapters with their strengths, in their order.
     pub adapters: Vec<(PathBuf, f64)>,
     /// The form.
-    pub to: Target,
+    pub to: ExportForm,
     /// Folder or file; must not be there yet.
     pub output: PathBuf,
     /// Number format; `None`: f32 for adapters, that of the model's files for models.
@@ -93,7 +93,7 @@ struct Goals {
 }
 
 /// Writes what is asked for.
-pub fn export(model: &mut StableDiffusion, request: &Request) -> Result<Written> {
+pub fn export(model: &mut StableDiffusion, request: &ExportRequest) -> Result<Written> {
     let _guard = tch::no_grad_guard();
     files::refuse_existing(&request.output)?;
     let adapters = read(model, &request.adapters)?;
@@ -108,14 +108,14 @@ pub fn export(model: &mut StableDiffusion, request: &Request) -> Result<Written>
     let (goals, adapters) = goals(model, adapters)?;
     let (mut what, mut notes, mut approximation) = ("adapter", Vec::new(), None);
     let read_back = match request.to {
-        Target::Merged | Target::Checkpoint => {
+        ExportForm::Merged | ExportForm::Checkpoint => {
             what = "model";
             let (said, read_back) = write_model(request, model, &goals)?;
             notes = said;
             read_back
         }
-        Target::Peft | Target::PeftLora | Target::DiffusersLora | Target::KohyaLora => {
-            if request.to == Target::Peft {
+        ExportForm::Peft | ExportForm::PeftLora | ExportForm::DiffusersLora | ExportForm::KohyaLora => {
+            if request.to == ExportForm::Peft {
                 write_peft(model, request, &fingerprint)?;
             } else {
                 what = "LoRA";
@@ -208,7 +208,7 @@ fn compare(model: &mut StableDiffusion, goals: &Goals, found: &Goals) -> ReadBac
 }
 
 /// The adapter in its own method, at its strength.
-fn write_peft(model: &StableDiffusion, request: &Request, fingerprint: &str) -> Result<()> {
+fn write_peft(model: &StableDiffusion, request: &ExportRequest, fingerprint: &str) -> Result<()> {
     let [(path, strength)] = &request.adapters[..] else {
         return Err(Error::config(
             "--to peft: expected one adapter, found several\nhint: `hra merge` makes one of them, or use --to peft-lora",
@@ -254,7 +254,7 @@ fn base_name(model: &StableDiffusion) -> Option<String> {
 }
 
 /// What a file says of where it comes from. A LoRA made from an orthogonal adapter belongs to one base model.
-fn metadata(fingerprint: &str, request: &Request) -> Vec<(&'static str, String)> {
+fn metadata(fingerprint: &str, request: &ExportRequest) -> Vec<(&'static str, String)> {
     // The name alone: files are shared, and where they lay on a disk is nobody's business.
     let name =
         |path: &PathBuf| path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
@@ -269,7 +269,7 @@ fn metadata(fingerprint: &str, request: &Request) -> Vec<(&'static str, String)>
 /// A LoRA with the adapters' effect: exact where the change of a weight is of low rank, the best of its rank otherwise.
 fn write_lora(
     model: &mut StableDiffusion,
-    request: &Request,
+    request: &ExportRequest,
     goals: &Goals,
     fingerprint: &str,
 ) -> Result<Option<Approximation>> {
@@ -297,11 +297,11 @@ fn write_lora(
             a = [&a[..1], &goal.shape[1..]].concat();
             b.extend([1, 1]);
         }
-        changes.push(Change {
+        changes.push(LayerProduct {
             part: if goal.part == Part::TextEncoder {
-                lora_file::Part::TextEncoder
+                lora_file::LoraPart::TextEncoder
             } else {
-                lora_file::Part::UNet
+                lora_file::LoraPart::UNet
             },
             layer: layer.name.clone(),
             down: down.reshape(a).to_kind(Kind::Float),
@@ -312,8 +312,8 @@ fn write_lora(
     let text = metadata(fingerprint, request);
     let kind = request.kind.unwrap_or(Kind::Float);
     match request.to {
-        Target::PeftLora => write_peft_lora(model, request, &changes, &text)?,
-        Target::KohyaLora => {
+        ExportForm::PeftLora => write_peft_lora(model, request, &changes, &text)?,
+        ExportForm::KohyaLora => {
             // A1111 shows a LoRA with models of its family only: Stable Diffusion 2 is known by the width of its text.
             let second = if model.unet.context_width() == 1024 { "True" } else { "False" };
             let text = [&text[..], &[("ss_v2", second.to_string())]].concat();
@@ -352,17 +352,17 @@ fn truncated(change: &Tensor, rank: Option<i64>) -> (Tensor, Tensor, f64) {
 
 fn write_peft_lora(
     model: &StableDiffusion,
-    request: &Request,
-    changes: &[Change],
+    request: &ExportRequest,
+    changes: &[LayerProduct],
     text: &[(&str, String)],
 ) -> Result<()> {
     let kind = request.kind.unwrap_or(Kind::Float);
     files::stage_dir(&request.output, |dir| {
         for (part, place, class) in [
-            (lora_file::Part::UNet, "", UNET_CLASS),
-            (lora_file::Part::TextEncoder, TEXT_ENCODER, TEXT_CLASS),
+            (lora_file::LoraPart::UNet, "", UNET_CLASS),
+            (lora_file::LoraPart::TextEncoder, TEXT_ENCODER, TEXT_CLASS),
         ] {
-            let own: Vec<&Change> = changes.iter().filter(|change| change.part == part).collect();
+            let own: Vec<&LayerProduct> = changes.iter().filter(|change| change.part == part).collect();
             let Some(rank) = own.iter().map(|change| change.down.size()[0]).max() else { continue };
             let mut exceptions = Exceptions::default();
             for change in own.iter().filter(|change| change.down.size()[0] != rank) {
@@ -393,7 +393,7 @@ fn write_peft_lora(
 
 /// The model with the adapters in its weights; notes on its files.
 fn write_model(
-    request: &Request,
+    request: &ExportRequest,
     model: &mut StableDiffusion,
     goals: &Goals,
 ) -> Result<(Vec<String>, ReadBack)> {
@@ -409,7 +409,7 @@ fn write_model(
         replaced.insert((*part, name.clone()), tensor.to_kind(Kind::Float));
     }
     let notes = match request.to {
-        Target::Checkpoint => {
+        ExportForm::Checkpoint => {
             single_file::write_checkpoint(&model.source, &replaced, request.kind, &request.output)?
         }
         _ => single_file::write_folder(&model.source, &replaced, request.kind, &request.output)?,

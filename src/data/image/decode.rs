@@ -25,7 +25,7 @@ pub const MAX_FILE_BYTES: u64 = 1 << 29;
 
 /// A decoded picture and what its file said.
 #[derive(Debug, Clone)]
-pub struct Picture {
+pub struct DecodedPicture {
     /// The pixels, the right way up.
     pub pixels: RgbImage,
     /// Name of the file format, such as `JPEG`.
@@ -40,13 +40,13 @@ pub fn load_rgb(path: &Path) -> Result<RgbImage> {
 }
 
 /// [`load_rgb`] with what the file said beside its pixels.
-pub fn load(path: &Path) -> Result<Picture> {
+pub fn load(path: &Path) -> Result<DecodedPicture> {
     let bytes = files::read(path, MAX_FILE_BYTES)?;
     decode(&bytes).map_err(|problem| Error::format(path, problem))
 }
 
 /// Decodes the bytes of an image file; the error is a sentence without the file's name.
-pub fn decode(bytes: &[u8]) -> std::result::Result<Picture, String> {
+pub fn decode(bytes: &[u8]) -> std::result::Result<DecodedPicture, String> {
     let (format, name) = accepted(bytes)
         .ok_or_else(|| format!("expected a PNG, JPEG, WebP, BMP or TIFF image, found {}", describe(bytes)))?;
     let explain = |e: ImageError| explain(name, &e);
@@ -74,7 +74,7 @@ pub fn decode(bytes: &[u8]) -> std::result::Result<Picture, String> {
         .ok_or_else(|| format!("expected 8 or 16 bits a channel, found a floating-point {name} image"))?;
     let mut upright = DynamicImage::ImageRgb8(pixels);
     upright.apply_orientation(orientation);
-    Ok(Picture { pixels: upright.into_rgb8(), format: name, turned: turned(orientation) })
+    Ok(DecodedPicture { pixels: upright.into_rgb8(), format: name, turned: turned(orientation) })
 }
 
 fn accepted(bytes: &[u8]) -> Option<(ImageFormat, &'static str)> {

@@ -54,7 +54,7 @@ struct Gradient {
 
 /// What is known of a pixel.
 #[derive(Clone, Copy, PartialEq)]
-enum State {
+enum EdgeState {
     No,
     /// An edge if it touches one.
     Weak,
@@ -68,7 +68,7 @@ pub fn canny(image: &RgbImage, thresholds: Thresholds) -> Mask {
     let (low, high) =
         (floor(thresholds.low.min(thresholds.high)), floor(thresholds.low.max(thresholds.high)));
     let gradients = gradients(image);
-    let mut states = vec![State::No; width * height];
+    let mut states = vec![EdgeState::No; width * height];
     let mut strong = Vec::new();
     for y in 0..height {
         for x in 0..width {
@@ -84,10 +84,10 @@ pub fn canny(image: &RgbImage, thresholds: Thresholds) -> Mask {
                 continue;
             }
             if gradient.magnitude > high {
-                states[at] = State::Edge;
+                states[at] = EdgeState::Edge;
                 strong.push(at);
             } else {
-                states[at] = State::Weak;
+                states[at] = EdgeState::Weak;
             }
         }
     }
@@ -96,14 +96,14 @@ pub fn canny(image: &RgbImage, thresholds: Thresholds) -> Mask {
         for y in y.saturating_sub(1)..(y + 2).min(height) {
             for x in x.saturating_sub(1)..(x + 2).min(width) {
                 let neighbour = y * width + x;
-                if states[neighbour] == State::Weak {
-                    states[neighbour] = State::Edge;
+                if states[neighbour] == EdgeState::Weak {
+                    states[neighbour] = EdgeState::Edge;
                     strong.push(neighbour);
                 }
             }
         }
     }
-    let edges = states.iter().map(|state| *state == State::Edge).collect();
+    let edges = states.iter().map(|state| *state == EdgeState::Edge).collect();
     Mask::new(image.width(), image.height(), edges)
 }
 

@@ -42,7 +42,7 @@ pub struct GridRow {
 }
 
 /// The text of a sheet.
-struct Text {
+struct LabelText {
     font: FontRef<'static>,
     scale: PxScale,
     /// Width of every character, in pixels.
@@ -51,7 +51,7 @@ struct Text {
     line: u32,
 }
 
-impl Text {
+impl LabelText {
     fn for_cell(width: u32) -> Self {
         let font = FontRef::try_from_slice(FONT).expect("the font is part of the program");
         let (advance, line) = if width < LARGE_CELL { (7, 20) } else { (14, 40) };
@@ -92,7 +92,7 @@ impl Grid {
         let widest = images().map(RgbImage::width).max().unwrap_or(0).max(1);
         let factor = MIN_CELL.div_ceil(widest);
         let cell = widest * factor;
-        let text = Text::for_cell(cell);
+        let text = LabelText::for_cell(cell);
         let columns =
             self.rows.iter().map(|row| row.images.len()).chain([self.columns.len()]).max().unwrap_or(0);
 
@@ -205,14 +205,14 @@ mod tests {
 
     #[test]
     fn latin_greek_and_cyrillic_letters_are_drawn_and_others_are_a_box() {
-        let Text { font, .. } = Text::for_cell(192);
+        let LabelText { font, .. } = LabelText::for_cell(192);
         let letters = [0x21..=0x7e, 0xa1..=0xac, 0xae..=0x17f, 0x388..=0x38a, 0x3a3..=0x3ce, 0x400..=0x45f];
         for c in letters.into_iter().flatten().filter_map(char::from_u32) {
             assert!(font.glyph_id(c).0 != 0 && font.outline(font.glyph_id(c)).is_some(), "{c}");
         }
         let drawn = |label: &str| {
             let mut sheet = RgbImage::from_pixel(20, 20, WHITE);
-            Text::for_cell(192).draw(&mut sheet, (2, 0), label, false);
+            LabelText::for_cell(192).draw(&mut sheet, (2, 0), label, false);
             sheet
         };
         assert_eq!(drawn("\u{72ac}"), drawn("\u{1f436}"));

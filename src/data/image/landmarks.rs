@@ -45,7 +45,7 @@ pub struct Point {
 /// Points in one of the JSON forms.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Json {
+enum LandmarksJson {
     List(Vec<[f64; 2]>),
     Named {
         #[serde(alias = "points")]
@@ -101,7 +101,7 @@ pub fn inside(points: &[Point], width: u32, height: u32) -> usize {
 }
 
 fn parse_json(text: &str) -> std::result::Result<Vec<Point>, String> {
-    let (Json::List(points) | Json::Named { landmarks: points }) =
+    let (LandmarksJson::List(points) | LandmarksJson::Named { landmarks: points }) =
         serde_json::from_str(text).map_err(|e| {
             let where_ = if e.line() > 0 {
                 format!(" (line {}, column {})", e.line(), e.column())

@@ -87,14 +87,14 @@ fn sinc(x: f64) -> f64 {
 }
 
 /// The input pixels that one output pixel is made of: `weights` belong to `first, first + 1, ..`.
-struct Window {
+struct FilterWindow {
     first: usize,
     weights: Vec<i32>,
 }
 
 /// One window for each of `output` pixels along an axis of `input` pixels. The order of the operations is Pillow's: another
 /// one rounds differently.
-fn windows(input: usize, output: usize, filter: Filter) -> Vec<Window> {
+fn windows(input: usize, output: usize, filter: Filter) -> Vec<FilterWindow> {
     let scale = input as f64 / output as f64;
     let widening = scale.max(1.0);
     let support = filter.support() * widening;
@@ -109,7 +109,7 @@ fn windows(input: usize, output: usize, filter: Filter) -> Vec<Window> {
                 (first..end).map(|j| filter.at((j as f64 - center + 0.5) * inverse)).collect();
             let sum: f64 = raw.iter().sum();
             let weights = raw.iter().map(|w| to_fixed(if sum == 0.0 { *w } else { w / sum })).collect();
-            Window { first, weights }
+            FilterWindow { first, weights }
         })
         .collect()
 }

@@ -7,10 +7,10 @@ use crate::data::image::mask::Mask;
 use crate::platform::host;
 
 /// What each of the 256 values of a channel becomes.
-pub type Levels = [f32; 256];
+pub type PixelValues = [f32; 256];
 
 /// A picture as `(1, 3, h, w)`, each value as its channel's levels say.
-pub fn mapped(image: &RgbImage, levels: &[Levels; 3]) -> Tensor {
+pub fn mapped(image: &RgbImage, levels: &[PixelValues; 3]) -> Tensor {
     let (width, height) = image.dimensions();
     let channel = |c: usize| image.pixels().map(move |pixel| levels[c][usize::from(pixel.0[c])]);
     let values: Vec<f32> = (0..3).flat_map(channel).collect();

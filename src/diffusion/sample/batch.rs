@@ -2,9 +2,9 @@
 
 use crate::data::image::RgbImage;
 use crate::diffusion::sample::noise::Noise;
-use crate::diffusion::sample::start::{Begin, Prepared};
+use crate::diffusion::sample::start::{Begin, PreparedStart};
 use crate::diffusion::sample::steering::Steered;
-use crate::diffusion::sampler::Plan;
+use crate::diffusion::sampler::SamplerPlan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::{Call, Conditioning};
@@ -15,11 +15,11 @@ use tch::{Kind, Tensor};
 /// What is the same for all batches of a request.
 pub(super) struct Drawing<'a> {
     pub(super) model: &'a StableDiffusion,
-    pub(super) plan: &'a Plan,
+    pub(super) plan: &'a SamplerPlan,
     /// Of the negative prompt and the prompt, or of the prompt alone.
     pub(super) conditioning: &'a Conditioning,
     pub(super) guidance: f64,
-    pub(super) picture: Option<&'a Prepared>,
+    pub(super) picture: Option<&'a PreparedStart>,
     pub(super) tick: Option<&'a dyn Fn()>,
     pub(super) observer: &'a dyn Observer,
 }

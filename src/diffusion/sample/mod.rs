@@ -13,6 +13,6 @@ mod steering;
 
 pub use noise::Noise;
 pub use session::{From, Made, Picture, Request, Session};
-pub use settings::Settings;
+pub use settings::SampleSettings;
 pub use start::Start;
 pub use steering::{Steering, Strength, conditions};

@@ -1,8 +1,8 @@
 //! Noise that drawings start from and take in on their way.
 
-use crate::diffusion::sample::settings::Settings;
+use crate::diffusion::sample::settings::SampleSettings;
 use crate::diffusion::sample::start::Start;
-use crate::diffusion::sampler::Plan;
+use crate::diffusion::sampler::SamplerPlan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
 use crate::platform::host;
@@ -26,9 +26,9 @@ impl Noise {
     /// latents before that of the drawing, and for those of the masked picture after it, whether the UNet sees them or not.
     pub(super) fn draw(
         seeds: &[u64],
-        settings: &Settings,
+        settings: &SampleSettings,
         model: &StableDiffusion,
-        plan: &Plan,
+        plan: &SamplerPlan,
         start: Option<&Start>,
     ) -> Result<Self> {
         let shape = settings.latent_shape(model);

@@ -6,10 +6,10 @@ use crate::attach::loaded::{LayerNames, LoadedAdapter};
 use crate::attach::{detach, set_enabled};
 use crate::diffusion::sample::batch::{Drawing, draw_batch, to_image};
 use crate::diffusion::sample::noise::Noise;
-use crate::diffusion::sample::settings::Settings;
-use crate::diffusion::sample::start::{Prepared, Start};
+use crate::diffusion::sample::settings::SampleSettings;
+use crate::diffusion::sample::start::{PreparedStart, Start};
 use crate::diffusion::sample::steering::{Steered, Steering};
-use crate::diffusion::sampler::Plan;
+use crate::diffusion::sampler::SamplerPlan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::Conditioning;
@@ -30,7 +30,7 @@ const MOST_STARTS: usize = 8;
 /// What to draw.
 pub struct Request<'a> {
     /// Prompt, size, sampler.
-    pub settings: &'a Settings,
+    pub settings: &'a SampleSettings,
     /// What each picture begins with.
     pub from: From<'a>,
     /// A picture to start from.
@@ -54,7 +54,7 @@ pub enum From<'a> {
 
 impl<'a> Request<'a> {
     /// A picture for each seed, with nothing but the settings.
-    pub fn new(settings: &'a Settings, seeds: &'a [u64], batch_size: usize) -> Self {
+    pub fn new(settings: &'a SampleSettings, seeds: &'a [u64], batch_size: usize) -> Self {
         Self { settings, from: From::Seeds(seeds), start: None, steering: None, batch_size, tick: None }
     }
 
@@ -101,8 +101,8 @@ pub struct Session<M = StableDiffusion, C = Control> {
     /// Whether an adapter changes what texts become.
     adapts_text: bool,
     texts: HashMap<(bool, String), Conditioning>,
-    starts: HashMap<u64, Prepared>,
-    plans: HashMap<String, Arc<Plan>>,
+    starts: HashMap<u64, PreparedStart>,
+    plans: HashMap<String, Arc<SamplerPlan>>,
     made: Made,
 }
 
@@ -261,8 +261,8 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
     }
 
     /// The sampler's steps for a request, less those that a [`Start`] leaves out.
-    pub fn plan(&mut self, settings: &Settings, start: Option<&Start>) -> Result<Arc<Plan>> {
-        let Settings { sampler, spacing, karras, steps, .. } = settings;
+    pub fn plan(&mut self, settings: &SampleSettings, start: Option<&Start>) -> Result<Arc<SamplerPlan>> {
+        let SampleSettings { sampler, spacing, karras, steps, .. } = settings;
         let strength = start.map(Start::strength);
         let key = format!("{sampler:?} {spacing:?} {karras:?} {steps} {strength:?}");
         if let Some(plan) = self.plans.get(&key) {
@@ -300,7 +300,12 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
     }
 
     /// The noise of `seeds`, with what a [`Start`] takes from the same stream.
-    pub fn noise(&mut self, seeds: &[u64], settings: &Settings, start: Option<&Start>) -> Result<Noise> {
+    pub fn noise(
+        &mut self,
+        seeds: &[u64],
+        settings: &SampleSettings,
+        start: Option<&Start>,
+    ) -> Result<Noise> {
         let plan = self.plan(settings, start)?;
         Noise::draw(seeds, settings, self.model(), &plan, start)
     }
@@ -374,7 +379,7 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
     }
 
     /// What the negative prompt and the prompt become, or with no guidance the prompt alone.
-    fn conditioning(&mut self, settings: &Settings) -> Result<Conditioning> {
+    fn conditioning(&mut self, settings: &SampleSettings) -> Result<Conditioning> {
         let adapted = self.enabled && self.adapts_text;
         let prompts = [settings.negative_prompt.as_str(), settings.prompt.as_str()];
         let prompts = if settings.is_guided() { &prompts[..] } else { &prompts[1..] };

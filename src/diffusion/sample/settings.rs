@@ -1,12 +1,12 @@
 //! What a set of pictures is drawn from, beside noise.
 
-use crate::diffusion::sampler::{Plan, SamplerKind, Spacing};
+use crate::diffusion::sampler::{SamplerKind, SamplerPlan, Spacing};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 
 /// What a set of pictures is drawn from.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Settings {
+pub struct SampleSettings {
     pub prompt: String,
     pub negative_prompt: String,
     pub sampler: SamplerKind,
@@ -23,7 +23,7 @@ pub struct Settings {
     pub height: i64,
 }
 
-impl Settings {
+impl SampleSettings {
     /// For square pictures that training draws on its own: no negative prompt, the model's sampler unless one is given.
     pub fn square(
         model: &StableDiffusion,
@@ -83,16 +83,16 @@ impl Settings {
     }
 
     /// The sampler's steps for this model.
-    pub fn plan(&self, model: &StableDiffusion) -> Result<Plan> {
+    pub fn plan(&self, model: &StableDiffusion) -> Result<SamplerPlan> {
         self.plan_from(model, None)
     }
 
     /// The same, or with a strength the last of them, for a picture to start from.
-    pub(super) fn plan_from(&self, model: &StableDiffusion, strength: Option<f64>) -> Result<Plan> {
+    pub(super) fn plan_from(&self, model: &StableDiffusion, strength: Option<f64>) -> Result<SamplerPlan> {
         let config = self.sampler.settings(&model.scheduler, self.spacing, self.karras);
         match strength {
-            None => Plan::new(self.sampler, &config, self.steps),
-            Some(strength) => Plan::from_strength(self.sampler, &config, self.steps, strength),
+            None => SamplerPlan::new(self.sampler, &config, self.steps),
+            Some(strength) => SamplerPlan::from_strength(self.sampler, &config, self.steps, strength),
         }
     }
 

@@ -7,8 +7,8 @@
 //! noise level. One of 9 sees the mask and the masked picture beside its latents.
 
 use crate::data::image::{Filter, Mask, RgbImage, resize, tensor};
-use crate::diffusion::sample::settings::Settings;
-use crate::diffusion::sampler::Plan;
+use crate::diffusion::sample::settings::SampleSettings;
+use crate::diffusion::sampler::SamplerPlan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::host;
@@ -32,7 +32,7 @@ pub struct Start {
 impl Start {
     /// `image` and `mask` at `width` x `height` pixels, stretched by a Lanczos filter as `VaeImageProcessor` does.
     /// `strength`, in (0, 1], is the part of the steps that is taken, and so of the picture that is drawn anew;
-    /// [`Plan::from_strength`] checks it.
+    /// [`SamplerPlan::from_strength`] checks it.
     ///
     /// Errors: no pixels, or a mask without white.
     pub fn new(
@@ -71,7 +71,7 @@ impl Start {
     }
 
     /// Refuses a mask that has no latent to draw, and a picture of another size than `settings` has.
-    pub(super) fn validate(&self, settings: &Settings, model: &StableDiffusion) -> Result<()> {
+    pub(super) fn validate(&self, settings: &SampleSettings, model: &StableDiffusion) -> Result<()> {
         let (width, height) = self.image.dimensions();
         if (settings.width, settings.height) != (i64::from(width), i64::from(height)) {
             return Err(Error::config(format!(
@@ -99,7 +99,7 @@ impl Start {
     }
 
     /// Encodes the picture, once for all drawings.
-    pub(super) fn prepare(&self, model: &StableDiffusion) -> Prepared {
+    pub(super) fn prepare(&self, model: &StableDiffusion) -> PreparedStart {
         let device = model.device();
         // In memory pixel by pixel, as `VaeImageProcessor` has them: another layout would choose other kernels.
         let pixels = tensor::signed(&self.image).permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
@@ -109,7 +109,7 @@ impl Start {
         };
         let masked = self.mask.as_ref().filter(|_| model.is_inpainting());
         let masked = masked.map(|mask| posterior(&(&pixels * tensor::of_mask(mask).rsub_scalar(1.0))));
-        Prepared {
+        PreparedStart {
             image: self.uses_image(model).then(|| posterior(&pixels)),
             masked,
             mask: self.latent_mask(model.vae.factor()).map(|mask| host::to_device(&mask, device)),
@@ -163,17 +163,22 @@ impl Posterior {
 }
 
 /// A [`Start`] as tensors on the model's device.
-pub(super) struct Prepared {
+pub(super) struct PreparedStart {
     image: Option<Posterior>,
     masked: Option<Posterior>,
     mask: Option<Tensor>,
     is_noise: bool,
 }
 
-impl Prepared {
+impl PreparedStart {
     /// What a batch starts from: `unit` noise on the model's device, and noise of the picture's latents and of the masked
     /// picture's, where it is drawn.
-    pub(super) fn begin(&self, unit: Tensor, [image, masked]: [Option<&Tensor>; 2], plan: &Plan) -> Begin {
+    pub(super) fn begin(
+        &self,
+        unit: Tensor,
+        [image, masked]: [Option<&Tensor>; 2],
+        plan: &SamplerPlan,
+    ) -> Begin {
         let batch = unit.size()[0];
         let image = self.image.as_ref().map(|own| own.latents(image, batch));
         let x = match &image {
@@ -187,7 +192,7 @@ impl Prepared {
                 beside = Some(Tensor::cat(&[&mask.expand([batch, -1, -1, -1], true), &masked], 1));
             }
             (None, Some(mask), Some(image)) => {
-                kept = Some(Kept { image, noise: unit, mask: mask.shallow_clone() });
+                kept = Some(KeptRegion { image, noise: unit, mask: mask.shallow_clone() });
             }
             _ => {}
         }
@@ -201,19 +206,19 @@ pub(super) struct Begin {
     pub(super) x: Tensor,
     /// What the UNet sees beside its latents: mask and latents of the masked picture, `(b, 1 + c, h, w)`.
     pub(super) beside: Option<Tensor>,
-    pub(super) kept: Option<Kept>,
+    pub(super) kept: Option<KeptRegion>,
 }
 
 /// What is kept of a picture while the rest is drawn.
-pub(super) struct Kept {
+pub(super) struct KeptRegion {
     image: Tensor,
     noise: Tensor,
     mask: Tensor,
 }
 
-impl Kept {
+impl KeptRegion {
     /// The latents `x` that model call `calls` led to, with the picture's at that noise level outside the mask.
-    pub(super) fn keep(&self, plan: &Plan, calls: usize, x: Tensor) -> Tensor {
+    pub(super) fn keep(&self, plan: &SamplerPlan, calls: usize, x: Tensor) -> Tensor {
         let image = plan.add_noise(calls, &self.image, &self.noise);
         self.mask.rsub_scalar(1.0) * image + &self.mask * x
     }

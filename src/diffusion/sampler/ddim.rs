@@ -4,19 +4,19 @@ use tch::Tensor;
 
 use crate::Result;
 use crate::diffusion::noise::{Prediction, SchedulerConfig};
-use crate::diffusion::sampler::Model;
-use crate::diffusion::sampler::schedule::{DDIM, Grid, check_factors, root, scaled};
+use crate::diffusion::sampler::Denoising;
+use crate::diffusion::sampler::schedule::{DDIM, TimestepGrid, check_factors, root, scaled};
 
 /// The steps, and the bound on predicted clean latents (`clip_sample`).
 #[derive(Debug)]
-pub(super) struct Steps {
-    pub(super) steps: Vec<Step>,
+pub(super) struct DdimSteps {
+    pub(super) steps: Vec<DdimStep>,
     clip: Option<f64>,
 }
 
 /// From x = signal x_0 + noise e at `timestep` to the same with the factors of the next one.
 #[derive(Debug)]
-pub(super) struct Step {
+pub(super) struct DdimStep {
     timestep: f64,
     signal: f32,
     noise: f32,
@@ -24,15 +24,15 @@ pub(super) struct Step {
     noise_next: f32,
 }
 
-impl Steps {
+impl DdimSteps {
     /// Factors of clean latents and of noise at model call `call`.
     pub(super) fn level(&self, call: usize) -> (f32, f32) {
         (self.steps[call].signal, self.steps[call].noise)
     }
 }
 
-pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<Steps> {
-    let grid = Grid::new(&DDIM, config, steps)?;
+pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<DdimSteps> {
+    let grid = TimestepGrid::new(&DDIM, config, steps)?;
     let stride = (grid.train() / steps) as i64;
     let last = if config.flag("set_alpha_to_one", true)? { 1.0 } else { grid.alphas_cumprod[0] };
     let prediction = config.prediction()?;
@@ -48,7 +48,7 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Resul
         };
         check_factors(timestep, &[1.0 / divisor])?;
         let alpha_next = if next < 0 { last } else { grid.alpha(next)? };
-        plan.push(Step {
+        plan.push(DdimStep {
             timestep,
             signal: root(alpha)?,
             noise: root(1.0 - alpha)?,
@@ -57,10 +57,15 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Resul
         });
     }
     let clip = config.flag("clip_sample", true)?.then(|| config.number("clip_sample_range", 1.0));
-    Ok(Steps { steps: plan, clip: clip.transpose()? })
+    Ok(DdimSteps { steps: plan, clip: clip.transpose()? })
 }
 
-pub(super) fn run(plan: &Steps, prediction: Prediction, mut x: Tensor, model: &mut Model) -> Result<Tensor> {
+pub(super) fn run(
+    plan: &DdimSteps,
+    prediction: Prediction,
+    mut x: Tensor,
+    model: &mut Denoising,
+) -> Result<Tensor> {
     for step in &plan.steps {
         let out = model.ask(&x, step.timestep)?;
         let (signal, noise) = (step.signal, step.noise);

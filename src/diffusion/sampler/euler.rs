@@ -5,22 +5,22 @@ use tch::Tensor;
 
 use crate::Result;
 use crate::diffusion::noise::{Prediction, SchedulerConfig};
-use crate::diffusion::sampler::Model;
+use crate::diffusion::sampler::Denoising;
 use crate::diffusion::sampler::schedule::{
-    Class, EULER, EULER_ANCESTRAL, Grid, Levels, Spacing, check_factors, check_start, ends_above_zero,
-    karras, root, scaled,
+    Class, EULER, EULER_ANCESTRAL, Levels, Spacing, TimestepGrid, check_factors, check_start,
+    ends_above_zero, karras, root, scaled,
 };
 
 /// The steps, and what unit noise is scaled to.
 pub(super) struct EulerPlan {
-    pub(super) steps: Vec<Step>,
+    pub(super) steps: Vec<EulerStep>,
     pub(super) init_noise_sigma: f64,
 }
 
 /// From noise level `sigma` at `timestep` down to `sigma_down`, then noise of level `sigma_up` is added. `spread` is
 /// sqrt(sigma^2 + 1), the deviation of x.
 #[derive(Debug)]
-pub(super) struct Step {
+pub(super) struct EulerStep {
     pub(super) timestep: f64,
     pub(super) sigma: f32,
     spread: f32,
@@ -45,7 +45,7 @@ pub(super) fn plan_class(
     steps: usize,
     skip: usize,
 ) -> Result<EulerPlan> {
-    let grid = Grid::new(class, config, steps)?;
+    let grid = TimestepGrid::new(class, config, steps)?;
     let levels = Levels::new(&grid.alphas_cumprod)?;
     let mut timesteps: Vec<f64> = grid.timesteps(steps).into_iter().map(|t| f64::from(t as f32)).collect();
     let mut sigmas: Vec<f64> = timesteps.iter().map(|t| levels.at(*t)).collect();
@@ -65,7 +65,7 @@ pub(super) fn plan_class(
     let steps = steps.map(|(timestep, pair)| {
         check_factors(timestep, &[1.0 / pair[0], pair[0], pair[1]])?;
         let spread = root(pair[0] * pair[0] + 1.0)?;
-        Ok(Step { timestep, sigma: pair[0], spread, sigma_down: pair[1], sigma_up: 0.0 })
+        Ok(EulerStep { timestep, sigma: pair[0], spread, sigma_down: pair[1], sigma_up: 0.0 })
     });
     Ok(EulerPlan { steps: steps.collect::<Result<_>>()?, init_noise_sigma: f64::from(init_noise_sigma) })
 }
@@ -84,14 +84,19 @@ pub(super) fn plan_ancestral(config: &SchedulerConfig, steps: usize, skip: usize
     Ok(plan)
 }
 
-impl Step {
+impl EulerStep {
     /// Factors of clean latents and of noise where this step begins.
     pub(super) fn level(&self) -> (f32, f32) {
         (1.0, self.sigma)
     }
 
     /// The model's answer at x, which it sees divided by its deviation, as the clean latents that it stands for.
-    pub(super) fn denoised(&self, prediction: Prediction, x: &Tensor, model: &mut Model) -> Result<Tensor> {
+    pub(super) fn denoised(
+        &self,
+        prediction: Prediction,
+        x: &Tensor,
+        model: &mut Denoising,
+    ) -> Result<Tensor> {
         let out = model.ask(&(x / f64::from(self.spread)), self.timestep)?;
         Ok(match prediction {
             Prediction::Epsilon => x - scaled(&out, self.sigma),
@@ -104,10 +109,10 @@ impl Step {
 }
 
 pub(super) fn run(
-    steps: &[Step],
+    steps: &[EulerStep],
     prediction: Prediction,
     mut x: Tensor,
-    model: &mut Model,
+    model: &mut Denoising,
     noise: &mut dyn FnMut(usize) -> Result<Tensor>,
 ) -> Result<Tensor> {
     for (i, step) in steps.iter().enumerate() {

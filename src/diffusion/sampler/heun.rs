@@ -5,16 +5,16 @@ use tch::Tensor;
 use crate::Result;
 use crate::diffusion::noise::{Prediction, SchedulerConfig};
 use crate::diffusion::sampler::schedule::scaled;
-use crate::diffusion::sampler::{Model, euler};
+use crate::diffusion::sampler::{Denoising, euler};
 
 /// Euler's steps, and the bound on predicted clean latents (`clip_sample`).
 #[derive(Debug)]
-pub(super) struct Steps {
-    pub(super) steps: Vec<euler::Step>,
+pub(super) struct HeunSteps {
+    pub(super) steps: Vec<euler::EulerStep>,
     clip: Option<f64>,
 }
 
-impl Steps {
+impl HeunSteps {
     /// Two model calls a step, but the last step has one.
     pub(super) fn model_calls(&self) -> usize {
         (2 * self.steps.len()).saturating_sub(1)
@@ -26,13 +26,18 @@ impl Steps {
     }
 }
 
-pub(super) fn plan(config: &SchedulerConfig, steps: Vec<euler::Step>) -> Result<Steps> {
+pub(super) fn plan(config: &SchedulerConfig, steps: Vec<euler::EulerStep>) -> Result<HeunSteps> {
     let clip = config.flag("clip_sample", false)?.then(|| config.number("clip_sample_range", 1.0));
-    Ok(Steps { steps, clip: clip.transpose()? })
+    Ok(HeunSteps { steps, clip: clip.transpose()? })
 }
 
-pub(super) fn run(plan: &Steps, prediction: Prediction, mut x: Tensor, model: &mut Model) -> Result<Tensor> {
-    let slope = |x: &Tensor, at: &euler::Step, model: &mut Model| -> Result<Tensor> {
+pub(super) fn run(
+    plan: &HeunSteps,
+    prediction: Prediction,
+    mut x: Tensor,
+    model: &mut Denoising,
+) -> Result<Tensor> {
+    let slope = |x: &Tensor, at: &euler::EulerStep, model: &mut Denoising| -> Result<Tensor> {
         let mut clean = at.denoised(prediction, x, model)?;
         if let Some(range) = plan.clip {
             clean = clean.clamp(-range, range);

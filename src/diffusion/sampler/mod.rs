@@ -1,8 +1,8 @@
-//! Samplers: from noise to latents. A [`Plan`] is everything that can be computed before the first model call; running
+//! Samplers: from noise to latents. A [`SamplerPlan`] is everything that can be computed before the first model call; running
 //! it is one plain function per sampler.
 //!
 //! The numbers are those of Python `diffusers` 0.42.1: `Plan::new(kind, config, steps)` is
-//! `Scheduler.from_config(config)` followed by `set_timesteps(steps)`, and [`Plan::run`] is the pipeline's loop. Factors
+//! `Scheduler.from_config(config)` followed by `set_timesteps(steps)`, and [`SamplerPlan::run`] is the pipeline's loop. Factors
 //! are computed on the host in f32, in the order in which `diffusers` computes them; tensors are f32, and no step waits
 //! for the device.
 
@@ -91,7 +91,7 @@ impl SamplerKind {
         Ok((kind, None))
     }
 
-    /// The model's config as this sampler takes it over, for [`Plan::new`]; `spacing` and `karras` are the user's wish.
+    /// The model's config as this sampler takes it over, for [`SamplerPlan::new`]; `spacing` and `karras` are the user's wish.
     ///
     /// A pipeline that is put together in Python passes on what differs from its scheduler's defaults, and nothing else;
     /// a folder written by a newer `diffusers` spells the defaults out. To give the same pictures from either, the
@@ -163,23 +163,23 @@ impl From<SamplerKind> for String {
 
 /// The steps of one sampler, computed before the first model call.
 #[derive(Debug)]
-pub struct Plan {
+pub struct SamplerPlan {
     prediction: Prediction,
     init_noise_sigma: f64,
-    steps: Steps,
+    steps: SamplerSteps,
 }
 
 #[derive(Debug)]
-enum Steps {
-    Ddim(ddim::Steps),
-    Pndm(pndm::Steps),
-    Euler(Vec<euler::Step>),
-    Heun(heun::Steps),
-    Dpm(Vec<solver::Step>),
-    UniPc(Vec<unipc::Step>),
+enum SamplerSteps {
+    Ddim(ddim::DdimSteps),
+    Pndm(pndm::PndmSteps),
+    Euler(Vec<euler::EulerStep>),
+    Heun(heun::HeunSteps),
+    Dpm(Vec<solver::SolverStep>),
+    UniPc(Vec<unipc::UniPcStep>),
 }
 
-impl Plan {
+impl SamplerPlan {
     /// Plans `steps` steps of `kind` for the model whose scheduler config is `config`.
     ///
     /// Errors, all before the first model call: a number of steps that the sampler cannot do, a setting that we do not
@@ -191,7 +191,7 @@ impl Plan {
     /// The last of `steps` steps, for a picture of which `strength` is drawn anew: the `get_timesteps` of `diffusers`'
     /// image-to-image pipelines.
     ///
-    /// Errors: a strength outside (0, 1], or one that leaves no step; and those of [`Plan::new`].
+    /// Errors: a strength outside (0, 1], or one that leaves no step; and those of [`SamplerPlan::new`].
     pub fn from_strength(
         kind: SamplerKind,
         config: &SchedulerConfig,
@@ -215,23 +215,23 @@ impl Plan {
 
     fn after(kind: SamplerKind, config: &SchedulerConfig, steps: usize, skip: usize) -> Result<Self> {
         let (init_noise_sigma, steps) = match kind {
-            SamplerKind::Ddim => (1.0, Steps::Ddim(ddim::plan(config, steps, skip)?)),
-            SamplerKind::Pndm => (1.0, Steps::Pndm(pndm::plan(config, steps, skip)?)),
+            SamplerKind::Ddim => (1.0, SamplerSteps::Ddim(ddim::plan(config, steps, skip)?)),
+            SamplerKind::Pndm => (1.0, SamplerSteps::Pndm(pndm::plan(config, steps, skip)?)),
             SamplerKind::Euler => {
                 let plan = euler::plan(config, steps, skip)?;
-                (plan.init_noise_sigma, Steps::Euler(plan.steps))
+                (plan.init_noise_sigma, SamplerSteps::Euler(plan.steps))
             }
             SamplerKind::EulerAncestral => {
                 let plan = euler::plan_ancestral(config, steps, skip)?;
-                (plan.init_noise_sigma, Steps::Euler(plan.steps))
+                (plan.init_noise_sigma, SamplerSteps::Euler(plan.steps))
             }
             SamplerKind::Heun => {
                 let plan = euler::plan_class(&schedule::HEUN, config, steps, skip)?;
-                (plan.init_noise_sigma, Steps::Heun(heun::plan(config, plan.steps)?))
+                (plan.init_noise_sigma, SamplerSteps::Heun(heun::plan(config, plan.steps)?))
             }
-            SamplerKind::DpmPp2m => (1.0, Steps::Dpm(solver::plan(config, steps, skip, false)?)),
-            SamplerKind::DpmPp2mKarras => (1.0, Steps::Dpm(solver::plan(config, steps, skip, true)?)),
-            SamplerKind::UniPc => (1.0, Steps::UniPc(unipc::plan(config, steps, skip)?)),
+            SamplerKind::DpmPp2m => (1.0, SamplerSteps::Dpm(solver::plan(config, steps, skip, false)?)),
+            SamplerKind::DpmPp2mKarras => (1.0, SamplerSteps::Dpm(solver::plan(config, steps, skip, true)?)),
+            SamplerKind::UniPc => (1.0, SamplerSteps::UniPc(unipc::plan(config, steps, skip)?)),
         };
         let plan = Self { prediction: config.prediction()?, init_noise_sigma, steps };
         if plan.model_calls() == 0 {
@@ -242,51 +242,51 @@ impl Plan {
         Ok(plan)
     }
 
-    /// What unit noise is multiplied by before [`Plan::run`].
+    /// What unit noise is multiplied by before [`SamplerPlan::run`].
     pub fn init_noise_sigma(&self) -> f64 {
         self.init_noise_sigma
     }
 
-    /// How often [`Plan::run`] calls the model: Heun does so twice a step but for the last, PNDM once or nine times
+    /// How often [`SamplerPlan::run`] calls the model: Heun does so twice a step but for the last, PNDM once or nine times
     /// more than there are steps.
     pub fn model_calls(&self) -> usize {
         match &self.steps {
-            Steps::Ddim(plan) => plan.steps.len(),
-            Steps::Pndm(plan) => plan.model_calls(),
-            Steps::Euler(steps) => steps.len(),
-            Steps::Heun(plan) => plan.model_calls(),
-            Steps::Dpm(steps) => steps.len(),
-            Steps::UniPc(steps) => steps.len(),
+            SamplerSteps::Ddim(plan) => plan.steps.len(),
+            SamplerSteps::Pndm(plan) => plan.model_calls(),
+            SamplerSteps::Euler(steps) => steps.len(),
+            SamplerSteps::Heun(plan) => plan.model_calls(),
+            SamplerSteps::Dpm(steps) => steps.len(),
+            SamplerSteps::UniPc(steps) => steps.len(),
         }
     }
 
-    /// How many noise tensors [`Plan::run`] asks for: 0 unless the sampler is ancestral, which asks at every step but
+    /// How many noise tensors [`SamplerPlan::run`] asks for: 0 unless the sampler is ancestral, which asks at every step but
     /// the last.
     pub fn noise_steps(&self) -> usize {
         match &self.steps {
-            Steps::Euler(steps) => steps.iter().filter(|step| step.sigma_up > 0.0).count(),
+            SamplerSteps::Euler(steps) => steps.iter().filter(|step| step.sigma_up > 0.0).count(),
             _ => 0,
         }
     }
 
-    /// Clean latents as [`Plan::run`] has them before model call `call`, counted from 0, with unit noise; after the last
+    /// Clean latents as [`SamplerPlan::run`] has them before model call `call`, counted from 0, with unit noise; after the last
     /// call, the clean latents themselves. The class's `add_noise`, for a picture that is noised on the way.
     pub fn add_noise(&self, call: usize, clean: &Tensor, noise: &Tensor) -> Tensor {
         if call >= self.model_calls() {
             return clean.shallow_clone();
         }
         let (of_clean, of_noise) = match &self.steps {
-            Steps::Ddim(plan) => plan.level(call),
-            Steps::Pndm(plan) => plan.level(call),
-            Steps::Euler(steps) => steps[call].level(),
-            Steps::Heun(plan) => plan.level(call),
-            Steps::Dpm(steps) => steps[call].level(),
-            Steps::UniPc(steps) => steps[call].level(),
+            SamplerSteps::Ddim(plan) => plan.level(call),
+            SamplerSteps::Pndm(plan) => plan.level(call),
+            SamplerSteps::Euler(steps) => steps[call].level(),
+            SamplerSteps::Heun(plan) => plan.level(call),
+            SamplerSteps::Dpm(steps) => steps[call].level(),
+            SamplerSteps::UniPc(steps) => steps[call].level(),
         };
         scaled(clean, of_clean) + scaled(noise, of_noise)
     }
 
-    /// Samples from `x`, f32 `[b, c, h, w]`, unit noise times [`Plan::init_noise_sigma`]; returns latents like it.
+    /// Samples from `x`, f32 `[b, c, h, w]`, unit noise times [`SamplerPlan::init_noise_sigma`]; returns latents like it.
     ///
     /// `model` answers for scaled latents and a timestep; `noise` gives the noise of a step, like `x`; `progress` is
     /// told after each model call how many there were. An error of any of them stops the sampling and is returned.
@@ -300,7 +300,7 @@ impl Plan {
         self.run_keeping(x, model, noise, &mut |_, x| x, progress)
     }
 
-    /// As [`Plan::run`]; what each model call leads to goes through `keep`, with the number of calls made.
+    /// As [`SamplerPlan::run`]; what each model call leads to goes through `keep`, with the number of calls made.
     pub fn run_keeping(
         &self,
         x: Tensor,
@@ -310,27 +310,27 @@ impl Plan {
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        let mut call = Model { answer: model, keep, progress, calls: 0 };
+        let mut call = Denoising { answer: model, keep, progress, calls: 0 };
         match &self.steps {
-            Steps::Ddim(plan) => ddim::run(plan, self.prediction, x, &mut call),
-            Steps::Pndm(plan) => pndm::run(plan, self.prediction, x, &mut call),
-            Steps::Euler(steps) => euler::run(steps, self.prediction, x, &mut call, noise),
-            Steps::Heun(plan) => heun::run(plan, self.prediction, x, &mut call),
-            Steps::Dpm(steps) => solver::run(steps, self.prediction, x, &mut call),
-            Steps::UniPc(steps) => unipc::run(steps, self.prediction, x, &mut call),
+            SamplerSteps::Ddim(plan) => ddim::run(plan, self.prediction, x, &mut call),
+            SamplerSteps::Pndm(plan) => pndm::run(plan, self.prediction, x, &mut call),
+            SamplerSteps::Euler(steps) => euler::run(steps, self.prediction, x, &mut call, noise),
+            SamplerSteps::Heun(plan) => heun::run(plan, self.prediction, x, &mut call),
+            SamplerSteps::Dpm(steps) => solver::run(steps, self.prediction, x, &mut call),
+            SamplerSteps::UniPc(steps) => unipc::run(steps, self.prediction, x, &mut call),
         }
     }
 }
 
 /// The model as the samplers see it, and what else happens at each of its calls.
-struct Model<'a> {
+struct Denoising<'a> {
     answer: &'a mut dyn FnMut(&Tensor, f64) -> Result<Tensor>,
     keep: &'a mut dyn FnMut(usize, Tensor) -> Tensor,
     progress: &'a mut dyn FnMut(usize) -> Result<()>,
     calls: usize,
 }
 
-impl Model<'_> {
+impl Denoising<'_> {
     /// Scaled latents and a timestep to an f32 answer.
     fn ask(&mut self, x: &Tensor, timestep: f64) -> Result<Tensor> {
         let answer = (self.answer)(x, timestep)?.to_kind(Kind::Float);

@@ -4,19 +4,19 @@
 use tch::Tensor;
 
 use crate::diffusion::noise::{Prediction, SchedulerConfig};
-use crate::diffusion::sampler::Model;
-use crate::diffusion::sampler::schedule::{Grid, PNDM, check_factors, root, scaled};
+use crate::diffusion::sampler::Denoising;
+use crate::diffusion::sampler::schedule::{PNDM, TimestepGrid, check_factors, root, scaled};
 use crate::{Error, Result};
 
 /// Runge-Kutta steps of four moves each, then multistep moves. Without the former the second of the latter repeats the
 /// first, with the mean of both noises.
 #[derive(Debug)]
-pub(super) struct Steps {
+pub(super) struct PndmSteps {
     runge_kutta: Vec<[Move; 4]>,
     multistep: Vec<Move>,
 }
 
-impl Steps {
+impl PndmSteps {
     pub(super) fn model_calls(&self) -> usize {
         4 * self.runge_kutta.len() + self.multistep.len()
     }
@@ -64,11 +64,11 @@ impl Move {
 
 /// The second call of a plan goes back over the first one's step wherever `skip` makes it start, though only the whole list
 /// repeats a timestep there: `diffusers` counts its calls, and later calls are then one timestep ahead of the latents.
-pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<Steps> {
+pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<PndmSteps> {
     if config.prediction()? == Prediction::Sample {
         return Err(config.problem("prediction_type: pndm expects epsilon or v_prediction, found sample"));
     }
-    let grid = Grid::new(&PNDM, config, steps)?;
+    let grid = TimestepGrid::new(&PNDM, config, steps)?;
     let stride = (grid.train() / steps) as i64;
     let last = if config.flag("set_alpha_to_one", false)? { 1.0 } else { grid.alphas_cumprod[0] };
     let times: Vec<i64> = grid.timesteps(steps).into_iter().map(|t| t.round_ties_even() as i64).collect();
@@ -85,7 +85,7 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Resul
         }
         let moves = times.iter().skip(skip).enumerate();
         let moves = moves.map(|(i, t)| if i == 1 { go(*t, t + stride, *t) } else { onward(t) });
-        return Ok(Steps { runge_kutta: Vec::new(), multistep: moves.collect::<Result<_>>()? });
+        return Ok(PndmSteps { runge_kutta: Vec::new(), multistep: moves.collect::<Result<_>>()? });
     }
     if skip > 0 {
         return Err(Error::config(
@@ -112,10 +112,15 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Resul
     };
     let runge_kutta = vec![cross(a, b)?, cross(b, c)?, cross(c, d)?];
     let multistep = std::iter::once(&d).chain(rest).map(onward).collect::<Result<_>>()?;
-    Ok(Steps { runge_kutta, multistep })
+    Ok(PndmSteps { runge_kutta, multistep })
 }
 
-pub(super) fn run(plan: &Steps, prediction: Prediction, mut x: Tensor, model: &mut Model) -> Result<Tensor> {
+pub(super) fn run(
+    plan: &PndmSteps,
+    prediction: Prediction,
+    mut x: Tensor,
+    model: &mut Denoising,
+) -> Result<Tensor> {
     let mut history = Vec::new();
     for moves in &plan.runge_kutta {
         let (next, out) = runge_kutta(moves, prediction, &x, model)?;
@@ -130,7 +135,7 @@ fn runge_kutta(
     moves: &[Move; 4],
     prediction: Prediction,
     x: &Tensor,
-    model: &mut Model,
+    model: &mut Denoising,
 ) -> Result<(Tensor, Tensor)> {
     let first = model.ask(x, moves[0].timestep)?;
     let mut mean = &first * (1.0 / 6.0);
@@ -146,11 +151,11 @@ fn runge_kutta(
 
 /// The multistep moves (eq. 12), of lower order while `history`, the model's last answers, is short.
 fn multistep(
-    plan: &Steps,
+    plan: &PndmSteps,
     prediction: Prediction,
     mut x: Tensor,
     mut history: Vec<Tensor>,
-    model: &mut Model,
+    model: &mut Denoising,
 ) -> Result<Tensor> {
     let start = x.shallow_clone();
     for (i, step) in plan.multistep.iter().enumerate() {

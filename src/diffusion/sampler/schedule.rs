@@ -115,14 +115,14 @@ pub(super) const UNIPC: Class = Class {
 };
 
 /// A config as one class reads it: the noise table, and how timesteps are spread.
-pub(super) struct Grid {
+pub(super) struct TimestepGrid {
     /// a_t for every training timestep.
     pub(super) alphas_cumprod: Vec<f32>,
     pub(super) spacing: Spacing,
     offset: usize,
 }
 
-impl Grid {
+impl TimestepGrid {
     /// Reads `config` for `steps` steps. Errors: a setting that this class has and we do not, or a number of steps
     /// outside 1 to `num_train_timesteps`.
     pub(super) fn new(class: &Class, config: &SchedulerConfig, steps: usize) -> Result<Self> {

@@ -5,9 +5,9 @@ use tch::Tensor;
 
 use crate::Result;
 use crate::diffusion::noise::{Prediction, SchedulerConfig};
-use crate::diffusion::sampler::Model;
+use crate::diffusion::sampler::Denoising;
 use crate::diffusion::sampler::schedule::{
-    Class, DPM, Grid, Levels, check_factors, check_start, ends_above_zero, karras, root, scaled,
+    Class, DPM, Levels, TimestepGrid, check_factors, check_start, ends_above_zero, karras, root, scaled,
 };
 
 /// The last step is of first order below this number of steps (`lower_order_final`).
@@ -15,13 +15,13 @@ const FEW_STEPS: usize = 15;
 
 /// One noise level in the variance-preserving form x = alpha x_0 + sigma e, and lambda = ln(alpha / sigma).
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Level {
+pub(super) struct NoiseLevel {
     pub(super) alpha: f32,
     pub(super) sigma: f32,
     pub(super) lambda: f32,
 }
 
-impl Level {
+impl NoiseLevel {
     /// From the variance-exploding level; 0 gives lambda = infinity.
     pub(super) fn new(sigma: f32) -> Result<Self> {
         let alpha = 1.0 / root(sigma * sigma + 1.0)?;
@@ -42,7 +42,7 @@ impl Level {
 /// The timesteps of a multistep solver and its levels, one more than timesteps.
 pub(super) struct Path {
     pub(super) timesteps: Vec<f64>,
-    pub(super) levels: Vec<Level>,
+    pub(super) levels: Vec<NoiseLevel>,
     pub(super) ends_at_zero: bool,
 }
 
@@ -55,7 +55,7 @@ pub(super) fn path(
     force_karras: bool,
     lambda_min: f64,
 ) -> Result<Path> {
-    let grid = Grid::new(class, config, steps)?;
+    let grid = TimestepGrid::new(class, config, steps)?;
     let table = Levels::new(&grid.alphas_cumprod)?;
     let is_karras = force_karras || config.flag("use_karras_sigmas", false)?;
     let (timesteps, sigmas): (Vec<f64>, Vec<f64>) = if is_karras {
@@ -71,12 +71,12 @@ pub(super) fn path(
     let mut sigmas: Vec<f32> = sigmas.into_iter().map(|s| s as f32).collect();
     let least = if is_karras && class.karras_ends_itself { sigmas[sigmas.len() - 1] } else { table.least() };
     sigmas.push(if ends_at_zero { 0.0 } else { least });
-    let levels = sigmas.into_iter().map(Level::new).collect::<Result<_>>()?;
+    let levels = sigmas.into_iter().map(NoiseLevel::new).collect::<Result<_>>()?;
     Ok(Path { timesteps, levels, ends_at_zero })
 }
 
 /// How many timesteps have a lambda of `lambda_min` or more; lambda falls with the timestep.
-fn end(grid: &Grid, config: &SchedulerConfig, lambda_min: f64) -> Result<usize> {
+fn end(grid: &TimestepGrid, config: &SchedulerConfig, lambda_min: f64) -> Result<usize> {
     let lambda = |a: f32| f64::from(a.sqrt().ln() - (1.0 - a).sqrt().ln());
     match grid.alphas_cumprod.iter().rposition(|a| lambda(*a) >= lambda_min) {
         Some(last) => Ok(last + 1),
@@ -88,16 +88,16 @@ fn end(grid: &Grid, config: &SchedulerConfig, lambda_min: f64) -> Result<usize> 
 
 /// x' = of_x x + of_clean D0 + of_slope (1 / r) (D0 - D1), with D0 and D1 the clean latents predicted now and before.
 #[derive(Debug)]
-pub(super) struct Step {
+pub(super) struct SolverStep {
     timestep: f64,
-    level: Level,
+    level: NoiseLevel,
     of_x: f32,
     of_clean: f32,
     /// `of_slope` and 1 / r; none in steps of first order.
     second_order: Option<(f32, f32)>,
 }
 
-impl Step {
+impl SolverStep {
     /// Factors of clean latents and of noise where this step begins.
     pub(super) fn level(&self) -> (f32, f32) {
         (self.level.alpha, self.level.sigma)
@@ -110,7 +110,7 @@ pub(super) fn plan(
     steps: usize,
     skip: usize,
     force_karras: bool,
-) -> Result<Vec<Step>> {
+) -> Result<Vec<SolverStep>> {
     let same = [("dpmsolver++", ()), ("deis", ())];
     config.choice("algorithm_type", (), &same)?;
     let order = config.count("solver_order", 2)?;
@@ -127,7 +127,7 @@ pub(super) fn plan(
     let first_order_end = path.ends_at_zero
         || config.flag("euler_at_final", false)?
         || (config.flag("lower_order_final", true)? && len < FEW_STEPS);
-    let step = |i: usize| -> Result<Step> {
+    let step = |i: usize| -> Result<SolverStep> {
         let (level, next) = (path.levels[i], path.levels[i + 1]);
         let h = next.lambda - level.lambda;
         let decay = (-h).exp() - 1.0;
@@ -137,7 +137,7 @@ pub(super) fn plan(
             let of_slope = if heun { next.alpha * (decay / h + 1.0) } else { -0.5 * of_clean };
             (of_slope, 1.0 / ((level.lambda - path.levels[i - 1].lambda) / h))
         });
-        let step = Step {
+        let step = SolverStep {
             timestep: path.timesteps[i],
             level,
             of_x: next.sigma / level.sigma,
@@ -152,10 +152,10 @@ pub(super) fn plan(
 }
 
 pub(super) fn run(
-    steps: &[Step],
+    steps: &[SolverStep],
     prediction: Prediction,
     mut x: Tensor,
-    model: &mut Model,
+    model: &mut Denoising,
 ) -> Result<Tensor> {
     let mut before: Option<Tensor> = None;
     for step in steps {

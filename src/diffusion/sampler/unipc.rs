@@ -5,15 +5,15 @@ use tch::Tensor;
 
 use crate::Result;
 use crate::diffusion::noise::{Prediction, SchedulerConfig};
-use crate::diffusion::sampler::Model;
+use crate::diffusion::sampler::Denoising;
 use crate::diffusion::sampler::schedule::{UNIPC, check_factors, scaled};
-use crate::diffusion::sampler::solver::{self, Level};
+use crate::diffusion::sampler::solver::{self, NoiseLevel};
 
 /// Correct the latents that the step before led to, then predict the next.
 #[derive(Debug)]
-pub(super) struct Step {
+pub(super) struct UniPcStep {
     timestep: f64,
-    level: Level,
+    level: NoiseLevel,
     corrector: Option<Update>,
     predictor: Update,
 }
@@ -34,7 +34,7 @@ struct Update {
 struct Solver {
     /// B(h) = h in place of e^h - 1.
     bh1: bool,
-    levels: Vec<Level>,
+    levels: Vec<NoiseLevel>,
 }
 
 impl Solver {
@@ -92,7 +92,7 @@ impl Update {
     }
 }
 
-impl Step {
+impl UniPcStep {
     /// Factors of clean latents and of noise where this step begins.
     pub(super) fn level(&self) -> (f32, f32) {
         (self.level.alpha, self.level.sigma)
@@ -100,7 +100,7 @@ impl Step {
 }
 
 /// The order grows from 1, wherever `skip` makes the plan start.
-pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<Vec<Step>> {
+pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Result<Vec<UniPcStep>> {
     if !config.flag("predict_x0", true)? {
         return Err(config.problem("predict_x0: unipc expects true, found false"));
     }
@@ -121,7 +121,7 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Resul
         let left = if lower_order_final { len - i } else { max_order };
         max_order.min(i - skip + 1).min(left)
     };
-    let step = |i: usize| -> Result<Step> {
+    let step = |i: usize| -> Result<UniPcStep> {
         let timestep = path.timesteps[i];
         let corrected = i > skip && !uncorrected.contains(&(i as i64 - 1));
         let corrector = corrected.then(|| solver.update(i - 1, order(i - 1), true));
@@ -129,16 +129,16 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Resul
         for update in corrector.iter().chain([&predictor]) {
             update.check(timestep)?;
         }
-        Ok(Step { timestep, level: solver.levels[i], corrector, predictor })
+        Ok(UniPcStep { timestep, level: solver.levels[i], corrector, predictor })
     };
     (skip..len).map(step).collect()
 }
 
 pub(super) fn run(
-    steps: &[Step],
+    steps: &[UniPcStep],
     prediction: Prediction,
     mut x: Tensor,
-    model: &mut Model,
+    model: &mut Denoising,
 ) -> Result<Tensor> {
     let mut start = x.shallow_clone();
     let mut history: Vec<Tensor> = Vec::new();

@@ -6,7 +6,7 @@ use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
 use crate::data::image::RgbImage;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::lab::compare::draw::{self, Drawing};
+use crate::lab::compare::draw::{self, SetDrawing};
 use crate::lab::compare::subjects::CLASS_LOOK_ALIKES;
 use crate::lab::compare::task::{Task, TaskSet};
 use crate::lab::compare::{control, score};
@@ -107,7 +107,7 @@ struct Cell<'a> {
 
 /// `trained.json`: what a training cost, and where it ran.
 #[derive(Debug, Serialize, Deserialize)]
-struct Trained {
+struct TrainedCell {
     budget: Budget,
     environment: Environment,
 }
@@ -122,7 +122,7 @@ struct Real {
 
 impl Cell<'_> {
     /// What was trained (`None` for the base model), and the base model's fingerprint; all pictures are there.
-    fn train_and_draw(&self) -> Result<(Option<Trained>, String)> {
+    fn train_and_draw(&self) -> Result<(Option<TrainedCell>, String)> {
         let mut trained = self.train()?;
         if let Some(fingerprint) = self.draw()? {
             return Ok((trained, fingerprint));
@@ -136,7 +136,7 @@ impl Cell<'_> {
     }
 
     /// Trains, unless that is done.
-    fn train(&self) -> Result<Option<Trained>> {
+    fn train(&self) -> Result<Option<TrainedCell>> {
         if self.task.cell.learning_rate.is_none() {
             return Ok(None);
         }
@@ -163,7 +163,7 @@ impl Cell<'_> {
             peak_device_memory: outcome.gpu.map(|gpu| gpu.reserved).filter(|_| !interrupted),
             interrupted,
         };
-        let trained = Trained { budget, environment: self.environment() };
+        let trained = TrainedCell { budget, environment: self.environment() };
         results::write_json(&done, &trained)?;
         Ok(Some(trained))
     }
@@ -178,18 +178,18 @@ impl Cell<'_> {
         num_images: usize,
         fingerprint: &str,
         resolution: u32,
-    ) -> Drawing {
+    ) -> SetDrawing {
         let (sampling, batch) = (self.task.sampling.clone(), self.config.prior.sample_batch_size);
         let model = fingerprint.to_string();
-        Drawing { sampling, model, resolution, batch, prompts, num_images, pairs: None }
+        SetDrawing { sampling, model, resolution, batch, prompts, num_images, pairs: None }
     }
 
     /// Everything that is drawn after a step: its folder's name, and how.
-    fn drawings(&self, fingerprint: &str, resolution: u32) -> Vec<(String, Drawing)> {
+    fn drawings(&self, fingerprint: &str, resolution: u32) -> Vec<(String, SetDrawing)> {
         let sets = self.task.sets.iter().map(|set| {
             let prompts = set.prompts.iter().map(|p| p.prompt.clone()).collect();
             let drawing = self.drawing(prompts, set.num_images, fingerprint, resolution);
-            let drawing = Drawing { pairs: set.pairs.clone(), ..drawing };
+            let drawing = SetDrawing { pairs: set.pairs.clone(), ..drawing };
             (set.set.name().to_string(), drawing)
         });
         let drift = (!self.task.drift_prompts.is_empty()).then(|| {
@@ -300,7 +300,7 @@ impl Cell<'_> {
         &self,
         agreement: &control::Agreement,
         towers: &Towers,
-        drawings: &[(String, Drawing)],
+        drawings: &[(String, SetDrawing)],
     ) -> Result<Vec<Evaluation>> {
         let judges: Vec<_> =
             self.task.sets.iter().map(|set| self.judges(agreement, towers, set)).collect::<Result<_>>()?;
@@ -323,11 +323,11 @@ impl Cell<'_> {
         agreement: &'a control::Agreement,
         towers: &'a Towers,
         set: &TaskSet,
-    ) -> Result<control::score::Judges<'a>> {
+    ) -> Result<control::score::PairJudges<'a>> {
         let kind = set.set.name();
         let files = control::picture_places(&self.task.cell.subject, kind, set.prompts.len());
         let pictures = self.real_pictures(kind)?;
-        control::score::Judges::new(agreement, towers, pictures, &self.conditions(set)?, files)
+        control::score::PairJudges::new(agreement, towers, pictures, &self.conditions(set)?, files)
     }
 
     /// The conditions of a set of pairs; empty where it is none.
@@ -400,7 +400,7 @@ impl Cell<'_> {
 
     fn record(
         &self,
-        trained: Option<Trained>,
+        trained: Option<TrainedCell>,
         evaluations: Vec<Evaluation>,
         real: Real,
         failure: Option<String>,

@@ -3,7 +3,7 @@
 use crate::data::image::RgbImage;
 use crate::diffusion::sample::Strength;
 use crate::error::{Error, Result};
-use crate::lab::compare::draw::{self, Drawing, Sampling};
+use crate::lab::compare::draw::{self, Sampling, SetDrawing};
 use crate::lab::compare::score;
 use crate::lab::compare::subject::Prompt;
 use crate::lab::evaluate::scores::without_token;
@@ -78,7 +78,7 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
     let mut session = draw::open(config, &compute, observer)?;
     let resolution = config.data.resolution.unwrap_or(session.model().native_size() as u32);
     let fingerprint = session.model().fingerprint()?;
-    let drawing = |prompts: &[String]| -> Result<Drawing> {
+    let drawing = |prompts: &[String]| -> Result<SetDrawing> {
         let sampling = Sampling {
             seed: config.seed,
             scheduler: config.previews.validation_scheduler,
@@ -86,7 +86,7 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
             guidance: config.previews.validation_guidance,
             control: Strength::default(),
         };
-        Ok(Drawing {
+        Ok(SetDrawing {
             sampling,
             model: fingerprint.clone(),
             resolution,

@@ -3,7 +3,7 @@
 use crate::attach;
 use crate::attach::loaded::LoadedAdapter;
 use crate::data::image::{RgbImage, png};
-use crate::diffusion::sample::{Request, Session, Settings, Steering, Strength, conditions};
+use crate::diffusion::sample::{Request, SampleSettings, Session, Steering, Strength, conditions};
 use crate::diffusion::sampler::SamplerKind;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
@@ -36,7 +36,7 @@ pub struct Sampling {
 
 /// What the pictures of a folder depend on beside the network that drew them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Drawing {
+pub struct SetDrawing {
     /// Sampler, steps, guidance and first seed.
     pub sampling: Sampling,
     /// The base model's fingerprint.
@@ -51,13 +51,13 @@ pub struct Drawing {
     pub num_images: usize,
     /// Where each prompt is the caption of a pair.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pairs: Option<Pairs>,
+    pub pairs: Option<DrawnPairing>,
 }
 
 /// What the pictures of pairs depend on beside their captions. A pair's noise belongs to its number, and is the same for its
 /// pictures: the first is drawn with its own condition, the second with another pair's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Pairs {
+pub struct DrawnPairing {
     /// Identity of the conditions.
     pub conditions: String,
     /// For each pair the number of the one whose condition the second picture is drawn with.
@@ -96,7 +96,7 @@ pub fn file_name(prompt: usize, picture: usize) -> String {
     format!("{prompt:02}-{picture:02}.png")
 }
 
-impl Drawing {
+impl SetDrawing {
     /// Seeds of the pictures of a prompt.
     pub fn seeds(&self, prompt: usize) -> Vec<u64> {
         let first = self.sampling.seed;
@@ -136,7 +136,7 @@ impl Drawing {
             let s = &self.sampling;
             let settings = {
                 let model = session.model();
-                Settings::square(model, prompt, s.scheduler, s.steps, s.guidance, self.resolution)?
+                SampleSettings::square(model, prompt, s.scheduler, s.steps, s.guidance, self.resolution)?
             };
             let seeds = self.seeds(p);
             let mut request = Request::new(&settings, &seeds, self.batch);

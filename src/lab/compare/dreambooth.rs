@@ -12,7 +12,7 @@ const FILE: &str = "prompts_and_classes.txt";
 
 /// What the file says. Prompts hold `{subject}` where Python has the rare token and the class.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Protocol {
+pub struct DreamBoothPrompts {
     /// Folder name and class.
     pub subjects: Vec<(String, String)>,
     /// For objects.
@@ -21,7 +21,7 @@ pub struct Protocol {
     pub live_prompts: Vec<String>,
 }
 
-impl Protocol {
+impl DreamBoothPrompts {
     /// Reads the file of a data set.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(FILE);

@@ -1,7 +1,7 @@
 //! How long a comparison may take: from the cells that are done, or else from one call of the UNet on this machine.
 
 use crate::attach;
-use crate::diffusion::sample::Settings;
+use crate::diffusion::sample::SampleSettings;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
 use crate::lab::compare::cell;
@@ -120,7 +120,7 @@ impl Probe {
         let threads = train.threads.unwrap_or((cores / config.jobs).max(1) as i32);
         device::set_threads(Some(threads), attach::weight_count(&mut model.unet))?;
         let size = train.data.resolution.unwrap_or(model.native_size() as u32);
-        let settings = Settings::square(&model, "", None, 1, 1.0, size)?;
+        let settings = SampleSettings::square(&model, "", None, 1, 1.0, size)?;
         settings.validate(&model)?;
         let _guard = tch::no_grad_guard();
         let batch = 2;

@@ -22,7 +22,7 @@ mod validate;
 
 pub use config::CompareConfig;
 pub use estimate::Estimate;
-pub use pool::{Failure, duration};
+pub use pool::{CellFailure, duration};
 pub use shard::Shard;
 
 use crate::error::{Error, Result};
@@ -30,15 +30,15 @@ use crate::lab::report::best_rates;
 use crate::lab::results::{self, CellRecord, PLAN_FILE, Plan};
 use crate::platform::files;
 use crate::platform::observer::Observer;
-use plan::{Planned, Stage};
+use plan::{PlannedTasks, Stage};
 use std::path::Path;
 use task::Task;
 
 /// How a comparison ended.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct ComparisonOutcome {
     /// Cells that could not be done.
-    pub failures: Vec<Failure>,
+    pub failures: Vec<CellFailure>,
     /// Cells of other shares that are not done yet.
     pub missing: usize,
     /// They are of the search: the trainings for the tables come after it.
@@ -46,7 +46,7 @@ pub struct Outcome {
 }
 
 /// Does this worker's share of a comparison; what is done is not done again.
-pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Result<Outcome> {
+pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Result<ComparisonOutcome> {
     let folder =
         std::path::absolute(&config.output_dir).map_err(|e| Error::io("find", &config.output_dir, e))?;
     let (subjects, notes) = subjects::resolve(config, observer)?;
@@ -65,7 +65,7 @@ pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Res
         let outcome = stage(&folder, config, &planned, shard, observer)?;
         let more = config.search.as_ref().is_some_and(|s| !s.only);
         if !more || outcome.missing > 0 || !outcome.failures.is_empty() {
-            return Ok(Outcome { searching: more, ..outcome });
+            return Ok(ComparisonOutcome { searching: more, ..outcome });
         }
     }
     let records: Vec<CellRecord> = planned.plan.records(&folder)?;
@@ -81,7 +81,7 @@ pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Res
     Ok(outcome)
 }
 
-fn is_complete(folder: &Path, planned: &Planned) -> bool {
+fn is_complete(folder: &Path, planned: &PlannedTasks) -> bool {
     planned.tasks.iter().all(|task| cell::is_done(folder, task))
 }
 
@@ -96,10 +96,10 @@ pub fn dry_run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) ->
 fn stage(
     folder: &Path,
     config: &CompareConfig,
-    planned: &Planned,
+    planned: &PlannedTasks,
     shard: Shard,
     observer: &dyn Observer,
-) -> Result<Outcome> {
+) -> Result<ComparisonOutcome> {
     let is_base = |task: &&Task| task.cell.learning_rate.is_none();
     let mine: Vec<&Task> = planned
         .tasks
@@ -127,11 +127,11 @@ fn stage(
         failures.extend(pool::run(folder, &todo, config.jobs, observer)?);
         if !failures.is_empty() && todo.iter().all(is_base) {
             // Every other cell stands on these.
-            return Ok(Outcome { failures, missing: planned.tasks.len(), searching: false });
+            return Ok(ComparisonOutcome { failures, missing: planned.tasks.len(), searching: false });
         }
     }
     let missing = planned.tasks.iter().filter(|task| !cell::is_done(folder, task)).count();
-    Ok(Outcome { missing: missing.saturating_sub(failures.len()), failures, searching: false })
+    Ok(ComparisonOutcome { missing: missing.saturating_sub(failures.len()), failures, searching: false })
 }
 
 /// Refuses a folder that holds something else.

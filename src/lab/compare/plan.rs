@@ -2,8 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, MethodEntry, Protocol};
-use crate::lab::compare::draw::{Pairs, Sampling};
-use crate::lab::compare::subject::{Picture, Subject, hash, slug};
+use crate::lab::compare::draw::{DrawnPairing, Sampling};
+use crate::lab::compare::subject::{Subject, SubjectPicture, hash, slug};
 use crate::lab::compare::task::{Task, TaskSet};
 use crate::lab::evaluate::{TowerPaths, towers};
 use crate::lab::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, ScoredWith, Set};
@@ -24,7 +24,7 @@ use std::path::Path;
 const HELD_OUT_LOOKS: i64 = 5;
 
 /// A plan, and a task for each of its cells.
-pub struct Planned {
+pub struct PlannedTasks {
     /// For readers.
     pub plan: Plan,
     /// For processes, in the order of the plan's cells.
@@ -46,7 +46,7 @@ pub fn plan(
     protocol_notes: &[String],
     stage: &Stage,
     observer: &dyn Observer,
-) -> Result<Planned> {
+) -> Result<PlannedTasks> {
     let steps = config.steps()?;
     // Fetched once, before processes look for them at the same time.
     let towers = config.scores.resolved(observer)?;
@@ -87,7 +87,7 @@ pub fn plan(
         cells: tasks.iter().map(|t| t.cell.clone()).collect(),
         scored_with: tasks.iter().map(|t| (t.cell.id.clone(), t.scored_with.clone())).collect(),
     };
-    Ok(Planned { plan, tasks })
+    Ok(PlannedTasks { plan, tasks })
 }
 
 struct Planner<'a> {
@@ -369,7 +369,12 @@ impl Planner<'_> {
         let shuffled = if is_trained { control.shuffled(set).to_vec() } else { Vec::new() };
         let conditions = control.hash(set).to_string();
         let num_images = if shuffled.is_empty() { 1 } else { 2 };
-        TaskSet { set, prompts: prompts.clone(), num_images, pairs: Some(Pairs { conditions, shuffled }) }
+        TaskSet {
+            set,
+            prompts: prompts.clone(),
+            num_images,
+            pairs: Some(DrawnPairing { conditions, shuffled }),
+        }
     }
 
     /// What the scores of a task depend on beside its training, for each set.
@@ -404,7 +409,7 @@ fn short(key: &str) -> String {
 }
 
 fn planned_subject(subject: &Subject) -> PlannedSubject {
-    let place = |kind: &str, pictures: &[Picture]| {
+    let place = |kind: &str, pictures: &[SubjectPicture]| {
         pictures.iter().map(|p| format!("subjects/{}/{kind}/{}", subject.name, p.name)).collect()
     };
     PlannedSubject {

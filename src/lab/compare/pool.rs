@@ -17,7 +17,7 @@ const POLL: Duration = Duration::from_millis(50);
 
 /// A cell that could not be done.
 #[derive(Debug)]
-pub struct Failure {
+pub struct CellFailure {
     /// Its id.
     pub id: String,
     /// The last line of its log, or how it ended.
@@ -27,7 +27,12 @@ pub struct Failure {
 /// Runs the tasks, `jobs` at a time, in their order. A cell that fails does not stop the others; they are returned.
 ///
 /// Errors: an interrupt, after all processes have saved what they had.
-pub fn run(comparison: &Path, tasks: &[&Task], jobs: usize, observer: &dyn Observer) -> Result<Vec<Failure>> {
+pub fn run(
+    comparison: &Path,
+    tasks: &[&Task],
+    jobs: usize,
+    observer: &dyn Observer,
+) -> Result<Vec<CellFailure>> {
     let (count, at_once) = (tasks.len(), jobs.min(tasks.len()));
     observer.say(&format!(
         "{count} cells, {at_once} at a time; each has a log, {}/cells/ID/{LOG_FILE}",
@@ -53,7 +58,10 @@ pub fn run(comparison: &Path, tasks: &[&Task], jobs: usize, observer: &dyn Obser
                         Ok(Some(why)) => {
                             let id = task.cell.id.clone();
                             observer.say(&format!("{id}: {why}"));
-                            failures.lock().unwrap_or_else(PoisonError::into_inner).push(Failure { id, why });
+                            failures
+                                .lock()
+                                .unwrap_or_else(PoisonError::into_inner)
+                                .push(CellFailure { id, why });
                         }
                         Err(e) => problems.lock().unwrap_or_else(PoisonError::into_inner).push(e),
                     }

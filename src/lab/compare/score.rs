@@ -3,10 +3,10 @@
 use crate::data::ImageFolder;
 use crate::data::image::{RgbImage, load_rgb};
 use crate::error::Result;
-use crate::lab::compare::draw::{Drawing, file_name};
+use crate::lab::compare::draw::{SetDrawing, file_name};
 use crate::lab::compare::subject::Prompt;
 use crate::lab::evaluate::scores::{self, References};
-use crate::lab::evaluate::{Subject, Towers};
+use crate::lab::evaluate::{ScoredSubject, Towers};
 use crate::lab::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
 use crate::platform::observer::Observer;
 use std::path::{Path, PathBuf};
@@ -26,20 +26,20 @@ pub fn subject(
     real: &[RgbImage],
     look_alikes: &[RgbImage],
     masks: &[RgbImage],
-) -> Result<Subject> {
+) -> Result<ScoredSubject> {
     let references = References {
         real: real.iter().collect(),
         look_alikes: look_alikes.iter().collect(),
         masks: (!masks.is_empty()).then(|| masks.iter().collect()),
     };
-    Subject::new(towers, &references)
+    ScoredSubject::new(towers, &references)
 }
 
 /// Scores what was drawn into `folder`, of which pictures are named relative to `root`.
 pub fn prompts(
     towers: &Towers,
-    subject: &Subject,
-    drawing: &Drawing,
+    subject: &ScoredSubject,
+    drawing: &SetDrawing,
     texts: &[Prompt],
     (folder, root): (&Path, &Path),
     observer: &dyn Observer,
@@ -56,7 +56,7 @@ pub fn prompts(
 /// Drift of what was drawn into `folder` from the same prompts and noise in `base`.
 pub fn drift(
     towers: &Towers,
-    drawing: &Drawing,
+    drawing: &SetDrawing,
     folder: &Path,
     base: &Path,
     root: &Path,
@@ -76,12 +76,12 @@ pub fn evaluation(step: i64, set: Set, prompts: Vec<PromptScores>, drift: Vec<Pr
     evaluation
 }
 
-pub(super) fn drawn(drawing: &Drawing, folder: &Path, prompt: usize) -> Result<Vec<RgbImage>> {
+pub(super) fn drawn(drawing: &SetDrawing, folder: &Path, prompt: usize) -> Result<Vec<RgbImage>> {
     (0..drawing.num_images).map(|i| load_rgb(&folder.join(file_name(prompt, i)))).collect()
 }
 
 pub(super) fn prompt_scores(
-    drawing: &Drawing,
+    drawing: &SetDrawing,
     prompt: usize,
     scores: Scores,
     each: Vec<Scores>,

@@ -19,7 +19,7 @@ pub struct Prompt {
 
 /// A picture of the user's: where it is, and what is in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Picture {
+pub struct SubjectPicture {
     /// Name of the file.
     pub name: String,
     /// Where it is.
@@ -44,15 +44,15 @@ pub struct Subject {
     /// To choose by.
     pub validation_prompts: Vec<Prompt>,
     /// Trained on.
-    pub train: Vec<Picture>,
+    pub train: Vec<SubjectPicture>,
     /// Seen by validation only; may be empty.
-    pub validation: Vec<Picture>,
+    pub validation: Vec<SubjectPicture>,
     /// Seen by the tables only.
-    pub test: Vec<Picture>,
+    pub test: Vec<SubjectPicture>,
     /// Others of its class; empty where the class pictures take their place.
-    pub look_alikes: Vec<Picture>,
+    pub look_alikes: Vec<SubjectPicture>,
     /// Where the subject is in each of [`Self::test`].
-    pub masks: Vec<Picture>,
+    pub masks: Vec<SubjectPicture>,
     /// What a reader must know of it.
     pub notes: Vec<String>,
     /// Its pairs, where control is taught.
@@ -61,7 +61,7 @@ pub struct Subject {
 
 impl Subject {
     /// Every kind of picture with the folder it has in `subjects/NAME/`.
-    pub fn pictures(&self) -> [(&'static str, &[Picture]); 5] {
+    pub fn pictures(&self) -> [(&'static str, &[SubjectPicture]); 5] {
         [
             ("train", &self.train),
             ("validation", &self.validation),

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, Protocol, SubjectEntry};
 use crate::lab::compare::control;
 use crate::lab::compare::dreambooth;
-use crate::lab::compare::subject::{Picture, Prompt, Subject, hash};
+use crate::lab::compare::subject::{Prompt, Subject, SubjectPicture, hash};
 use crate::lab::evaluate::scores::without_token;
 use crate::platform::files;
 use crate::platform::observer::Observer;
@@ -38,7 +38,7 @@ pub fn resolve(config: &CompareConfig, observer: &dyn Observer) -> Result<(Vec<S
         if entry.look_alikes_dir.is_none() {
             for other in all.iter().filter(|s| s.name != subject.name && s.class == subject.class) {
                 for (kind, pictures) in &other.pictures()[..3] {
-                    let named = |p: &Picture| Picture {
+                    let named = |p: &SubjectPicture| SubjectPicture {
                         name: format!("{}-{kind}-{}", other.name, p.name),
                         ..p.clone()
                     };
@@ -74,7 +74,7 @@ fn dreambooth_entries(
     set: &super::config::DreamBooth,
     observer: &dyn Observer,
 ) -> Result<(Vec<SubjectEntry>, Vec<String>)> {
-    let protocol = dreambooth::Protocol::read(&set.dir)?;
+    let protocol = dreambooth::DreamBoothPrompts::read(&set.dir)?;
     let wanted = |name: &str| set.subjects.is_empty() || set.subjects.iter().any(|s| s == name);
     if let Some(unknown) = set.subjects.iter().find(|s| !protocol.subjects.iter().any(|(name, _)| name == *s))
     {
@@ -138,7 +138,7 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
             entry.name
         ));
     }
-    let known = |t: &&Picture| train.iter().chain(&validation).any(|p| p.hash == t.hash);
+    let known = |t: &&SubjectPicture| train.iter().chain(&validation).any(|p| p.hash == t.hash);
     if config.protocol != Protocol::Paper
         && let Some(same) = test.iter().find(known)
     {
@@ -200,8 +200,8 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
 fn split(
     config: &CompareConfig,
     entry: &SubjectEntry,
-    all: Vec<Picture>,
-) -> Result<(Vec<Picture>, Vec<Picture>, Vec<Picture>)> {
+    all: Vec<SubjectPicture>,
+) -> Result<(Vec<SubjectPicture>, Vec<SubjectPicture>, Vec<SubjectPicture>)> {
     if config.protocol == Protocol::Paper {
         return Ok((all.clone(), Vec::new(), all));
     }
@@ -224,11 +224,11 @@ fn split(
 }
 
 /// The masks of the pictures for the tables, where the subject has any.
-fn masks(entry: &SubjectEntry, test: &[Picture]) -> Result<Vec<Picture>> {
+fn masks(entry: &SubjectEntry, test: &[SubjectPicture]) -> Result<Vec<SubjectPicture>> {
     let Some(dir) = &entry.masks_dir else { return Ok(Vec::new()) };
     let place = format!("subject `{}`: masks_dir", entry.name);
     let (found, _) = files::by_stem(pictures(dir, &place)?, |picture| &picture.path);
-    let mask = |test: &Picture| {
+    let mask = |test: &SubjectPicture| {
         let missing = || Error::Data(format!("{place}: expected a mask for {}, found none", test.name));
         found.get(files::stem(&test.path)).cloned().ok_or_else(missing)
     };
@@ -250,7 +250,7 @@ fn check_templates(config: &CompareConfig, entry: &SubjectEntry) -> Result<()> {
     Ok(())
 }
 
-fn pictures(dir: &Path, what: &str) -> Result<Vec<Picture>> {
+fn pictures(dir: &Path, what: &str) -> Result<Vec<SubjectPicture>> {
     if !dir.is_dir() {
         return Err(Error::Data(format!(
             "{what}: expected a folder of pictures, found none at {}\nhint: paths are relative to the folder in which hra is started",
@@ -262,7 +262,7 @@ fn pictures(dir: &Path, what: &str) -> Result<Vec<Picture>> {
         let pixels = load_rgb(&image.path)?;
         let size = [pixels.width().to_le_bytes(), pixels.height().to_le_bytes()].concat();
         let hash = hash(&[&size, pixels.as_raw()].map(|part| &part[..]).concat());
-        Ok(Picture { name: image.name.clone(), path: image.path.clone(), hash })
+        Ok(SubjectPicture { name: image.name.clone(), path: image.path.clone(), hash })
     };
     folder.images().iter().map(picture).collect()
 }

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::lab::compare::control::{self, Agreement};
-use crate::lab::compare::draw::{Pairs, Sampling};
+use crate::lab::compare::draw::{DrawnPairing, Sampling};
 use crate::lab::compare::subject::Prompt;
 use crate::lab::evaluate::TowerPaths;
 use crate::lab::results::{self, PlannedCell, ScoredWith, Set};
@@ -62,7 +62,7 @@ pub struct TaskSet {
     pub num_images: usize,
     /// Where the prompts are captions of pairs: how they are drawn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pairs: Option<Pairs>,
+    pub pairs: Option<DrawnPairing>,
 }
 
 impl Task {

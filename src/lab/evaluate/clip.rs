@@ -48,7 +48,7 @@ impl Clip {
     /// problem of a file at once.
     pub fn load(dir: &Path, device: Device) -> Result<Self> {
         let _guard = tch::no_grad_guard();
-        let config = Config::read(dir)?;
+        let config = ClipTowerConfig::read(dir)?;
         let processor = Processor::read(dir)?;
         if processor.size() != config.division.image {
             let ((height, width), (h, w)) = (config.division.image, processor.size());
@@ -133,7 +133,7 @@ impl End {
 }
 
 /// Fails unless the text tower knows every id of the tokenizer, and the end of a text is what the tokenizer puts there.
-fn check_tokenizer(dir: &Path, tokenizer: &Tokenizer, config: &Config) -> Result<()> {
+fn check_tokenizer(dir: &Path, tokenizer: &Tokenizer, config: &ClipTowerConfig) -> Result<()> {
     let mut problems = Vec::new();
     if i64::from(tokenizer.largest_id()) >= config.text.vocab_size {
         problems.push(format!(
@@ -154,7 +154,7 @@ fn check_tokenizer(dir: &Path, tokenizer: &Tokenizer, config: &Config) -> Result
 }
 
 /// What `config.json` says, with the defaults of transformers' `CLIPConfig`.
-struct Config {
+struct ClipTowerConfig {
     text: TextConfig,
     end: End,
     vision: LayerSizes,
@@ -163,7 +163,7 @@ struct Config {
     projection: i64,
 }
 
-impl Config {
+impl ClipTowerConfig {
     fn read(dir: &Path) -> Result<Self> {
         let (value, file) = vision::config(dir)?;
         if value["model_type"] != "clip" {

@@ -42,7 +42,7 @@ pub enum Net {
 }
 
 /// A convolution of torchvision's `features`, followed by a ReLU.
-struct Step {
+struct LpipsLayer {
     /// Its number there.
     number: usize,
     channels: i64,
@@ -70,10 +70,10 @@ impl Net {
         ["vgg", "alex"][self as usize]
     }
 
-    fn steps(self) -> Vec<Step> {
+    fn steps(self) -> Vec<LpipsLayer> {
         let step = |(number, channels, kernel, pooled, tapped)| {
             let (stride, padding) = if kernel == 11 { (4, 2) } else { (1, kernel / 2) };
-            Step { number, channels, kernel, stride, padding, pooled, tapped }
+            LpipsLayer { number, channels, kernel, stride, padding, pooled, tapped }
         };
         const VGG: [(usize, i64, i64, bool, bool); 13] = [
             (0, 64, 3, false, false),
@@ -118,7 +118,7 @@ impl Net {
 pub struct Lpips {
     net: Net,
     /// Weight and bias of each step.
-    steps: Vec<(Step, Tensor, Tensor)>,
+    steps: Vec<(LpipsLayer, Tensor, Tensor)>,
     /// `(1, c, 1, 1)` of each tapped step.
     lins: Vec<Tensor>,
     device: Device,

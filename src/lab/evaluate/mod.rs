@@ -11,5 +11,5 @@ pub mod towers;
 mod vision;
 pub mod vit;
 
-pub use scores::Subject;
+pub use scores::ScoredSubject;
 pub use towers::{TowerPaths, Towers};

@@ -5,7 +5,7 @@
 //! defaults only, and in what a bare number for `size` means.
 
 use crate::data::image::resize::short_side_size;
-use crate::data::image::tensor::{self, Levels};
+use crate::data::image::tensor::{self, PixelValues};
 use crate::data::image::{Filter, RgbImage, resize};
 use crate::error::{Error, Result};
 use crate::weights::source::read_below;
@@ -22,17 +22,17 @@ const MAX_RESIZED: u64 = 1 << 26;
 /// What a tower's folder says about its input.
 #[derive(Debug, Clone)]
 pub struct Processor {
-    resize: Option<(Target, Filter)>,
+    resize: Option<(ResizeTarget, Filter)>,
     crops: bool,
     /// What each of the 256 values becomes, for each channel.
-    values: [Levels; 3],
+    values: [PixelValues; 3],
     width: u32,
     height: u32,
 }
 
 /// The size after resizing.
 #[derive(Debug, Clone, Copy)]
-enum Target {
+enum ResizeTarget {
     Exact { width: u32, height: u32 },
     ShortSide(u32),
 }
@@ -42,11 +42,11 @@ impl Processor {
     /// and settings under which pictures would keep different sizes.
     pub fn read(dir: &Path) -> Result<Self> {
         let (given, path) = settings(dir)?;
-        let settings = Settings { defaults: defaults(dir, &given, &path)?, given };
+        let settings = ProcessorSettings { defaults: defaults(dir, &given, &path)?, given };
         Self::parse(&settings).map_err(|problem| Error::format(&path, problem))
     }
 
-    fn parse(settings: &Settings) -> std::result::Result<Self, String> {
+    fn parse(settings: &ProcessorSettings) -> std::result::Result<Self, String> {
         settings.refuse_unknown()?;
         let resize = match settings.flag("do_resize")? {
             true => Some((settings.target()?, settings.filter()?)),
@@ -55,7 +55,7 @@ impl Processor {
         let crops = settings.flag("do_center_crop")?;
         let (width, height) = match resize {
             _ if crops => settings.crop()?,
-            Some((Target::Exact { width, height }, _)) => (width, height),
+            Some((ResizeTarget::Exact { width, height }, _)) => (width, height),
             _ => {
                 let expected =
                     "expected one size for all pictures: do_center_crop, or a size of height and width";
@@ -114,7 +114,7 @@ impl Processor {
     }
 }
 
-impl Target {
+impl ResizeTarget {
     /// Width and height that a picture of this size gets, unless they are too large.
     fn of(self, width: u32, height: u32) -> Option<(u32, u32)> {
         match self {
@@ -200,14 +200,14 @@ fn defaults(dir: &Path, given: &Map<String, Value>, path: &Path) -> Result<Value
     }
 }
 
-struct Settings {
+struct ProcessorSettings {
     given: Map<String, Value>,
     defaults: Value,
 }
 
 type Problem<T> = std::result::Result<T, String>;
 
-impl Settings {
+impl ProcessorSettings {
     /// A setting; `null` in the file counts, as it does in Python.
     fn get(&self, name: &str) -> &Value {
         self.given.get(name).unwrap_or(&self.defaults[name])
@@ -239,13 +239,13 @@ impl Settings {
         value.as_f64().filter(in_f32).ok_or_else(|| format!("{name}: expected a number, found {value}"))
     }
 
-    fn target(&self) -> Problem<Target> {
+    fn target(&self) -> Problem<ResizeTarget> {
         let size = self.get("size");
         if let Some(number) = size.as_u64() {
             let side = side("size", Some(number), size)?;
             return Ok(match self.flag("default_to_square")? {
-                true => Target::Exact { width: side, height: side },
-                false => Target::ShortSide(side),
+                true => ResizeTarget::Exact { width: side, height: side },
+                false => ResizeTarget::ShortSide(side),
             });
         }
         let keys: Vec<&str> = size
@@ -256,10 +256,10 @@ impl Settings {
             .map(|(k, _)| k.as_str())
             .collect();
         if keys == ["shortest_edge"] {
-            return Ok(Target::ShortSide(side("size", size["shortest_edge"].as_u64(), size)?));
+            return Ok(ResizeTarget::ShortSide(side("size", size["shortest_edge"].as_u64(), size)?));
         }
         let (width, height) = width_and_height("size", size)?;
-        Ok(Target::Exact { width, height })
+        Ok(ResizeTarget::Exact { width, height })
     }
 
     fn crop(&self) -> Problem<(u32, u32)> {
@@ -288,7 +288,7 @@ impl Settings {
     }
 
     /// What the 256 values become in each channel, in NumPy's precision: multiplied in f64, normalised in f32.
-    fn values(&self) -> Problem<[Levels; 3]> {
+    fn values(&self) -> Problem<[PixelValues; 3]> {
         let factor = if self.flag("do_rescale")? { self.number("rescale_factor")? } else { 1.0 };
         let (mean, std) = match self.flag("do_normalize")? {
             true => (self.channels("image_mean")?, self.channels("image_std")?),

@@ -34,13 +34,13 @@ pub struct References<'a> {
 
 /// A tower that embeds pictures, in the order of preference for identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Tower {
+enum LoadedTower {
     Dino,
     Dinov2,
     Clip,
 }
 
-impl Tower {
+impl LoadedTower {
     const ALL: [Self; 3] = [Self::Dino, Self::Dinov2, Self::Clip];
 
     /// Keys of the similarity to real pictures, and to those with the background and the subject covered.
@@ -77,20 +77,20 @@ impl Tower {
 /// The real pictures of a subject and what surrounds them, embedded once.
 ///
 /// LPIPS has no embedding: its features depend on the size of the drawn pictures, and are computed anew for each prompt.
-pub struct Subject {
+pub struct ScoredSubject {
     real: Vec<RgbImage>,
     embedded: Vec<Embedded>,
 }
 
 /// What one tower makes of the references.
 struct Embedded {
-    tower: Tower,
-    /// In the order of [`Tower::keys`].
+    tower: LoadedTower,
+    /// In the order of [`LoadedTower::keys`].
     real: [Option<Tensor>; 3],
     look_alikes: Option<Tensor>,
 }
 
-impl Subject {
+impl ScoredSubject {
     /// Embeds the references.
     pub fn new(towers: &Towers, references: &References) -> Result<Self> {
         let References { real, look_alikes, masks } = references;
@@ -99,7 +99,7 @@ impl Subject {
             Some(masks) => Some([cover_all(real, masks, false)?, cover_all(real, masks, true)?]),
         };
         let mut embedded = Vec::new();
-        for tower in Tower::ALL.into_iter().filter(|tower| tower.is_loaded(towers)) {
+        for tower in LoadedTower::ALL.into_iter().filter(|tower| tower.is_loaded(towers)) {
             let mut similar = [tower.embed(towers, real)?, None, None];
             if let Some(covered) = &covered {
                 for (i, pictures) in covered.iter().enumerate().filter(|(i, _)| tower.keys()[i + 1].is_some())
@@ -141,7 +141,7 @@ impl Subject {
                 set(&mut each, "identity_top1", ranked().map(|(own, others)| top1(own, others)));
                 set(&mut each, "identity_map", ranked().map(|(own, others)| average_precision(own, others)));
             }
-            if let (Tower::Clip, Some(clip)) = (known.tower, &towers.clip) {
+            if let (LoadedTower::Clip, Some(clip)) = (known.tower, &towers.clip) {
                 if let Some(text) = text {
                     let text = clip.texts(&[text])?;
                     set(&mut each, "clip_t", cosines(&rows, &text)?.iter().map(|row| mean(row)));
@@ -197,7 +197,7 @@ pub fn drift(towers: &Towers, pictures: &[RgbImage], base: &[RgbImage]) -> Resul
         .map(|(picture, base)| pixel_difference(picture, base))
         .collect::<Result<_>>()?;
     set(&mut each, "drift", pixels.into_iter());
-    let embed = |pictures: &[RgbImage]| Tower::Clip.embed(towers, &pictures.iter().collect::<Vec<_>>());
+    let embed = |pictures: &[RgbImage]| LoadedTower::Clip.embed(towers, &pictures.iter().collect::<Vec<_>>());
     if let (Some(rows), Some(base)) = (embed(pictures)?, embed(base)?) {
         let cosines = cosines(&rows, &base)?;
         set(&mut each, "drift_clip", (0..cosines.len()).map(|i| 1.0 - cosines[i][i]));

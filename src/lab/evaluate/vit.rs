@@ -27,7 +27,7 @@ impl Vit {
     /// problem of a file at once.
     pub fn load(dir: &Path, device: Device) -> Result<Self> {
         let _guard = tch::no_grad_guard();
-        let config = Config::read(dir)?;
+        let config = VitConfig::read(dir)?;
         let processor = Processor::read(dir)?;
         let weights = Weights::in_folder(dir, "model", Kind::Float, device)?;
         // Files of models with a head have a prefix.
@@ -74,7 +74,7 @@ struct VitLayer {
 }
 
 impl VitLayer {
-    fn new(scope: &Scope, config: &Config) -> Self {
+    fn new(scope: &Scope, config: &VitConfig) -> Self {
         let Transformer { hidden_size: width, intermediate_size: hidden, num_attention_heads: heads, .. } =
             config.sizes;
         let norm = |name: &str| Norm::layer(&scope.at(name), width, config.sizes.layer_norm_eps);
@@ -83,9 +83,9 @@ impl VitLayer {
             |name: &str| Layer::linear(&scope.at("attention.attention").at(name), width, width, config.bias);
         let scale = |name: &str| scope.at(name).tensor("lambda1", &[width]);
         let [norm1, norm2, feed_in, feed_out] = match config.kind {
-            Family::Dino => ["layernorm_before", "layernorm_after", "intermediate.dense", "output.dense"],
-            Family::Dinov2 if config.gated => ["norm1", "norm2", "mlp.weights_in", "mlp.weights_out"],
-            Family::Dinov2 => ["norm1", "norm2", "mlp.fc1", "mlp.fc2"],
+            VitFamily::Dino => ["layernorm_before", "layernorm_after", "intermediate.dense", "output.dense"],
+            VitFamily::Dinov2 if config.gated => ["norm1", "norm2", "mlp.weights_in", "mlp.weights_out"],
+            VitFamily::Dinov2 => ["norm1", "norm2", "mlp.fc1", "mlp.fc2"],
         };
         Self {
             norm1: norm(norm1),
@@ -96,7 +96,8 @@ impl VitLayer {
             norm2: norm(norm2),
             feed_in: linear(feed_in, width, if config.gated { 2 * hidden } else { hidden }),
             feed_out: linear(feed_out, hidden, width),
-            scales: (config.kind == Family::Dinov2).then(|| (scale("layer_scale1"), scale("layer_scale2"))),
+            scales: (config.kind == VitFamily::Dinov2)
+                .then(|| (scale("layer_scale1"), scale("layer_scale2"))),
             gated: config.gated,
             heads,
         }
@@ -128,14 +129,14 @@ impl VitLayer {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Family {
+enum VitFamily {
     Dino,
     Dinov2,
 }
 
 /// What `config.json` says, with the defaults of transformers' `ViTConfig` and `Dinov2Config`.
-struct Config {
-    kind: Family,
+struct VitConfig {
+    kind: VitFamily,
     sizes: Transformer,
     division: Division,
     /// Of queries, keys and values.
@@ -144,12 +145,12 @@ struct Config {
     gated: bool,
 }
 
-impl Config {
+impl VitConfig {
     fn read(dir: &Path) -> Result<Self> {
         let (value, file) = vision::config(dir)?;
         let kind = match value["model_type"].as_str() {
-            Some("vit") => Family::Dino,
-            Some("dinov2") => Family::Dinov2,
+            Some("vit") => VitFamily::Dino,
+            Some("dinov2") => VitFamily::Dinov2,
             _ => {
                 let found = &value["model_type"];
                 let problem = format!("model_type: expected vit (DINO) or dinov2, found {found}");
@@ -159,15 +160,15 @@ impl Config {
         Self::parse(kind, &value).map_err(|problem| Error::format(&file.path, problem))
     }
 
-    fn parse(kind: Family, given: &Value) -> std::result::Result<Self, String> {
+    fn parse(kind: VitFamily, given: &Value) -> std::result::Result<Self, String> {
         let mut settings = vision::with_defaults(defaults(kind), given);
         let flag = |name: &str| {
             let value = &settings[name];
             value.as_bool().ok_or_else(|| format!("{name}: expected true or false, found {value}"))
         };
         let bias = flag("qkv_bias")?;
-        let gated = kind == Family::Dinov2 && flag("use_swiglu_ffn")?;
-        if kind == Family::Dinov2 {
+        let gated = kind == VitFamily::Dinov2 && flag("use_swiglu_ffn")?;
+        if kind == VitFamily::Dinov2 {
             let product = settings["hidden_size"].as_f64().zip(settings["mlp_ratio"].as_f64());
             let hidden = product.map_or(0.0, |(width, ratio)| (width * ratio).trunc());
             // Two thirds, up to a multiple of 8: as many weights as without the gate.
@@ -181,16 +182,16 @@ impl Config {
     /// Under which a model with a head has these tensors.
     fn prefix(&self) -> &'static str {
         match self.kind {
-            Family::Dino => "vit",
-            Family::Dinov2 => "dinov2",
+            VitFamily::Dino => "vit",
+            VitFamily::Dinov2 => "dinov2",
         }
     }
 }
 
-fn defaults(kind: Family) -> Value {
+fn defaults(kind: VitFamily) -> Value {
     let (patch, eps) = match kind {
-        Family::Dino => (16, 1e-12),
-        Family::Dinov2 => (14, 1e-6),
+        VitFamily::Dino => (16, 1e-12),
+        VitFamily::Dinov2 => (14, 1e-6),
     };
     json!({
         "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "mlp_ratio": 4,

@@ -1,7 +1,7 @@
 //! The report's tables as text: Markdown for a README or a paper, and columns for a terminal.
 
 use crate::lab::report::search::toml_snippet;
-use crate::lab::report::table::{Analysis, Row};
+use crate::lab::report::table::{Analysis, TableRow};
 use crate::lab::report::words;
 use crate::platform::columns::{self, left, right};
 
@@ -64,7 +64,7 @@ fn summary(a: &Analysis) -> String {
 /// Headings and rows of the summary table.
 fn summary_cells(
     a: &Analysis,
-    heading: fn(&super::values::Column) -> String,
+    heading: fn(&super::values::ScoreColumn) -> String,
 ) -> (Vec<String>, Vec<Vec<String>>) {
     let budgets = a.budget_columns();
     let mut headings = vec!["method".to_string()];
@@ -73,7 +73,7 @@ fn summary_cells(
     }
     headings.extend(budgets.iter().map(|c| c.title.to_string()));
     headings.extend(a.columns.iter().map(heading));
-    let cells = |row: &Row| {
+    let cells = |row: &TableRow| {
         let mark = if row.interrupted > 0 { " *" } else { "" };
         let part =
             if row.cells < row.planned { format!(" ({}/{})", row.cells, row.planned) } else { String::new() };

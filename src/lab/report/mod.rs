@@ -30,7 +30,7 @@ use crate::platform::files;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use table::{Analysis, Row};
+use table::{Analysis, TableRow};
 
 /// What the command line says after the report is written.
 #[derive(Debug, Clone, Serialize)]
@@ -51,14 +51,14 @@ pub struct Summary {
 
 /// `report.json`.
 #[derive(Serialize)]
-struct Json<'a> {
+struct ReportJson<'a> {
     format: u32,
     set: &'static str,
     notes: &'a [String],
     reference: Option<&'a str>,
     resamples: usize,
     resampled: &'a str,
-    rows: &'a [Row],
+    rows: &'a [TableRow],
     findings: Vec<String>,
     rates: &'a [BestRate],
     missing: Vec<&'a str>,
@@ -93,7 +93,7 @@ pub fn write(comparison: &Path) -> Result<Summary> {
     let ids = |cells: &[&'_ results::PlannedCell]| cells.iter().map(|c| c.id.clone()).collect::<Vec<_>>();
     results::write_json(
         &file(JSON_FILE),
-        &Json {
+        &ReportJson {
             format: results::FORMAT,
             set: analysis.set.name(),
             notes: &analysis.notes,

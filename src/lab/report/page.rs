@@ -5,8 +5,8 @@
 use crate::lab::report::names::{CELLS_FILE, JSON_FILE, MARKDOWN_FILE, PICTURES_FILE};
 use crate::lab::report::plots::figures;
 use crate::lab::report::search::toml_snippet;
-use crate::lab::report::table::{Analysis, Difference, Estimate, Row, RowKind};
-use crate::lab::report::values::Column;
+use crate::lab::report::table::{Analysis, MeanEstimate, PairedDifference, RowKind, TableRow};
+use crate::lab::report::values::ScoreColumn;
 use crate::lab::report::{chart, pictures, words};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -104,19 +104,19 @@ fn sorted_heading(title: &str, about: &str, first: &str) -> Markup {
     }
 }
 
-fn score_heading(column: &Column) -> Markup {
+fn score_heading(column: &ScoreColumn) -> Markup {
     let first = if column.sign < 0 { "ascending" } else { "descending" };
     sorted_heading(&words::heading(column), &column.about, first)
 }
 
-fn swatch(a: &Analysis, row: &Row) -> Markup {
+fn swatch(a: &Analysis, row: &TableRow) -> Markup {
     let methods = a.rows.iter().filter(|r| r.kind == RowKind::Method);
     let number = methods.enumerate().find(|(_, r)| r.label == row.label).map(|(n, _)| n % chart::COLOURS);
     let class = number.map_or_else(|| "sb".to_string(), |n| format!("s{n}"));
     html! { @if row.kind != RowKind::Real { span .chart.swatch aria-hidden="true" { span .(class) {} } } }
 }
 
-fn row_heading(a: &Analysis, row: &Row) -> Markup {
+fn row_heading(a: &Analysis, row: &TableRow) -> Markup {
     html! {
         th scope="row" data-value=(row.label) {
             (swatch(a, row)) (row.label)
@@ -178,7 +178,7 @@ fn summary(a: &Analysis) -> Markup {
     }
 }
 
-fn estimate(a: &Analysis, e: &Estimate, column: &Column) -> Markup {
+fn estimate(a: &Analysis, e: &MeanEstimate, column: &ScoreColumn) -> Markup {
     let digits = column.digits;
     html! {
         (format!("{:.digits$}", e.mean))
@@ -202,7 +202,7 @@ fn seeds(seeds: &[(u64, f64)], text: impl Fn(f64) -> String) -> Markup {
 
 fn differences(a: &Analysis) -> Markup {
     let Some(reference) = &a.reference else { return html! {} };
-    let rows: Vec<&Row> = a.rows.iter().filter(|row| !row.differences.is_empty()).collect();
+    let rows: Vec<&TableRow> = a.rows.iter().filter(|row| !row.differences.is_empty()).collect();
     if rows.is_empty() {
         return html! {};
     }
@@ -239,7 +239,7 @@ fn differences(a: &Analysis) -> Markup {
     }
 }
 
-fn difference(a: &Analysis, d: &Difference, column: &Column) -> Markup {
+fn difference(a: &Analysis, d: &PairedDifference, column: &ScoreColumn) -> Markup {
     let verdict = words::verdict(d, column);
     let (digits, class) = (column.digits, verdict.split(' ').next().unwrap_or_default());
     html! {

@@ -2,7 +2,7 @@
 //! script reads when that subject is chosen. Addresses are relative to the comparison's folder.
 
 use crate::lab::report::table::{Analysis, RowKind};
-use crate::lab::report::values::Column;
+use crate::lab::report::values::ScoreColumn;
 use crate::lab::results::{BASE, CellRecord, PlannedPairs, PromptScores, Scores};
 use serde_json::{Value, json};
 
@@ -106,7 +106,7 @@ fn cell(a: &Analysis, record: &CellRecord) -> Value {
 }
 
 /// `[text, own scores, [[file, seed, scores], ..]]`; scores in the order of the columns, null for what is not there.
-fn prompt(columns: &[Column], prompt: &PromptScores) -> Value {
+fn prompt(columns: &[ScoreColumn], prompt: &PromptScores) -> Value {
     let pictures: Vec<Value> = prompt
         .pictures
         .iter()
@@ -115,7 +115,7 @@ fn prompt(columns: &[Column], prompt: &PromptScores) -> Value {
     json!([prompt.prompt, values(columns, &prompt.scores), pictures])
 }
 
-fn values(columns: &[Column], scores: &Scores) -> Vec<Value> {
+fn values(columns: &[ScoreColumn], scores: &Scores) -> Vec<Value> {
     let mut values: Vec<Value> = columns
         .iter()
         // Rounded as it is shown, so that thousands of pictures stay small.

@@ -2,8 +2,8 @@
 
 use crate::lab::report::chart::{Axis, Chart, Mark, Series, standalone};
 use crate::lab::report::statistics::mean;
-use crate::lab::report::table::{Analysis, Row, RowKind};
-use crate::lab::report::values::{self, Column};
+use crate::lab::report::table::{Analysis, RowKind, TableRow};
+use crate::lab::report::values::{self, ScoreColumn};
 use crate::lab::report::words;
 use crate::lab::results::{CellRecord, Evaluation, Set};
 use std::collections::BTreeMap;
@@ -46,7 +46,7 @@ pub fn figures(a: &Analysis) -> Vec<Figure> {
     figures
 }
 
-fn first<'a>(columns: &'a [Column], keys: &[&str]) -> Option<&'a Column> {
+fn first<'a>(columns: &'a [ScoreColumn], keys: &[&str]) -> Option<&'a ScoreColumn> {
     keys.iter().find_map(|key| columns.iter().find(|c| c.key == *key))
 }
 
@@ -55,21 +55,21 @@ fn axis(label: &str, log: bool) -> Axis {
 }
 
 /// A chart's axis of a score.
-fn score_axis(column: &Column) -> Axis {
+fn score_axis(column: &ScoreColumn) -> Axis {
     axis(&words::heading(column), false)
 }
 
-fn drawn_rows<'b>(a: &'b Analysis) -> impl Iterator<Item = &'b Row> {
+fn drawn_rows<'b>(a: &'b Analysis) -> impl Iterator<Item = &'b TableRow> {
     a.rows.iter().filter(|row| row.kind != RowKind::Real)
 }
 
 /// Colours follow the rows, so that two rates of one method differ.
-fn colour(a: &Analysis, row: &Row) -> Option<usize> {
+fn colour(a: &Analysis, row: &TableRow) -> Option<usize> {
     let methods = a.rows.iter().filter(|r| r.kind == RowKind::Method);
     methods.enumerate().find(|(_, r)| r.label == row.label).map(|(number, _)| number)
 }
 
-fn against_parameters(a: &Analysis, score: &Column) -> Figure {
+fn against_parameters(a: &Analysis, score: &ScoreColumn) -> Figure {
     let series = drawn_rows(a).filter_map(|row| {
         let (x, e) = (row.budget.parameters? as f64, row.scores.get(&score.key)?);
         let title = format!(
@@ -97,7 +97,7 @@ fn against_parameters(a: &Analysis, score: &Column) -> Figure {
     }
 }
 
-fn against_drift(a: &Analysis, score: &Column, drift: &Column) -> Figure {
+fn against_drift(a: &Analysis, score: &ScoreColumn, drift: &ScoreColumn) -> Figure {
     let longest = drawn_rows(a).filter_map(|row| row.budget.seconds).fold(0.0, f64::max);
     let series = drawn_rows(a).filter_map(|row| {
         let (x, y) = (row.scores.get(&drift.key)?.mean, row.scores.get(&score.key)?.mean);
@@ -171,11 +171,11 @@ fn loss_curves(
     }
 }
 
-fn step_title(column: &Column) -> String {
+fn step_title(column: &ScoreColumn) -> String {
     format!("{} against steps", column.title)
 }
 
-fn against_steps(a: &Analysis, column: &Column) -> Option<Figure> {
+fn against_steps(a: &Analysis, column: &ScoreColumn) -> Option<Figure> {
     if a.plan.steps.len() < 2 {
         return None;
     }
@@ -208,7 +208,7 @@ fn against_steps(a: &Analysis, column: &Column) -> Option<Figure> {
     })
 }
 
-fn mark(label: &str, at: &str, x: f64, y: f64, column: &Column) -> Mark {
+fn mark(label: &str, at: &str, x: f64, y: f64, column: &ScoreColumn) -> Mark {
     let digits = column.digits;
     Mark { x, y, radius: 4.0, bar: None, title: format!("{label}, {at}: {} {y:.digits$}", column.title) }
 }
@@ -219,7 +219,7 @@ fn evaluation_value(record: &CellRecord, set: Set, step: i64, key: &str) -> Opti
 }
 
 /// A panel for each number of steps: the score against the learning rate.
-fn robustness(a: &Analysis, column: &Column) -> Vec<Figure> {
+fn robustness(a: &Analysis, column: &ScoreColumn) -> Vec<Figure> {
     if !a.has_rates() {
         return Vec::new();
     }

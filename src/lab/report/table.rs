@@ -3,7 +3,7 @@
 use crate::lab::report::paper;
 use crate::lab::report::search::{BestRate, best_rates};
 use crate::lab::report::statistics::{Bootstrap, MANY_SUBJECTS, mean, mean_of_means, spread};
-use crate::lab::report::values::{self, CellValues, Column, PAPER};
+use crate::lab::report::values::{self, CellValues, PAPER, ScoreColumn};
 use crate::lab::results::{BASE, CellRecord, Plan, PlannedCell, Set};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,9 +22,9 @@ pub struct Analysis<'a> {
     /// Which prompts and pictures the tables use.
     pub set: Set,
     /// The scores that there are.
-    pub columns: Vec<Column>,
+    pub columns: Vec<ScoreColumn>,
     /// Real pictures (where they were scored), the base model, the methods.
-    pub rows: Vec<Row>,
+    pub rows: Vec<TableRow>,
     /// Label of the row that differences are to.
     pub reference: Option<String>,
     /// What validation says of learning rates.
@@ -59,7 +59,7 @@ pub enum RowKind {
 
 /// A row of the table.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Row {
+pub struct TableRow {
     /// Its heading: the method's label, with the rate where several have rows.
     pub label: String,
     /// What it is.
@@ -77,9 +77,9 @@ pub struct Row {
     /// What the trainings cost.
     pub budget: BudgetMeans,
     /// By score key.
-    pub scores: BTreeMap<String, Estimate>,
+    pub scores: BTreeMap<String, MeanEstimate>,
     /// To the reference row, by score key.
-    pub differences: BTreeMap<String, Difference>,
+    pub differences: BTreeMap<String, PairedDifference>,
 }
 
 /// What the trainings of a row cost; means over cells that were not interrupted, memory the largest.
@@ -101,7 +101,7 @@ pub struct BudgetMeans {
 
 /// A mean over cells.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Estimate {
+pub struct MeanEstimate {
     /// Over subjects and seeds of the cells' values.
     pub mean: f64,
     /// Sample standard deviation over seeds of [`Self::seeds`]; `None` of one seed.
@@ -117,7 +117,7 @@ pub struct Estimate {
 
 /// How much more than the reference a row has.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Difference {
+pub struct PairedDifference {
     /// Mean over subjects of the mean over the subject's units.
     pub value: f64,
     /// 95 % interval; `None` where nothing can be drawn again.
@@ -128,7 +128,7 @@ pub struct Difference {
     pub seeds: Vec<(u64, f64)>,
 }
 
-impl Difference {
+impl PairedDifference {
     /// Whether the interval lies on one side of 0.
     pub fn seen(&self) -> bool {
         self.interval.is_some_and(|(low, high)| low > 0.0 || high < 0.0)
@@ -185,7 +185,7 @@ impl<'a> Analysis<'a> {
 
     fn fill(&mut self, values: &[CellValues]) {
         let mut bootstrap = Bootstrap::default();
-        let mut rows: Vec<(Row, Vec<&CellValues>)> = Vec::new();
+        let mut rows: Vec<(TableRow, Vec<&CellValues>)> = Vec::new();
         let of = |label: &str, rate: Option<f64>| -> Vec<&CellValues> {
             values
                 .iter()
@@ -234,9 +234,9 @@ impl<'a> Analysis<'a> {
     }
 
     /// The test pictures against the training pictures, or the pairs' own pictures, from the base model's records.
-    fn real_row(&self, bootstrap: &mut Bootstrap) -> Option<Row> {
+    fn real_row(&self, bootstrap: &mut Bootstrap) -> Option<TableRow> {
         let records: Vec<_> = self.records.iter().filter(|r| !r.real.is_empty()).collect();
-        let scores: BTreeMap<String, Estimate> = self
+        let scores: BTreeMap<String, MeanEstimate> = self
             .columns
             .iter()
             .filter_map(|column| {
@@ -251,11 +251,11 @@ impl<'a> Analysis<'a> {
                 let cells = found.len();
                 Some((
                     column.key.clone(),
-                    Estimate { mean, spread: None, interval, seeds: Vec::new(), cells },
+                    MeanEstimate { mean, spread: None, interval, seeds: Vec::new(), cells },
                 ))
             })
             .collect();
-        (!scores.is_empty()).then(|| Row {
+        (!scores.is_empty()).then(|| TableRow {
             label: if self.control { CEILING } else { "real training pictures" }.into(),
             kind: RowKind::Real,
             method: None,
@@ -269,7 +269,14 @@ impl<'a> Analysis<'a> {
         })
     }
 
-    fn row(&self, label: &str, method: &str, kind: RowKind, rate: Option<f64>, cells: &[&CellValues]) -> Row {
+    fn row(
+        &self,
+        label: &str,
+        method: &str,
+        kind: RowKind,
+        rate: Option<f64>,
+        cells: &[&CellValues],
+    ) -> TableRow {
         let mine = |c: &PlannedCell| c.method == method && c.learning_rate == rate;
         let records: Vec<_> = self.records.iter().filter(|r| mine(&r.cell)).collect();
         // Trainings of the search have no scores of the tables, and lack none.
@@ -279,7 +286,7 @@ impl<'a> Analysis<'a> {
         });
         let for_others = for_others.count();
         let scores = self.columns.iter().filter_map(|c| Some((c.key.clone(), estimate(cells, &c.key)?)));
-        Row {
+        TableRow {
             label: label.to_string(),
             kind,
             method: None,
@@ -299,7 +306,7 @@ impl<'a> Analysis<'a> {
         cells: &[&CellValues],
         reference: &[&CellValues],
         key: &str,
-    ) -> Option<Difference> {
+    ) -> Option<PairedDifference> {
         let mut subjects: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
         let mut seeds: BTreeMap<u64, Vec<Vec<f64>>> = BTreeMap::new();
         for cell in cells {
@@ -324,16 +331,21 @@ impl<'a> Analysis<'a> {
         let value = mean_of_means(&groups)?;
         let interval = bootstrap.interval(&groups);
         let seeds = seeds.into_iter().filter_map(|(seed, of)| Some((seed, mean_of_means(&of)?)));
-        Some(Difference { value, interval, n: groups.iter().map(Vec::len).sum(), seeds: seeds.collect() })
+        Some(PairedDifference {
+            value,
+            interval,
+            n: groups.iter().map(Vec::len).sum(),
+            seeds: seeds.collect(),
+        })
     }
 
     /// The row of the reference.
-    pub fn reference_row(&self) -> Option<&Row> {
+    pub fn reference_row(&self) -> Option<&TableRow> {
         self.rows.iter().find(|row| Some(&row.label) == self.reference.as_ref())
     }
 
     /// Records of a row's cells.
-    pub fn records_of<'b>(&'b self, row: &'b Row) -> impl Iterator<Item = &'b CellRecord> {
+    pub fn records_of<'b>(&'b self, row: &'b TableRow) -> impl Iterator<Item = &'b CellRecord> {
         let label = match row.method {
             Some(number) => self.plan.methods[number].label.as_str(),
             None => BASE,
@@ -357,7 +369,7 @@ impl<'a> Analysis<'a> {
     }
 }
 
-fn estimate(cells: &[&CellValues], key: &str) -> Option<Estimate> {
+fn estimate(cells: &[&CellValues], key: &str) -> Option<MeanEstimate> {
     let found: Vec<(u64, f64)> =
         cells.iter().filter_map(|cell| Some((cell.record.cell.seed, cell.value(key)?))).collect();
     let mut by_seed: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
@@ -366,7 +378,7 @@ fn estimate(cells: &[&CellValues], key: &str) -> Option<Estimate> {
     }
     let seeds: Vec<(u64, f64)> = by_seed.into_iter().filter_map(|(seed, v)| Some((seed, mean(v)?))).collect();
     let of_seeds: Vec<f64> = seeds.iter().map(|(_, value)| *value).collect();
-    Some(Estimate {
+    Some(MeanEstimate {
         mean: mean(found.iter().map(|(_, v)| *v))?,
         spread: spread(&of_seeds),
         interval: None,

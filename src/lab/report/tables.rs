@@ -4,7 +4,7 @@
 use crate::error::{Error, Result};
 use crate::lab::report::statistics::prompt_value;
 use crate::lab::report::table::Analysis;
-use crate::lab::report::values::Column;
+use crate::lab::report::values::ScoreColumn;
 use crate::lab::results::{CellRecord, Evaluation, PlannedCell, PromptScores, Set};
 use csv::Writer;
 use std::path::Path;
@@ -65,7 +65,7 @@ fn prompt_rows(
     kind: &str,
     number: usize,
     prompt: &PromptScores,
-    columns: &[Column],
+    columns: &[ScoreColumn],
 ) -> Vec<Vec<String>> {
     let pictures = prompt.pictures.iter().enumerate();
     pictures

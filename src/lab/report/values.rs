@@ -10,7 +10,7 @@ pub const PAPER: &str = "paper";
 
 /// A score that at least one record has.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Column {
+pub struct ScoreColumn {
     /// Its key.
     pub key: String,
     /// Its heading.
@@ -24,7 +24,7 @@ pub struct Column {
 }
 
 /// Every score of the records, in the order of [`SCORES`]; unknown ones come last.
-pub fn columns(records: &[CellRecord]) -> Vec<Column> {
+pub fn columns(records: &[CellRecord]) -> Vec<ScoreColumn> {
     let evaluations = records.iter().flat_map(|r| &r.evaluations);
     let prompts = evaluations.clone().flat_map(|e| e.prompts.iter().chain(&e.drift));
     let of_prompts =
@@ -34,7 +34,7 @@ pub fn columns(records: &[CellRecord]) -> Vec<Column> {
 }
 
 /// The columns of these keys.
-pub fn columns_of<'a>(keys: impl Iterator<Item = &'a String>) -> Vec<Column> {
+pub fn columns_of<'a>(keys: impl Iterator<Item = &'a String>) -> Vec<ScoreColumn> {
     let mut found: BTreeSet<&str> = keys.map(String::as_str).collect();
     let mut columns = Vec::new();
     for kind in SCORES.iter().filter(|kind| found.remove(kind.key)) {
@@ -49,9 +49,9 @@ pub fn columns_of<'a>(keys: impl Iterator<Item = &'a String>) -> Vec<Column> {
             _ => 3,
         };
         let (key, title, about) = (kind.key.into(), kind.title.into(), kind.about.into());
-        columns.push(Column { key, title, sign, about, digits });
+        columns.push(ScoreColumn { key, title, sign, about, digits });
     }
-    let unknown = |key: &str| Column {
+    let unknown = |key: &str| ScoreColumn {
         key: key.into(),
         title: key.into(),
         sign: 0,

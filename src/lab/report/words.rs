@@ -1,15 +1,17 @@
 //! Numbers and findings in words, the same in every form of the report.
 
 use crate::lab::report::search::{BestRate, TriedRate};
-use crate::lab::report::table::{Analysis, BudgetMeans, CEILING, Difference, Estimate, FLOOR, Row, RowKind};
-use crate::lab::report::values::{Column, PAPER};
+use crate::lab::report::table::{
+    Analysis, BudgetMeans, CEILING, FLOOR, MeanEstimate, PairedDifference, RowKind, TableRow,
+};
+use crate::lab::report::values::{PAPER, ScoreColumn};
 use crate::lab::results::{PlannedCell, Set};
 
 /// For what a row does not have.
 pub const NONE: &str = "-";
 
 /// `0.612 ± 0.010` or `0.612 [0.590, 0.634]`; without spread and interval the mean alone.
-pub fn estimate(estimate: &Estimate, digits: usize) -> String {
+pub fn estimate(estimate: &MeanEstimate, digits: usize) -> String {
     let spread = estimate.spread.map(|s| format!(" ± {s:.digits$}"));
     let interval = || Some(format!(" {}", interval(estimate.interval?, digits)));
     format!("{:.digits$}{}", estimate.mean, spread.or_else(interval).unwrap_or_default())
@@ -26,7 +28,7 @@ pub fn signed(value: f64, digits: usize) -> String {
 }
 
 /// `+0.012 [+0.004, +0.020]`.
-pub fn difference(d: &Difference, digits: usize) -> String {
+pub fn difference(d: &PairedDifference, digits: usize) -> String {
     match d.interval {
         Some((low, high)) => {
             format!("{} [{}, {}]", signed(d.value, digits), signed(low, digits), signed(high, digits))
@@ -36,7 +38,7 @@ pub fn difference(d: &Difference, digits: usize) -> String {
 }
 
 /// What an interval says.
-pub fn verdict(d: &Difference, column: &Column) -> &'static str {
+pub fn verdict(d: &PairedDifference, column: &ScoreColumn) -> &'static str {
     match (d.interval, d.seen(), d.value > 0.0, column.sign) {
         (None, ..) => "no interval",
         (_, false, ..) => "no difference seen",
@@ -48,7 +50,7 @@ pub fn verdict(d: &Difference, column: &Column) -> &'static str {
 }
 
 /// The score's heading with the way it is better.
-pub fn heading(column: &Column) -> String {
+pub fn heading(column: &ScoreColumn) -> String {
     match column.sign {
         1 => format!("{} \u{2191}", column.title),
         -1 => format!("{} \u{2193}", column.title),
@@ -127,7 +129,7 @@ impl Analysis<'_> {
     }
 
     /// The differences are the row's minus the reference's: where the row is better, the reference is worse.
-    fn standing(&self, row: &Row) -> String {
+    fn standing(&self, row: &TableRow) -> String {
         let mut groups: [(&str, Vec<String>); 6] = [
             ("better on", Vec::new()),
             ("worse on", Vec::new()),

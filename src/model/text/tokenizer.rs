@@ -48,7 +48,7 @@ impl Tokenizer {
 
     fn read(files: &Files, length: usize) -> Result<Self> {
         let dir = &files.dir;
-        let settings = Settings::read(files)?;
+        let settings = TokenizerSettings::read(files)?;
         let mut inner = if let Some(json) = (files.find)("tokenizer.json")? {
             let broken = |e| Error::format(&json.path, format!("not a tokenizer: {e}"));
             let value: Value = serde_json::from_str(&json.content).map_err(|e| broken(e.into()))?;
@@ -136,7 +136,7 @@ impl Files<'_> {
 }
 
 /// Special tokens and length, from whichever of the JSON files has them.
-struct Settings {
+struct TokenizerSettings {
     start: String,
     end: String,
     unknown: String,
@@ -145,7 +145,7 @@ struct Settings {
     added: Vec<AddedToken>,
 }
 
-impl Settings {
+impl TokenizerSettings {
     fn read(files: &Files) -> Result<Self> {
         let config = files.json("tokenizer_config.json")?;
         let map = files.json("special_tokens_map.json")?;

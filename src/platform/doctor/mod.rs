@@ -22,7 +22,7 @@ use crate::platform::doctor::checks::{Check, check_device, formats};
 
 /// Everything that `hra doctor` found.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct MachineReport {
     /// Version of this program.
     pub hra: &'static str,
     pub libtorch: Libtorch,
@@ -85,7 +85,7 @@ pub struct Cuda {
     pub cudnn: Option<usize>,
 }
 
-impl Report {
+impl MachineReport {
     /// Fails when an operation failed or computed something wrong; no GPU is no error.
     ///
     /// # Errors
@@ -99,7 +99,7 @@ impl Report {
 }
 
 /// Looks at the machine and computes on each of its devices; takes a few seconds.
-pub fn examine() -> Report {
+pub fn examine() -> MachineReport {
     let library = cuda::load_cuda().clone();
     let unusable = cuda::unusable();
     let mut devices = vec![Device::Cpu];
@@ -114,7 +114,7 @@ pub fn examine() -> Report {
         .filter_map(|device| Some(GpuPeak { device: device::name(*device), peak: peak_memory(*device)? }))
         .collect();
     let gpus = Driver::open().and_then(|driver| driver.gpus()).unwrap_or_default();
-    Report {
+    MachineReport {
         hra: env!("CARGO_PKG_VERSION"),
         libtorch: libtorch(),
         cpu: cpu(),
@@ -200,7 +200,7 @@ fn gib(bytes: Option<u64>) -> String {
     bytes.map_or_else(|| "unknown".to_string(), |b| format!("{:.1} GiB", b as f64 / (1u64 << 30) as f64))
 }
 
-impl Report {
+impl MachineReport {
     /// What there is, by name.
     fn facts(&self) -> Vec<Vec<String>> {
         let unknown = || "unknown".to_string();
@@ -263,7 +263,7 @@ fn row(check: &Check) -> Vec<String> {
     [&check.device, check.precision, check.operation, &text].map(String::from).to_vec()
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for MachineReport {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let of_device = [left(8), left(6), left(16), left(0)];
         let checks: Vec<_> = self.checks.iter().map(row).collect();
@@ -312,8 +312,8 @@ mod tests {
         AttentionKernel { device: "cuda:0".into(), precision: "bf16", attention, kernel: "flash" }
     }
 
-    fn report() -> Report {
-        Report {
+    fn report() -> MachineReport {
+        MachineReport {
             hra: "1.2.3",
             libtorch: Libtorch { version: Some("2.11.0+cu130".into()), folder: Some("lib".into()) },
             cpu: Cpu {

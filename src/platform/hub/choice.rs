@@ -16,7 +16,7 @@ const PICKLED: [&str; 4] = [".bin", ".ckpt", ".pt", ".pth"];
 
 /// Files to have.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Choice {
+pub struct FileChoice {
     /// Names inside the repository, small files first.
     pub files: Vec<String>,
     /// What to open, inside the repository: a file, or nothing for the folder itself.
@@ -24,7 +24,7 @@ pub struct Choice {
 }
 
 /// Chooses from `names`; the error is what is missing, and what to do about it where something can be done.
-pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<Choice, String> {
+pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<FileChoice, String> {
     match wanted {
         Wanted::Model => model(names),
         Wanted::Adapter => adapter(names),
@@ -33,7 +33,7 @@ pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<Choice, String
     }
 }
 
-fn model(names: &BTreeSet<String>) -> Result<Choice, String> {
+fn model(names: &BTreeSet<String>) -> Result<FileChoice, String> {
     let mut files: Vec<String> = Vec::new();
     let mut missing: Vec<String> = Vec::new();
     let mut need = |name: String| {
@@ -60,7 +60,7 @@ fn model(names: &BTreeSet<String>) -> Result<Choice, String> {
         }
     }
     if missing.is_empty() {
-        return Ok(Choice { files, entry: PathBuf::new() });
+        return Ok(FileChoice { files, entry: PathBuf::new() });
     }
     let hint = if pickled {
         "\nhint: it has pickled weights, which can run code and are not read; convert them once in Python: \
@@ -79,7 +79,7 @@ fn model(names: &BTreeSet<String>) -> Result<Choice, String> {
     Err(format!("a Stable Diffusion folder, without {}{hint}", missing.join(", ")))
 }
 
-fn tower(names: &BTreeSet<String>) -> Result<Choice, String> {
+fn tower(names: &BTreeSet<String>) -> Result<FileChoice, String> {
     /// Of a text tower's tokenizer; each where it is there.
     const TOKENIZER: [&str; 6] = [
         "added_tokens.json",
@@ -116,10 +116,10 @@ fn tower(names: &BTreeSet<String>) -> Result<Choice, String> {
     let small =
         ["config.json"].iter().chain(&PROCESSORS).chain(&TOKENIZER).filter(|name| names.contains(**name));
     let files = small.map(|name| name.to_string()).chain(found.into_iter().flatten());
-    Ok(Choice { files: files.collect(), entry: PathBuf::new() })
+    Ok(FileChoice { files: files.collect(), entry: PathBuf::new() })
 }
 
-fn adapter(names: &BTreeSet<String>) -> Result<Choice, String> {
+fn adapter(names: &BTreeSet<String>) -> Result<FileChoice, String> {
     const CONFIG: &str = "adapter_config.json";
     const WEIGHTS: &str = "adapter_model.safetensors";
     let pair = |folder: &str| [CONFIG, WEIGHTS].map(|name| format!("{folder}{name}"));
@@ -130,7 +130,7 @@ fn adapter(names: &BTreeSet<String>) -> Result<Choice, String> {
     if has(&pair("")) || has(&control) {
         let parts = ["", "text_encoder/"].map(pair).into_iter().chain([control]).filter(|files| has(files));
         let palette = names.get("control_encoder/palette.json").cloned();
-        return Ok(Choice { files: parts.flatten().chain(palette).collect(), entry: PathBuf::new() });
+        return Ok(FileChoice { files: parts.flatten().chain(palette).collect(), entry: PathBuf::new() });
     }
     let single = single_files(names);
     let lora = "pytorch_lora_weights.safetensors";
@@ -156,14 +156,14 @@ fn adapter(names: &BTreeSet<String>) -> Result<Choice, String> {
             ));
         }
     };
-    Ok(Choice { files: vec![file.to_string()], entry: PathBuf::from(file) })
+    Ok(FileChoice { files: vec![file.to_string()], entry: PathBuf::from(file) })
 }
 
-fn controlnet(names: &BTreeSet<String>) -> Result<Choice, String> {
+fn controlnet(names: &BTreeSet<String>) -> Result<FileChoice, String> {
     match weights(names, "", "diffusion_pytorch_model").filter(|_| names.contains("config.json")) {
         Some(mut files) => {
             files.insert(0, "config.json".into());
-            Ok(Choice { files, entry: PathBuf::new() })
+            Ok(FileChoice { files, entry: PathBuf::new() })
         }
         None => Err("a ControlNet: config.json with diffusion_pytorch_model.safetensors".into()),
     }
@@ -316,7 +316,10 @@ mod tests {
         let both = chosen(&[peft[0], peft[1], text[0], text[1], "other.safetensors", "README.md"]).unwrap();
         assert_eq!(
             both,
-            Choice { files: [peft, text].concat().iter().map(|n| n.to_string()).collect(), entry: "".into() }
+            FileChoice {
+                files: [peft, text].concat().iter().map(|n| n.to_string()).collect(),
+                entry: "".into()
+            }
         );
         assert_eq!(chosen(&[peft[0], peft[1], text[0]]).unwrap().files, peft);
         let control = ["control_encoder/config.json", "control_encoder/diffusion_pytorch_model.safetensors"];
@@ -349,7 +352,7 @@ mod tests {
             ["config.json", "preprocessor_config.json", "merges.txt", "vocab.json", "model.safetensors"];
         assert_eq!(
             chosen(&all).unwrap(),
-            Choice { files: expected.map(String::from).into(), entry: "".into() }
+            FileChoice { files: expected.map(String::from).into(), entry: "".into() }
         );
         let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
         let index = "model.safetensors.index.json";

@@ -12,7 +12,7 @@ mod wanted;
 use crate::error::{Error, Result};
 use crate::platform::files::{self, shell_word};
 use crate::platform::observer::{Counter, Observer};
-use choice::{Choice, choose, is_plain_name};
+use choice::{FileChoice, choose, is_plain_name};
 use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::env;
@@ -20,7 +20,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 pub use wanted::Wanted;
 
-use transfer::{Client, Failure, Remote};
+use transfer::{Client, Remote, TransferFailure};
 
 /// The hub, where `HF_ENDPOINT` names no other.
 const ENDPOINT: &str = "https://huggingface.co";
@@ -192,11 +192,13 @@ impl Hub {
             Ok(info) => info,
             Err(failure) if failure.passes() => {
                 let why = match failure {
-                    Failure::Status(code, _) => format!("{} answered with status {code}", self.endpoint),
-                    Failure::Network(why) | Failure::Answer(why) => {
+                    TransferFailure::Status(code, _) => {
+                        format!("{} answered with status {code}", self.endpoint)
+                    }
+                    TransferFailure::Network(why) | TransferFailure::Answer(why) => {
                         format!("{} cannot be reached ({why})", self.endpoint)
                     }
-                    Failure::Local(error) => return Err(error),
+                    TransferFailure::Local(error) => return Err(error),
                 };
                 let path = cached.map_err(|lack| self.not_in_cache(&lack, &why))?;
                 observer.note(&format!("{why}; going on with the copy of {} in the cache", self.id.name));
@@ -205,7 +207,7 @@ impl Hub {
             Err(failure) => return Err(self.told(failure)),
         };
         if !is_commit(&info.sha) {
-            return Err(self.told(Failure::Answer("a commit that is not one".into())));
+            return Err(self.told(TransferFailure::Answer("a commit that is not one".into())));
         }
         let names = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
         let choice = choose(&names, wanted).map_err(|lack| self.error(&format!("expected {lack}")))?;
@@ -248,7 +250,7 @@ impl Hub {
                 files::Kind::Other => {}
             }
         }
-        let Choice { entry, .. } = choose(&names, wanted)?;
+        let FileChoice { entry, .. } = choose(&names, wanted)?;
         Ok(snapshot.join(entry))
     }
 
@@ -267,7 +269,9 @@ impl Hub {
             observer.check(|| "stopped before the download".to_string())?;
             let remote = self.client.remote(&url(name)).map_err(|failure| self.told(failure))?;
             if !is_plain_name(&remote.etag) {
-                return Err(self.told(Failure::Answer(format!("no ETag that can be used for {name}"))));
+                return Err(
+                    self.told(TransferFailure::Answer(format!("no ETag that can be used for {name}")))
+                );
             }
             remotes.push((name, remote));
         }
@@ -369,7 +373,7 @@ impl Hub {
     }
 
     /// What a user can make of a failure.
-    fn told(&self, failure: Failure) -> Error {
+    fn told(&self, failure: TransferFailure) -> Error {
         let page = format!("{}/{}", self.endpoint, self.id.name);
         let token =
             if self.has_token { "the token that was sent was not enough" } else { "no token was sent" };
@@ -379,26 +383,26 @@ impl Hub {
             self.endpoint
         );
         match failure {
-            Failure::Local(error) => error,
-            Failure::Network(why) => self.error(&format!(
+            TransferFailure::Local(error) => error,
+            TransferFailure::Network(why) => self.error(&format!(
                 "the hub cannot be reached ({why})\nhint: check the connection and HF_ENDPOINT; what was downloaded is kept"
             )),
-            Failure::Answer(what) => self.error(&format!("the hub answered with {what}")),
-            Failure::Status(_, reason) if reason == "RevisionNotFound" => self.error(&format!(
+            TransferFailure::Answer(what) => self.error(&format!("the hub answered with {what}")),
+            TransferFailure::Status(_, reason) if reason == "RevisionNotFound" => self.error(&format!(
                 "no revision `{}` is there\nhint: {page} lists branches, tags and commits",
                 self.id.revision
             )),
-            Failure::Status(_, reason) if reason == "GatedRepo" => self.error(&format!(
+            TransferFailure::Status(_, reason) if reason == "GatedRepo" => self.error(&format!(
                 "it is gated, and {token}\nhint: accept its terms at {page}\n{give}"
             )),
-            Failure::Status(401 | 403, reason) if reason != "RepoNotFound" => {
+            TransferFailure::Status(401 | 403, reason) if reason != "RepoNotFound" => {
                 self.error(&format!("the hub refuses it, and {token}\n{give}"))
             }
             // The hub does not tell strangers whether a private repository is there.
-            Failure::Status(401 | 403 | 404, _) => self.error(&format!(
+            TransferFailure::Status(401 | 403 | 404, _) => self.error(&format!(
                 "no such repository or revision is there, or it is private, and {token}\n{give}"
             )),
-            Failure::Status(code, _) => self.error(&format!("the hub answered with status {code}")),
+            TransferFailure::Status(code, _) => self.error(&format!("the hub answered with status {code}")),
         }
     }
 }

@@ -27,7 +27,7 @@ const MAX_LISTING: u64 = 64 << 20;
 
 /// Why a request gave nothing.
 #[derive(Debug)]
-pub enum Failure {
+pub enum TransferFailure {
     /// No answer, or it broke off; told in a few words.
     Network(String),
     /// A refusal: HTTP status, and the hub's own word for the reason (`X-Error-Code`).
@@ -38,19 +38,19 @@ pub enum Failure {
     Local(Error),
 }
 
-impl From<Error> for Failure {
+impl From<Error> for TransferFailure {
     fn from(error: Error) -> Self {
         Self::Local(error)
     }
 }
 
-impl From<ureq::Error> for Failure {
+impl From<ureq::Error> for TransferFailure {
     fn from(error: ureq::Error) -> Self {
         Self::Network(error.to_string())
     }
 }
 
-impl Failure {
+impl TransferFailure {
     /// Whether the same request may succeed a little later.
     pub fn passes(&self) -> bool {
         match self {
@@ -91,17 +91,17 @@ impl Client {
     }
 
     /// A JSON answer.
-    pub fn json<T: serde::de::DeserializeOwned>(&self, url: &str) -> Result<T, Failure> {
+    pub fn json<T: serde::de::DeserializeOwned>(&self, url: &str) -> Result<T, TransferFailure> {
         retried(&mut || {
             let mut answer = self.request(url, None, false)?;
             let text = answer.body_mut().with_config().limit(MAX_LISTING).read_to_vec()?;
             serde_json::from_slice(&text)
-                .map_err(|e| Failure::Answer(format!("a listing that cannot be read ({e})")))
+                .map_err(|e| TransferFailure::Answer(format!("a listing that cannot be read ({e})")))
         })
     }
 
     /// Name and size of a file's content.
-    pub fn remote(&self, url: &str) -> Result<Remote, Failure> {
+    pub fn remote(&self, url: &str) -> Result<Remote, TransferFailure> {
         retried(&mut || {
             let answer = self.request(url, None, true)?;
             let header = |name: &str| answer.headers().get(name).and_then(|value| value.to_str().ok());
@@ -121,7 +121,7 @@ impl Client {
         remote: &Remote,
         part: &Path,
         tick: &mut dyn FnMut(u64) -> Result<(), Error>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), TransferFailure> {
         let resumed = length(part) > 0;
         self.persist(url, remote, part, tick)?;
         let is_sha256 = remote.etag.len() == 64 && remote.etag.bytes().all(|b| b.is_ascii_hexdigit());
@@ -133,7 +133,7 @@ impl Client {
             // The part was spoilt before; all of it anew may be right.
             return self.download(url, remote, part, tick);
         }
-        Err(Failure::Answer("content whose SHA-256 is not the one that it names".into()))
+        Err(TransferFailure::Answer("content whose SHA-256 is not the one that it names".into()))
     }
 
     /// Attempts until all is there, or nothing more comes.
@@ -143,7 +143,7 @@ impl Client {
         remote: &Remote,
         part: &Path,
         tick: &mut dyn FnMut(u64) -> Result<(), Error>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), TransferFailure> {
         let (mut attempt, mut pause) = (1, FIRST_PAUSE);
         loop {
             let before = length(part);
@@ -167,8 +167,8 @@ impl Client {
         remote: &Remote,
         part: &Path,
         tick: &mut dyn FnMut(u64) -> Result<(), Error>,
-    ) -> Result<(), Failure> {
-        let fail = |e| Failure::Local(Error::io("write", part, e));
+    ) -> Result<(), TransferFailure> {
+        let fail = |e| TransferFailure::Local(Error::io("write", part, e));
         let mut file = OpenOptions::new().append(true).create(true).open(part).map_err(fail)?;
         // Without a length nobody can tell whether a part is a part.
         let mut have = if remote.size.is_some() { length(part) } else { 0 };
@@ -178,7 +178,7 @@ impl Client {
         if remote.size != Some(have) || have == 0 {
             let answer = self.request(url, Some(have).filter(|have| *have > 0), false);
             let answer = match answer {
-                Err(Failure::Status(416, _)) if have > 0 => self.request(url, None, false)?,
+                Err(TransferFailure::Status(416, _)) if have > 0 => self.request(url, None, false)?,
                 other => other?,
             };
             let range = answer.headers().get("content-range").and_then(|value| value.to_str().ok());
@@ -191,13 +191,15 @@ impl Client {
             have = copy(answer, &mut file, part, have, remote.size, tick)?;
         }
         if let Some(size) = remote.size.filter(|size| *size != have) {
-            return Err(Failure::Network(format!("the connection ended after {have} of {size} bytes")));
+            return Err(TransferFailure::Network(format!(
+                "the connection ended after {have} of {size} bytes"
+            )));
         }
         file.sync_all().map_err(fail)
     }
 
     /// One request and the redirects after it. A `head` request ends at the first answer that says what the file is.
-    fn request(&self, url: &str, from: Option<u64>, head: bool) -> Result<Response<Body>, Failure> {
+    fn request(&self, url: &str, from: Option<u64>, head: bool) -> Result<Response<Body>, TransferFailure> {
         let home = origin(url)?;
         let mut url = url.to_string();
         for _ in 0..REDIRECTS {
@@ -215,13 +217,13 @@ impl Client {
                 return Ok(answer);
             }
             if !status.is_redirection() {
-                return Err(Failure::Status(
+                return Err(TransferFailure::Status(
                     status.as_u16(),
                     header("x-error-code").unwrap_or_default().to_string(),
                 ));
             }
             let Some(location) = header("location") else {
-                return Err(Failure::Answer("a redirection to nowhere".into()));
+                return Err(TransferFailure::Answer("a redirection to nowhere".into()));
             };
             let next = if location.starts_with('/') && !location.starts_with("//") {
                 format!("{}{location}", origin(&url)?)
@@ -230,11 +232,13 @@ impl Client {
             };
             let target = origin(&next)?;
             if target != home && !target.starts_with("https://") {
-                return Err(Failure::Answer(format!("a redirection to {target}, which is not https")));
+                return Err(TransferFailure::Answer(format!(
+                    "a redirection to {target}, which is not https"
+                )));
             }
             url = next;
         }
-        Err(Failure::Answer("redirections without end".into()))
+        Err(TransferFailure::Answer("redirections without end".into()))
     }
 }
 
@@ -246,17 +250,17 @@ fn copy(
     mut have: u64,
     size: Option<u64>,
     tick: &mut dyn FnMut(u64) -> Result<(), Error>,
-) -> Result<u64, Failure> {
+) -> Result<u64, TransferFailure> {
     let mut reader = answer.into_body().into_reader();
     let mut buffer = vec![0u8; 1 << 18];
     loop {
-        let n = reader.read(&mut buffer).map_err(|e| Failure::Network(e.to_string()))?;
+        let n = reader.read(&mut buffer).map_err(|e| TransferFailure::Network(e.to_string()))?;
         if n == 0 {
             return Ok(have);
         }
         have += n as u64;
         if size.is_some_and(|size| have > size) {
-            return Err(Failure::Answer("more bytes than it promised".into()));
+            return Err(TransferFailure::Answer("more bytes than it promised".into()));
         }
         file.write_all(&buffer[..n]).map_err(|e| Error::io("write", part, e))?;
         tick(have)?;
@@ -264,7 +268,7 @@ fn copy(
 }
 
 /// Makes a small request again while its failure may pass.
-fn retried<T>(request: &mut dyn FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
+fn retried<T>(request: &mut dyn FnMut() -> Result<T, TransferFailure>) -> Result<T, TransferFailure> {
     let mut pause = FIRST_PAUSE;
     loop {
         match request() {
@@ -276,14 +280,14 @@ fn retried<T>(request: &mut dyn FnMut() -> Result<T, Failure>) -> Result<T, Fail
 }
 
 /// Scheme, host and port of an address.
-fn origin(url: &str) -> Result<String, Failure> {
+fn origin(url: &str) -> Result<String, TransferFailure> {
     let uri: Option<Uri> = url.parse().ok();
     let parts = uri.as_ref().and_then(|uri| Some((uri.scheme_str()?, uri.authority()?)));
     match parts {
         Some((scheme @ ("http" | "https"), authority)) => {
             Ok(format!("{scheme}://{authority}").to_ascii_lowercase())
         }
-        _ => Err(Failure::Answer("an address that cannot be read".into())),
+        _ => Err(TransferFailure::Answer("an address that cannot be read".into())),
     }
 }
 

@@ -38,7 +38,7 @@ impl TrainConfig {
                 let (method, own) = method_and_own(&table);
                 method.map_or(Ok(Table::new()), |method| whole(method, &own))?;
             }
-            let Replaced { by, left_out } = over(&mut merged, table);
+            let MethodReplaced { by, left_out } = over(&mut merged, table);
             if !left_out.is_empty() {
                 observer.note(&format!("method {by} has no {}: left out", left_out.join(", ")));
             }
@@ -208,15 +208,15 @@ fn is_some_methods(name: &str) -> bool {
 }
 
 /// What a method left out that took the place of another one.
-struct Replaced {
+struct MethodReplaced {
     by: String,
     left_out: Vec<String>,
 }
 
 /// Puts the settings of `winner` in place of those of `table`.
-fn over(table: &mut Table, winner: Table) -> Replaced {
+fn over(table: &mut Table, winner: Table) -> MethodReplaced {
     let (before, _) = method_and_own(table);
-    let mut replaced = Replaced { by: String::new(), left_out: Vec::new() };
+    let mut replaced = MethodReplaced { by: String::new(), left_out: Vec::new() };
     for (name, value) in winner {
         match (Section::find(&name), value) {
             (Some(section), Value::Table(settings)) => {

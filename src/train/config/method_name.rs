@@ -1,6 +1,6 @@
 //! The word that names a run's method: one of the registry's, or none.
 
-use crate::adapter::method::Entry;
+use crate::adapter::method::RegisteredMethod;
 use crate::adapter::methods::{self, METHODS};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,7 @@ impl MethodName {
     }
 
     /// The method in the registry.
-    pub fn entry(self) -> Option<&'static Entry> {
+    pub fn entry(self) -> Option<&'static RegisteredMethod> {
         methods::find(self.0)
     }
 }

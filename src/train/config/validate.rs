@@ -11,9 +11,9 @@ use std::path::Path;
 
 /// What is wrong with the settings, one sentence each.
 #[derive(Default)]
-struct Problems(Vec<String>);
+struct FoundProblems(Vec<String>);
 
-impl Problems {
+impl FoundProblems {
     fn require(&mut self, ok: bool, problem: &str) {
         if !ok {
             self.0.push(problem.to_string());
@@ -37,7 +37,7 @@ fn positive(x: f64) -> bool {
 impl TrainConfig {
     /// Checks everything that can be checked without opening a file; all problems are listed.
     pub fn validate(&self) -> Result<()> {
-        let mut problems = Problems::default();
+        let mut problems = FoundProblems::default();
         problems.require(
             given(&self.model.pretrained_model_name_or_path),
             "pretrained_model_name_or_path: a model folder is needed",
@@ -50,11 +50,11 @@ impl TrainConfig {
         self.check_counts(&mut problems);
         self.check_numbers(&mut problems);
         self.check_adapter(&mut problems);
-        let Problems(problems) = problems;
+        let FoundProblems(problems) = problems;
         if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n"))) }
     }
 
-    fn check_control(&self, problems: &mut Problems) {
+    fn check_control(&self, problems: &mut FoundProblems) {
         problems.require(
             !given(&self.data.instance_data_dir) && self.data.instance_prompt.is_empty(),
             "instance_data_dir and instance_prompt: train_data_dir has pictures and captions of its own",
@@ -70,7 +70,7 @@ impl TrainConfig {
         );
     }
 
-    fn check_subject(&self, problems: &mut Problems) {
+    fn check_subject(&self, problems: &mut FoundProblems) {
         problems.require(
             given(&self.data.instance_data_dir),
             "instance_data_dir: a folder with the subject's pictures is needed (or train_data_dir, to train control)",
@@ -92,7 +92,7 @@ impl TrainConfig {
         );
     }
 
-    fn check_counts(&self, problems: &mut Problems) {
+    fn check_counts(&self, problems: &mut FoundProblems) {
         let mut require = |ok, problem| problems.require(ok, problem);
         require(given(&self.output_dir), "output_dir: a folder is needed");
         if self.prior.with_prior_preservation {
@@ -136,7 +136,7 @@ impl TrainConfig {
         require(self.checkpoints.log_every >= 1, "log_every: expected 1 or more");
     }
 
-    fn check_numbers(&self, problems: &mut Problems) {
+    fn check_numbers(&self, problems: &mut FoundProblems) {
         let mut require = |ok, problem| problems.require(ok, problem);
         require(
             (0.0..=1.0).contains(&self.data.proportion_empty_prompts),
@@ -166,7 +166,7 @@ impl TrainConfig {
         );
     }
 
-    fn check_adapter(&self, problems: &mut Problems) {
+    fn check_adapter(&self, problems: &mut FoundProblems) {
         let mut require = |ok, problem| problems.require(ok, problem);
         require(!self.adapter.target_modules.is_empty(), "target_modules: expected at least one name");
         require(
@@ -193,7 +193,7 @@ impl TrainConfig {
         }
     }
 
-    fn check_method(&self, method: &Method, problems: &mut Problems) {
+    fn check_method(&self, method: &Method, problems: &mut FoundProblems) {
         problems.0.extend(method.validate().err().map(|e| e.to_string()));
         let name = self.adapter.method;
         let whole = method.trains_whole_network();

@@ -3,7 +3,7 @@
 use super::{pipeline, put, split};
 use hra::StableDiffusion;
 use hra::adapter::combine::{How, combine};
-use hra::adapter::lora_file::{LoraFile, Part as LoraPart};
+use hra::adapter::lora_file::{LoraFile, LoraPart};
 use hra::adapter::peft::{self, AdapterFile};
 use hra::attach::fixed::attach_fixed;
 use hra::attach::loaded::{FULL_UNET, LayerNames, LoadedAdapter, UNET_CLASS};

@@ -3,7 +3,7 @@
 use super::{put, put_some, split, text};
 use hra::StableDiffusion;
 use hra::diffusion::noise::{NoiseSchedule, SchedulerConfig};
-use hra::diffusion::sampler::{Plan, SamplerKind};
+use hra::diffusion::sampler::{SamplerKind, SamplerPlan};
 use hra::model::text::{TextEncoder, Tokenizer};
 use hra::model::{UNet, Vae};
 use hra::weights::config::{TextConfig, UNetConfig, VaeConfig};
@@ -67,13 +67,13 @@ pub fn scheduler(scratch: &Path, input: &[u8]) {
         let kind: SamplerKind = name.parse().expect("a sampler's name");
         let settings = kind.settings(&config, None, None);
         for steps in [1, 2, 25] {
-            let _ = Plan::new(kind, &settings, steps)
+            let _ = SamplerPlan::new(kind, &settings, steps)
                 .map(|plan| (plan.model_calls(), plan.noise_steps(), plan.init_noise_sigma()));
         }
-        let _ =
-            Plan::from_strength(kind, &settings, 5, 0.5).map(|plan| (plan.model_calls(), plan.noise_steps()));
+        let _ = SamplerPlan::from_strength(kind, &settings, 5, 0.5)
+            .map(|plan| (plan.model_calls(), plan.noise_steps()));
         let zero = || Tensor::zeros([1, 1, 1, 1], (Kind::Float, Device::Cpu));
-        if let Ok(plan) = Plan::new(kind, &settings, 5) {
+        if let Ok(plan) = SamplerPlan::new(kind, &settings, 5) {
             let _ = plan.run(zero(), &mut |x, _| Ok(x.shallow_clone()), &mut |_| Ok(zero()), &mut |_| Ok(()));
         }
     }

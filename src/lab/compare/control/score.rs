@@ -4,10 +4,10 @@ use crate::data::image::{Mask, RgbImage, canny};
 use crate::data::pairs::{ConditionKind, shuffled};
 use crate::error::{Error, Result};
 use crate::lab::compare::control::Agreement;
-use crate::lab::compare::draw::Drawing;
+use crate::lab::compare::draw::SetDrawing;
 use crate::lab::compare::score::{drawn, prompt_scores, subject};
 use crate::lab::evaluate::control::{overlap, subject_mask, subject_miou};
-use crate::lab::evaluate::{Subject, Towers};
+use crate::lab::evaluate::{ScoredSubject, Towers};
 use crate::lab::results::{PictureScores, PromptScores, Scores};
 use crate::platform::observer::Observer;
 use std::path::Path;
@@ -20,7 +20,7 @@ enum Truth {
 }
 
 /// The pairs of a set, ready to score with.
-pub struct Judges<'a> {
+pub struct PairJudges<'a> {
     agreement: &'a Agreement,
     towers: &'a Towers,
     /// Files of the pairs' pictures, relative to the comparison's folder.
@@ -28,10 +28,10 @@ pub struct Judges<'a> {
     pictures: Vec<RgbImage>,
     truths: Vec<Truth>,
     /// Embedded, each alone.
-    subjects: Vec<Subject>,
+    subjects: Vec<ScoredSubject>,
 }
 
-impl<'a> Judges<'a> {
+impl<'a> PairJudges<'a> {
     /// Embeds the pictures and finds edges or subjects. `files` are the pictures' places in the comparison's folder.
     pub fn new(
         agreement: &'a Agreement,
@@ -80,7 +80,7 @@ impl<'a> Judges<'a> {
     /// Scores what was drawn into `folder`, of which pictures are named relative to `root`.
     pub fn prompts(
         &self,
-        drawing: &Drawing,
+        drawing: &SetDrawing,
         folder: &Path,
         root: &Path,
         observer: &dyn Observer,

@@ -52,7 +52,7 @@ pub struct DrawnPairs {
     pub(super) resolution: u32,
     /// Of their files and how they are rendered.
     pub hash: String,
-    /// For each pair the one whose condition it is drawn with too; see [`shuffled`].
+    /// For each pair the one whose condition it is drawn with too; see [`crate::data::pairs::shuffled`].
     pub shuffled: Vec<usize>,
 }
 
