@@ -5,6 +5,7 @@ use crate::support::scratch::Scratch;
 use hra::data::image::edges::{Thresholds, canny};
 use hra::data::image::{Mask, RgbImage, load_rgb, resize_nearest, resize_short_side};
 use hra::lab::compare::CompareConfig;
+use hra::lab::compare::config::Topic;
 use hra::lab::compare::control::{ControlSet, resolve};
 use hra::lab::evaluate::control::{overlap, subject_mask, subject_miou};
 use hra::lab::results::{BASE, CellRecord, Plan, Set, cell_folder};
@@ -265,7 +266,8 @@ fn pairs_are_rendered_again_where_they_are_read_otherwise() {
             std::fs::write(scratch.path(&format!("train/{name}.jsonl")), lines.join("\n")).unwrap();
         }
         let mut config = CompareConfig::read(&scratch.path("c.toml")).unwrap();
-        for entry in &mut config.controls {
+        let Topic::Control(entries) = &mut config.topic else { panic!("{:?}", config.topic) };
+        for entry in entries {
             for path in [&mut entry.data_dir, &mut entry.test_data_dir] {
                 *path = scratch.path("train").join(path.strip_prefix("train").unwrap());
             }
@@ -273,7 +275,8 @@ fn pairs_are_rendered_again_where_they_are_read_otherwise() {
             *other = scratch.path("train").join(other.strip_prefix("train").unwrap());
             entry.palette = entry.palette.as_ref().map(|name| scratch.path("").join(name));
         }
-        resolve(&config, &Silent).unwrap().pop().unwrap().control.unwrap()
+        let subjects = resolve(&config, config.topic.controls(), &Silent).unwrap();
+        subjects[0].pairs().unwrap().clone()
     };
     let hashes = |set: &ControlSet| {
         [set.train_hash.clone(), set.hash(Set::Test).to_string(), set.hash(Set::Validation).to_string()]

@@ -2,6 +2,7 @@
 
 use crate::support::base::root;
 use crate::support::scratch::Scratch;
+use hra::lab::compare::config::Topic;
 use hra::lab::compare::{CompareConfig, Shard};
 use hra::lab::results::{BASE, CellRecord, Plan, Set};
 use hra::platform::observer::Silent;
@@ -421,7 +422,8 @@ fn the_dreambooth_folder_is_read_where_it_is_there() {
     }
     let read = |name: &str| {
         let mut config = CompareConfig::read(&root().join("configs").join(name)).unwrap();
-        config.dreambooth.as_mut().unwrap().dir = dataset.clone();
+        let Topic::DreamBooth(set) = &mut config.topic else { panic!("{:?}", config.topic) };
+        set.dir = dataset.clone();
         config
     };
     let mut config = read("compare-dreambooth.toml");
@@ -431,13 +433,14 @@ fn the_dreambooth_folder_is_read_where_it_is_there() {
     assert_eq!(names, [("dog", "dog"), ("vase", "vase")], "of 30 subjects two have a folder");
     for subject in &subjects {
         assert_eq!(subject.prompts.len(), 25);
-        let pictures = subject.train.len() + subject.validation.len() + subject.test.len();
-        assert_eq!((subject.validation.len(), subject.test.len()), (1, 1), "of {pictures}");
+        let own = subject.pictures().unwrap();
+        let pictures = own.train.len() + own.validation.len() + own.test.len();
+        assert_eq!((own.validation.len(), own.test.len()), (1, 1), "of {pictures}");
         assert_eq!(pictures, if subject.name == "dog" { 5 } else { 6 });
     }
     let (dog, vase) = (&subjects[0], &subjects[1]);
-    assert_eq!(dog.instance_prompt, "a photo of qwe dog");
-    assert_eq!(dog.class_prompt, "a photo of dog");
+    assert_eq!(dog.pictures().unwrap().instance_prompt, "a photo of qwe dog");
+    assert_eq!(dog.pictures().unwrap().class_prompt, "a photo of dog");
     assert_eq!(dog.prompts[10].prompt, "a qwe dog wearing a red hat");
     assert_eq!(dog.prompts[10].text, "a dog wearing a red hat");
     assert_eq!(vase.prompts[10].prompt, "a qwe vase with a wheat field in the background");
@@ -446,7 +449,8 @@ fn the_dreambooth_folder_is_read_where_it_is_there() {
     // The authors' scripts: all pictures for both, the token stays, and objects are scored against the live list.
     let (subjects, notes) = resolve(&read("compare-paper.toml"), &Silent).unwrap();
     let vase = &subjects[1];
-    assert_eq!((vase.train.len(), vase.test.len()), (6, 6));
+    let own = vase.pictures().unwrap();
+    assert_eq!((own.train.len(), own.test.len()), (6, 6));
     assert_eq!(vase.prompts[10].prompt, "a qwe vase with a wheat field in the background");
     assert_eq!(vase.prompts[10].text, "a qwe vase wearing a red hat");
     assert!(notes.iter().any(|note| note.contains("test scores themselves")));

@@ -46,7 +46,7 @@ pub fn run(comparison: &Path, id: &str, observer: &dyn Observer) -> Result<()> {
     let cell = Cell { comparison, task: &task, folder, config, compute, observer };
     let (trained, fingerprint) = match cell.train_and_draw() {
         // A rate too high is a result; the other cells go on.
-        Err(Error::NotFinite(why)) if task.cell.learning_rate.is_some() => {
+        Err(Error::NotFinite(why)) if !task.cell.is_base() => {
             let failure = why.lines().next().map(str::to_string);
             let record = cell.record(None, Vec::new(), Real::default(), failure)?;
             return cell.finish(&record);
@@ -137,7 +137,7 @@ impl Cell<'_> {
 
     /// Trains, unless that is done.
     fn train(&self) -> Result<Option<TrainedCell>> {
-        if self.task.cell.learning_rate.is_none() {
+        if self.task.cell.is_base() {
             return Ok(None);
         }
         let done = self.folder.join(TRAINED_FILE);
@@ -206,7 +206,7 @@ impl Cell<'_> {
         let fingerprint = session.model().fingerprint()?;
         let resolution = config.data.resolution.unwrap_or(session.model().native_size() as u32);
         results::write_json(&self.folder.join("resolution.json"), &resolution)?;
-        if self.task.cell.learning_rate.is_none() && config.prior.with_prior_preservation {
+        if self.task.cell.is_base() && config.prior.with_prior_preservation {
             self.class_pictures(session.model())?;
         }
         let shown: Vec<Vec<RgbImage>> =
@@ -278,7 +278,7 @@ impl Cell<'_> {
             self.observer.check(|| "stopped while scoring".into())?;
             let place = self.step_folder(step);
             let drift = match drawings.iter().find(|(name, _)| name == DRIFT) {
-                Some((_, drawing)) if self.task.cell.learning_rate.is_some() => {
+                Some((_, drawing)) if !self.task.cell.is_base() => {
                     score::drift(towers, drawing, &place.join(DRIFT), &base, &self.folder)?
                 }
                 _ => Vec::new(),

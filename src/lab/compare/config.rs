@@ -49,16 +49,49 @@ pub struct CompareConfig {
     /// How learning rates are chosen; without it each method says its own.
     pub search: Option<Search>,
     /// What is taught.
-    #[serde(default, rename = "subject")]
-    pub subjects: Vec<SubjectEntry>,
-    /// Pairs of picture and condition, in place of `[[subject]]`: control is taught.
-    #[serde(default, rename = "control")]
-    pub controls: Vec<ControlEntry>,
-    /// Subjects and prompts of a folder like google/dreambooth's `dataset/`, in place of `[[subject]]`.
-    pub dreambooth: Option<DreamBooth>,
+    #[serde(flatten)]
+    pub topic: Topic,
     /// Rows of the table.
     #[serde(rename = "method")]
     pub methods: Vec<MethodEntry>,
+}
+
+/// What a comparison teaches: one of these kinds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Topic {
+    /// Subjects, each with its pictures: `[[subject]]`.
+    #[serde(rename = "subject")]
+    Subjects(Vec<SubjectEntry>),
+    /// Subjects and prompts of a folder like google/dreambooth's `dataset/`: `[dreambooth]`.
+    #[serde(rename = "dreambooth")]
+    DreamBooth(DreamBooth),
+    /// Control, by pairs of picture and condition: `[[control]]`.
+    #[serde(rename = "control")]
+    Control(Vec<ControlEntry>),
+}
+
+impl Topic {
+    /// The sets of pairs; none where subjects are taught.
+    pub fn controls(&self) -> &[ControlEntry] {
+        match self {
+            Self::Control(entries) => entries,
+            Self::Subjects(_) | Self::DreamBooth(_) => &[],
+        }
+    }
+
+    /// Whether control is taught.
+    pub fn is_control(&self) -> bool {
+        matches!(self, Self::Control(_))
+    }
+
+    /// Refuses a file that names none of the kinds, or several.
+    fn check(file: &toml::Table) -> Result<()> {
+        let named = |kind: &&str| file.get(*kind).is_some_and(|v| v.as_array().is_none_or(|a| !a.is_empty()));
+        if ["subject", "dreambooth", "control"].iter().filter(|kind| named(kind)).count() == 1 {
+            return Ok(());
+        }
+        Err(Error::config("expected either [[subject]] tables, a [dreambooth] table or [[control]] tables"))
+    }
 }
 
 /// How scores are computed.
@@ -230,10 +263,13 @@ impl CompareConfig {
     /// Reads and checks a config file.
     pub fn read(path: &Path) -> Result<Self> {
         let text = files::read_to_string(path)?;
-        let config: Self = toml::from_str(&text).map_err(|e| {
-            let hint = "hint: docs/compare.md explains the tables; [train] and [[method]] take the keys of `hra train`";
+        let wrong = |e: toml::de::Error| {
+            let hint = "hint: docs/compare.md explains the tables; [train] and [[method]] take the sections of `hra train`";
             Error::format(path, format!("{}\n{hint}", e.to_string().trim_end()))
-        })?;
+        };
+        Topic::check(&toml::from_str(&text).map_err(wrong)?)
+            .map_err(|e| Error::format(path, e.to_string()))?;
+        let config: Self = toml::from_str(&text).map_err(wrong)?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
         Ok(config)
     }
@@ -260,7 +296,8 @@ impl CompareConfig {
         if !search.objective.is_empty() {
             return search.objective.clone();
         }
-        let agreement: Option<BTreeSet<&str>> = self.controls.iter().map(|c| c.agreement_score()).collect();
+        let agreement: Option<BTreeSet<&str>> =
+            self.topic.controls().iter().map(|c| c.agreement_score()).collect();
         if let Some(keys) = agreement.filter(|keys| !keys.is_empty()) {
             return keys.into_iter().map(|key| (key.to_string(), 1.0)).collect();
         }

@@ -44,12 +44,12 @@ impl Estimate {
     /// Of the tasks of a share.
     pub fn of(config: &CompareConfig, tasks: &[Task], shard: Shard, observer: &dyn Observer) -> Result<Self> {
         let folder = &config.output_dir;
-        let trainings: Vec<&Task> = tasks.iter().filter(|t| t.cell.learning_rate.is_some()).collect();
+        let trainings: Vec<&Task> = tasks.iter().filter(|t| !t.cell.is_base()).collect();
         let mine = |i: &usize| shard.has(*i);
         let mine: Vec<&Task> =
             trainings.iter().enumerate().filter(|(i, _)| mine(i)).map(|(_, t)| *t).collect();
         let todo: Vec<&Task> = mine.iter().filter(|t| !cell::is_done(folder, t)).copied().collect();
-        let bases = tasks.iter().filter(|t| t.cell.learning_rate.is_none() && !cell::is_done(folder, t));
+        let bases = tasks.iter().filter(|t| t.cell.is_base() && !cell::is_done(folder, t));
         let class: usize = bases
             .clone()
             .map(|t| if t.train.prior.with_prior_preservation { t.train.prior.num_class_images } else { 0 })

@@ -100,7 +100,7 @@ fn stage(
     shard: Shard,
     observer: &dyn Observer,
 ) -> Result<ComparisonOutcome> {
-    let is_base = |task: &&Task| task.cell.learning_rate.is_none();
+    let is_base = |task: &&Task| task.cell.is_base();
     let mine: Vec<&Task> = planned
         .tasks
         .iter()

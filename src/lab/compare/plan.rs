@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, MethodEntry, Protocol};
 use crate::lab::compare::draw::{DrawnPairing, Sampling};
-use crate::lab::compare::subject::{Subject, SubjectPicture, hash, slug};
+use crate::lab::compare::subject::{Material, Subject, SubjectPicture, SubjectPictures, hash, slug};
 use crate::lab::compare::task::{Task, TaskSet};
 use crate::lab::evaluate::{TowerPaths, towers};
 use crate::lab::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, ScoredWith, Set};
@@ -183,7 +183,7 @@ impl Planner<'_> {
             ("resolution".into(), train.data.resolution.map_or("the model's".into(), |r| r.to_string())),
             ("steps".into(), train.schedule.max_train_steps.to_string()),
             (
-                if self.config.controls.is_empty() { "subject pictures a step" } else { "pairs a step" }
+                if self.config.topic.is_control() { "pairs a step" } else { "subject pictures a step" }
                     .into(),
                 (train.schedule.train_batch_size * train.schedule.gradient_accumulation_steps).to_string(),
             ),
@@ -191,7 +191,7 @@ impl Planner<'_> {
             ("pictures a prompt".into(), draw.num_images.to_string()),
             ("drawn with".into(), format!("{scheduler}, {} steps, guidance {}", draw.steps, draw.guidance)),
         ];
-        if !self.config.controls.is_empty() {
+        if self.config.topic.is_control() {
             let passes = match draw.control_passes {
                 Passes::Both => "both passes of guidance",
                 Passes::Conditional => "the prompt's pass of guidance",
@@ -256,10 +256,13 @@ impl Planner<'_> {
         rate: Option<f64>,
         sets: &[Set],
     ) -> Result<Task> {
+        let (instance_prompt, class_prompt) = subject.pictures().map_or_else(Default::default, |pictures| {
+            (pictures.instance_prompt.clone(), pictures.class_prompt.clone())
+        });
         let train = TrainConfig {
             seed,
-            data: DataSection { instance_prompt: subject.instance_prompt.clone(), ..train.data },
-            prior: PriorSection { class_prompt: subject.class_prompt.clone(), ..train.prior },
+            data: DataSection { instance_prompt, ..train.data },
+            prior: PriorSection { class_prompt: class_prompt.clone(), ..train.prior },
             previews: PreviewsSection {
                 validation_prompt: Vec::new(),
                 // Without prompts control would preview held-out pairs, in the time that is measured.
@@ -277,8 +280,10 @@ impl Planner<'_> {
         let id = match rate {
             None => self.base_id(subject),
             Some(rate) => {
-                let own = subject.control.as_ref().map(|control| control.train_hash.as_str());
-                let pictures: Vec<&str> = subject.train.iter().map(|p| p.hash.as_str()).chain(own).collect();
+                let pictures: Vec<&str> = match &subject.material {
+                    Material::Pictures(pictures) => pictures.train.iter().map(|p| p.hash.as_str()).collect(),
+                    Material::Pairs(pairs) => vec![&pairs.train_hash],
+                };
                 // Where it runs is not what it is.
                 let what = TrainConfig { device: DeviceChoice::Auto, threads: None, ..train.clone() };
                 let key = serde_json::to_string(&(method, what, &self.model, pictures, self.steps));
@@ -297,13 +302,13 @@ impl Planner<'_> {
         let first = self.subjects.first().map_or_else(String::new, |first| self.base_id(first));
         let draws_drift = rate.is_some() || cell.id == first;
         let draw = &self.config.draw;
-        let (class, class_prompt) = (self.class_settings(), &subject.class_prompt);
-        let class_folder = format!("{}-{}", slug(class_prompt), short(&format!("{class_prompt} {class}")));
+        let class = self.class_settings();
+        let class_folder = format!("{}-{}", slug(&class_prompt), short(&format!("{class_prompt} {class}")));
         Ok(Task {
             class_folder: Path::new("class_images").join(class_folder),
             steps: if rate.is_some() { self.steps.to_vec() } else { vec![0] },
             sets: sets.iter().map(|set| self.set(*set, subject, rate.is_some())).collect(),
-            control: subject.control.as_ref().map(|control| control.agreement.clone()),
+            control: subject.pairs().map(|pairs| pairs.agreement.clone()),
             drift_prompts: if draws_drift { draw.drift_prompts.clone() } else { Vec::new() },
             drift_base: first,
             sampling: Sampling {
@@ -315,7 +320,8 @@ impl Planner<'_> {
             },
             num_drift_images: draw.num_drift_images,
             towers: self.towers.clone(),
-            class_look_alikes: subject.look_alikes.is_empty() && train.prior.with_prior_preservation,
+            class_look_alikes: subject.pictures().is_none_or(|p| p.look_alikes.is_empty())
+                && train.prior.with_prior_preservation,
             scored_with: ScoredWith::new(),
             remove_weights: self.config.remove_weights,
             is_final: false,
@@ -346,8 +352,8 @@ impl Planner<'_> {
 
     /// The settings of a training on a subject's pairs, where it has any.
     fn with_pairs(&self, subject: &Subject, train: TrainConfig) -> TrainConfig {
-        let Some(control) = &subject.control else { return train };
-        let entry = self.config.controls.iter().find(|entry| entry.name == subject.name);
+        let Some(control) = subject.pairs() else { return train };
+        let entry = self.config.topic.controls().iter().find(|entry| entry.name == subject.name);
         let train = match entry {
             Some(entry) => entry.applied_to(train),
             None => train,
@@ -362,7 +368,7 @@ impl Planner<'_> {
             Set::Validation => (&subject.validation_prompts, self.config.draw.num_validation_images),
             Set::Test => (&subject.prompts, self.config.draw.num_images),
         };
-        let Some(control) = &subject.control else {
+        let Some(control) = subject.pairs() else {
             return TaskSet { set, prompts: prompts.clone(), num_images, pairs: None };
         };
         // The base model is shown no condition, its own or another's.
@@ -385,7 +391,8 @@ impl Planner<'_> {
             let other = if set.set == Set::Test { "validation" } else { "test" };
             let pictures: Vec<(&str, Vec<&str>)> = subject
                 .iter()
-                .flat_map(|s| s.pictures())
+                .filter_map(|s| s.pictures())
+                .flat_map(SubjectPictures::by_kind)
                 .filter(|(kind, _)| *kind != other)
                 .map(|(kind, p)| (kind, p.iter().map(|p| p.hash.as_str()).collect()))
                 .collect();
@@ -412,16 +419,18 @@ fn planned_subject(subject: &Subject) -> PlannedSubject {
     let place = |kind: &str, pictures: &[SubjectPicture]| {
         pictures.iter().map(|p| format!("subjects/{}/{kind}/{}", subject.name, p.name)).collect()
     };
+    let none = SubjectPictures::default();
+    let own = subject.pictures().unwrap_or(&none);
     PlannedSubject {
         name: subject.name.clone(),
         class: subject.class.clone(),
-        instance_prompt: subject.instance_prompt.clone(),
+        instance_prompt: own.instance_prompt.clone(),
         prompts: subject.prompts.iter().map(|p| p.prompt.clone()).collect(),
         validation_prompts: subject.validation_prompts.iter().map(|p| p.prompt.clone()).collect(),
-        train_pictures: place("train", &subject.train),
-        validation_pictures: place("validation", &subject.validation),
-        test_pictures: place("test", &subject.test),
+        train_pictures: place("train", &own.train),
+        validation_pictures: place("validation", &own.validation),
+        test_pictures: place("test", &own.test),
         notes: subject.notes.clone(),
-        control: subject.control.as_ref().map(|control| control.planned(&subject.name)),
+        control: subject.pairs().map(|pairs| pairs.planned(&subject.name)),
     }
 }

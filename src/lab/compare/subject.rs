@@ -28,21 +28,39 @@ pub struct SubjectPicture {
     pub hash: String,
 }
 
-/// A subject, resolved; or a set of pairs, whose captions are the prompts and which has no pictures of its own here.
-#[derive(Debug, Clone, Default)]
+/// A subject, resolved; or a set of pairs, whose captions are the prompts.
+#[derive(Debug, Clone)]
 pub struct Subject {
     /// Its name.
     pub name: String,
-    /// What it is one of.
+    /// What it is one of; of pairs, what their conditions are.
     pub class: String,
-    /// What it is trained with.
-    pub instance_prompt: String,
-    /// What class pictures are drawn with.
-    pub class_prompt: String,
     /// For the tables.
     pub prompts: Vec<Prompt>,
     /// To choose by.
     pub validation_prompts: Vec<Prompt>,
+    /// What a reader must know of it.
+    pub notes: Vec<String>,
+    /// What it is taught and measured with.
+    pub material: Material,
+}
+
+/// What a subject is taught and measured with.
+#[derive(Debug, Clone)]
+pub enum Material {
+    /// Pictures of it.
+    Pictures(SubjectPictures),
+    /// Pairs of picture and condition: control is taught.
+    Pairs(ControlSet),
+}
+
+/// The pictures of a subject, by what they are for.
+#[derive(Debug, Clone, Default)]
+pub struct SubjectPictures {
+    /// What it is trained with.
+    pub instance_prompt: String,
+    /// What class pictures are drawn with.
+    pub class_prompt: String,
     /// Trained on.
     pub train: Vec<SubjectPicture>,
     /// Seen by validation only; may be empty.
@@ -53,15 +71,11 @@ pub struct Subject {
     pub look_alikes: Vec<SubjectPicture>,
     /// Where the subject is in each of [`Self::test`].
     pub masks: Vec<SubjectPicture>,
-    /// What a reader must know of it.
-    pub notes: Vec<String>,
-    /// Its pairs, where control is taught.
-    pub control: Option<ControlSet>,
 }
 
-impl Subject {
+impl SubjectPictures {
     /// Every kind of picture with the folder it has in `subjects/NAME/`.
-    pub fn pictures(&self) -> [(&'static str, &[SubjectPicture]); 5] {
+    pub fn by_kind(&self) -> [(&'static str, &[SubjectPicture]); 5] {
         [
             ("train", &self.train),
             ("validation", &self.validation),
@@ -71,13 +85,10 @@ impl Subject {
         ]
     }
 
-    /// Copies its pictures into the comparison's folder.
-    pub fn copy_into(&self, comparison: &Path) -> Result<()> {
-        if let Some(control) = &self.control {
-            return control.copy_into(&comparison.join("subjects").join(&self.name));
-        }
-        for (kind, pictures) in self.pictures() {
-            let folder = comparison.join("subjects").join(&self.name).join(kind);
+    /// Copies them into the subject's folder.
+    fn copy_into(&self, subject: &Path) -> Result<()> {
+        for (kind, pictures) in self.by_kind() {
+            let folder = subject.join(kind);
             if pictures.is_empty() {
                 files::remove_dir_all(&folder)?;
             } else if folder.is_dir() {
@@ -100,6 +111,33 @@ impl Subject {
             }
         }
         Ok(())
+    }
+}
+
+impl Subject {
+    /// Its pairs, where control is taught.
+    pub fn pairs(&self) -> Option<&ControlSet> {
+        match &self.material {
+            Material::Pairs(pairs) => Some(pairs),
+            Material::Pictures(_) => None,
+        }
+    }
+
+    /// Its pictures, where it has any of its own.
+    pub fn pictures(&self) -> Option<&SubjectPictures> {
+        match &self.material {
+            Material::Pictures(pictures) => Some(pictures),
+            Material::Pairs(_) => None,
+        }
+    }
+
+    /// Copies what it is taught and measured with into the comparison's folder.
+    pub fn copy_into(&self, comparison: &Path) -> Result<()> {
+        let folder = comparison.join("subjects").join(&self.name);
+        match &self.material {
+            Material::Pictures(pictures) => pictures.copy_into(&folder),
+            Material::Pairs(pairs) => pairs.copy_into(&folder),
+        }
     }
 }
 

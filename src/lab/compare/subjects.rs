@@ -4,10 +4,10 @@
 use crate::data::ImageFolder;
 use crate::data::image::load_rgb;
 use crate::error::{Error, Result};
-use crate::lab::compare::config::{CompareConfig, Protocol, SubjectEntry};
+use crate::lab::compare::config::{CompareConfig, Protocol, SubjectEntry, Topic};
 use crate::lab::compare::control;
 use crate::lab::compare::dreambooth;
-use crate::lab::compare::subject::{Prompt, Subject, SubjectPicture, hash};
+use crate::lab::compare::subject::{Material, Prompt, Subject, SubjectPicture, SubjectPictures, hash};
 use crate::lab::evaluate::scores::without_token;
 use crate::platform::files;
 use crate::platform::observer::Observer;
@@ -21,12 +21,10 @@ pub const CLASS_LOOK_ALIKES: usize = 50;
 
 /// The subjects of a comparison, and notes that the protocol brings with it.
 pub fn resolve(config: &CompareConfig, observer: &dyn Observer) -> Result<(Vec<Subject>, Vec<String>)> {
-    if !config.controls.is_empty() {
-        return Ok((control::resolve(config, observer)?, Vec::new()));
-    }
-    let (entries, live_prompts) = match &config.dreambooth {
-        Some(set) => dreambooth_entries(config, set, observer)?,
-        None => (config.subjects.clone(), Vec::new()),
+    let (entries, live_prompts) = match &config.topic {
+        Topic::Control(entries) => return Ok((control::resolve(config, entries, observer)?, Vec::new())),
+        Topic::DreamBooth(set) => dreambooth_entries(config, set, observer)?,
+        Topic::Subjects(entries) => (entries.clone(), Vec::new()),
     };
     let mut subjects = Vec::new();
     for entry in &entries {
@@ -35,20 +33,22 @@ pub fn resolve(config: &CompareConfig, observer: &dyn Observer) -> Result<(Vec<S
     // The other subjects of its class are a subject's look-alikes.
     let all = subjects.clone();
     for (subject, entry) in subjects.iter_mut().zip(&entries) {
+        let Material::Pictures(pictures) = &mut subject.material else { continue };
         if entry.look_alikes_dir.is_none() {
-            for other in all.iter().filter(|s| s.name != subject.name && s.class == subject.class) {
-                for (kind, pictures) in &other.pictures()[..3] {
+            let others = all.iter().filter(|s| s.name != subject.name && s.class == subject.class);
+            for (other, theirs) in others.filter_map(|other| Some((other, other.pictures()?))) {
+                for (kind, of_kind) in &theirs.by_kind()[..3] {
                     let named = |p: &SubjectPicture| SubjectPicture {
                         name: format!("{}-{kind}-{}", other.name, p.name),
                         ..p.clone()
                     };
-                    subject.look_alikes.extend(pictures.iter().map(named));
+                    pictures.look_alikes.extend(of_kind.iter().map(named));
                 }
             }
             // In the paper's protocol one picture is in two sets.
             let mut seen = BTreeSet::new();
-            subject.look_alikes.retain(|p| seen.insert(p.hash.clone()));
-            subject.look_alikes.sort_by(|a, b| a.name.cmp(&b.name));
+            pictures.look_alikes.retain(|p| seen.insert(p.hash.clone()));
+            pictures.look_alikes.sort_by(|a, b| a.name.cmp(&b.name));
         }
     }
     let notes =
@@ -166,8 +166,6 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
     let subject = Subject {
         name: entry.name.clone(),
         class: entry.class.clone(),
-        instance_prompt: filled(&entry.instance_prompt),
-        class_prompt: filled(&entry.class_prompt),
         prompts: prompts.iter().enumerate().map(prompt).collect(),
         validation_prompts: config
             .draw
@@ -176,13 +174,16 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
             .map(|t| (usize::MAX, t))
             .map(prompt)
             .collect(),
-        train,
-        validation,
-        test,
-        look_alikes: look_alikes.transpose()?.unwrap_or_default(),
-        masks,
         notes,
-        control: None,
+        material: Material::Pictures(SubjectPictures {
+            instance_prompt: filled(&entry.instance_prompt),
+            class_prompt: filled(&entry.class_prompt),
+            train,
+            validation,
+            test,
+            look_alikes: look_alikes.transpose()?.unwrap_or_default(),
+            masks,
+        }),
     };
     if let Some(both) = subject.validation_prompts.iter().find(|p| subject.prompts.contains(p)) {
         return Err(Error::config(format!(

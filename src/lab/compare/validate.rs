@@ -1,7 +1,7 @@
 //! What is wrong with a comparison's config, all of it at once.
 
 use crate::error::{Error, Result};
-use crate::lab::compare::config::CompareConfig;
+use crate::lab::compare::config::{CompareConfig, Topic};
 use crate::lab::compare::control;
 use crate::train::config::keys::{InComparison, keys, value};
 use crate::train::config::{DataSection, PriorSection, TrainConfig};
@@ -37,7 +37,7 @@ impl CompareConfig {
         };
         self.check_counts(&mut check);
         self.check_names(&mut check);
-        if !self.controls.is_empty() {
+        if self.topic.is_control() {
             control::problems::problems(self).into_iter().for_each(|problem| check(false, problem));
         }
         self.check_keys(&mut check);
@@ -60,15 +60,15 @@ impl CompareConfig {
 
     /// What is compared, and what it is called.
     fn check_names(&self, check: &mut dyn FnMut(bool, String)) {
-        let kinds = [!self.subjects.is_empty(), self.dreambooth.is_some(), !self.controls.is_empty()];
-        check(
-            kinds.iter().filter(|there| **there).count() == 1,
-            "expected either [[subject]] tables, a [dreambooth] table or [[control]] tables".into(),
-        );
+        let (kind, taught): (&str, Vec<&str>) = match &self.topic {
+            Topic::Subjects(entries) => ("subject", entries.iter().map(|s| s.name.as_str()).collect()),
+            Topic::Control(entries) => ("control", entries.iter().map(|c| c.name.as_str()).collect()),
+            // The names are those of its folders.
+            Topic::DreamBooth(_) => ("subject", Vec::new()),
+        };
         for (what, names) in [
-            ("method: label", self.methods.iter().map(|m| m.label.as_str()).collect::<Vec<_>>()),
-            ("subject: name", self.subjects.iter().map(|s| s.name.as_str()).collect()),
-            ("control: name", self.controls.iter().map(|c| c.name.as_str()).collect()),
+            ("method: label".to_string(), self.methods.iter().map(|m| m.label.as_str()).collect()),
+            (format!("{kind}: name"), taught.clone()),
         ] {
             let unique: BTreeSet<&&str> = names.iter().collect();
             check(unique.len() == names.len(), format!("{what}: expected different ones, found {names:?}"));
@@ -78,11 +78,10 @@ impl CompareConfig {
             seeds.len() == self.seeds.len(),
             format!("seeds: expected different ones, found {:?}", self.seeds),
         );
-        let names = self.subjects.iter().map(|s| ("subject", &s.name));
-        for (what, name) in names.chain(self.controls.iter().map(|c| ("control", &c.name))) {
+        for name in taught {
             check(
                 is_folder_name(name),
-                format!("{what}: name: expected letters, digits, - and _, found `{name}`"),
+                format!("{kind}: name: expected letters, digits, - and _, found `{name}`"),
             );
         }
     }
@@ -122,7 +121,7 @@ impl CompareConfig {
     /// The search for learning rates.
     fn check_search(&self, check: &mut dyn FnMut(bool, String)) {
         let validation =
-            self.search.is_some() && self.draw.validation_prompts.is_empty() && self.controls.is_empty();
+            self.search.is_some() && self.draw.validation_prompts.is_empty() && !self.topic.is_control();
         check(!validation, "draw: a [search] needs validation_prompts, which no table uses".into());
         if let Some(search) = &self.search {
             check(
@@ -150,7 +149,7 @@ impl CompareConfig {
     fn check_objective(&self, check: &mut dyn FnMut(bool, String)) {
         let towers = serde_json::to_value(&self.scores).unwrap_or_default();
         for key in self.objective().keys() {
-            if !self.controls.is_empty() && CONTROL_OBJECTIVES.contains(&key.as_str()) {
+            if self.topic.is_control() && CONTROL_OBJECTIVES.contains(&key.as_str()) {
                 continue;
             }
             let tower = OBJECTIVES.iter().find(|(score, _)| score == key).map(|(_, tower)| *tower);
@@ -172,8 +171,8 @@ impl CompareConfig {
                 Err(e) => check(false, e.to_string()),
                 Ok(config) => {
                     // With words in the places that the comparison fills.
-                    let filled = match self.controls.is_empty() {
-                        true => TrainConfig {
+                    let filled = match self.topic.is_control() {
+                        false => TrainConfig {
                             data: DataSection {
                                 instance_data_dir: "folder".into(),
                                 instance_prompt: "prompt".into(),
@@ -182,11 +181,12 @@ impl CompareConfig {
                             prior: PriorSection { class_prompt: "prompt".into(), ..config.prior },
                             ..config
                         },
-                        false => config,
+                        true => config,
                     };
-                    let of_controls = self.controls.iter().map(|entry| entry.applied_to(filled.clone()));
+                    let of_controls =
+                        self.topic.controls().iter().map(|entry| entry.applied_to(filled.clone()));
                     let trained: Vec<TrainConfig> =
-                        if self.controls.is_empty() { vec![filled.clone()] } else { of_controls.collect() };
+                        if self.topic.is_control() { of_controls.collect() } else { vec![filled.clone()] };
                     let wrong = trained.iter().find_map(|config| config.validate().err());
                     let wrong = wrong.map(|e| format!("method `{}`: {e}", method.label));
                     check(wrong.is_none(), wrong.unwrap_or_default());

@@ -223,7 +223,7 @@ fn robustness(a: &Analysis, column: &ScoreColumn) -> Vec<Figure> {
     if !a.has_rates() {
         return Vec::new();
     }
-    let trained = || a.records.iter().filter(|r| r.cell.learning_rate.is_some());
+    let trained = || a.records.iter().filter(|r| !r.cell.is_base());
     let validated = trained()
         .flat_map(|r| &r.evaluations)
         .any(|e| e.set == Set::Validation && e.scores.contains_key(&column.key));

@@ -39,7 +39,7 @@ pub struct TriedRate {
 pub fn best_rates(plan: &Plan, records: &[CellRecord]) -> Vec<BestRate> {
     let scored: Vec<(&CellRecord, &Evaluation)> = records
         .iter()
-        .filter(|r| r.cell.learning_rate.is_some())
+        .filter(|r| !r.cell.is_base())
         .filter_map(|r| Some((r, result(plan, r, Set::Validation)?)))
         .collect();
     // (subject, score): missing in one training of the subject, it counts in none.

@@ -194,7 +194,7 @@ impl<'a> Analysis<'a> {
         };
         rows.extend(self.real_row(&mut bootstrap).map(|row| (row, Vec::new())));
         let base = of(BASE, None);
-        if self.plan.cells.iter().any(|c| c.method == BASE) {
+        if self.plan.cells.iter().any(|c| c.is_base()) {
             let label = if self.control { FLOOR } else { BASE };
             rows.push((self.row(label, BASE, RowKind::Base, None, &base), base));
         }

@@ -65,7 +65,7 @@ pub fn columns_of<'a>(keys: impl Iterator<Item = &'a String>) -> Vec<ScoreColumn
 /// The set that the tables use: test, or where no training was scored on it, validation.
 pub fn table_set(records: &[CellRecord]) -> Set {
     let tested = |r: &&CellRecord| r.evaluations.iter().any(|e| e.set == Set::Test);
-    let trained = records.iter().filter(|r| r.cell.learning_rate.is_some());
+    let trained = records.iter().filter(|r| !r.cell.is_base());
     let any_trained = trained.clone().any(|r| !r.evaluations.is_empty());
     let found =
         if any_trained { trained.clone().any(|r| tested(&r)) } else { records.iter().any(|r| tested(&r)) };
@@ -74,7 +74,7 @@ pub fn table_set(records: &[CellRecord]) -> Set {
 
 /// The evaluation that counts as the cell's result: of the plan's last step; the base model's only one.
 pub fn result<'a>(plan: &Plan, record: &'a CellRecord, set: Set) -> Option<&'a Evaluation> {
-    let last = if record.cell.learning_rate.is_some() { plan.steps.last().copied() } else { None };
+    let last = if !record.cell.is_base() { plan.steps.last().copied() } else { None };
     record.evaluations.iter().rev().find(|e| e.set == set && last.is_none_or(|step| e.step == step))
 }
 

@@ -148,6 +148,13 @@ pub struct PlannedCell {
     pub learning_rate: Option<f64>,
 }
 
+impl PlannedCell {
+    /// Whether it is the base model on a subject, and no training.
+    pub fn is_base(&self) -> bool {
+        self.learning_rate.is_none()
+    }
+}
+
 /// What one cell gave.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CellRecord {

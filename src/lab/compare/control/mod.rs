@@ -14,7 +14,7 @@ use crate::data::image::palette::Palette;
 use crate::data::pairs::{ConditionSource, PairFolder, shuffled};
 use crate::error::{Error, Result};
 use crate::lab::compare::config::CompareConfig;
-use crate::lab::compare::subject::{Prompt, Subject, hash};
+use crate::lab::compare::subject::{Material, Prompt, Subject, hash};
 use crate::platform::files;
 use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
@@ -23,11 +23,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Subjects of a comparison of control.
-pub fn resolve(config: &CompareConfig, observer: &dyn Observer) -> Result<Vec<Subject>> {
+pub fn resolve(
+    config: &CompareConfig,
+    entries: &[ControlEntry],
+    observer: &dyn Observer,
+) -> Result<Vec<Subject>> {
     let resolution = TrainConfig::from_tables(&[&config.train])?.data.resolution;
     let resolution =
         resolution.ok_or_else(|| Error::config("[train]: resolution is needed with [[control]]"))?;
-    config.controls.iter().map(|entry| subject(config, entry, resolution, observer)).collect()
+    entries.iter().map(|entry| subject(config, entry, resolution, observer)).collect()
 }
 
 fn subject(
@@ -94,7 +98,7 @@ fn subject(
         prompts: prompts(&test),
         validation_prompts: validation.as_ref().map(prompts).unwrap_or_default(),
         notes,
-        control: Some(ControlSet {
+        material: Material::Pairs(ControlSet {
             train_data_dir: absolute(&entry.data_dir)?,
             train_hash: of_train.all,
             trained_pairs: train.pairs().len(),
@@ -107,7 +111,6 @@ fn subject(
             test,
             validation,
         }),
-        ..Subject::default()
     })
 }
 

@@ -45,7 +45,7 @@ pub fn problems(config: &CompareConfig) -> Vec<String> {
         "draw: num_images, num_validation_images and num_drift_images are for subjects: with [[control]] each pair is drawn once \
          (num_test and num_validation of the table say how many pairs)",
     );
-    for entry in &config.controls {
+    for entry in config.topic.controls() {
         let place = |what: &str| format!("control `{}`: {what}", entry.name);
         let none = [entry.num_test, entry.num_validation].contains(&Some(0));
         check(!none, &place("num_test and num_validation: expected 1 or more"));
