@@ -54,6 +54,7 @@ fn table(scratch: &Scratch, name: &str, rows: &[Value]) -> PathBuf {
 fn flags(scratch: &Scratch, out: &str, more: &[&str]) -> Vec<String> {
     let pairs = table(scratch, "pairs", &rows("train", 5));
     let mut all: Vec<String> = vec!["train".into()];
+    let has_no_rank = more.iter().any(|word| ["none", "full"].contains(word));
     for (flag, value) in [
         ("--pretrained_model_name_or_path", word(&model())),
         ("--train_data_dir", word(&pairs)),
@@ -65,7 +66,7 @@ fn flags(scratch: &Scratch, out: &str, more: &[&str]) -> Vec<String> {
         ("--train_batch_size", "2"),
         ("--max_train_steps", "2"),
     ] {
-        if !more.contains(&flag) {
+        if !more.contains(&flag) && !(flag == "--rank" && has_no_rank) {
             all.extend([flag.to_string(), value.to_string()]);
         }
     }
