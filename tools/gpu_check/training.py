@@ -55,7 +55,7 @@ def cases(program):
         "class_steps": 2, "sample_batch_size": 2,
     }
     for method in values_of(program.help("train"), "--method"):
-        own = {"full": {"rank": None, "learning_rate": 1e-4}, "none": {"rank": None, **control}}
+        own = {"full": {"rank": None, "learning_rate": 1e-4}, "none": {"rank": None, **control}, "ia3": {"rank": None}}
         yield f"method {method}", LIMIT, {"method": method, **own.get(method, {})}
     yield "Gram-Schmidt, PEFT's start", LIMIT, {"gram_schmidt": True, "hra_init": "peft"}
     yield "Gram-Schmidt", LIMIT, {"gram_schmidt": True}
