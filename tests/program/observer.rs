@@ -75,10 +75,12 @@ fn written_by(work: impl FnOnce()) -> String {
 fn config(run: &Path) -> TrainConfig {
     let assets = root().join("assets");
     let table = format!(
-        "pretrained_model_name_or_path = {:?}\ninstance_data_dir = {:?}\ninstance_prompt = \"a sks cat face\"\n\
-         with_prior_preservation = true\nclass_prompt = \"a cat face\"\nnum_class_images = 2\nclass_steps = 2\n\
-         validation_prompt = [\"a sks cat face\"]\nnum_validation_images = 1\nvalidation_steps = 2\n\
-         validation_inference_steps = 2\nmax_train_steps = 4\nlog_every = 1\ncheckpointing_steps = 2\noutput_dir = {run:?}\n",
+        "output_dir = {run:?}\n[model]\npretrained_model_name_or_path = {:?}\n\
+         [data]\ninstance_data_dir = {:?}\ninstance_prompt = \"a sks cat face\"\n\
+         [prior]\nwith_prior_preservation = true\nclass_prompt = \"a cat face\"\nnum_class_images = 2\nclass_steps = 2\n\
+         [schedule]\nmax_train_steps = 4\n\
+         [previews]\nvalidation_prompt = [\"a sks cat face\"]\nnum_validation_images = 1\nvalidation_steps = 2\n\
+         validation_inference_steps = 2\n[checkpoints]\nlog_every = 1\ncheckpointing_steps = 2\n",
         tiny_sd(),
         assets.join("subjects/cat/train"),
     );
