@@ -148,7 +148,7 @@ pub trait Adapter: std::any::Any + Send {
     }
 
     /// Computes what of [`Self::forward`] in `kind` depends on the parameters alone, for all of `alike` at once: adapters of
-    /// this type with tensors of these shapes. The next forward of each uses it up; a forward without it computes its own.
+    /// this type with tensors of these shapes. It holds until [`Self::project`]; a forward without it computes its own.
     fn prepare(&self, _alike: &[&dyn Adapter], _kind: Kind) {}
 
     /// The sum of the method's regularisers for adapters that are `alike` ([`Self::prepare`]), a scalar with gradient; `None`

@@ -223,8 +223,8 @@ pub fn release_base(network: &mut dyn Layers) {
     }
 }
 
-/// Lets the adapters of a network compute together what the next forward takes of their parameters ([`Adapter::prepare`]).
-/// For a training's step; [`project`], after it, forgets what was not used.
+/// Lets the adapters of a network compute together what a step's forwards take of their parameters ([`Adapter::prepare`]), once
+/// for each backward pass; [`project`], after the step, forgets it.
 pub fn prepare(network: &mut dyn Layers) {
     for Alike { kind, adapters, .. } in alike(network) {
         adapters[0].prepare(&adapters, kind);

@@ -57,8 +57,7 @@ pub struct ExportArgs {
 pub fn run(args: &ExportArgs, observer: &dyn Observer) -> Result<()> {
     if let Some(strength) = &args.strength {
         return Err(Error::config(format!(
-            "--strength: an adapter's strength stands beside it: --adapter {}={strength}",
-            args.adapter[0]
+            "--strength: an adapter's strength stands beside it: --adapter DIR={strength}"
         )));
     }
     let mut adapters: Vec<(PathBuf, f64)> =

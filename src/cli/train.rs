@@ -76,15 +76,17 @@ pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
         let names: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
         observer.note(&format!("settings of {}, of which a later one wins", names.join(", ")));
     }
-    let given = TrainConfig::merged(&files, &args.settings.0, observer)?;
+    let given = TrainConfig::given(&files, &args.settings.0, observer)?;
     let config = match &resume {
-        None => given.with_absolute_paths()?,
+        None => TrainConfig::default().under(&given, observer)?.with_absolute_paths()?,
         Some(_) => {
-            RunFolder::check_run(&given.output_dir)?;
-            let before = TrainConfig::read(&given.output_dir.join(CONFIG_FILE))?;
-            let mut config = before.under(&files, &args.settings.0, observer)?;
+            let named = given.get("output_dir").and_then(toml::Value::as_str).map(PathBuf::from);
+            let folder = named.unwrap_or_else(|| TrainConfig::default().output_dir);
+            RunFolder::check_run(&folder)?;
+            let before = TrainConfig::read(&folder.join(CONFIG_FILE))?;
+            let mut config = before.under(&given, observer)?;
             // The folder that was named holds the run, even if it was moved since.
-            config.output_dir = given.output_dir;
+            config.output_dir = folder;
             let config = config.with_absolute_paths()?;
             config.check_resume(&before, observer)?;
             config

@@ -94,6 +94,7 @@ pub(super) fn prepare(
     observer: &dyn Observer,
 ) -> Result<PreparedRun> {
     config.validate()?;
+    let config = config.whole()?;
     let checkpoint = match resume {
         None => RunFolder::check_new(&config.output_dir).map(|()| None)?,
         Some(resume) => find_checkpoint(&config, resume, observer)?,

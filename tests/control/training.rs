@@ -66,7 +66,8 @@ fn flags(scratch: &Scratch, out: &str, more: &[&str]) -> Vec<String> {
         ("--train_batch_size", "2"),
         ("--max_train_steps", "2"),
     ] {
-        if !more.contains(&flag) && !(flag == "--rank" && has_no_rank) {
+        let given = more.contains(&flag) || flag == "--rank" && has_no_rank;
+        if !given {
             all.extend([flag.to_string(), value.to_string()]);
         }
     }

@@ -145,7 +145,7 @@ fn what_a_form_cannot_hold_is_refused_with_the_way_out() {
         "--strength",
         "-0.5",
     ]);
-    assert!(old.code == 2 && old.err.contains("--adapter dir=-0.5"), "{}", old.err);
+    assert!(old.code == 2 && old.err.contains("--adapter DIR=-0.5"), "{}", old.err);
     let hra = bench.place("hra-r4");
     refuse(&[&bench.place("hra-r4-bias")], "kohya-lora", "a.safetensors", &["trained biases", "--to merged"]);
     refuse(&[&hra, &hra], "peft", "b", &["expected one adapter", "hra merge"]);

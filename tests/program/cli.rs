@@ -182,6 +182,9 @@ fn config_files_with_mistakes_name_the_file_and_the_key() {
             "[adapter]\nmethod = 'hra'\nlora_alpha = 2.0",
             "[adapter] lora_alpha: only the methods lora, dora have it",
         ),
+        ("[adapter]\nrank = 4\nhra_r = 8", "[adapter] rank: given twice, by two of its names: rank, hra_r"),
+        ("[optimiser]\nlearning_rate = 1", "[optimiser]: unknown section; the nearest is [optimizer]"),
+        ("adapter = []", "adapter: expected a section [adapter], found array"),
         ("optimizer = 3", "optimizer: expected a section [optimizer], found integer"),
         // As earlier versions had them.
         ("learning_rate = 1", "learning_rate: settings have sections now: [optimizer] learning_rate"),
@@ -386,6 +389,11 @@ fn printed_settings_read_back_to_the_same_run_and_those_of_earlier_versions_too(
     std::fs::write(&file, toml::to_string(&flat).unwrap()).unwrap();
     let read = hra::train::config::TrainConfig::read(&file).unwrap();
     assert_eq!(read.to_toml().unwrap(), printed);
+    for odd in ["adapter = []\nrank = 8", "data = 1\nresolution = 64", "[[adapter]]"] {
+        std::fs::write(&file, odd).unwrap();
+        let told = hra::train::config::TrainConfig::read(&file).unwrap_err().to_string();
+        assert!(told.contains("expected a section"), "{odd}: {told}");
+    }
 }
 
 #[test]
@@ -398,6 +406,9 @@ fn the_document_of_settings_has_every_setting_in_its_section() {
             .map_or("Before the first section\n".to_string(), |name| format!("`[{name}]`\n"));
         let section = text.split("\n## ").find(|part| part.starts_with(&heading));
         let section = section.unwrap_or_else(|| panic!("no section {heading}"));
-        assert!(section.contains(&format!("\n| `{}`", key.name)), "{}", key.place());
+        let row = section.lines().find(|line| line.starts_with(&format!("| `{}`", key.name)));
+        let row = row.unwrap_or_else(|| panic!("{} has no row", key.place()));
+        assert!(row.contains(&format!("| {} |", key.about)) && row.contains(key.unset), "{row}");
+        assert!(key.others.iter().all(|other| row.contains(&format!("`{other}`"))), "{row}");
     }
 }

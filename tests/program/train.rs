@@ -398,3 +398,23 @@ fn f16_skips_steps_that_overflow_and_stops_where_all_do() {
     assert!(done.err.contains("gradients overflow in f16 however small"), "{}", done.err);
     assert!(done.err.contains("--dtype bf16"), "{}", done.err);
 }
+
+#[test]
+fn a_resumed_run_of_another_method_than_the_default_keeps_its_settings() {
+    let scratch = Scratch::new();
+    let method =
+        ["--method", "lora", "--lora_alpha", "8", "--max_train_steps", "1", "--checkpointing_steps", "1"];
+    scratch.train("run", &[&method[..], &["--use_rslora"]].concat());
+    let resume = |words: &[&str]| {
+        let own = ["train", "--resume", "latest", "--output_dir", "run", "--max_train_steps", "2"];
+        scratch.ok(&[&own[..], words].concat()).err
+    };
+    // Settings of the run's method alone, typed.
+    assert!(resume(&["--lora_alpha", "8"]).contains("resuming after step 1"));
+    // Files of which the first names another method: what the run has and they do not say stays.
+    std::fs::write(scratch.path("hra.toml"), "[adapter]\nmethod = \"hra\"\n").unwrap();
+    std::fs::write(scratch.path("lora.toml"), "[adapter]\nmethod = \"lora\"\n").unwrap();
+    let told = resume(&["hra.toml", "lora.toml"]);
+    assert!(!told.contains("left out"), "{told}");
+    assert!(std::fs::read_to_string(scratch.path("run/config.toml")).unwrap().contains("use_rslora = true"));
+}

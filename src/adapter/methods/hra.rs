@@ -242,7 +242,7 @@ pub struct Hra {
     /// Raw vectors `(d_in, r)`, f32; only their directions matter.
     v: Tensor,
     gram_schmidt: bool,
-    /// What the next forward takes in place of its own.
+    /// What a step's forwards take in place of their own.
     prepared: Cell<Option<Factors>>,
 }
 
@@ -250,6 +250,12 @@ pub struct Hra {
 struct Factors {
     u: Tensor,
     ut: Tensor,
+}
+
+impl Factors {
+    fn shallow_clone(&self) -> Self {
+        Self { u: self.u.shallow_clone(), ut: self.ut.shallow_clone() }
+    }
 }
 
 /// Which side of the frozen product the reflections are applied to; both are exact.
@@ -328,8 +334,10 @@ impl Hra {
 impl Adapter for Hra {
     fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor {
         let kind = x.kind();
-        let prepared = self.prepared.take().filter(|factors| factors.u.kind() == kind);
-        let Factors { u, ut } = prepared.unwrap_or_else(|| {
+        let prepared = self.prepared.take();
+        let usable = prepared.as_ref().filter(|factors| factors.u.kind() == kind).map(Factors::shallow_clone);
+        self.prepared.set(prepared);
+        let Factors { u, ut } = usable.unwrap_or_else(|| {
             let (u, ut) = Self::factors(&self.v, self.gram_schmidt);
             Factors { u: u.to_kind(kind), ut: ut.to_kind(kind) }
         });

@@ -1,5 +1,5 @@
-//! The settings of a comparison: a TOML file of a few tables. `[train]` takes every key of `hra train`, for all methods alike;
-//! a `[[method]]` takes the same keys for itself. No tensors and no paths opened here.
+//! The settings of a comparison: a TOML file of a few tables. `[train]` takes the sections of `hra train`, for all methods alike; a
+//! `[[method]]` what of them is a method's own. No tensors and no paths opened here.
 
 use crate::diffusion::sample::Strength;
 use crate::diffusion::sampler::SamplerKind;
@@ -70,6 +70,14 @@ pub enum Topic {
     Control(Vec<ControlEntry>),
 }
 
+/// All kinds of [`Topic`], of which a file has one.
+#[derive(Deserialize)]
+struct TopicTables {
+    subject: Option<Vec<SubjectEntry>>,
+    dreambooth: Option<DreamBooth>,
+    control: Option<Vec<ControlEntry>>,
+}
+
 impl Topic {
     /// The sets of pairs; none where subjects are taught.
     pub fn controls(&self) -> &[ControlEntry] {
@@ -82,15 +90,6 @@ impl Topic {
     /// Whether control is taught.
     pub fn is_control(&self) -> bool {
         matches!(self, Self::Control(_))
-    }
-
-    /// Refuses a file that names none of the kinds, or several.
-    fn check(file: &toml::Table) -> Result<()> {
-        let named = |kind: &&str| file.get(*kind).is_some_and(|v| v.as_array().is_none_or(|a| !a.is_empty()));
-        if ["subject", "dreambooth", "control"].iter().filter(|kind| named(kind)).count() == 1 {
-            return Ok(());
-        }
-        Err(Error::config("expected either [[subject]] tables, a [dreambooth] table or [[control]] tables"))
     }
 }
 
@@ -267,8 +266,14 @@ impl CompareConfig {
             let hint = "hint: docs/compare.md explains the tables; [train] and [[method]] take the sections of `hra train`";
             Error::format(path, format!("{}\n{hint}", e.to_string().trim_end()))
         };
-        Topic::check(&toml::from_str(&text).map_err(wrong)?)
-            .map_err(|e| Error::format(path, e.to_string()))?;
+        // Alone first: where several kinds may stand, what is wrong with one is not told with its place.
+        let TopicTables { subject, dreambooth, control } = toml::from_str(&text).map_err(wrong)?;
+        let empty = [subject.as_ref().map(Vec::len), control.as_ref().map(Vec::len)].contains(&Some(0));
+        let kinds = [subject.is_some(), dreambooth.is_some(), control.is_some()];
+        if empty || kinds.iter().filter(|there| **there).count() != 1 {
+            let problem = "expected either [[subject]] tables, a [dreambooth] table or [[control]] tables";
+            return Err(Error::format(path, problem));
+        }
         let config: Self = toml::from_str(&text).map_err(wrong)?;
         config.validate().map_err(|e| Error::format(path, e.to_string()))?;
         Ok(config)
@@ -308,7 +313,7 @@ impl CompareConfig {
     /// Steps after which cells are scored, ascending; the last is the whole training.
     pub fn steps(&self) -> Result<Vec<i64>> {
         let mut steps: BTreeSet<i64> = self.score_steps.iter().copied().collect();
-        steps.insert(TrainConfig::from_tables(&[&self.train])?.schedule.max_train_steps);
+        steps.insert(TrainConfig::common(&self.train)?.schedule.max_train_steps);
         Ok(steps.into_iter().collect())
     }
 }

@@ -51,7 +51,7 @@ pub fn plan(
     // Fetched once, before processes look for them at the same time.
     let towers = config.scores.resolved(observer)?;
     let identity = towers::identity(&towers, observer)?;
-    let train = TrainConfig::from_tables(&[&config.train])?;
+    let train = TrainConfig::common(&config.train)?;
     let dir = hub::resolve(&train.model.pretrained_model_name_or_path, Wanted::Model, observer)?;
     let model = Source::open(&dir, train.model.model_config.as_deref())?.fingerprint()?;
     let planner = Planner { config, subjects, steps: &steps, towers, identity, train, model };
@@ -69,6 +69,12 @@ pub fn plan(
     }
     let mut notes = config.notes.clone();
     notes.extend(protocol_notes.iter().cloned());
+    for method in &config.methods {
+        let left_out = TrainConfig::left_out(&[&config.train, &method.settings])?;
+        if !left_out.is_empty() {
+            notes.push(format!("{} has no {}: left out of it", method.label, left_out.join(", ")));
+        }
+    }
     let plan = Plan {
         format: FORMAT,
         title: config.title.clone(),

@@ -28,7 +28,7 @@ const CONTROL_OBJECTIVES: [&str; 3] = ["edge_f1", "edge_iou", "subject_miou"];
 impl CompareConfig {
     /// Refuses what cannot be compared, with all problems at once.
     pub fn validate(&self) -> Result<()> {
-        TrainConfig::from_tables(&[&self.train]).map_err(|e| Error::config(format!("[train]: {e}")))?;
+        TrainConfig::common(&self.train).map_err(|e| Error::config(format!("[train]: {e}")))?;
         let mut problems = Vec::new();
         let mut check = |good: bool, problem: String| {
             if !good {
@@ -101,6 +101,10 @@ impl CompareConfig {
             check(
                 key.in_comparison != InComparison::SetByIt,
                 format!("[train]: {} is set by the comparison itself; leave it out", key.place()),
+            );
+            check(
+                key.in_comparison != InComparison::OfPairs || self.topic.is_control(),
+                format!("[train]: {} is how pairs are read: only with [[control]]", key.place()),
             );
         }
         for method in &self.methods {

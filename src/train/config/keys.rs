@@ -46,6 +46,13 @@ impl Section {
         Self::NAMED.iter().find(|(section, _)| *section == self).map(|(_, name)| *name)
     }
 
+    /// The name of a section that comes nearest to `name`.
+    pub fn nearest(name: &str) -> &'static str {
+        let likeness = |own: &str| strsim::jaro_winkler(own, name);
+        let names = Self::NAMED.iter().map(|(_, own)| *own);
+        names.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default()
+    }
+
     /// The section of this name.
     pub fn find(name: &str) -> Option<Self> {
         Self::NAMED.iter().find(|(_, own)| *own == name).map(|(section, _)| *section)

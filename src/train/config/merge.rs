@@ -16,32 +16,21 @@ impl TrainConfig {
     /// What was typed wins over `files`, of which a later one wins over an earlier one; the defaults come last. Where a method
     /// takes the place of another one, those settings of the other that it has not are left out, and that is told.
     pub fn merged(files: &[&Path], typed: &Table, observer: &dyn Observer) -> Result<Self> {
-        Self::merged_over(Table::new(), files, typed, observer)
+        Self::default().under(&Self::given(files, typed, observer)?, observer)
     }
 
-    /// As [`Self::merged`], with these settings in place of the defaults.
-    pub fn under(&self, files: &[&Path], typed: &Table, observer: &dyn Observer) -> Result<Self> {
-        Self::merged_over(self.to_table()?, files, typed, observer)
-    }
-
-    fn merged_over(
-        mut merged: Table,
-        files: &[&Path],
-        typed: &Table,
-        observer: &dyn Observer,
-    ) -> Result<Self> {
+    /// What files and the command line say together, as [`Self::merged`] has it, without defaults.
+    pub fn given(files: &[&Path], typed: &Table, observer: &dyn Observer) -> Result<Table> {
+        let mut given = Table::new();
         let mut add = |table: Table| {
             // Alone first: a mistake is told with the file it is in.
             let table = in_own_words(table)?;
             typed_values(&table)?;
-            if table.get("adapter").is_some_and(|adapter| adapter.get("method").is_some()) {
+            if names_method(&table) {
                 let (method, own) = method_and_own(&table);
                 method.map_or(Ok(Table::new()), |method| whole(method, &own))?;
             }
-            let MethodReplaced { by, left_out } = over(&mut merged, table);
-            if !left_out.is_empty() {
-                observer.note(&format!("method {by} has no {}: left out", left_out.join(", ")));
-            }
+            over(&mut given, table).tell(observer);
             Ok::<_, Problems>(())
         };
         for path in files {
@@ -53,9 +42,22 @@ impl TrainConfig {
                 .map_err(|e| wrong(vec![e.to_string().trim_end().to_string()]))?;
             add(table).map_err(wrong)?;
         }
-        let wrong = |problems: Problems| Error::config(problems.join("\n"));
-        add(typed.clone()).map_err(wrong)?;
-        Self::from_sections(merged).map_err(wrong)
+        add(typed.clone()).map_err(|problems| Error::config(problems.join("\n")))?;
+        Ok(given)
+    }
+
+    /// These settings where `given`, as [`Self::given`] returns it, says nothing.
+    pub fn under(&self, given: &Table, observer: &dyn Observer) -> Result<Self> {
+        let mut merged = self.to_table()?;
+        over(&mut merged, given.clone()).tell(observer);
+        Self::from_sections(merged).map_err(|problems| Error::config(problems.join("\n")))
+    }
+
+    /// The same with all of the method's own settings, defaults where they are not set.
+    pub(crate) fn whole(mut self) -> Result<Self> {
+        self.adapter.own = whole(self.adapter.method, &self.adapter.own)
+            .map_err(|problems| Error::config(problems.join("\n")))?;
+        Ok(self)
     }
 
     /// Reads a resolved config, as a run folder holds it.
@@ -67,6 +69,27 @@ impl TrainConfig {
         let table = if table.values().any(Value::is_table) { table } else { in_sections(table) };
         let read = in_own_words(table).and_then(Self::from_sections);
         read.map_err(|problems| problem(problems.join("\n")))
+    }
+
+    /// The settings that a table says for several methods: those of methods alone are left to the methods, unless it names one.
+    pub fn common(table: &Table) -> Result<Self> {
+        let problem = |problems: Problems| Error::config(problems.join("\n"));
+        let mut table = in_own_words(table.clone()).map_err(problem)?;
+        typed_values(&table).map_err(problem)?;
+        if !names_method(&table) {
+            Section::Adapter.of_mut(&mut table).retain(|name, _| !is_some_methods(name));
+        }
+        Self::from_sections(table).map_err(problem)
+    }
+
+    /// What [`Self::from_tables`] leaves out, because the method of a later table has it not.
+    pub fn left_out(tables: &[&Table]) -> Result<Vec<String>> {
+        let mut merged = Table::new();
+        let mut left_out = Vec::new();
+        for table in tables {
+            left_out.extend(over(&mut merged, Self::own_words(table)?).left_out);
+        }
+        Ok(left_out)
     }
 
     /// The settings of several tables, of which a later one wins over an earlier one, over the defaults.
@@ -134,7 +157,9 @@ fn in_own_words(table: Table) -> std::result::Result<Table, Problems> {
                 for (name, value) in settings {
                     match keys::find(&name) {
                         Some(key) if key.section == section => {
-                            own.insert(key.name.to_string(), value);
+                            if own.insert(key.name.to_string(), value).is_some() {
+                                problems.push(twice(key));
+                            }
                         }
                         found => problems.push(misplaced(section, &name, found)),
                     }
@@ -146,15 +171,26 @@ fn in_own_words(table: Table) -> std::result::Result<Table, Problems> {
                 problems
                     .push(format!("{name}: expected a section [{name}], found {}{flat}", value.type_str()));
             }
+            (None, Value::Table(_)) if keys::find(&name).is_none() => {
+                let nearest = Section::nearest(&name);
+                problems.push(format!("[{name}]: unknown section; the nearest is [{nearest}]"));
+            }
             (None, value) => match keys::find(&name) {
                 Some(key) if key.section == Section::Run => {
-                    read.insert(key.name.to_string(), value);
+                    if read.insert(key.name.to_string(), value).is_some() {
+                        problems.push(twice(key));
+                    }
                 }
                 found => problems.push(misplaced(Section::Run, &name, found)),
             },
         }
     }
     if problems.is_empty() { Ok(read) } else { Err(problems) }
+}
+
+/// Says that a setting is there by two of its names.
+fn twice(key: &Key) -> String {
+    format!("{}: given twice, by two of its names: {}, {}", key.place(), key.name, key.others.join(", "))
 }
 
 /// Says where a setting belongs, or which one comes nearest.
@@ -181,18 +217,20 @@ fn misplaced(section: Section, name: &str, found: Option<&Key>) -> String {
 fn in_sections(table: Table) -> Table {
     let method = table.get("method").and_then(Value::as_str).map(str::to_string);
     let own = |name: &str| method.as_deref().is_none_or(|method| belongs_to(method, name));
-    let mut sections = Table::new();
+    let (mut sections, mut unknown) = (Table::new(), Table::new());
     for (name, value) in table {
         match keys::find(&name) {
             Some(key) if key.section == Section::Adapter && !own(key.name) => {}
-            Some(key) => {
+            Some(key) if Section::find(&name).is_none() => {
                 key.section.of_mut(&mut sections).insert(name, value);
             }
-            None => {
-                sections.insert(name, value);
+            _ => {
+                unknown.insert(name, value);
             }
         }
     }
+    // They are told where the sections are read.
+    sections.extend(unknown);
     sections
 }
 
@@ -211,6 +249,19 @@ fn is_some_methods(name: &str) -> bool {
 struct MethodReplaced {
     by: String,
     left_out: Vec<String>,
+}
+
+impl MethodReplaced {
+    fn tell(self, observer: &dyn Observer) {
+        if !self.left_out.is_empty() {
+            observer.note(&format!("method {} has no {}: left out", self.by, self.left_out.join(", ")));
+        }
+    }
+}
+
+/// Whether a table in sections says which method it is for.
+fn names_method(table: &Table) -> bool {
+    table.get("adapter").is_some_and(|adapter| adapter.get("method").is_some())
 }
 
 /// Puts the settings of `winner` in place of those of `table`.

@@ -28,7 +28,7 @@ pub fn resolve(
     entries: &[ControlEntry],
     observer: &dyn Observer,
 ) -> Result<Vec<Subject>> {
-    let resolution = TrainConfig::from_tables(&[&config.train])?.data.resolution;
+    let resolution = TrainConfig::common(&config.train)?.data.resolution;
     let resolution =
         resolution.ok_or_else(|| Error::config("[train]: resolution is needed with [[control]]"))?;
     entries.iter().map(|entry| subject(config, entry, resolution, observer)).collect()

@@ -19,7 +19,7 @@ pub fn problems(config: &CompareConfig) -> Vec<String> {
     );
     // Tables with other keys are told where they are read as settings.
     let said = TrainConfig::own_words(&config.train).unwrap_or_default();
-    let train = TrainConfig::from_tables(&[&said]).unwrap_or_default();
+    let train = TrainConfig::common(&said).unwrap_or_default();
     check(
         train.data.resolution.is_some(),
         "[train]: [data] resolution is needed with [[control]]: pairs are rendered at it",
