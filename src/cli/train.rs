@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Args)]
 #[command(
     about = "Train an adapter on pictures of a subject, or on pairs of picture and condition",
-    after_help = "Every long flag is a key of the config file, with underscores; flags win over the file. The words of \
+    after_help = "Every setting is a key of the config file, with underscores, in its section (docs/settings.md); flags win over the file. The words of \
                   diffusers' DreamBooth scripts are accepted, with hyphens or underscores.\n\n\
                   Examples:\n  hra train configs/demo.toml\n  hra train configs/sd15-subject.toml configs/methods/lora.toml --model DIR --instance_data_dir photos\n  hra train --model DIR --instance_data_dir photos \
                   --instance_prompt \"a photo of sks dog\" --output_dir runs/dog\n  hra train --resume latest --output_dir \
