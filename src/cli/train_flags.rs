@@ -4,7 +4,7 @@
 use crate::cli::choice::possible_values;
 use crate::platform::device::DeviceChoice;
 use crate::train::config::keys::ValueKind::{self, *};
-use crate::train::config::keys::{KEYS, Key, keys};
+use crate::train::config::keys::{KEYS, Key, defaults, keys, value};
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
@@ -50,8 +50,8 @@ fn is_list(kind: ValueKind) -> bool {
     matches!(kind, Files | Texts | List)
 }
 
-/// A setting's flag as clap knows it.
-fn arg(heading: &'static str, key: &Key) -> Arg {
+/// A setting's flag as clap knows it; `defaults` are those of all settings.
+fn arg(heading: &'static str, key: &Key, defaults: &Table) -> Arg {
     let help = match key.unset {
         "" | "not used" => key.about.to_string(),
         default => format!("{} [default: {default}]", key.about),
@@ -73,7 +73,7 @@ fn arg(heading: &'static str, key: &Key) -> Arg {
     if matches!(key.kind, Switch) {
         arg = arg.require_equals(true).num_args(0..=1).default_missing_value("true");
     }
-    match key.default_value() {
+    match value(defaults, key) {
         Some(Value::String(text)) if text.is_empty() => arg.default_value("").hide_default_value(true),
         Some(Value::String(text)) => arg.default_value(text.clone()),
         Some(Value::Float(number)) => arg.default_value(number.to_string()),
@@ -90,8 +90,9 @@ pub struct Typed(pub Table);
 
 impl Args for Typed {
     fn augment_args(command: Command) -> Command {
+        let defaults = defaults();
         let keys = KEYS.iter().flat_map(|(heading, keys)| keys.iter().map(move |key| (*heading, key)));
-        keys.fold(command, |command, (heading, key)| command.arg(arg(heading, key)))
+        keys.fold(command, |command, (heading, key)| command.arg(arg(heading, key, &defaults)))
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -122,10 +123,9 @@ impl FromArgMatches for Typed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::methods::METHODS;
+    use crate::adapter::methods;
     use crate::platform::observer::Silent;
     use crate::train::config::TrainConfig;
-    use crate::train::config::keys::value;
 
     #[test]
     fn every_setting_can_be_typed_and_is_read() {
@@ -138,8 +138,7 @@ mod tests {
                 Count | Count32 | Whole | Whole32 => "3".into(),
                 Text | File | Files | Texts | List => "text".into(),
             };
-            let of = METHODS.iter().find(|entry| (entry.own.keys)().contains(&key.name));
-            let method = of.map(|entry| format!("--method={}", entry.name));
+            let method = methods::having(key.name).next().map(|entry| format!("--method={}", entry.name));
             let typed = format!("--{}={word}", key.name.replace('_', "-"));
             let words = std::iter::once("train".to_string()).chain(method).chain([typed]);
             let matches = Typed::augment_args(Command::new("train")).try_get_matches_from(words);

@@ -24,7 +24,7 @@ use crate::platform::host;
 use crate::platform::random;
 use serde_json::{Value, json};
 use std::any::Any;
-use std::cell::Cell;
+use std::cell::RefCell;
 use tch::{Kind, Tensor};
 
 /// How the raw vectors start.
@@ -243,7 +243,7 @@ pub struct Hra {
     v: Tensor,
     gram_schmidt: bool,
     /// What a step's forwards take in place of their own.
-    prepared: Cell<Option<Factors>>,
+    prepared: RefCell<Option<Factors>>,
 }
 
 /// `U` and `U T` of `H = I - (U T) U^T`, both `(d_in, r)` in the dtype of the activations, with gradients.
@@ -270,7 +270,7 @@ enum Side {
 impl Hra {
     /// An adapter with the given raw vectors `(d_in, r)`.
     pub fn from_vectors(v: Tensor, gram_schmidt: bool) -> Self {
-        Self { v, gram_schmidt, prepared: Cell::new(None) }
+        Self { v, gram_schmidt, prepared: RefCell::new(None) }
     }
 
     /// A new adapter for the frozen `weight` `(d_out, d_in)`. Draws on the CPU from `seed` alone.
@@ -334,10 +334,9 @@ impl Hra {
 impl Adapter for Hra {
     fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor {
         let kind = x.kind();
-        let prepared = self.prepared.take();
-        let usable = prepared.as_ref().filter(|factors| factors.u.kind() == kind).map(Factors::shallow_clone);
-        self.prepared.set(prepared);
-        let Factors { u, ut } = usable.unwrap_or_else(|| {
+        let prepared = self.prepared.borrow();
+        let usable = prepared.as_ref().filter(|factors| factors.u.kind() == kind);
+        let Factors { u, ut } = usable.map(Factors::shallow_clone).unwrap_or_else(|| {
             let (u, ut) = Self::factors(&self.v, self.gram_schmidt);
             Factors { u: u.to_kind(kind), ut: ut.to_kind(kind) }
         });
@@ -357,7 +356,7 @@ impl Adapter for Hra {
         let (u, ut) = Self::factors(&Self::stacked(alike), self.gram_schmidt);
         let (u, ut) = (u.to_kind(kind).unbind(0), ut.to_kind(kind).unbind(0));
         for ((adapter, u), ut) in alike.iter().zip(u).zip(ut) {
-            Self::of(*adapter).prepared.set(Some(Factors { u, ut }));
+            Self::of(*adapter).prepared.replace(Some(Factors { u, ut }));
         }
     }
 

@@ -30,6 +30,11 @@ pub fn find(name: &str) -> Option<&'static RegisteredMethod> {
     METHODS.iter().find(|entry| entry.name == name)
 }
 
+/// The methods that have a setting of this name for their own; none have one that is common to all.
+pub fn having(setting: &str) -> impl Iterator<Item = &'static RegisteredMethod> {
+    METHODS.iter().filter(move |entry| (entry.own.keys)().contains(&setting))
+}
+
 /// The readers of PEFT's files.
 pub fn readers() -> impl Iterator<Item = &'static PeftReader> {
     METHODS.iter().filter_map(|entry| entry.reader.as_ref())

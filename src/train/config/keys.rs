@@ -57,9 +57,7 @@ impl Section {
     pub fn find(name: &str) -> Option<Self> {
         Self::NAMED.iter().find(|(_, own)| *own == name).map(|(section, _)| *section)
     }
-}
 
-impl Section {
     /// Its part of a file, made where there is none; the whole file for what stands before the first section.
     pub fn of_mut(self, file: &mut Table) -> &mut Table {
         let Some(name) = self.name() else { return file };
@@ -145,15 +143,6 @@ impl Key {
     /// Whether it is called so, by its own name or by another program's.
     pub fn is_called(&self, name: &str) -> bool {
         self.name == name || self.others.contains(&name)
-    }
-
-    /// Its value where nothing is said; `None` for one that may be left out.
-    pub fn default_value(&self) -> Option<Value> {
-        let of = METHODS.iter().find(|entry| (entry.own.keys)().contains(&self.name));
-        match of {
-            Some(entry) => (entry.own.whole)(&Table::new()).ok()?.remove(self.name),
-            None => value(&TrainConfig::default().to_table().ok()?, self).cloned(),
-        }
     }
 
     const fn also(mut self, others: &'static [&'static str]) -> Self {
@@ -318,6 +307,18 @@ pub const KEYS: &[(&str, &[Key])] = &[
 /// All settings, in the order of [`KEYS`].
 pub fn keys() -> impl Iterator<Item = &'static Key> {
     KEYS.iter().flat_map(|(_, keys)| keys.iter())
+}
+
+/// What settings are where nothing is said, those of every method among them, as one file; those that may be left out are not
+/// in it.
+pub fn defaults() -> Table {
+    let mut file = TrainConfig::default().to_table().unwrap_or_default();
+    let adapter = Section::Adapter.of_mut(&mut file);
+    // Of methods that share a setting, the first says its value.
+    for entry in METHODS.iter().rev() {
+        adapter.extend((entry.own.whole)(&Table::new()).unwrap_or_default());
+    }
+    file
 }
 
 /// The setting of this name, its own or another program's.

@@ -1,6 +1,6 @@
 //! Where the settings come from and go to: the command line over files over defaults, and the copy in a run folder.
 
-use crate::adapter::methods::METHODS;
+use crate::adapter::methods;
 use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::platform::observer::Observer;
@@ -42,7 +42,7 @@ impl TrainConfig {
                 .map_err(|e| wrong(vec![e.to_string().trim_end().to_string()]))?;
             add(table).map_err(wrong)?;
         }
-        add(typed.clone()).map_err(|problems| Error::config(problems.join("\n")))?;
+        add(typed.clone()).map_err(refused)?;
         Ok(given)
     }
 
@@ -50,13 +50,12 @@ impl TrainConfig {
     pub fn under(&self, given: &Table, observer: &dyn Observer) -> Result<Self> {
         let mut merged = self.to_table()?;
         over(&mut merged, given.clone()).tell(observer);
-        Self::from_sections(merged).map_err(|problems| Error::config(problems.join("\n")))
+        Self::from_sections(merged).map_err(refused)
     }
 
     /// The same with all of the method's own settings, defaults where they are not set.
     pub(crate) fn whole(mut self) -> Result<Self> {
-        self.adapter.own = whole(self.adapter.method, &self.adapter.own)
-            .map_err(|problems| Error::config(problems.join("\n")))?;
+        self.adapter.own = whole(self.adapter.method, &self.adapter.own).map_err(refused)?;
         Ok(self)
     }
 
@@ -73,39 +72,37 @@ impl TrainConfig {
 
     /// The settings that a table says for several methods: those of methods alone are left to the methods, unless it names one.
     pub fn common(table: &Table) -> Result<Self> {
-        let problem = |problems: Problems| Error::config(problems.join("\n"));
-        let mut table = in_own_words(table.clone()).map_err(problem)?;
-        typed_values(&table).map_err(problem)?;
+        let mut table = Self::own_words(table)?;
+        typed_values(&table).map_err(refused)?;
         if !names_method(&table) {
             Section::Adapter.of_mut(&mut table).retain(|name, _| !is_some_methods(name));
         }
-        Self::from_sections(table).map_err(problem)
+        Self::from_sections(table).map_err(refused)
     }
 
     /// What [`Self::from_tables`] leaves out, because the method of a later table has it not.
     pub fn left_out(tables: &[&Table]) -> Result<Vec<String>> {
-        let mut merged = Table::new();
-        let mut left_out = Vec::new();
-        for table in tables {
-            left_out.extend(over(&mut merged, Self::own_words(table)?).left_out);
-        }
-        Ok(left_out)
+        Self::laid_over(tables).map(|(_, left_out)| left_out)
     }
 
     /// The settings of several tables, of which a later one wins over an earlier one, over the defaults.
     pub fn from_tables(tables: &[&Table]) -> Result<Self> {
-        let problem = |problems: Problems| Error::config(problems.join("\n"));
-        let mut merged = Table::new();
+        Self::from_sections(Self::laid_over(tables)?.0).map_err(refused)
+    }
+
+    /// The tables as one, and what was left out for it.
+    fn laid_over(tables: &[&Table]) -> Result<(Table, Vec<String>)> {
+        let (mut merged, mut left_out) = (Table::new(), Vec::new());
         for table in tables {
-            over(&mut merged, in_own_words((*table).clone()).map_err(problem)?);
+            left_out.extend(over(&mut merged, Self::own_words(table)?).left_out);
         }
-        Self::from_sections(merged).map_err(problem)
+        Ok((merged, left_out))
     }
 
     /// The settings of a table in sections by their own names, where other programs call them otherwise. Errors: what is no
     /// setting, or stands where it does not belong.
     pub fn own_words(table: &Table) -> Result<Table> {
-        in_own_words(table.clone()).map_err(|problems| Error::config(problems.join("\n")))
+        in_own_words(table.clone()).map_err(refused)
     }
 
     /// As a config file. What is not set is named in a comment, with what happens then.
@@ -144,6 +141,11 @@ impl TrainConfig {
         }
         Err(problems)
     }
+}
+
+/// Problems that belong to no file.
+fn refused(problems: Problems) -> Error {
+    Error::config(problems.join("\n"))
 }
 
 /// Every key by its own name, where other programs call it otherwise. Errors: a line for each key that is no setting, or stands
@@ -236,13 +238,12 @@ fn in_sections(table: Table) -> Table {
 
 /// Whether a setting of `[adapter]` means something to the method of this name.
 fn belongs_to(method: &str, name: &str) -> bool {
-    let own = METHODS.iter().find(|entry| entry.name == method).map_or(&[][..], |entry| (entry.own.keys)());
-    own.contains(&name) || !is_some_methods(name)
+    methods::having(name).any(|entry| entry.name == method) || !is_some_methods(name)
 }
 
 /// Whether a setting is some method's own, and not one that all methods have.
 fn is_some_methods(name: &str) -> bool {
-    METHODS.iter().any(|entry| (entry.own.keys)().contains(&name))
+    methods::having(name).next().is_some()
 }
 
 /// What a method left out that took the place of another one.
@@ -315,8 +316,7 @@ fn whole(method: MethodName, own: &Table) -> std::result::Result<Table, Problems
 
 /// Says whose setting it is.
 fn foreign(name: &str) -> String {
-    let of: Vec<&str> =
-        METHODS.iter().filter(|entry| (entry.own.keys)().contains(&name)).map(|entry| entry.name).collect();
+    let of: Vec<&str> = methods::having(name).map(|entry| entry.name).collect();
     match &of[..] {
         [one] => format!("[adapter] {name}: only method {one} has it"),
         _ => format!("[adapter] {name}: only the methods {} have it", of.join(", ")),
@@ -330,8 +330,7 @@ fn typed_values(table: &Table) -> std::result::Result<(), Problems> {
     for key in keys::keys() {
         let Some(found) = value(table, key) else { continue };
         let alone = Table::from_iter([(key.name.to_string(), found.clone())]);
-        let of_a_method = METHODS.iter().find(|entry| (entry.own.keys)().contains(&key.name));
-        let read = match (of_a_method, key.section.name()) {
+        let read = match (methods::having(key.name).next(), key.section.name()) {
             (Some(entry), _) => (entry.own.whole)(&alone).map(|_| ()),
             (None, Some(section)) => Table::from_iter([(section.to_string(), Value::Table(alone))])
                 .try_into::<TrainConfig>()

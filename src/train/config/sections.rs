@@ -70,6 +70,7 @@ pub struct DataSection {
 
 impl Default for DataSection {
     fn default() -> Self {
+        let pairs = PairSettings::default();
         Self {
             instance_data_dir: PathBuf::new(),
             instance_prompt: String::new(),
@@ -77,14 +78,14 @@ impl Default for DataSection {
             center_crop: false,
             held_out_data_dir: None,
             train_data_dir: None,
-            condition: ConditionKind::Other,
-            make_conditions: false,
-            canny_low: Thresholds::default().low,
-            canny_high: Thresholds::default().high,
-            palette: None,
-            image_column: "file_name".into(),
-            caption_column: "text".into(),
-            conditioning_image_column: "conditioning_image".into(),
+            condition: pairs.condition,
+            make_conditions: pairs.make_conditions,
+            canny_low: pairs.thresholds.low,
+            canny_high: pairs.thresholds.high,
+            palette: pairs.palette,
+            image_column: pairs.image_column,
+            caption_column: pairs.caption_column,
+            conditioning_image_column: pairs.conditioning_image_column,
             proportion_empty_prompts: 0.0,
         }
     }

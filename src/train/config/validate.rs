@@ -3,7 +3,6 @@
 use crate::adapter::Method;
 use crate::adapter::peft::Bias;
 use crate::adapter::target::TargetRule;
-use crate::data::image::Thresholds;
 use crate::data::pairs::ConditionKind;
 use crate::error::{Error, Result};
 use crate::train::config::{MethodName, TrainConfig};
@@ -143,7 +142,7 @@ impl TrainConfig {
             "proportion_empty_prompts: expected a share, 0 to 1",
         );
         require(
-            Thresholds { low: self.data.canny_low, high: self.data.canny_high }.are_possible(),
+            self.data.pair_settings().thresholds.are_possible(),
             "canny_low and canny_high: expected two numbers from 0 up, the first not above the second, which is 2040 at most",
         );
         require(

@@ -69,15 +69,7 @@ fn conditioning_image_column() -> String {
 impl ControlEntry {
     /// How its pairs are read. Paths as the user wrote them.
     pub fn settings(&self) -> PairSettings {
-        PairSettings {
-            image_column: self.image_column.clone(),
-            caption_column: self.caption_column.clone(),
-            conditioning_image_column: self.conditioning_image_column.clone(),
-            condition: self.condition,
-            make_conditions: self.make_conditions,
-            thresholds: Thresholds { low: self.canny_low, high: self.canny_high },
-            palette: self.palette.clone(),
-        }
+        self.applied_to(TrainConfig::default()).data.pair_settings()
     }
 
     /// The score that says whether pictures follow their conditions, where there is one.
