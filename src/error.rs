@@ -3,11 +3,20 @@
 //! Messages are for users: lower case, no full stop, what was expected and what was found, the file or flag, and where
 //! the user can act a hint. Nothing here is shown to a user as a panic.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+
+/// What went wrong, and what the user can do about it. Shown as the problem, then a line for each hint.
+#[derive(Debug)]
+pub struct Error {
+    /// What went wrong.
+    pub kind: ErrorKind,
+    hints: Vec<String>,
+}
 
 /// What can go wrong, grouped by what the user has to look at.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum ErrorKind {
     /// A setting, from a config file or a flag. All problems of one check are listed, one a line.
     #[error("{0}")]
     Config(String),
@@ -38,39 +47,129 @@ pub enum Error {
     /// The user asked to stop; the work so far is saved.
     #[error("{0}")]
     Interrupted(String),
-    /// An error that libtorch reported.
-    #[error("libtorch: {}", explained(&.0.to_string()))]
-    Torch(#[from] tch::TchError),
+    /// An error that libtorch reported: the first line of it, since a C++ backtrace follows.
+    #[error("libtorch: {}", .0.to_string().lines().next().unwrap_or_default())]
+    Torch(#[source] tch::TchError),
 }
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// A constructor for each kind that is a text.
+macro_rules! of_text {
+    ($($(#[$doc:meta])* $name:ident: $kind:ident),+) => {
+        impl Error {
+            $($(#[$doc])* pub fn $name(problem: impl Into<String>) -> Self {
+                ErrorKind::$kind(problem.into()).into()
+            })+
+        }
+    };
+}
+
+of_text! {
+    /// An [`ErrorKind::Config`].
+    config: Config,
+    /// An [`ErrorKind::Data`].
+    data: Data,
+    /// An [`ErrorKind::Device`].
+    device: Device,
+    /// An [`ErrorKind::Run`].
+    run: Run,
+    /// An [`ErrorKind::NotFinite`].
+    not_finite: NotFinite,
+    /// An [`ErrorKind::Hub`].
+    hub: Hub,
+    /// An [`ErrorKind::Interrupted`].
+    interrupted: Interrupted
+}
+
 impl Error {
-    /// An [`Error::Io`]; `action` completes "cannot ..", such as `read`.
+    /// An [`ErrorKind::Io`]; `action` completes "cannot ..", such as `read`.
     pub fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
-        Self::Io { action, path: path.to_path_buf(), source }
+        ErrorKind::Io { action, path: path.to_path_buf(), source }.into()
     }
 
-    /// An [`Error::Format`] about `path`.
+    /// An [`ErrorKind::Format`] about `path`.
     pub fn format(path: &Path, problem: impl Into<String>) -> Self {
-        Self::Format { path: path.to_path_buf(), problem: problem.into() }
+        ErrorKind::Format { path: path.to_path_buf(), problem: problem.into() }.into()
     }
 
-    /// An [`Error::Config`].
-    pub fn config(problem: impl Into<String>) -> Self {
-        Self::Config(problem.into())
+    /// An [`ErrorKind::Weights`] about the file `path`.
+    pub fn weights(path: &Path, problems: Vec<String>) -> Self {
+        ErrorKind::Weights { path: path.to_path_buf(), problems }.into()
+    }
+
+    /// The same error with one more thing that the user can do.
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hints.push(hint.into());
+        self
+    }
+
+    /// As [`Self::with_hint`], where there is one.
+    #[must_use]
+    pub fn with_hints(mut self, hints: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.hints.extend(hints.into_iter().map(Into::into));
+        self
+    }
+
+    /// What the user can do, each shown on a line of its own.
+    pub fn hints(&self) -> &[String] {
+        &self.hints
+    }
+
+    /// The same error with `place` and a colon before what went wrong, where that is a text.
+    #[must_use]
+    pub fn at(mut self, place: impl fmt::Display) -> Self {
+        use ErrorKind::{Config, Data, Device, Hub, Interrupted, NotFinite, Run};
+        let kind = &mut self.kind;
+        if let Config(text) | Data(text) | Device(text) | Run(text) | NotFinite(text) | Hub(text)
+        | Interrupted(text) = kind
+        {
+            *text = format!("{place}: {text}");
+        }
+        self
+    }
+
+    /// What is wrong with a file and what helps, on one line and without the file's name, for tables that have it already.
+    pub fn reason(&self) -> String {
+        let problem = match &self.kind {
+            ErrorKind::Io { action, source, .. } => format!("cannot {action}: {source}"),
+            ErrorKind::Format { problem, .. } => problem.clone(),
+            other => other.to_string(),
+        };
+        std::iter::once(&problem).chain(&self.hints).map(String::as_str).collect::<Vec<_>>().join("; ")
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.kind)?;
+        self.hints.iter().try_for_each(|hint| write!(f, "\nhint: {hint}"))
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&self.kind)
+    }
+}
+
+impl From<ErrorKind> for Error {
+    fn from(kind: ErrorKind) -> Self {
+        Self { kind, hints: Vec::new() }
+    }
+}
+
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        let hints = hint(&error.to_string()).map(str::to_string).into_iter().collect();
+        Self { kind: ErrorKind::Torch(error), hints }
     }
 }
 
 fn bullets(problems: &[String]) -> String {
     problems.iter().map(|p| format!("  - {p}")).collect::<Vec<_>>().join("\n")
-}
-
-/// The first line of what libtorch says, since a C++ backtrace follows, and a hint where the cause is known.
-fn explained(text: &str) -> String {
-    let line = text.lines().next().unwrap_or_default();
-    hint(text).map_or_else(|| line.to_string(), |hint| format!("{line}\nhint: {hint}"))
 }
 
 /// What a user can do about a failure inside libtorch, CUDA, cuBLAS or cuDNN: words of their messages, and the hint.
@@ -99,7 +198,8 @@ const CAUSES: [(&[&str], &str); 4] = [
             "CUDA driver initialization failed",
             "system not yet initialized",
         ],
-        "NVIDIA's driver does not serve this libtorch: `hra doctor` names both; install a newer driver, or use --device cpu",
+        "NVIDIA's driver does not serve this libtorch: `hra doctor` names both; install a newer driver, or use \
+         --device cpu",
     ),
     (
         &[
@@ -165,7 +265,7 @@ mod tests {
     #[test]
     fn a_backtrace_is_left_out_and_a_hint_is_given() {
         let error = tch::TchError::Torch("CUDA out of memory. Tried\nException raised from malloc".into());
-        let message = Error::Torch(error).to_string();
+        let message = Error::from(error).to_string();
         assert!(
             message.starts_with("libtorch: ") && message.contains("\nhint: memory does not suffice"),
             "{message}"

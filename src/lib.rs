@@ -38,4 +38,4 @@ pub mod train;
 pub mod weights;
 
 pub use diffusion::stable_diffusion::StableDiffusion;
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result};

@@ -1,7 +1,7 @@
 //! The `hra` program: start-up, the command line, and how it ends: 0 done, 2 error, 130 stopped by the user.
 
-use hra::Error;
 use hra::cli::{self, Early, terminal};
+use hra::error::ErrorKind;
 use hra::platform::device;
 use std::process::ExitCode;
 
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
             ExitCode::from(if error.use_stderr() { ERROR } else { 0 })
         }
         Err(Early::Error(error)) => {
-            if let Error::Interrupted(_) = error {
+            if let ErrorKind::Interrupted(_) = error.kind {
                 eprintln!("{error}");
                 return ExitCode::from(terminal::EXIT_CODE);
             }

@@ -84,11 +84,11 @@ impl Partition {
         Err(match (self, shown.is_empty()) {
             (_, true) => format!("expected a layer with at least 2 inputs, found {d_in}"),
             (Self::Blocks(_), _) => format!(
-                "{flag}: expected a number of blocks that divides the layer's {d_in} inputs, found {given}\nhint: {}",
+                "{flag}: expected a number of blocks that divides the layer's {d_in} inputs, found {given}; near it: {}",
                 shown.join(", ")
             ),
             (Self::BlockSize(_), _) => format!(
-                "{flag}: expected a size that divides the layer's {d_in} inputs, found {given}\nhint: {}",
+                "{flag}: expected a size that divides the layer's {d_in} inputs, found {given}; near it: {}",
                 shown.join(", ")
             ),
         })
@@ -271,9 +271,8 @@ pub fn orthogonality_error(blocks: &Tensor) -> f64 {
 /// S of the combination of exact Cayley blocks, each given by its S `(n, b, b)`, f64.
 pub(super) fn combined(name: &str, factors: &[(Tensor, f64)], how: How) -> crate::Result<Tensor> {
     if factors.windows(2).any(|pair| pair[0].0.size() != pair[1].0.size()) {
-        return Err(Error::config(format!(
-            "{name}: expected blocks of one size in all adapters\n{ELSEWHERE}"
-        )));
+        return Err(Error::config(format!("{name}: expected blocks of one size in all adapters"))
+            .with_hint(ELSEWHERE));
     }
     let combined = match (factors, how) {
         // As it is, no digit is lost.
@@ -291,8 +290,8 @@ pub(super) fn combined(name: &str, factors: &[(Tensor, f64)], how: How) -> crate
     };
     combined.ok_or_else(|| {
         Error::config(format!(
-            "{name}: the combination turns a plane by half a turn, which Cayley's blocks cannot express\nhint: give \
-             smaller strengths, or `hra export --to merged`"
+            "{name}: the combination turns a plane by half a turn, which Cayley's blocks cannot express"
         ))
+        .with_hint("give smaller strengths, or `hra export --to merged`")
     })
 }

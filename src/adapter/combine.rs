@@ -24,15 +24,17 @@ pub fn combine(files: &[(&AdapterFile, f64)], how: How) -> Result<(AdapterConfig
     let method = &first.config.method;
     if let Some((other, _)) = rest.iter().find(|(f, _)| !f.config.method.is_like(method)) {
         return Err(Error::config(format!(
-            "expected adapters of one method, found {} and {}\n{ELSEWHERE}",
+            "expected adapters of one method, found {} and {}",
             method.describe(),
             other.config.method.describe()
-        )));
+        ))
+        .with_hint(ELSEWHERE));
     }
     if files.iter().any(|(f, _)| !f.biases.is_empty()) {
         return Err(Error::config(format!(
-            "adapters with trained biases cannot be combined without the base model\n{ELSEWHERE}"
-        )));
+            "adapters with trained biases cannot be combined without the base model"
+        ))
+        .with_hint(ELSEWHERE));
     }
     let methods: Vec<&Method> = files.iter().map(|(file, _)| &file.config.method).collect();
     let (method, tensors) = method.combine(&methods, &layers(files)?, how)?;
@@ -58,8 +60,9 @@ fn layers<'a>(files: &[(&'a AdapterFile, f64)]) -> Result<Vec<LayerChain<'a>>> {
         match sizes.windows(2).find(|pair| pair[0] != pair[1]) {
             None => Ok((name.as_str(), chain)),
             Some(_) => Err(Error::config(format!(
-                "{name}: expected adapters for one kind of model, found layers of other sizes\n{ELSEWHERE}"
-            ))),
+                "{name}: expected adapters for one kind of model, found layers of other sizes"
+            ))
+            .with_hint(ELSEWHERE)),
         }
     };
     names.into_iter().map(layer).collect()

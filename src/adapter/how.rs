@@ -30,4 +30,4 @@ impl Choice for How {
 
 /// Where to go with what cannot be combined here.
 pub(super) const ELSEWHERE: &str =
-    "hint: `hra export --model DIR --adapter A=0.8 --adapter B=0.6 --to merged` takes adapters of any kind";
+    "`hra export --model DIR --adapter A=0.8 --adapter B=0.6 --to merged` takes adapters of any kind";

@@ -88,10 +88,8 @@ pub trait MethodSettings: Comparable + Debug + Send + Sync {
     ///
     /// Errors: what cannot be one adapter of this method, and the reason.
     fn combine(&self, _methods: &[&Method], _layers: &[LayerChain], _how: How) -> Result<Combined> {
-        Err(Error::config(format!(
-            "{} adapters cannot be combined without the base model\n{ELSEWHERE}",
-            self.describe()
-        )))
+        Err(Error::config(format!("{} adapters cannot be combined without the base model", self.describe()))
+            .with_hint(ELSEWHERE))
     }
 }
 

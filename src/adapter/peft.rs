@@ -69,7 +69,7 @@ impl AdapterFile {
             ));
         }
         if !found.problems.is_empty() {
-            return Err(Error::Weights { path: file.path().to_path_buf(), problems: found.problems });
+            return Err(Error::weights(file.path(), found.problems));
         }
         let notes = std::mem::take(&mut config.notes);
         let FoundLayer { biases, unused, .. } = found;

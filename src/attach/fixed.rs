@@ -38,7 +38,8 @@ impl std::fmt::Display for AttachReport {
         }
         write!(
             f,
-            "adapter {} ({}, strength {}): {} layers matched, weights moved by {:.4} on average and {:.4} at most (relative)",
+            "adapter {} ({}, strength {}): {} layers matched, weights moved by {:.4} on average and {:.4} at most \
+             (relative)",
             self.path.display(),
             self.what,
             self.strength,
@@ -143,13 +144,13 @@ pub fn effects(
         if report.layers == 0 && problems.is_empty() && !adapter.is_control_alone {
             let left = adapter.left();
             problems.push(format!(
-                "none of its {} layers is in this model, for example {}\nhint: was it trained on another kind of model?",
+                "none of its {} layers is in this model, for example {}; was it trained on another kind of model?",
                 left.len(),
                 left.first().map_or("", String::as_str)
             ));
         }
         if !problems.is_empty() {
-            return Err(Error::Weights { path: report.path.clone(), problems });
+            return Err(Error::weights(&report.path, problems));
         }
     }
     Ok(reports)

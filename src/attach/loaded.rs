@@ -147,10 +147,11 @@ impl LoadedAdapter {
         if let Some(key) = keys.iter().find(|key| OF_OTHER_CONTROLS.iter().any(|part| key.contains(part))) {
             return Err(Error::format(
                 path,
-                format!(
-                    "expected an adapter, found another tool's control network (`{key}`)\nhint: a ControlNet is given as a Hugging \
-                     Face folder with --controlnet; the HRA and OFT authors' checkpoints hold a whole model under other names"
-                ),
+                format!("expected an adapter, found another tool's control network (`{key}`)"),
+            )
+            .with_hint(
+                "a ControlNet is given as a Hugging Face folder with --controlnet; the HRA and OFT authors' \
+                         checkpoints hold a whole model under other names",
             ));
         }
         let file = LoraFile::read(path)?;
@@ -178,11 +179,12 @@ impl LoadedAdapter {
             return Err(Error::format(
                 path,
                 format!(
-                    "none of its {} layers is in this model, for example {}\nhint: was it made for another kind of model?",
+                    "none of its {} layers is in this model, for example {}",
                     file.layers.len(),
                     file.layers[0].name
                 ),
-            ));
+            )
+            .with_hint("was it made for another kind of model?"));
         }
         self.unused.extend(file.unused);
         self.notes.extend(file.notes);
@@ -276,7 +278,7 @@ fn refuse_controlnet(path: &Path) -> Result<()> {
         }
         _ => return Ok(()),
     };
-    Err(Error::format(path, format!("expected an adapter, found {class}\nhint: {hint}")))
+    Err(Error::format(path, format!("expected an adapter, found {class}")).with_hint(hint))
 }
 
 /// The LoRA file that `path` is, or that is in the folder `path` as diffusers puts it there.

@@ -61,10 +61,10 @@ pub fn attach_new(
     }
     if count == 0 {
         return Err(Error::config(format!(
-            "target_modules: expected names of layers, but {} matches none\nhint: layers are {}",
-            targets.to_json(),
-            tensor_file::list(&others)
-        )));
+            "target_modules: expected names of layers, but {} matches none",
+            targets.to_json()
+        ))
+        .with_hint(format!("layers are {}", tensor_file::list(&others))));
     }
     Ok(count)
 }

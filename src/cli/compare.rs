@@ -125,11 +125,8 @@ fn finish(config: &CompareConfig, outcome: &ComparisonOutcome, json: bool) -> Re
         return Ok(());
     }
     let list: Vec<String> = outcome.failures.iter().map(|f| format!("  {}: {}", f.id, f.why)).collect();
-    Err(Error::Run(format!(
-        "{} cells could not be done\n{}\nhint: the same command tries them again",
-        list.len(),
-        list.join("\n")
-    )))
+    Err(Error::run(format!("{} cells could not be done\n{}", list.len(), list.join("\n")))
+        .with_hint("the same command tries them again"))
 }
 
 fn report(folder: &Path, json: bool) -> Result<()> {
@@ -186,7 +183,8 @@ fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: boo
     if config.search.as_ref().is_some_and(|s| !s.only) {
         let tables = plan.seeds.len() * plan.subjects.len() * plan.methods.len();
         println!(
-            "  first the search, which is what is counted below; then up to {tables} trainings for the tables with its rates"
+            "  first the search, which is what is counted below; then up to {tables} trainings for the tables with \
+             its rates"
         );
     }
     for note in plan.notes.iter().chain(plan.subjects.iter().flat_map(|s| &s.notes)) {

@@ -139,8 +139,9 @@ impl ControlArgs {
         let kind = self.kind(encoders.first());
         if self.make_conditions && kind != ConditionKind::Canny {
             return Err(Error::config(format!(
-                "--make-conditions: only edges can be made, found conditions `{kind}`\nhint: give --condition canny if they are edges"
-            )));
+                "--make-conditions: only edges can be made, found conditions `{kind}`"
+            ))
+            .with_hint("give --condition canny if they are edges"));
         }
         let own = encoders.first().map(|encoder| encoder.dir.join(PALETTE_FILE));
         let own = own.filter(|path| kind == ConditionKind::Segmentation && path.is_file());
@@ -169,9 +170,8 @@ impl ControlArgs {
             && self.condition.is_none()
             && self.canny_low.or(self.canny_high).is_none();
         if self.pairs.is_none() && self.control.is_empty() && !plain {
-            return Err(Error::config(
-                "flags of control have no effect without conditions\nhint: give --control IMAGE or --pairs PATH",
-            ));
+            return Err(Error::config("flags of control have no effect without conditions")
+                .with_hint("give --control IMAGE or --pairs PATH"));
         }
         Ok(())
     }
@@ -251,9 +251,8 @@ impl Asked<'_> {
         let args = self.args;
         if args.control.is_empty() && self.pairs.is_none() {
             if args.controlnet.is_some() {
-                return Err(Error::config(
-                    "--controlnet: expected a condition, found none\nhint: give --control IMAGE",
-                ));
+                return Err(Error::config("--controlnet: expected a condition, found none")
+                    .with_hint("give --control IMAGE"));
             }
             for encoder in &self.encoders {
                 eprintln!("note: {} is not used: no --control IMAGE is given", encoder.dir.display());
@@ -283,9 +282,9 @@ impl Asked<'_> {
                 return Ok(None);
             }
             (None, []) => {
-                return Err(Error::config(
-                    "--control: nothing reads the condition\nhint: give --controlnet DIR, or an --adapter that was trained with \
-                     conditions (its folder has control_encoder/)",
+                return Err(Error::config("--control: nothing reads the condition").with_hint(
+                    "give --controlnet DIR, or an --adapter that was trained with conditions (its folder has \
+                     control_encoder/)",
                 ));
             }
             _ => {
@@ -329,15 +328,13 @@ impl PairsFlags {
         let mut sorted = names.clone();
         sorted.sort();
         if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(Error::Data(format!(
+            return Err(Error::data(format!(
                 "--pairs: expected pictures of different names, found `{}` twice",
                 twice[0]
             )));
         }
         if names.iter().any(|name| name == "grid") {
-            return Err(Error::Data(
-                "--pairs: a picture called `grid` would be in the way of grid.png".into(),
-            ));
+            return Err(Error::data("--pairs: a picture called `grid` would be in the way of grid.png"));
         }
         Ok(names)
     }
@@ -365,7 +362,8 @@ impl Controlled<'_> {
         let size = [width, height].map(i64::from);
         if size.iter().any(|side| *side < factor) {
             return Err(Error::config(format!(
-                "--control: expected {factor} pixels or more on each side (one latent of this model), found {width}x{height}"
+                "--control: expected {factor} pixels or more on each side (one latent of this model), found \
+                 {width}x{height}"
             )));
         }
         Ok(Some(size.map(|side| side / factor * factor)))
@@ -387,7 +385,8 @@ impl Controlled<'_> {
     pub fn warn_of_no_edges(&self, condition: &RgbImage) {
         if self.asked.settings.condition == ConditionKind::Canny && !may_be_edges(condition) {
             eprintln!(
-                "warning: the condition is no picture of edges (white on black)\nhint: --make-conditions makes edges of pictures"
+                "warning: the condition is no picture of edges (white on black)\nhint: --make-conditions makes edges \
+                 of pictures"
             );
         }
     }

@@ -20,7 +20,7 @@ pub struct DoctorArgs {
 pub fn run(args: &DoctorArgs) -> Result<()> {
     let report = doctor::examine();
     let text = if args.json {
-        serde_json::to_string_pretty(&report).map_err(|e| Error::Device(format!("report: {e}")))? + "\n"
+        serde_json::to_string_pretty(&report).map_err(|e| Error::device(format!("report: {e}")))? + "\n"
     } else {
         report.to_string()
     };

@@ -87,10 +87,10 @@ fn merge_place(
         // A folder without any adapter is told as such; one without a text encoder's is none of ours.
         if place.is_empty() && path.join(FULL_UNET).is_file() {
             return Err(Error::config(format!(
-                "{}: a fully fine-tuned UNet is no adapter to merge\nhint: `hra export --model DIR --adapter A=0.8 --adapter \
-                 B=0.6 --to merged`",
+                "{}: a fully fine-tuned UNet is no adapter to merge",
                 path.display()
-            )));
+            ))
+            .with_hint("`hra export --model DIR --adapter A=0.8 --adapter B=0.6 --to merged`"));
         }
         if place.is_empty() || folder.join(peft::CONFIG_FILE).is_file() {
             let file = AdapterFile::read(&folder)?;

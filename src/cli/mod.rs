@@ -101,8 +101,9 @@ fn adapter_with_strength(text: &str) -> Result<(std::path::PathBuf, f64)> {
         Some((dir, strength)) if !is_folder(text) => match strength.parse::<f64>() {
             Ok(number) if number.is_finite() => Ok((dir.into(), number)),
             _ if is_folder(dir) => Err(Error::config(format!(
-                "--adapter: expected a number for the strength, found `{strength}`\nhint: --adapter DIR=0.8"
-            ))),
+                "--adapter: expected a number for the strength, found `{strength}`"
+            ))
+            .with_hint("--adapter DIR=0.8")),
             _ => Ok((text.into(), 1.0)),
         },
         _ => Ok((text.into(), 1.0)),

@@ -28,10 +28,11 @@ impl Output<'_> {
             let pictures = pictures.map(|(prompt, picture)| self.file(prompt, picture, *base));
             for path in pictures.chain([self.dir.join("grid.png")]) {
                 if path.canonicalize().is_ok_and(|path| read.contains(&path)) {
-                    return Err(Error::Run(format!(
-                        "{}: a picture of this name would be written over one that is read\nhint: give another --output",
+                    return Err(Error::run(format!(
+                        "{}: a picture of this name would be written over one that is read",
                         path.display()
-                    )));
+                    ))
+                    .with_hint("give another --output"));
                 }
                 // `hra prepare` names the software too, but no seed.
                 let drawn = |text: Vec<(String, String)>| {
@@ -39,10 +40,11 @@ impl Output<'_> {
                 };
                 let ours = || png::read_png_text(&path).is_ok_and(drawn);
                 if path.exists() && !ours() {
-                    return Err(Error::Run(format!(
-                        "{}: a file that hra did not draw is in the way\nhint: give another --output",
+                    return Err(Error::run(format!(
+                        "{}: a file that hra did not draw is in the way",
                         path.display()
-                    )));
+                    ))
+                    .with_hint("give another --output"));
                 }
             }
         }

@@ -384,9 +384,8 @@ fn prompts(args: &SampleArgs, pairs: Option<&PairsFlags>) -> Result<Vec<String>>
         return Err(Error::config("prompt: expected text, found a NUL character in it"));
     }
     if prompts.is_empty() {
-        return Err(Error::config(
-            "expected a prompt, found none\nhint: give --prompt TEXT or --prompt-file FILE",
-        ));
+        return Err(Error::config("expected a prompt, found none")
+            .with_hint("give --prompt TEXT or --prompt-file FILE"));
     }
     Ok(prompts)
 }

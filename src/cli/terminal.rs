@@ -40,14 +40,14 @@ pub fn listen() -> Result<()> {
         }
         eprintln!("\nstopping at the next safe point (press Ctrl-C again to end at once)");
     })
-    .map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))
+    .map_err(|e| Error::device(format!("cannot listen for Ctrl-C: {e}")))
 }
 
 /// As [`listen`], in a process that another of ours started: a second signal, which whoever manages the group may send beside
 /// the parent's, does not end it before it has saved.
 pub fn listen_in_child() -> Result<()> {
     ctrlc::set_handler(|| REQUESTED.store(true, Ordering::SeqCst))
-        .map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))
+        .map_err(|e| Error::device(format!("cannot listen for signals: {e}")))
 }
 
 impl Observer for Terminal {

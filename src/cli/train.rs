@@ -66,11 +66,11 @@ pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
     let files: Vec<&Path> = args.config.iter().map(PathBuf::as_path).collect();
     let resume: Option<Resume> = args.resume.as_deref().map(str::parse).transpose()?;
     if let Some(missing) = files.iter().find(|path| !path.exists()) {
-        return Err(Error::config(format!(
-            "cannot read {}: No such file or directory\nhint: words without a flag are config files; put a text of several words between quotes, and \
-             write --switch=false",
-            missing.display()
-        )));
+        return Err(Error::config(format!("cannot read {}: No such file or directory", missing.display()))
+            .with_hint(
+                "words without a flag are config files; put a text of several words between quotes, and write \
+                 --switch=false",
+            ));
     }
     if files.len() > 1 {
         let names: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();

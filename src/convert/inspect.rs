@@ -5,7 +5,7 @@ use crate::adapter::peft::{self, AdapterFile};
 use crate::adapter::{Adapter, Form};
 use crate::attach::loaded::{self, FULL_UNET, LoadedAdapter, TEXT_ENCODER};
 use crate::diffusion::stable_diffusion::StableDiffusion;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::model::control::{CONTROL_ENCODER, EncoderConfig, FILE_STEM, encoder_of};
 use crate::model::layers::Layers;
 use crate::platform::files;
@@ -115,7 +115,7 @@ fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<FileRe
     let file = match AdapterFile::read(dir) {
         Ok(file) => file,
         // What makes it unusable is just what was asked for.
-        Err(problem @ (Error::Weights { .. } | Error::Format { .. })) => {
+        Err(problem) if matches!(problem.kind, ErrorKind::Weights { .. } | ErrorKind::Format { .. }) => {
             report.odd.push(format!("cannot be used: {problem}"));
             return Ok(report);
         }
@@ -166,7 +166,7 @@ fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<FileRep
     let mut report = tensors("LoRA file", path)?;
     let file = match LoraFile::read(path) {
         Ok(file) => file,
-        Err(problem @ (Error::Weights { .. } | Error::Format { .. })) => {
+        Err(problem) if matches!(problem.kind, ErrorKind::Weights { .. } | ErrorKind::Format { .. }) => {
             report.odd.push(format!("cannot be used: {problem}"));
             return Ok(report);
         }

@@ -160,7 +160,7 @@ impl<'a> Model<'a> {
                 format!("`{key}`: expected floating point, found {}", tensors.dtype(name))
             }));
             if !problems.is_empty() {
-                return Err(Error::Weights { path: tensors.place().to_path_buf(), problems });
+                return Err(Error::weights(tensors.place(), problems));
             }
         }
         model.check_replaced()?;
@@ -186,7 +186,7 @@ impl<'a> Model<'a> {
         if problems.is_empty() {
             return Ok(());
         }
-        Err(Error::Weights { path: self.source.path().to_path_buf(), problems })
+        Err(Error::weights(self.source.path(), problems))
     }
 
     fn part(&self, part: Part) -> &Tensors {
@@ -224,10 +224,11 @@ impl<'a> Model<'a> {
         let converted = tensor.f_to_kind(kind)?.f_reshape(&shape[..])?;
         let overflows = || !host::all_finite(&converted) && host::all_finite(&tensor);
         if kind == Kind::Half && tensor.kind() != kind && overflows() {
-            return Err(Error::NotFinite(format!(
-                "{}: `{name}` has values that f16 cannot hold\nhint: write f32 or bf16",
+            return Err(Error::not_finite(format!(
+                "{}: `{name}` has values that f16 cannot hold",
                 part.folder()
-            )));
+            ))
+            .with_hint("write f32 or bf16"));
         }
         Ok(converted)
     }
@@ -289,10 +290,8 @@ fn add_last_block(recipes: &mut BTreeMap<String, Recipe>) {
 fn refuse_existing(path: &Path) -> Result<()> {
     match files::kind(path) {
         None => Ok(()),
-        Some(_) => Err(Error::format(
-            path,
-            "is there already and is not overwritten\nhint: give another name, or remove it",
-        )),
+        Some(_) => Err(Error::format(path, "is there already and is not overwritten")
+            .with_hint("give another name, or remove it")),
     }
 }
 

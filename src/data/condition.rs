@@ -7,7 +7,7 @@ use crate::data::image::landmarks::{self, Point};
 use crate::data::image::palette::{LabelMap, MapFile, Palette};
 use crate::data::image::{Filter, RgbImage, load_rgb, resize, resize_nearest};
 use crate::data::pair_settings::{ConditionKind, PairSettings};
-use crate::data::{load_unchanged, load_usable, reason, unchanged};
+use crate::data::{load_unchanged, load_usable, unchanged};
 use crate::platform::observer::Observer;
 use crate::{Error, Result};
 
@@ -109,7 +109,7 @@ impl Conditions {
             Some(path) => path,
         };
         if self.kind == ConditionKind::Landmarks && is_point_file(&path) {
-            let points = landmarks::read_points(&path).map_err(reason)?;
+            let points = landmarks::read_points(&path).map_err(|e| e.reason())?;
             if points.is_empty() {
                 return Err("expected points, found none".into());
             }
@@ -122,10 +122,10 @@ impl Conditions {
             }
             return Ok(ConditionSource::Points { path, points });
         }
-        let is_map =
-            self.palette.is_some() && !matches!(MapFile::read(&path).map_err(reason)?, MapFile::Colours(_));
+        let is_map = self.palette.is_some()
+            && !matches!(MapFile::read(&path).map_err(|e| e.reason())?, MapFile::Colours(_));
         let (width, height) = if is_map {
-            self.coloured(&path).map_err(reason)?.dimensions()
+            self.coloured(&path).map_err(|e| e.reason())?.dimensions()
         } else {
             load_usable(&path)?.pixels.dimensions()
         };
@@ -200,10 +200,8 @@ impl ConditionFiles {
     pub fn load(&self, path: &Path, observer: &dyn Observer) -> Result<RgbImage> {
         let own = &self.conditions;
         if is_point_file(path) {
-            return Err(Error::format(
-                path,
-                "expected a picture, found a file of points\nhint: `hra prepare landmarks` draws them for the pictures they belong to",
-            ));
+            return Err(Error::format(path, "expected a picture, found a file of points")
+                .with_hint("`hra prepare landmarks` draws them for the pictures they belong to"));
         }
         if own.palette.is_some() && !matches!(MapFile::read(path)?, MapFile::Colours(_)) {
             return own.coloured(path);

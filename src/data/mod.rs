@@ -109,7 +109,7 @@ pub struct ImageFolder {
 impl ImageFolder {
     /// Looks at every entry of `dir` and decodes every image once, which is the only way to know that it is whole.
     ///
-    /// An [`Error::Data`] with the reasons if not one image can be used.
+    /// An [`ErrorKind::Data`] with the reasons if not one image can be used.
     pub fn scan(dir: &Path) -> Result<Self> {
         let mut folder =
             Self { dir: dir.into(), images: Vec::new(), skipped: Vec::new(), resized: Cache::default() };
@@ -163,7 +163,7 @@ impl ImageFolder {
             rows.push(vec![image.name.clone(), "used".into(), format!("{size} {}{notes}", image.format)]);
         }
         for Skipped { name, reason } in &self.skipped {
-            rows.push(vec![name.clone(), "skipped".into(), one_line(reason)]);
+            rows.push(vec![name.clone(), "skipped".into(), reason.clone()]);
         }
         columns::lines(&[left(0).after(2); 3], &rows).iter().for_each(|line| text += &format!("\n{line}"));
         text
@@ -213,13 +213,14 @@ impl ImageFolder {
             text += ": the folder is empty";
         }
         for Skipped { name, reason } in self.skipped.iter().take(MAX_REASONS) {
-            let _ = write!(text, "\n  {name}: {}", one_line(reason));
+            let _ = write!(text, "\n  {name}: {reason}");
         }
         if self.skipped.len() > MAX_REASONS {
             let _ = write!(text, "\n  and {} more", self.skipped.len() - MAX_REASONS);
         }
-        text += "\nhint: put PNG, JPEG, WebP, BMP or TIFF images straight into this folder (sub-folders are not read)";
-        Error::Data(text)
+        let hint =
+            "put PNG, JPEG, WebP, BMP or TIFF images straight into this folder (sub-folders are not read)";
+        Error::data(text).with_hint(hint)
     }
 }
 
@@ -255,7 +256,7 @@ fn look(name: &str, entry: &files::DirEntry) -> std::result::Result<(Image, [u8;
 
 /// The picture of a file, or why it cannot be trained on.
 fn load_usable(path: &Path) -> std::result::Result<DecodedPicture, String> {
-    let bytes = files::read(path, MAX_FILE_BYTES).map_err(reason)?;
+    let bytes = files::read(path, MAX_FILE_BYTES).map_err(|e| e.reason())?;
     let picture = decode::decode(&bytes)?;
     let (width, height) = picture.pixels.dimensions();
     no_strip((width, height))?;
@@ -292,18 +293,4 @@ fn unchanged(path: &Path, now: &RgbImage, (width, height): (u32, u32)) -> Result
 /// How many squares of `resolution` pixels lie in a picture of this size.
 fn windows((width, height): (u32, u32), resolution: u32) -> u64 {
     u64::from(width - resolution + 1) * u64::from(height - resolution + 1)
-}
-
-/// What is wrong with a file, without its name.
-fn reason(error: Error) -> String {
-    match error {
-        Error::Io { action, source, .. } => format!("cannot {action}: {source}"),
-        Error::Format { problem, .. } => problem,
-        other => other.to_string(),
-    }
-}
-
-/// A reason with its hint on one line of a table.
-fn one_line(reason: &str) -> String {
-    reason.replace("\nhint: ", "; ")
 }

@@ -20,7 +20,7 @@ use crate::data::image::resize::{center_offset, covering_size, short_side_size};
 use crate::data::image::{Filter, RgbImage, crop, landmarks, resize};
 pub use crate::data::pair_settings::{ConditionKind, PairSettings};
 use crate::data::table::{self, Row, TableEntry};
-use crate::data::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, one_line, windows};
+use crate::data::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, windows};
 use crate::platform::observer::{Counter, Observer};
 use crate::{Error, Result};
 
@@ -70,8 +70,8 @@ impl PairFolder {
     /// Reads the table of the folder at `path`, or the table at `path`, and decodes every file that it names, which is the
     /// only way to know that it is whole.
     ///
-    /// An [`Error::Data`] with the reasons if not one pair can be used, an [`Error::Format`] if the table cannot be read, an
-    /// [`Error::Config`] for settings that contradict each other.
+    /// An [`ErrorKind::Data`] with the reasons if not one pair can be used, an [`ErrorKind::Format`] if the table cannot be read, an
+    /// [`ErrorKind::Config`] for settings that contradict each other.
     pub fn read(path: &Path, settings: &PairSettings, observer: &dyn Observer) -> Result<Self> {
         let conditions = Conditions::new(settings)?;
         let table = table::read(path, settings)?;
@@ -233,7 +233,7 @@ impl PairFolder {
     fn reasons(&self, word: &str) -> String {
         let mut text = String::new();
         for Skipped { name, reason } in self.bad.iter().take(MAX_REASONS) {
-            let _ = write!(text, "\n  {word}{name}: {}", one_line(reason));
+            let _ = write!(text, "\n  {word}{name}: {reason}");
         }
         if self.bad.len() > MAX_REASONS {
             let _ = write!(text, "\n  and {} more", self.bad.len() - MAX_REASONS);
@@ -243,7 +243,7 @@ impl PairFolder {
 
     fn nothing_to_use(&self) -> Error {
         let text = format!("{}: no pair that can be used{}", self.path.display(), self.reasons(""));
-        Error::Data(text + "\nhint: paths in a table are relative to the folder it lies in")
+        Error::data(text).with_hint("paths in a table are relative to the folder it lies in")
     }
 }
 

@@ -101,17 +101,19 @@ fn has_ending(path: &Path, ending: &str) -> bool {
 
 /// The table that `path` is or that lies in it.
 fn find(path: &Path) -> Result<PathBuf> {
-    const FORMS: &str = "metadata.jsonl or metadata.csv with file_name, text and conditioning_image, or give a .jsonl, .json or .csv file";
+    const FORMS: &str = "metadata.jsonl or metadata.csv with file_name, text and conditioning_image, or give a \
+                         .jsonl, .json or .csv file";
     match files::kind(path) {
         Some(Kind::File) if ["jsonl", "json", "csv"].iter().any(|e| has_ending(path, e)) => Ok(path.into()),
         Some(Kind::File | Kind::Other) => Err(Error::format(
             path,
             "expected a folder of pairs, or their table as a .jsonl, .json or .csv file, found another kind of file",
         )),
-        None => Err(Error::Data(format!(
-            "expected a folder of pairs or their table, found nothing at {}\nhint: paths are relative to the folder in which hra is started",
+        None => Err(Error::data(format!(
+            "expected a folder of pairs or their table, found nothing at {}",
             path.display()
-        ))),
+        ))
+        .with_hint("paths are relative to the folder in which hra is started")),
         Some(Kind::Folder) => {
             let found: Vec<PathBuf> =
                 NAMES.iter().map(|name| path.join(name)).filter(|file| file.is_file()).collect();
@@ -125,17 +127,15 @@ fn find(path: &Path) -> Result<PathBuf> {
                     let hint = match deeper {
                         Some(entry) => format!("its folder {} has one: give that", entry.path.display()),
                         None if parquet => {
-                            "metadata.parquet cannot be read: write it as metadata.jsonl (pandas: to_json with orient=\"records\", lines=True)".into()
+                            "metadata.parquet cannot be read: write it as metadata.jsonl (pandas: to_json with \
+                             orient=\"records\", lines=True)".into()
                         }
                         None => format!("put {FORMS}"),
                     };
-                    let problem = format!("expected a table of pairs, found none\nhint: {hint}");
-                    Err(Error::format(path, problem))
+                    Err(Error::format(path, "expected a table of pairs, found none").with_hint(hint))
                 }
-                _ => Err(Error::format(
-                    path,
-                    "expected one table, found metadata.jsonl and metadata.csv\nhint: give the path of one of them",
-                )),
+                _ => Err(Error::format(path, "expected one table, found metadata.jsonl and metadata.csv")
+                    .with_hint("give the path of one of them")),
             }
         }
     }

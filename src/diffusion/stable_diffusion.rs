@@ -182,12 +182,9 @@ impl StableDiffusion {
         }
         Err(Error::format(
             &self.dir,
-            format!(
-                "expected a model that draws from text alone, found one for inpainting (its UNet has {} input channels)\n\
-                 hint: train and compare on the plain model; this one draws with `hra sample --image FILE --mask FILE`",
-                self.unet.in_channels()
-            ),
-        ))
+            format!("expected a model that draws from text alone, found one for inpainting (its UNet has {} input \
+                     channels)", self.unet.in_channels()),
+        ).with_hint("train and compare on the plain model; this one draws with `hra sample --image FILE --mask FILE`"))
     }
 
     fn check_fit(&self) -> Result<()> {
@@ -240,6 +237,7 @@ fn other_prediction(source: &Source, scheduler: &SchedulerConfig) -> Result<Opti
     let Some(said) = source.metadata("modelspec.prediction_type") else { return Ok(None) };
     let velocity = said.to_lowercase().starts_with('v');
     Ok((velocity != (scheduler.prediction()? == Prediction::Velocity)).then(|| {
-        format!("the checkpoint says that it predicts `{said}`, but its scheduler_config.json says otherwise, and is followed")
+        format!("the checkpoint says that it predicts `{said}`, but its scheduler_config.json says otherwise, and is \
+                 followed")
     }))
 }

@@ -9,6 +9,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use crate::Error;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use serde::Serialize;
 
@@ -73,19 +74,23 @@ fn library_in_maps(maps: &str, prefix: &str) -> Option<PathBuf> {
     })
 }
 
-/// Why CUDA cannot be used, and what to do about it (a sentence and a hint line), or `None` where it can.
-pub fn unusable() -> Option<String> {
-    let needs =
-        "hint: run `make setup` on a machine with an NVIDIA driver; `hra doctor` shows what is missing";
+/// Why CUDA cannot be used, with what to do about it as hint, or `None` where it can.
+pub fn unusable() -> Option<Error> {
+    let needs = "run `make setup` on a machine with an NVIDIA driver; `hra doctor` shows what is missing";
     match load_cuda() {
-        CudaState::Absent { folder } => Some(format!(
-            "there is no libtorch_cuda.so in {}: this libtorch is for CPUs only\nhint: run `make setup` without \
-             LIBTORCH, or set LIBTORCH to a libtorch with CUDA and build again",
-            folder.display()
-        )),
+        CudaState::Absent { folder } => Some(
+            Error::device(format!(
+                "there is no libtorch_cuda.so in {}: this libtorch is for CPUs only",
+                folder.display()
+            ))
+            .with_hint(
+                "run `make setup` without LIBTORCH, or set LIBTORCH to a libtorch with CUDA and build again",
+            ),
+        ),
         CudaState::Refused { message, .. } => {
             let driver = if driver_version().is_none() { "; there is no NVIDIA driver either" } else { "" };
-            Some(format!("libtorch_cuda.so could not be loaded: {message}{driver}\n{needs}"))
+            let why = format!("libtorch_cuda.so could not be loaded: {message}{driver}");
+            Some(Error::device(why).with_hint(needs))
         }
         CudaState::Loaded { .. } if tch::Cuda::is_available() => None,
         CudaState::Loaded { .. } => {
@@ -101,7 +106,7 @@ pub fn unusable() -> Option<String> {
                     (format!("NVIDIA's driver{version} gives no device: {said}"), hint.to_string())
                 }
             };
-            Some(format!("{found}\nhint: {hint}; `hra doctor` shows more"))
+            Some(Error::device(found).with_hint(format!("{hint}; `hra doctor` shows more")))
         }
     }
 }

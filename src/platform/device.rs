@@ -153,7 +153,7 @@ pub struct Compute {
 /// Turns a choice into a device that works. Without a precision it is f32, as in accelerate.
 ///
 /// # Errors
-/// [`Error::Device`] when CUDA is asked for and cannot be used, or has no device of that number; the message says which
+/// [`ErrorKind::Device`] when CUDA is asked for and cannot be used, or has no device of that number; the message says which
 /// library or driver is missing.
 pub fn resolve(choice: DeviceChoice, precision: Option<Precision>) -> Result<Compute> {
     let available = match choice {
@@ -178,17 +178,18 @@ pub fn resolve(choice: DeviceChoice, precision: Option<Precision>) -> Result<Com
 fn choose(
     choice: DeviceChoice,
     precision: Precision,
-    available: std::result::Result<i64, String>,
+    available: Result<i64>,
     keep_half: bool,
 ) -> Result<Compute> {
     let device = match (choice, available) {
         (DeviceChoice::Cuda(_), Err(why)) => {
-            return Err(Error::Device(format!("device {choice} was asked for, but {why}")));
+            let problem = format!("device {choice} was asked for, but {}", why.kind);
+            return Err(Error::device(problem).with_hints(why.hints()));
         }
         (DeviceChoice::Cuda(index), Ok(count)) if index as i64 >= count => {
             let found =
                 if count == 1 { "only cuda:0".into() } else { format!("cuda:0 to cuda:{}", count - 1) };
-            return Err(Error::Device(format!("device {choice} was asked for, but there is {found}")));
+            return Err(Error::device(format!("device {choice} was asked for, but there is {found}")));
         }
         (DeviceChoice::Cuda(index), Ok(_)) => Device::Cuda(index),
         (DeviceChoice::Auto, Ok(count)) if count > 0 => Device::Cuda(0),
@@ -258,7 +259,7 @@ const ONE_THREAD_BELOW: usize = 4_000_000;
 /// OMP_NUM_THREADS, or to libtorch, which takes the number of cores, except for very small networks.
 ///
 /// # Errors
-/// [`Error::Config`] for a number below 1.
+/// [`ErrorKind::Config`] for a number below 1.
 pub fn set_threads(threads: Option<i32>, values: usize) -> Result<()> {
     let small = values < ONE_THREAD_BELOW && std::env::var_os("OMP_NUM_THREADS").is_none();
     match threads {
@@ -351,8 +352,8 @@ mod tests {
         assert_eq!(message, "precision: expected f32 (fp32, no), bf16 or f16 (fp16), found `fp8`");
     }
 
-    fn why() -> std::result::Result<i64, String> {
-        Err("there is no driver\nhint: install one".to_string())
+    fn why() -> Result<i64> {
+        Err(Error::device("there is no driver").with_hint("install one"))
     }
 
     #[test]

@@ -8,12 +8,12 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// How the names of unfinished files and folders start; what is left under such a name after a crash may be deleted.
 pub const LEFTOVER_PREFIX: &str = ".tmp-";
@@ -53,7 +53,7 @@ pub fn kind(path: &Path) -> Option<Kind> {
     }
 }
 
-/// The whole file as text; an [`Error::Format`] if it is not UTF-8, or larger than any config or vocabulary.
+/// The whole file as text; an [`ErrorKind::Format`] if it is not UTF-8, or larger than any config or vocabulary.
 pub fn read_to_string(path: &Path) -> Result<String> {
     String::from_utf8(read(path, MAX_TEXT)?).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
@@ -132,7 +132,7 @@ pub fn refuse_existing(path: &Path) -> Result<()> {
     match kind(path) {
         None => Ok(()),
         Some(_) => {
-            Err(Error::Run(format!("{} is there already\nhint: give another --output", path.display())))
+            Err(Error::run(format!("{} is there already", path.display())).with_hint("give another --output"))
         }
     }
 }
@@ -169,7 +169,7 @@ pub fn remove_leftovers(path: &Path) -> Result<()> {
 /// Removes a folder with all that is in it; fine if it is not there.
 pub fn remove_dir_all(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("remove", path, e)),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
         _ => Ok(()),
     }
 }
@@ -177,7 +177,7 @@ pub fn remove_dir_all(path: &Path) -> Result<()> {
 /// Removes a file; fine if it is not there.
 pub fn remove_file(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("remove", path, e)),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
         _ => Ok(()),
     }
 }
@@ -219,7 +219,7 @@ pub fn stage_dir<T>(path: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Resul
             fs::rename(&scratch.path, path)?;
             scratch.keep();
         } else if !fs::symlink_metadata(path)?.is_dir() {
-            return Err(io::Error::new(ErrorKind::NotADirectory, "a file is in its place"));
+            return Err(io::Error::new(io::ErrorKind::NotADirectory, "a file is in its place"));
         } else if let Err(e) = exchange(&scratch.path, path) {
             if !matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL)) {
                 return Err(e);
@@ -267,7 +267,7 @@ impl Scratch {
     fn beside<T>(target: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(Self, T)> {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         if target.file_name().is_none() {
-            return Err(io::Error::new(ErrorKind::InvalidInput, "the path ends in no name"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path ends in no name"));
         }
         let parent = parent_of(target)?;
         loop {
@@ -275,7 +275,7 @@ impl Scratch {
             let path = parent.join(format!("{LEFTOVER_PREFIX}{}-{n}", std::process::id()));
             match make(&path) {
                 Ok(made) => return Ok((Self { path, kept: false }, made)),
-                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(e) => return Err(e),
             }
         }
@@ -300,7 +300,7 @@ fn parent_of(path: &Path) -> io::Result<&Path> {
     match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Ok(Path::new(".")),
         Some(parent) => Ok(parent),
-        None => Err(io::Error::new(ErrorKind::InvalidInput, "the path has no parent folder")),
+        None => Err(io::Error::new(io::ErrorKind::InvalidInput, "the path has no parent folder")),
     }
 }
 
@@ -308,7 +308,7 @@ fn parent_of(path: &Path) -> io::Result<&Path> {
 fn sync_folder(path: &Path) -> io::Result<()> {
     match File::open(path).and_then(|f| f.sync_all()) {
         // Some network file systems cannot flush a folder.
-        Err(e) if matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Ok(()),
+        Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
         other => other,
     }
 }
@@ -326,18 +326,14 @@ fn sync_tree(path: &Path) -> io::Result<()> {
 }
 
 /// The same error about `shown` where it is about `hidden`.
-fn told_with(error: Error, hidden: &Path, shown: &Path) -> Error {
-    let rename = |path: PathBuf| match path.strip_prefix(hidden) {
-        Ok(rest) if rest.as_os_str().is_empty() => shown.to_path_buf(),
-        Ok(rest) => shown.join(rest),
-        Err(_) => path,
-    };
-    match error {
-        Error::Io { action, path, source } => Error::Io { action, path: rename(path), source },
-        Error::Format { path, problem } => Error::Format { path: rename(path), problem },
-        Error::Weights { path, problems } => Error::Weights { path: rename(path), problems },
-        other => other,
+fn told_with(mut error: Error, hidden: &Path, shown: &Path) -> Error {
+    if let ErrorKind::Io { path, .. } | ErrorKind::Format { path, .. } | ErrorKind::Weights { path, .. } =
+        &mut error.kind
+        && let Ok(rest) = path.strip_prefix(hidden)
+    {
+        *path = if rest.as_os_str().is_empty() { shown.to_path_buf() } else { shown.join(rest) };
     }
+    error
 }
 
 /// Bytes as hexadecimal digits.

@@ -59,9 +59,9 @@ impl dyn Observer + '_ {
         self.tell(Event::Warning(text));
     }
 
-    /// An [`Error::Interrupted`] with `message` if the work is to stop.
+    /// An [`ErrorKind::Interrupted`] with `message` if the work is to stop.
     pub fn check(&self, message: impl FnOnce() -> String) -> Result<()> {
-        if self.asks_to_stop() { Err(Error::Interrupted(message())) } else { Ok(()) }
+        if self.asks_to_stop() { Err(Error::interrupted(message())) } else { Ok(()) }
     }
 }
 

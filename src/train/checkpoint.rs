@@ -182,7 +182,7 @@ pub fn save(
     files::stage_dir(&dir, |dir| {
         write_trained(dir, parts, parameters, state)?;
         tensor_file::write(&dir.join(OPTIMIZER_FILE), &moving.tensors(state.step), &[])?;
-        let json = serde_json::to_string_pretty(state).map_err(|e| Error::Run(e.to_string()))?;
+        let json = serde_json::to_string_pretty(state).map_err(|e| Error::run(e.to_string()))?;
         files::write_atomic(&dir.join(STATE_FILE), json.as_bytes())
     })?;
     if let Some(limit) = limit {
@@ -213,7 +213,7 @@ pub fn write_trained(
     if !host::all_finite(parameters.flat()) {
         let broken = parameters.views().iter().find(|(_, tensor)| !host::all_finite(tensor));
         let name = broken.map_or("the adapter", |(name, _)| name);
-        return Err(Error::NotFinite(format!(
+        return Err(Error::not_finite(format!(
             "{name}: the adapter holds numbers that are not finite; it is not saved"
         )));
     }

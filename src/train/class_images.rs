@@ -7,7 +7,7 @@ use crate::data::ImageFolder;
 use crate::data::image::png;
 use crate::diffusion::sample::{Request, SampleSettings, Session};
 use crate::diffusion::stable_diffusion::StableDiffusion;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::model::control::Control;
 use crate::platform::observer::{Counter, Event, Observer};
 use crate::platform::{files, seed};
@@ -90,7 +90,7 @@ impl ClassImages {
         let dir = self.dir.display();
         let Some(manifest) = &self.manifest else { return Ok(format!("class pictures: your own, in {dir}")) };
         files::create_dir_all(&self.dir)?;
-        let json = serde_json::to_string_pretty(manifest).map_err(|e| Error::Data(e.to_string()))?;
+        let json = serde_json::to_string_pretty(manifest).map_err(|e| Error::data(e.to_string()))?;
         files::write_atomic(&self.dir.join(MANIFEST_FILE), json.as_bytes())?;
         let total = config.prior.num_class_images;
         let missing: Vec<usize> = (0..total).filter(|i| !self.file(*i).is_file()).collect();
@@ -125,13 +125,13 @@ impl ClassImages {
             let seeds: Vec<u64> =
                 indices.iter().map(|i| seed::derive(seed, "class image", *i as u64)).collect();
             let drawn = session.draw(&Request::new(&self.settings, &seeds, seeds.len()), observer);
-            let pictures = drawn.map_err(|e| match e {
-                Error::Interrupted(_) => Error::Interrupted(format!(
-                    "stopped after {done} of {} class pictures\nhint: go on with `hra train --resume latest --output_dir {}`",
-                    missing.len(),
-                    files::shell_word(&config.output_dir.to_string_lossy())
-                )),
-                other => other,
+            let pictures = drawn.map_err(|e| match e.kind {
+                ErrorKind::Interrupted(_) => {
+                    let folder = files::shell_word(&config.output_dir.to_string_lossy());
+                    Error::interrupted(format!("stopped after {done} of {} class pictures", missing.len()))
+                        .with_hint(format!("go on with `hra train --resume latest --output_dir {folder}`"))
+                }
+                _ => e,
             })?;
             for ((index, seed), picture) in indices.iter().zip(&seeds).zip(&pictures) {
                 let text = self.settings.to_text(Some(*seed), &name, "");
@@ -170,9 +170,7 @@ fn same_settings(path: &Path, wanted: &Manifest) -> Result<u64> {
     }
     Err(Error::format(
         path,
-        format!(
-            "the class pictures there were made from other settings\n{}\nhint: give another --class_data_dir, or remove this folder",
-            differences.join("\n")
-        ),
-    ))
+        format!("the class pictures there were made from other settings\n{}", differences.join("\n")),
+    )
+    .with_hint("give another --class_data_dir, or remove this folder"))
 }

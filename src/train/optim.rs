@@ -216,7 +216,7 @@ impl LearningRate {
 /// Moves a saved moment or average back, which must have the size of `like`.
 pub fn restore(saved: Tensor, like: &Tensor, what: &str, device: Device) -> Result<Tensor> {
     if saved.size() != like.size() {
-        return Err(Error::Run(format!(
+        return Err(Error::run(format!(
             "{what}: expected {:?} values, found {:?}",
             like.size(),
             saved.size()

@@ -30,11 +30,12 @@ impl Pictures {
             return PairFolder::read(path, &config.data.pair_settings(), observer).map(Self::Pairs);
         }
         if !path.is_dir() {
-            return Err(Error::Data(format!(
-                "{setting}: expected a folder of pictures, found {} at {}\nhint: paths are relative to the folder in which hra is started",
+            return Err(Error::data(format!(
+                "{setting}: expected a folder of pictures, found {} at {}",
                 if path.exists() { "a file" } else { "nothing" },
                 path.display()
-            )));
+            ))
+            .with_hint("paths are relative to the folder in which hra is started"));
         }
         ImageFolder::scan(path).map(Self::Folder)
     }

@@ -252,7 +252,7 @@ impl TrainedNetworks {
 fn check_base(config: &TrainConfig, checkpoint: Option<&Loaded>, fingerprint: &str) -> Result<()> {
     match checkpoint.filter(|loaded| loaded.state.base_fingerprint != fingerprint) {
         None => Ok(()),
-        Some(loaded) => Err(Error::Run(format!(
+        Some(loaded) => Err(Error::run(format!(
             "{}: the base model's weights are not those that this run began with (step {})",
             config.model.pretrained_model_name_or_path.display(),
             loaded.state.step

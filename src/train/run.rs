@@ -28,22 +28,18 @@ impl RunFolder {
     /// Refuses a folder that holds anything, so that no run is overwritten. Makes nothing.
     pub fn check_new(path: &Path) -> Result<()> {
         if path.join(CONFIG_FILE).is_file() {
-            return Err(Error::Run(format!(
-                "{} holds a run already\nhint: go on with `--resume latest`, or give another --output_dir",
-                path.display()
-            )));
+            return Err(Error::run(format!("{} holds a run already", path.display()))
+                .with_hint("go on with `--resume latest`, or give another --output_dir"));
         }
         if path.exists() && !path.is_dir() {
-            return Err(Error::Run(format!(
+            return Err(Error::run(format!(
                 "{}: expected a folder for the run, found a file",
                 path.display()
             )));
         }
         if path.is_dir() && files::list_dir(path)?.iter().any(is_somebodys) {
-            return Err(Error::Run(format!(
-                "{} is not empty\nhint: give another --output_dir; a run writes only into its own folder",
-                path.display()
-            )));
+            return Err(Error::run(format!("{} is not empty", path.display()))
+                .with_hint("give another --output_dir; a run writes only into its own folder"));
         }
         Ok(())
     }
@@ -75,10 +71,8 @@ impl RunFolder {
         if path.join(CONFIG_FILE).is_file() {
             return Ok(());
         }
-        Err(Error::Run(format!(
-            "{}: expected a run to resume, found no {CONFIG_FILE}\nhint: leave --resume away to start a run there",
-            path.display()
-        )))
+        Err(Error::run(format!("{}: expected a run to resume, found no {CONFIG_FILE}", path.display()))
+            .with_hint("leave --resume away to start a run there"))
     }
 
     fn write_config(&self, config: &str) -> Result<()> {
@@ -96,7 +90,7 @@ impl RunFolder {
         match file.try_lock() {
             Ok(()) => Ok(Self { path: path.to_path_buf(), _lock: file }),
             Err(std::fs::TryLockError::WouldBlock) => {
-                Err(Error::Run(format!("{}: another process is training in this folder", path.display())))
+                Err(Error::run(format!("{}: another process is training in this folder", path.display())))
             }
             Err(std::fs::TryLockError::Error(e)) => Err(Error::io("lock", &lock, e)),
         }
@@ -212,7 +206,7 @@ impl Metrics {
 
     /// Appends one record; gives it as it was written.
     pub fn write(&mut self, record: &Record) -> Result<serde_json::Value> {
-        let value = serde_json::to_value(record).map_err(|e| Error::Run(e.to_string()))?;
+        let value = serde_json::to_value(record).map_err(|e| Error::run(e.to_string()))?;
         // One write for the whole line: a reader never sees half of it.
         self.file
             .write_all(format!("{value}\n").as_bytes())

@@ -118,14 +118,14 @@ pub(super) fn find_checkpoint(
         },
         Resume::Step(step) if steps.contains(step) => *step,
         Resume::Step(step) => {
-            return Err(Error::Run(format!(
+            return Err(Error::run(format!(
                 "{}: expected a checkpoint of step {step}, found {steps:?}",
                 run.display()
             )));
         }
     };
     if config.schedule.max_train_steps < step {
-        return Err(Error::Run(format!(
+        return Err(Error::run(format!(
             "max_train_steps: {} has taken {step} steps already, asked for are {}",
             run.display(),
             config.schedule.max_train_steps

@@ -24,7 +24,7 @@ impl EventWriter {
     /// `purge_step` of PyTorch's SummaryWriter).
     ///
     /// # Errors
-    /// [`Error::Io`] when the folder or the file cannot be made or written.
+    /// [`ErrorKind::Io`] when the folder or the file cannot be made or written.
     pub fn create(dir: &Path, start_step: i64) -> Result<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         std::fs::create_dir_all(dir).map_err(|e| Error::io("make", dir, e))?;
@@ -46,7 +46,7 @@ impl EventWriter {
     /// Appends one value of the curve `tag`; `wall_time` is in seconds since 1970.
     ///
     /// # Errors
-    /// [`Error::Io`] when the file cannot be written.
+    /// [`ErrorKind::Io`] when the file cannot be written.
     pub fn scalar(&mut self, tag: &str, value: f32, step: i64, wall_time: f64) -> Result<()> {
         self.record(&scalar_event(tag, value, step, wall_time))
     }
@@ -54,7 +54,7 @@ impl EventWriter {
     /// Hands everything so far to the operating system, so that TensorBoard sees it.
     ///
     /// # Errors
-    /// [`Error::Io`] when the file cannot be written.
+    /// [`ErrorKind::Io`] when the file cannot be written.
     pub fn flush(&mut self) -> Result<()> {
         self.file.flush().map_err(|e| Error::io("write", &self.path, e))
     }

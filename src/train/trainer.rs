@@ -1,7 +1,7 @@
 //! The loop: batch, loss, gradient, step, record, save.
 
 use crate::attach::{self, Movement};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::platform::device::{self, PeakMemory};
 use crate::platform::files;
 use crate::platform::observer::{Counter, Event, Observer};
@@ -181,7 +181,7 @@ impl<'a> Trainer<'a> {
                 self.observer.say(&format!("previews of step {step}: {}", folder.display()));
                 Ok(())
             }
-            Err(Error::Interrupted(_)) => Err(self.stop(step)),
+            Err(Error { kind: ErrorKind::Interrupted(_), .. }) => Err(self.stop(step)),
             Err(e) => Err(e),
         }
     }
@@ -276,11 +276,11 @@ impl<'a> Trainer<'a> {
         let reading = self.optimisation.totals.read();
         match (reading.not_finite, reading.scale_lost) {
             (Some((step, what)), _) => Err(self.not_finite(step, what)),
-            (None, Some(step)) => Err(Error::NotFinite(format!(
-                "step {step}: gradients overflow in f16 however small the loss is made; {}\nhint: train with --dtype bf16 or f32, or \
-                 a lower --learning_rate",
+            (None, Some(step)) => Err(Error::not_finite(format!(
+                "step {step}: gradients overflow in f16 however small the loss is made; {}",
                 self.last_good()
-            ))),
+            ))
+            .with_hint("train with --dtype bf16 or f32, or a lower --learning_rate")),
             (None, None) => Ok(reading),
         }
     }
@@ -306,19 +306,15 @@ impl<'a> Trainer<'a> {
     fn stop(&mut self, step: i64) -> Error {
         let folder = files::shell_word(&self.run.folder.path().to_string_lossy());
         match self.save(step) {
-            Ok(path) => Error::Interrupted(format!(
-                "stopped after step {step}, saved {}\nhint: go on with `hra train --resume latest --output_dir {folder}`",
-                path.display()
-            )),
+            Ok(path) => Error::interrupted(format!("stopped after step {step}, saved {}", path.display()))
+                .with_hint(format!("go on with `hra train --resume latest --output_dir {folder}`")),
             Err(e) => e,
         }
     }
 
     fn not_finite(&self, step: i64, what: &str) -> Error {
-        Error::NotFinite(format!(
-            "step {step}: {what} is not a finite number; {}\nhint: try a lower --learning_rate, or --dtype f32",
-            self.last_good()
-        ))
+        Error::not_finite(format!("step {step}: {what} is not a finite number; {}", self.last_good()))
+            .with_hint("try a lower --learning_rate, or --dtype f32")
     }
 
     /// Where to go on from after a failure.

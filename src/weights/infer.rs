@@ -175,13 +175,10 @@ fn family(file: &TensorFile) -> Result<ModelFamily> {
         Some(1024) => Ok(ModelFamily::Two),
         found => Err(Error::format(
             file.path(),
-            format!(
-                "expected a UNet that attends to text states of width 768 (Stable Diffusion 1.x) or 1024 (2.x), found {}\n\
-                 hint: for another model give --config DIR (--model-config for training): a folder with unet/config.json, \
-                 vae/config.json, text_encoder/config.json, tokenizer/ and scheduler/",
-                found.map_or("none".to_string(), |width| width.to_string())
-            ),
-        )),
+            format!("expected a UNet that attends to text states of width 768 (Stable Diffusion 1.x) or 1024 (2.x), \
+                     found {}", found.map_or("none".to_string(), |width| width.to_string())),
+        ).with_hint("for another model give --config DIR (--model-config for training): a folder with \
+                     unet/config.json, vae/config.json, text_encoder/config.json, tokenizer/ and scheduler/")),
     }
 }
 

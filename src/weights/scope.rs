@@ -59,7 +59,7 @@ impl Weights {
     pub fn finish(self) -> Result<Vec<String>> {
         let problems = self.problems.into_inner();
         if !problems.is_empty() {
-            return Err(Error::Weights { path: self.tensors.place().to_path_buf(), problems });
+            return Err(Error::weights(self.tensors.place(), problems));
         }
         let used = self.used.into_inner();
         let unused =

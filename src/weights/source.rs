@@ -67,13 +67,11 @@ impl Source {
         }
         if !path.is_file() {
             let found = if path.exists() { "a pipe or device" } else { "nothing" };
-            return Err(Error::format(
-                path,
-                format!(
-                    "expected a Stable Diffusion folder, found {found}\nhint: give a folder with model_index.json, unet/, \
-                     vae/, text_encoder/, tokenizer/ and scheduler/, or a checkpoint file (.safetensors)"
-                ),
-            ));
+            return Err(Error::format(path, format!("expected a Stable Diffusion folder, found {found}"))
+                .with_hint(
+                    "give a folder with model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/, or \
+                     a checkpoint file (.safetensors)",
+                ));
         }
         if let Some(config) = config.filter(|dir| !dir.is_dir()) {
             let found = if config.exists() { "a file" } else { "nothing" };
@@ -117,18 +115,19 @@ impl Source {
             return Ok(());
         }
         let missing = missing.join("/, no ");
-        Err(Error::format(
-            &self.path,
-            match &self.checkpoint {
-                None => format!("expected a Stable Diffusion folder, found no {missing}/"),
-                Some(checkpoint) => format!(
-                    "expected a checkpoint that holds its settings, found no {missing}/\nhint: give --config DIR \
-                     (--model-config for training): a folder with tokenizer/ and scheduler/, such as the JSON and text \
-                     files of {}",
+        Err(match &self.checkpoint {
+            None => {
+                Error::format(&self.path, format!("expected a Stable Diffusion folder, found no {missing}/"))
+            }
+            Some(checkpoint) => {
+                let problem = format!("expected a checkpoint that holds its settings, found no {missing}/");
+                Error::format(&self.path, problem).with_hint(format!(
+                    "give --config DIR (--model-config for training): a folder with tokenizer/ and scheduler/, such as \
+                     the JSON and text files of {}",
                     infer::hub_repository(&checkpoint.file)
-                ),
-            },
-        ))
+                ))
+            }
+        })
     }
 
     /// One of [`TEXT_FILES`], which must be there.
@@ -273,12 +272,12 @@ pub fn refuse_pickle(path: &Path) -> Result<()> {
     }
     Err(Error::format(
         path,
-        "expected a .safetensors file, found PyTorch's pickle format: to load it is to run code that is in it, so it is not \
-         read\nhint: convert it with Python, which loads nothing but tensors here:\n  python -c \"import sys, torch, \
-         safetensors.torch as s; d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); d = \
-         d.get('state_dict', d); s.save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, \
-         sys.argv[2])\" IN.ckpt OUT.safetensors",
-    ))
+        "expected a .safetensors file, found PyTorch's pickle format: to load it is to run code that is in it, so it \
+         is not read",
+    ).with_hint("convert it with Python, which loads nothing but tensors here:\n  python -c \"import sys, torch, \
+                 safetensors.torch as s; d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); d = \
+                 d.get('state_dict', d); s.save_file({k: v.clone().contiguous() for k, v in d.items() if \
+                 torch.is_tensor(v)}, sys.argv[2])\" IN.ckpt OUT.safetensors"))
 }
 
 /// Fails unless the file has keys of all parts; otherwise, which text tower it has.
@@ -298,21 +297,22 @@ fn check_parts(file: &TensorFile) -> Result<LdmTextTower> {
         return Ok(tower);
     }
     let hint = if has("conditioner.embedders.") {
-        "\nhint: this is a checkpoint of another family (Stable Diffusion XL), which is not supported"
+        Some("this is a checkpoint of another family (Stable Diffusion XL), which is not supported")
     } else if names.iter().any(|name| name.contains("lora_") || name.starts_with("base_model.model.")) {
-        "\nhint: this looks like an adapter: give it with --adapter"
+        Some("this looks like an adapter: give it with --adapter")
     } else if has("down_blocks.") || has("encoder.") || has("text_model.") {
-        "\nhint: this looks like one part of a Hugging Face folder: give the folder"
+        Some("this looks like one part of a Hugging Face folder: give the folder")
     } else {
-        ""
+        None
     };
     let missing: Vec<String> = missing.iter().map(|prefix| format!("{prefix}*")).collect();
     Err(Error::format(
         file.path(),
         format!(
-            "expected a Stable Diffusion checkpoint, found no {} but {}{hint}",
+            "expected a Stable Diffusion checkpoint, found no {} but {}",
             missing.join(", no "),
             tensor_file::list(&names)
         ),
-    ))
+    )
+    .with_hints(hint))
 }

@@ -44,12 +44,8 @@ impl TensorFile {
         let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let length = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
         let not_safetensors = |why: String| {
-            Error::format(
-                path,
-                format!(
-                    "expected a safetensors file, found {why}\nhint: is it one, and is the download complete?"
-                ),
-            )
+            Error::format(path, format!("expected a safetensors file, found {why}"))
+                .with_hint("is it one, and is the download complete?")
         };
         let mut size = [0u8; 8];
         file.read_exact(&mut size).map_err(|_| not_safetensors(format!("a file of {length} bytes")))?;
@@ -72,7 +68,8 @@ impl TensorFile {
             if !is_possible(&info.shape) {
                 let dimensions = info.shape.len();
                 let problem = format!(
-                    "tensor `{name}`: expected up to {MAX_DIMENSIONS} dimensions whose product is a 64-bit number, found {dimensions}"
+                    "tensor `{name}`: expected up to {MAX_DIMENSIONS} dimensions whose product is a 64-bit number, \
+                     found {dimensions}"
                 );
                 return Err(Error::format(path, problem));
             }
@@ -290,7 +287,7 @@ fn dtype_of(planned: &PlannedTensor) -> Result<Dtype> {
         Kind::Int64 => Dtype::I64,
         other => {
             let name = &planned.name;
-            return Err(Error::Device(format!("{name}: tensors of kind {other:?} are not written to files")));
+            return Err(Error::device(format!("{name}: tensors of kind {other:?} are not written to files")));
         }
     })
 }

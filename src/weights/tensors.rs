@@ -227,12 +227,11 @@ fn find_files(dir: &Path, stem: &str) -> Result<Vec<PathBuf>> {
     let found: Vec<String> =
         files::list_dir(dir)?.iter().map(|entry| entry.name.to_string_lossy().into_owned()).collect();
     let pickled = found.iter().any(|n| n.ends_with(".bin") || n.ends_with(".ckpt"));
-    let hint = if pickled {
-        "\nhint: only safetensors files are read; convert with Python's `save_pretrained(.., safe_serialization=True)`"
-    } else {
-        ""
-    };
-    Err(Error::format(dir, format!("expected {stem}.safetensors, found {}{hint}", tensor_file::list(&found))))
+    let hint = pickled.then_some(
+        "only safetensors files are read; convert with Python's `save_pretrained(.., safe_serialization=True)`",
+    );
+    Err(Error::format(dir, format!("expected {stem}.safetensors, found {}", tensor_file::list(&found)))
+        .with_hints(hint))
 }
 
 /// The shard files that an index names. A shard is a plain file name: an index must not lead out of its folder.

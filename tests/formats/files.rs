@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use hra::platform::files::{self, Kind, LEFTOVER_PREFIX};
-use hra::{Error, Result};
+use hra::{Error, ErrorKind, Result};
 
 fn names(dir: &Path) -> Vec<String> {
     files::list_dir(dir).unwrap().into_iter().map(|e| e.name.into_string().unwrap()).collect()
@@ -93,7 +93,7 @@ fn a_folder_that_cannot_be_filled_changes_nothing() {
         fs::write(temp.join("new"), "new").unwrap();
         files::read(&temp.join("deep").join("b"), 1).map(|_| ())
     });
-    let Err(Error::Io { path: told, .. }) = failed else { panic!("{failed:?}") };
+    let Err(Error { kind: ErrorKind::Io { path: told, .. }, .. }) = failed else { panic!("{failed:?}") };
     assert_eq!(told, path.join("deep").join("b"), "the error is about the folder that the user knows");
     assert_eq!((names(dir.path()), names(&path)), (vec!["step-100".into()], vec!["old".into()]));
 

@@ -16,7 +16,7 @@ use hra::weights::ldm::TensorForm;
 use hra::weights::part::Part;
 use hra::weights::source::{Source, TEXT_FILES};
 use hra::weights::tensor_file::{self, TensorFile};
-use hra::{Error, StableDiffusion};
+use hra::{ErrorKind, StableDiffusion};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -47,7 +47,7 @@ fn of_shapes(dir: &Path, configs: &[(Part, Value)]) -> PathBuf {
                 continue;
             }
         };
-        let Error::Weights { problems, .. } = missing else { panic!("{missing}") };
+        let ErrorKind::Weights { problems, .. } = missing.kind else { panic!("no error of weights") };
         let names = source.names(part).unwrap();
         for problem in problems {
             let inner = problem.strip_prefix('`').and_then(|p| p.strip_suffix(" is missing")).unwrap();

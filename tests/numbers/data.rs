@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use hra::Error;
 use hra::data::image::tensor::signed;
 use hra::data::image::{Filter, RgbImage, center_crop, resize_short_side, save_png};
 use hra::data::{Crop, ImageFolder, Window};
+use hra::{Error, ErrorKind};
 use proptest::prelude::*;
 
 fn fixture(name: &str) -> PathBuf {
@@ -62,7 +62,7 @@ fn every_entry_is_reported_with_its_reason() {
 fn a_folder_without_images_is_an_error_with_reasons() {
     let dir = tempfile::tempdir().unwrap();
     let scan = |path: &Path| match ImageFolder::scan(path) {
-        Err(Error::Data(told)) => told,
+        Err(e @ Error { kind: ErrorKind::Data(_), .. }) => e.to_string(),
         other => panic!("{other:?}"),
     };
     let told = scan(dir.path());
@@ -74,7 +74,10 @@ fn a_folder_without_images_is_an_error_with_reasons() {
     assert!(told.starts_with(&format!("{}: no image", dir.path().display())), "{told}");
     assert!(told.contains("\n  19.heic: ") && told.contains("found a HEIC image; export"), "{told}");
     assert!(told.contains("\n  and 5 more\nhint: ") && !told.contains("20.heic"), "{told}");
-    assert!(matches!(ImageFolder::scan(&dir.path().join("missing")), Err(Error::Io { .. })));
+    assert!(matches!(
+        ImageFolder::scan(&dir.path().join("missing")),
+        Err(Error { kind: ErrorKind::Io { .. }, .. })
+    ));
 }
 
 #[test]
@@ -125,7 +128,7 @@ fn resized_pictures_are_kept_and_changed_files_noticed() {
     let told = folder.prepare(0, 8, window).unwrap_err().to_string();
     assert!(told.contains("a.png: expected 20x16 pixels as at the start, found 16x20"), "{told}");
     fs::remove_file(&path).unwrap();
-    assert!(matches!(folder.prepare(0, 8, window), Err(Error::Io { .. })));
+    assert!(matches!(folder.prepare(0, 8, window), Err(Error { kind: ErrorKind::Io { .. }, .. })));
 }
 
 /// The bits that numpy's float32 gives for (v / 255 - 0.5) / 0.5.

@@ -5,8 +5,8 @@ use crate::reference::samplers::{config, final_latents, fixture, sample, tensors
 use crate::support::base::pin_threads;
 use crate::support::error::relative_error;
 use diffusers::schedulers::{PredictionType, ddim, pndm};
-use hra::Error;
 use hra::diffusion::sampler::{SamplerKind, SamplerPlan};
+use hra::{Error, ErrorKind};
 use serde_json::{Map, Value, json};
 use tch::Device;
 
@@ -271,10 +271,10 @@ fn errors_stop_the_sampling_and_the_callers_noise_stays() {
             &mut |_| Ok(noise.shallow_clone()),
             &mut |done| {
                 told.push(done);
-                if done == 3 { Err(Error::Interrupted("stopped".into())) } else { Ok(()) }
+                if done == 3 { Err(Error::interrupted("stopped")) } else { Ok(()) }
             },
         );
-        assert!(matches!(result, Err(Error::Interrupted(_))), "{name}");
+        assert!(matches!(result, Err(Error { kind: ErrorKind::Interrupted(_), .. })), "{name}");
         assert_eq!((calls, told), (3, vec![1, 2, 3]), "{name}");
         assert!(noise.equal(&before), "{name} changed the tensor it was given");
     }

@@ -19,7 +19,7 @@ use hra::platform::{random as draws, seed};
 use hra::weights::part::Part;
 use hra::weights::source::Source;
 use hra::weights::tensor_file::{self, TensorFile};
-use hra::{Error, Result};
+use hra::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -210,7 +210,7 @@ fn fill<T>(model: &Path, part: Part, load: impl Fn() -> Result<T>) -> i64 {
     let empty = dir.join(format!("{stem}.safetensors"));
     tensor_file::write(&empty, &[], &[]).unwrap();
     let problems = match load() {
-        Err(Error::Weights { problems, .. }) => problems,
+        Err(Error { kind: ErrorKind::Weights { problems, .. }, .. }) => problems,
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("a network was loaded from an empty file"),
     };

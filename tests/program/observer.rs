@@ -4,13 +4,13 @@
 use crate::support::base::{pin_threads, root};
 use crate::support::process::alone;
 use crate::support::training::tiny_sd;
-use hra::Error;
 use hra::diffusion::sample::{Request, SampleSettings, Session};
 use hra::diffusion::sampler::SamplerKind;
 use hra::diffusion::stable_diffusion::StableDiffusion;
 use hra::platform::observer::{Event, Observer};
 use hra::train::config::TrainConfig;
 use hra::train::{Resume, train};
+use hra::{Error, ErrorKind};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -102,7 +102,7 @@ fn train_and_draw() {
     assert_eq!(heard, "a word\n", "what is written is seen");
     let written = written_by(|| {
         let error = train(config(&run), None, &stopping).map(drop).unwrap_err();
-        assert!(matches!(&error, Error::Interrupted(why) if why.contains("step 2")), "{error}");
+        assert!(matches!(&error.kind, ErrorKind::Interrupted(why) if why.contains("step 2")), "{error}");
         let outcome = train(config(&run), Some(&Resume::Latest), &watching).unwrap();
         assert_eq!(outcome.steps, 4);
         let model = StableDiffusion::load(&tiny_sd(), Kind::Float, Device::Cpu).unwrap();
@@ -114,7 +114,7 @@ fn train_and_draw() {
         let drawn = session.draw(&request, &watching);
         assert_eq!(drawn.unwrap().len(), 1);
         let drawn = session.draw(&request, &stopped);
-        assert!(matches!(drawn.map(drop), Err(Error::Interrupted(_))));
+        assert!(matches!(drawn.map(drop), Err(Error { kind: ErrorKind::Interrupted(_), .. })));
     });
     assert_eq!(written, "", "the library wrote to the terminal");
 

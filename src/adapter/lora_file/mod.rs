@@ -133,7 +133,7 @@ impl LoraFile {
             ));
         }
         if !problems.is_empty() {
-            return Err(Error::Weights { path: path.to_path_buf(), problems });
+            return Err(Error::weights(path, problems));
         }
         unused.sort();
         let mut notes = Vec::new();

@@ -85,7 +85,7 @@ pub fn write(
         }
     }
     if !problems.is_empty() {
-        return Err(Error::Weights { path: path.to_path_buf(), problems });
+        return Err(Error::weights(path, problems));
     }
     let mut text = text.to_vec();
     if style == Style::Kohya {

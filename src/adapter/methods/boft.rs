@@ -141,9 +141,10 @@ impl MethodSettings for BoftConfig {
                 let raw = boft.wide(); // [m, n, b, b]
                 if raw.size()[0] != 1 {
                     return Err(Error::config(format!(
-                        "{name}: expected BOFT adapters of one butterfly factor, found {}\n{ELSEWHERE}",
+                        "{name}: expected BOFT adapters of one butterfly factor, found {}",
                         raw.size()[0]
-                    )));
+                    ))
+                    .with_hint(ELSEWHERE));
                 }
                 factors.push((skew(&raw.squeeze_dim(0)), link.strength));
                 let own = (&boft.scale - 1.0) * link.strength + 1.0;

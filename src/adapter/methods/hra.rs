@@ -120,10 +120,13 @@ impl MethodSettings for HraConfig {
         if self.rank % 2 == 1 && !self.gram_schmidt && !self.allow_odd_rank {
             return Err(Error::config(format!(
                 "rank: expected an even number for HRA, found {r}: reflections cancel in pairs, so {r} of them can \
-                 never start at the base model (det H = -1)\nhint: use rank {} or {}, or --allow-odd-rank",
+                 never start at the base model (det H = -1)",
+                r = self.rank
+            ))
+            .with_hint(format!(
+                "use rank {} or {}, or --allow-odd-rank",
                 (self.rank - 1).max(2),
-                self.rank.saturating_add(1),
-                r = self.rank,
+                self.rank.saturating_add(1)
             )));
         }
         if !(0.0..=f64::from(f32::MAX)).contains(&self.lambda) {
@@ -185,10 +188,10 @@ impl MethodSettings for HraConfig {
             let missing = rank - vectors.size()[1];
             if missing % 2 != 0 {
                 return Err(Error::config(format!(
-                    "{name}: expected an {} number of reflections as in other layers, found the opposite (the sign of the \
-                     determinant); one HRA adapter has one number for all layers\n{ELSEWHERE}",
+                    "{name}: expected an {} number of reflections as in other layers, found the opposite (the sign \
+                     of the determinant); one HRA adapter has one number for all layers",
                     if parity == 0 { "even" } else { "odd" }
-                )));
+                )).with_hint(ELSEWHERE));
             }
             // Pairs of equal vectors cancel.
             let pairs = vectors.new_ones([vectors.size()[0], missing], (vectors.kind(), vectors.device()));
@@ -208,10 +211,10 @@ fn check_rank(rank: i64, d_in: i64) -> std::result::Result<(), String> {
 /// The vectors `(d_in, n)` of one layer's combination, n as small as it comes.
 fn combined(name: &str, chain: &[Link], how: How) -> Result<Tensor> {
     let unreachable = || {
-        Error::config(format!(
-            "{name}: an odd number of reflections (determinant -1) has no orthogonal matrix between it and the base \
-             model\nhint: give it strength 1 and `--how chain`; `hra sample --adapter DIR=S` does the nearest thing"
-        ))
+        Error::config(format!("{name}: an odd number of reflections (determinant -1) has no orthogonal matrix \
+                               between it and the base model")).with_hint("give it strength 1 and `--how chain`; \
+                                                                           `hra sample --adapter DIR=S` does the \
+                                                                           nearest thing")
     };
     let factors: Vec<(&Hra, f64)> = chain.iter().map(|link| (link.get::<Hra>(), link.strength)).collect();
     if how == How::Geodesic {

@@ -156,8 +156,9 @@ impl MethodSettings for Ia3Config {
                 let next = link.get::<Ia3>();
                 if next.on_inputs != first.on_inputs || next.factors.size() != first.factors.size() {
                     return Err(Error::config(format!(
-                        "{name}: expected factors of outputs in all adapters, or of inputs in all, found both\n{ELSEWHERE}"
-                    )));
+                        "{name}: expected factors of outputs in all adapters, or of inputs in all, found both"
+                    ))
+                    .with_hint(ELSEWHERE));
                 }
                 product *= next.at(link.strength);
             }

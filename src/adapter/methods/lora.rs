@@ -143,7 +143,7 @@ impl LoraConfig {
                 let other = other.to_string();
                 fields.problems.push(format!(
                     "init_lora_weights: expected true, false, gaussian, orthogonal or eva, found {other}, with which PEFT may \
-                     change the base weights too\nhint: save it in PEFT with path_initial_model_for_weight_conversion"
+                     change the base weights too; save it in PEFT with path_initial_model_for_weight_conversion"
                 ));
                 LoraInit::Kaiming
             }

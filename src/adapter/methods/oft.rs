@@ -116,7 +116,7 @@ impl OftConfig {
         if fields.set("oft_block_size").is_none() {
             fields.problems.push(
                 "oft_block_size: expected a number, found nothing: this OFT was written by PEFT before 0.14, whose tensors \
-                 have another form\nhint: train it again"
+                 have another form; train it again"
                     .into(),
             );
         }
@@ -184,9 +184,10 @@ impl MethodSettings for OftConfig {
             Coft::Paper { eps } if !(eps > 0.0 && eps <= MOST_EPS) => Err(Error::config(format!(
                 "coft_eps: expected a positive number up to {MOST_EPS:e}, found {eps}"
             ))),
-            Coft::Peft { .. } => Err(Error::config(
-                "coft: an adapter that PEFT constrains can be used, but not trained on\nhint: start a new one with --method coft",
-            )),
+            Coft::Peft { .. } => {
+                Err(Error::config("coft: an adapter that PEFT constrains can be used, but not trained on")
+                    .with_hint("start a new one with --method coft"))
+            }
             _ => Ok(()),
         }
     }
@@ -263,10 +264,11 @@ impl MethodSettings for OftConfig {
                 let oft = link.get::<Oft>();
                 if oft.config.cayley != Cayley::Exact || oft.config.block_share != self.block_share {
                     return Err(Error::config(format!(
-                        "expected OFT adapters with exact Cayley blocks, all shared or none, found {} in the form of PEFT's \
-                         series (use_cayley_neumann), which is not orthogonal, or of the other kind\n{ELSEWHERE}",
+                        "expected OFT adapters with exact Cayley blocks, all shared or none, found {} in the form of \
+                         PEFT's series (use_cayley_neumann), which is not orthogonal, or of the other \
+                         kind",
                         link.method.describe()
-                    )));
+                    )).with_hint(ELSEWHERE));
                 }
                 factors.push((oft.skew(), link.strength));
             }
@@ -411,7 +413,8 @@ impl Adapter for Oft {
     fn notes(&self, weight: &[i64]) -> Vec<&'static str> {
         if weight.len() == 4 && weight[2..] != [1, 1] {
             vec![
-                "OFT on convolutions larger than 1x1 is used as PEFT merges it; PEFT's own forward computes something else",
+                "OFT on convolutions larger than 1x1 is used as PEFT merges it; PEFT's own forward computes \
+                 something else",
             ]
         } else {
             Vec::new()

@@ -252,7 +252,7 @@ fn segmentation(
     }
     let scores = confusion.scores().ok_or_else(|| {
         let folder = args.segmentation_truth.as_deref().unwrap_or(Path::new("")).display();
-        Error::Data(format!("{folder}: expected maps with labels that count, found none"))
+        Error::data(format!("{folder}: expected maps with labels that count, found none"))
     })?;
     Ok((scores, truth.len(), palette.map(|palette| palette.names().to_vec()).unwrap_or_default()))
 }
@@ -280,7 +280,7 @@ fn landmark_errors(truth: &Path, predictions: &Path, scale: f64) -> Result<Landm
         pictures.push(PictureScores { seed: 0, file: file.to_string_lossy().into_owned(), scores });
     }
     if pictures.is_empty() {
-        return Err(Error::Data(format!(
+        return Err(Error::data(format!(
             "{}: expected predictions of the files in {}, found none of {}",
             predictions.display(),
             truth_dir.display(),
@@ -296,10 +296,10 @@ fn named(dir: &Path, others: &[&str]) -> Result<FilesByName> {
     let (found, again) = files::by_stem(all, |path| path);
     if let Some(two) = again.first() {
         let (one, two) = (found[files::stem(two)].display(), two.display());
-        return Err(Error::Data(format!("expected one file of a name, found {one} and {two}")));
+        return Err(Error::data(format!("expected one file of a name, found {one} and {two}")));
     }
     if found.is_empty() {
-        return Err(Error::Data(format!("{}: expected files to score with, found none", dir.display())));
+        return Err(Error::data(format!("{}: expected files to score with, found none", dir.display())));
     }
     Ok(found)
 }
@@ -319,7 +319,7 @@ fn all_there<'a>(
         missing.iter().take(MAX_NAMES).map(|path| format!("\n  {}", path.display())).collect();
     let more = missing.len().saturating_sub(MAX_NAMES);
     let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
-    Err(Error::Data(format!(
+    Err(Error::data(format!(
         "{flag}: expected a file of the same name, but for the ending, in {} for each; {} have none:{names}{more}",
         dir.display(),
         missing.len()

@@ -104,9 +104,9 @@ struct Known {
 /// Runs `hra evaluate`.
 pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
     if args.towers.paths() == TowerPaths::default() && args.base.is_none() && args.conditions.nothing() {
-        return Err(Error::config(
-            "nothing to score with\nhint: give a tower (--clip, --dino, --dinov2, --lpips-vgg, --lpips-alex) for similarity to \
-             --real, --base DIR for drift, or --edges-of DIR, --subject-masks DIR .. for conditions",
+        return Err(Error::config("nothing to score with").with_hint(
+            "give a tower (--clip, --dino, --dinov2, --lpips-vgg, --lpips-alex) for similarity to --real, --base DIR \
+             for drift, or --edges-of DIR, --subject-masks DIR .. for conditions",
         ));
     }
     let compute = device::resolve(args.device, Some(Precision::F32))?;
@@ -162,9 +162,8 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
     found.summarise();
     found.scores.extend(files.scores());
     if found.scores.is_empty() {
-        return Err(Error::config(
-            "nothing could be scored with what was given\nhint: give --real DIR for similarity, prompts for CLIP-T and diversity",
-        ));
+        return Err(Error::config("nothing could be scored with what was given")
+            .with_hint("give --real DIR for similarity, prompts for CLIP-T and diversity"));
     }
     if let Some(path) = &args.csv {
         files::write_atomic(path, report::csv(&found).as_bytes())?;
@@ -260,13 +259,14 @@ fn drawn(args: &EvaluateArgs) -> Result<Vec<DrawnFolder>> {
         drawn.iter_mut().zip(lines).for_each(|(drawn, line)| drawn.prompt = Some(line));
     }
     if drawn.is_empty() {
-        return Err(Error::Data("expected pictures to score, found contact sheets only".into()));
+        return Err(Error::data("expected pictures to score, found contact sheets only"));
     }
     let unknown = drawn.iter().filter(|drawn| drawn.prompt.is_none()).count();
     let TowerPaths { clip, lpips_vgg, lpips_alex, .. } = &args.towers.paths();
     if unknown > 0 && [clip, lpips_vgg, lpips_alex].into_iter().any(Option::is_some) {
         eprintln!(
-            "note: {unknown} of {} pictures come without a prompt and get no clip_t or diversity (--prompt, --prompt-file)",
+            "note: {unknown} of {} pictures come without a prompt and get no clip_t or diversity (--prompt, \
+             --prompt-file)",
             drawn.len()
         );
     }
@@ -309,7 +309,7 @@ fn masks(dir: &Path, real: &[PathBuf]) -> Result<Vec<RgbImage>> {
     let mask = |path: &PathBuf| {
         let found = masks.get(files::stem(path)).ok_or_else(|| {
             let stem = files::stem(path).to_string_lossy();
-            Error::Data(format!(
+            Error::data(format!(
                 "{}: expected a mask {stem}.png for {}, found none",
                 dir.display(),
                 path.display()
@@ -326,11 +326,8 @@ fn counterpart(picture: &Path, dir: &Path) -> Result<PathBuf> {
     if path.is_file() {
         return Ok(path);
     }
-    Err(Error::Data(format!(
-        "--base: expected {} beside {}, found none\nhint: draw the same prompts and seeds with the base model (`hra sample --with-base`)",
-        path.display(),
-        picture.display()
-    )))
+    Err(Error::data(format!("--base: expected {} beside {}, found none", path.display(), picture.display()))
+        .with_hint("draw the same prompts and seeds with the base model (`hra sample --with-base`)"))
 }
 
 /// Pictures of one prompt, in the order in which prompts first appear; those without one at the end.

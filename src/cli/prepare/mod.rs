@@ -189,14 +189,14 @@ pub fn run(args: &PrepareArgs, observer: &dyn Observer) -> Result<()> {
                     common.resolution,
                 )?);
             }
-            Err(problem) => bad.push(Bad::new(&source.path, reason(problem))),
+            Err(problem) => bad.push(Bad::new(&source.path, problem.reason())),
         }
         progress.set(i as u64 + 1, "");
     }
     drop(progress);
     if made.is_empty() {
         let reasons: String = bad.iter().take(MAX_REASONS).map(|bad| format!("\n  {bad}")).collect();
-        return Err(Error::Data(format!(
+        return Err(Error::data(format!(
             "{}: nothing that a condition could be made of{reasons}",
             dir.display()
         )));
@@ -209,16 +209,6 @@ pub fn run(args: &PrepareArgs, observer: &dyn Observer) -> Result<()> {
     }
     let metadata = (!pairs.is_empty()).then_some(metadata);
     report(common.json, kind, &output, &made, metadata.as_deref(), &bad)
-}
-
-/// An error of one file as a reason beside its name.
-fn reason(error: Error) -> String {
-    let text = match error {
-        Error::Format { problem, .. } => problem,
-        Error::Io { action, source, .. } => format!("cannot {action}: {source}"),
-        other => other.to_string(),
-    };
-    text.replace("\nhint: ", "; ")
 }
 
 fn report(
@@ -327,7 +317,8 @@ impl Maker {
                 };
                 if landmarks::inside(&points, width, height) == 0 {
                     let problem = format!(
-                        "expected points in the picture of {width}x{height}, found {} outside; --scale changes their size",
+                        "expected points in the picture of {width}x{height}, found {} outside; --scale changes their \
+                         size",
                         points.len()
                     );
                     return Err(Error::format(&source.path, problem));
@@ -347,9 +338,9 @@ pub(super) fn thresholds(low: f64, high: f64, flags: [&str; 2]) -> Result<Thresh
     }
     let [low_flag, high_flag] = flags;
     Err(Error::config(format!(
-        "{low_flag} and {high_flag}: expected 0 <= low <= high, found {low} and {high}\nhint: gradients go up to {}",
-        Thresholds::MAX
-    )))
+        "{low_flag} and {high_flag}: expected 0 <= low <= high, found {low} and {high}"
+    ))
+    .with_hint(format!("gradients go up to {}", Thresholds::MAX)))
 }
 
 /// The middle square as training takes it. The error is about `path`: a strip, whose longer side would become too long.
@@ -464,8 +455,6 @@ fn png(name: &Path) -> PathBuf {
 }
 
 fn in_the_way(path: &Path) -> Error {
-    Error::Run(format!(
-        "{}: a file that hra prepare did not make is in the way\nhint: give another --output",
-        path.display()
-    ))
+    Error::run(format!("{}: a file that hra prepare did not make is in the way", path.display()))
+        .with_hint("give another --output")
 }

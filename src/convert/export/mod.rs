@@ -210,15 +210,15 @@ fn compare(model: &mut StableDiffusion, goals: &Goals, found: &Goals) -> ReadBac
 /// The adapter in its own method, at its strength.
 fn write_peft(model: &StableDiffusion, request: &ExportRequest, fingerprint: &str) -> Result<()> {
     let [(path, strength)] = &request.adapters[..] else {
-        return Err(Error::config(
-            "--to peft: expected one adapter, found several\nhint: `hra merge` makes one of them, or use --to peft-lora",
-        ));
+        return Err(Error::config("--to peft: expected one adapter, found several")
+            .with_hint("`hra merge` makes one of them, or use --to peft-lora"));
     };
     if !path.is_dir() {
         return Err(Error::config(format!(
-            "--to peft: expected an adapter folder, found the file {}\nhint: use --to peft-lora",
+            "--to peft: expected an adapter folder, found the file {}",
             path.display()
-        )));
+        ))
+        .with_hint("use --to peft-lora"));
     }
     let kind = request.kind.unwrap_or(Kind::Float);
     files::stage_dir(&request.output, |dir| {
@@ -241,10 +241,8 @@ fn write_peft(model: &StableDiffusion, request: &ExportRequest, fingerprint: &st
         if dir.join(peft::CONFIG_FILE).is_file() || dir.join(TEXT_ENCODER).is_dir() {
             return Ok(());
         }
-        Err(Error::config(format!(
-            "--to peft: {} is no PEFT adapter\nhint: use --to merged or --to checkpoint",
-            path.display()
-        )))
+        Err(Error::config(format!("--to peft: {} is no PEFT adapter", path.display()))
+            .with_hint("use --to merged or --to checkpoint"))
     })
 }
 
@@ -275,9 +273,10 @@ fn write_lora(
 ) -> Result<Option<Approximation>> {
     if let Some(name) = goals.vectors.keys().next() {
         return Err(Error::config(format!(
-            "a LoRA changes weights of layers only, but the adapter has trained biases or norms, such as {name}\nhint: \
-             use --to merged or --to checkpoint"
-        )));
+            "a LoRA changes weights of layers only, but the adapter has trained biases \
+                                          or norms, such as {name}"
+        ))
+        .with_hint("use --to merged or --to checkpoint"));
     }
     let mut changes = Vec::new();
     let mut energy: Vec<(f64, String)> = Vec::new();

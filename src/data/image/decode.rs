@@ -34,7 +34,7 @@ pub struct DecodedPicture {
     pub turned: Option<&'static str>,
 }
 
-/// The pixels of an image file. An [`Error::Format`] says what the file is if it is no image that can be used.
+/// The pixels of an image file. An [`ErrorKind::Format`] says what the file is if it is no image that can be used.
 pub fn load_rgb(path: &Path) -> Result<RgbImage> {
     Ok(load(path)?.pixels)
 }
@@ -189,7 +189,7 @@ fn describe(bytes: &[u8]) -> &'static str {
         (0, b"<!DOCTYPE html", "a web page"),
         (0, b"<html", "a web page"),
     ];
-    const HEIC: &str = "a HEIC image\nhint: export it from the phone or photo program as JPEG";
+    const HEIC: &str = "a HEIC image; export it from the phone or photo program as JPEG";
     if bytes.is_empty() {
         return "an empty file";
     }

@@ -195,8 +195,9 @@ impl LabelMap {
             (MapFile::Colours(picture), Some(palette)) => Ok(palette.classes(&picture, void)),
             (MapFile::Colours(_), None) => Err(Error::format(
                 path,
-                "expected a PNG of classes (grey values or a palette), found colours\nhint: --palette FILE says which classes they are",
-            )),
+                "expected a PNG of classes (grey values or a palette), found colours",
+            )
+            .with_hint("--palette FILE says which classes they are")),
         }
     }
 

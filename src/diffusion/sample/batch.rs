@@ -84,5 +84,5 @@ pub(super) fn to_image(pixels: &Tensor) -> Result<RgbImage> {
     let bytes = ((pixels / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round().to_kind(Kind::Uint8);
     let buffer = host::values::<u8>(&bytes.squeeze_dim(0).permute([1, 2, 0]).contiguous())?; // [h, w, 3]
     RgbImage::from_raw(s[3] as u32, s[2] as u32, buffer)
-        .ok_or_else(|| Error::NotFinite("the decoder gave a picture of the wrong size".into()))
+        .ok_or_else(|| Error::not_finite("the decoder gave a picture of the wrong size"))
 }

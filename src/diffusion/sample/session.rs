@@ -280,9 +280,9 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
         settings.check_numbers(self.model())?;
         if self.model().is_inpainting() && !start.is_some_and(Start::is_inpainting) {
             return Err(Error::config(
-                "this model is made for inpainting (its UNet sees a mask and a masked picture): it expects a picture and a \
-                 mask\nhint: give --image FILE --mask FILE",
-            ));
+                "this model is made for inpainting (its UNet sees a mask and a masked picture): it expects a picture \
+                 and a mask",
+            ).with_hint("give --image FILE --mask FILE"));
         }
         if let Some(start) = start {
             start.validate(settings, self.model())?;
@@ -354,10 +354,11 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             let latents = draw_batch(&drawing, &noise.batch(first, length), steered)?;
             for latents in latents.split(1, 0) {
                 if !host::all_finite(&latents) {
-                    return Err(Error::NotFinite(format!(
-                        "prompt `{}`: the latents are not finite numbers\nhint: try --dtype f32",
+                    return Err(Error::not_finite(format!(
+                        "prompt `{}`: the latents are not finite numbers",
                         settings.prompt
-                    )));
+                    ))
+                    .with_hint("try --dtype f32"));
                 }
                 // One at a time: the decoder is what needs most memory, and a picture must not depend on its neighbours.
                 let pixels = model.vae.decode(&(&latents / model.vae.scaling_factor()));

@@ -207,8 +207,9 @@ impl SamplerPlan {
         let taken = (steps as f64 * strength) as usize;
         if taken == 0 && steps > 0 {
             return Err(Error::config(format!(
-                "strength: {strength} of {steps} steps is less than one step\nhint: take more steps or a higher strength"
-            )));
+                "strength: {strength} of {steps} steps is less than one step"
+            ))
+            .with_hint("take more steps or a higher strength"));
         }
         Self::after(kind, config, steps, steps - taken.min(steps))
     }
@@ -235,9 +236,9 @@ impl SamplerPlan {
         };
         let plan = Self { prediction: config.prediction()?, init_noise_sigma, steps };
         if plan.model_calls() == 0 {
-            return Err(Error::config(
-                "strength: no step is left\nhint: take more steps or a higher strength",
-            ));
+            return Err(
+                Error::config("strength: no step is left").with_hint("take more steps or a higher strength")
+            );
         }
         Ok(plan)
     }

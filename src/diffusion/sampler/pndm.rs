@@ -89,9 +89,9 @@ pub(super) fn plan(config: &SchedulerConfig, steps: usize, skip: usize) -> Resul
     }
     if skip > 0 {
         return Err(Error::config(
-            "strength: pndm expects 1 with this scheduler config (skip_prk_steps is false), because its Runge-Kutta steps \
-             begin at pure noise\nhint: try another sampler",
-        ));
+            "strength: pndm expects 1 with this scheduler config (skip_prk_steps is false), because its Runge-Kutta \
+             steps begin at pure noise",
+        ).with_hint("try another sampler"));
     }
 
     // Three Runge-Kutta steps cross the four first timesteps, with the model asked at both ends and twice half-way.

@@ -127,9 +127,9 @@ impl TimestepGrid {
     /// outside 1 to `num_train_timesteps`.
     pub(super) fn new(class: &Class, config: &SchedulerConfig, steps: usize) -> Result<Self> {
         if let Some(key) = class.refused.iter().find(|key| config.is_set(key)) {
-            return Err(
-                config.problem(format!("{key}: this setting is not supported\nhint: try another sampler"))
-            );
+            return Err(config
+                .problem(format!("{key}: this setting is not supported"))
+                .with_hint("try another sampler"));
         }
         let alphas_cumprod = config.alphas_cumprod(class.betas, class.zero_snr != ZeroSnr::Ignored)?;
         let mut alphas_cumprod = host::values::<f32>(&alphas_cumprod)?;
@@ -190,10 +190,10 @@ impl TimestepGrid {
         let found = usize::try_from(t).ok().and_then(|t| self.alphas_cumprod.get(t));
         found.copied().ok_or_else(|| {
             Error::config(format!(
-                "steps: this number of steps asks for timestep {t}, but the model has 0 to {}\nhint: a few steps \
-                 fewer give another grid",
+                "steps: this number of steps asks for timestep {t}, but the model has 0 to {}",
                 self.train() - 1
             ))
+            .with_hint("a few steps fewer give another grid")
         })
     }
 
@@ -290,10 +290,11 @@ pub(super) fn check_start(timesteps: &[f64]) -> Result<()> {
         return Ok(());
     }
     Err(Error::config(format!(
-        "steps: {} steps are too many for this sampler, whose first timestep {} comes twice\nhint: take fewer steps",
+        "steps: {} steps are too many for this sampler, whose first timestep {} comes twice",
         timesteps.len(),
         timesteps[0]
-    )))
+    ))
+    .with_hint("take fewer steps"))
 }
 
 /// Errors where the factors of the step at `timestep` are not finite, which would fill the image with NaN.
@@ -302,9 +303,9 @@ pub(super) fn check_factors(timestep: f64, factors: &[f32]) -> Result<()> {
         return Ok(());
     }
     Err(Error::config(format!(
-        "sampler: the step at timestep {timestep} would divide by zero with this scheduler config\nhint: take fewer \
-         steps or another sampler"
-    )))
+        "sampler: the step at timestep {timestep} would divide by zero with this scheduler config"
+    ))
+    .with_hint("take fewer steps or another sampler"))
 }
 
 /// The square root as libtorch takes it on the CPU, by a vector library whose last bit need not be that of `f32::sqrt`.

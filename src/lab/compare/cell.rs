@@ -5,7 +5,7 @@ use crate::adapter::peft;
 use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
 use crate::data::image::RgbImage;
 use crate::diffusion::stable_diffusion::StableDiffusion;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::lab::compare::draw::{self, SetDrawing};
 use crate::lab::compare::subjects::CLASS_LOOK_ALIKES;
 use crate::lab::compare::task::{Task, TaskSet};
@@ -46,7 +46,7 @@ pub fn run(comparison: &Path, id: &str, observer: &dyn Observer) -> Result<()> {
     let cell = Cell { comparison, task: &task, folder, config, compute, observer };
     let (trained, fingerprint) = match cell.train_and_draw() {
         // A rate too high is a result; the other cells go on.
-        Err(Error::NotFinite(why)) if !task.cell.is_base() => {
+        Err(Error { kind: ErrorKind::NotFinite(why), .. }) if !task.cell.is_base() => {
             let failure = why.lines().next().map(str::to_string);
             let record = cell.record(None, Vec::new(), Real::default(), failure)?;
             return cell.finish(&record);
@@ -131,7 +131,7 @@ impl Cell<'_> {
         files::remove_file(&self.folder.join(TRAINED_FILE))?;
         files::remove_dir_all(&self.config.output_dir)?;
         trained = self.train()?;
-        let missing = || Error::Run(format!("{}: the trained weights are missing", self.folder.display()));
+        let missing = || Error::run(format!("{}: the trained weights are missing", self.folder.display()));
         Ok((trained, self.draw()?.ok_or_else(missing)?))
     }
 

@@ -46,9 +46,8 @@ const CHOICES: [&[&str]; 2] = [&["dino", "dinov2", "clip_i"], &["clip_t"]];
 /// Fails for settings that leave nothing to score; for a look before the training.
 pub fn check(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> Result<()> {
     if config.is_control() {
-        return Err(Error::config(
-            "--score: expected a training on a subject, found one of control\nhint: `hra compare` scores control (docs/compare.md)",
-        ));
+        return Err(Error::config("--score: expected a training on a subject, found one of control")
+            .with_hint("`hra compare` scores control (docs/compare.md)"));
     }
     if config.previews.validation_prompt.is_empty() || config.previews.num_validation_images == 0 {
         return Err(Error::config(
@@ -56,15 +55,14 @@ pub fn check(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
         ));
     }
     if judges.towers == TowerPaths::default() && judges.drift_prompts.is_empty() {
-        return Err(Error::config(
-            "--score: expected something to score with, found none\nhint: give --clip DIR, --dino DIR or --drift-prompt TEXT",
-        ));
+        return Err(Error::config("--score: expected something to score with, found none")
+            .with_hint("give --clip DIR, --dino DIR or --drift-prompt TEXT"));
     }
     if config.optimizer.use_ema {
         return Err(Error::config(
-            "--score: checkpoints hold the adapter itself and the end of a run with --use_ema its average, which do not compare\n\
-             hint: leave one of them out",
-        ));
+            "--score: checkpoints hold the adapter itself and the end of a run with --use_ema its average, which do \
+             not compare",
+        ).with_hint("leave one of them out"));
     }
     crate::lab::evaluate::towers::identity(&judges.towers, observer).map(|_| ())
 }

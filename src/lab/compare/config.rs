@@ -263,8 +263,8 @@ impl CompareConfig {
     pub fn read(path: &Path) -> Result<Self> {
         let text = files::read_to_string(path)?;
         let wrong = |e: toml::de::Error| {
-            let hint = "hint: docs/compare.md explains the tables; [train] and [[method]] take the sections of `hra train`";
-            Error::format(path, format!("{}\n{hint}", e.to_string().trim_end()))
+            let hint = "docs/compare.md explains the tables; [train] and [[method]] take the sections of `hra train`";
+            Error::format(path, e.to_string().trim_end()).with_hint(hint)
         };
         // Alone first: where several kinds may stand, what is wrong with one is not told with its place.
         let TopicTables { subject, dreambooth, control } = toml::from_str(&text).map_err(wrong)?;

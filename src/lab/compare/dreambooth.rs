@@ -26,10 +26,8 @@ impl DreamBoothPrompts {
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(FILE);
         if !path.is_file() {
-            return Err(Error::Data(format!(
-                "dreambooth: expected {FILE} in {}, found none\nhint: give the `dataset` folder of github.com/google/dreambooth",
-                dir.display()
-            )));
+            return Err(Error::data(format!("dreambooth: expected {FILE} in {}, found none", dir.display()))
+                .with_hint("give the `dataset` folder of github.com/google/dreambooth"));
         }
         Self::parse(&files::read_to_string(&path)?).map_err(|problem| Error::format(&path, problem))
     }

@@ -137,7 +137,7 @@ fn stage(
 /// Refuses a folder that holds something else.
 fn check_folder(folder: &Path, config: &CompareConfig) -> Result<()> {
     if folder.exists() && !folder.is_dir() {
-        return Err(Error::Run(format!(
+        return Err(Error::run(format!(
             "{}: expected a folder for the comparison, found a file",
             folder.display()
         )));
@@ -148,16 +148,12 @@ fn check_folder(folder: &Path, config: &CompareConfig) -> Result<()> {
     if folder.join(PLAN_FILE).is_file() {
         let found = Plan::read(folder)?.title;
         if found != config.title {
-            return Err(Error::Run(format!(
-                "{} holds another comparison, `{found}`\nhint: give another --output_dir",
-                folder.display()
-            )));
+            return Err(Error::run(format!("{} holds another comparison, `{found}`", folder.display()))
+                .with_hint("give another --output_dir"));
         }
     } else if used {
-        return Err(Error::Run(format!(
-            "{} is not empty and holds no comparison\nhint: give another --output_dir",
-            folder.display()
-        )));
+        return Err(Error::run(format!("{} is not empty and holds no comparison", folder.display()))
+            .with_hint("give another --output_dir"));
     }
     Ok(())
 }

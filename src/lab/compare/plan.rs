@@ -151,10 +151,11 @@ impl Planner<'_> {
                         let rate = match chosen {
                             None => self.train_config(method)?.optimizer.learning_rate,
                             Some(chosen) => *chosen.get(&method.label).ok_or_else(|| {
-                                Error::Run(format!(
-                                    "search: no learning rate of `{}` gave a score\nhint: try lower ones",
+                                Error::run(format!(
+                                    "search: no learning rate of `{}` gave a score",
                                     method.label
                                 ))
+                                .with_hint("try lower ones")
                             })?,
                         };
                         add(self.training(method, subject, *seed, rate, Set::Test)?);

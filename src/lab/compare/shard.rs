@@ -56,18 +56,16 @@ impl Shard {
                 };
                 let index = index.ok_or_else(|| {
                     Error::config(
-                        "--shard: expected SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX in the environment, found neither\n\
-                         hint: --shard I/N names the share itself",
-                    )
+                        "--shard: expected SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX in the environment, found neither",
+                    ).with_hint("--shard I/N names the share itself")
                 })?;
                 let count = match count {
                     Some(count) => Some(count),
                     None => number("SLURM_ARRAY_TASK_COUNT")?,
                 };
                 let count = count.ok_or_else(|| {
-                    Error::config(
-                        "--shard: how many shares there are is not known\nhint: give --shard-count N",
-                    )
+                    Error::config("--shard: how many shares there are is not known")
+                        .with_hint("give --shard-count N")
                 })?;
                 Self { index, count }
             }

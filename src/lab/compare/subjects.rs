@@ -89,7 +89,7 @@ fn dreambooth_entries(
             if set.subjects.is_empty() {
                 continue;
             }
-            return Err(Error::Data(format!(
+            return Err(Error::data(format!(
                 "dreambooth: expected a folder {}, found none",
                 data_dir.display()
             )));
@@ -117,7 +117,7 @@ fn dreambooth_entries(
         ));
     }
     if entries.is_empty() {
-        return Err(Error::Data(format!(
+        return Err(Error::data(format!(
             "dreambooth: no subject of the list has a folder in {}",
             set.dir.display()
         )));
@@ -142,7 +142,7 @@ fn subject(config: &CompareConfig, entry: &SubjectEntry, live_prompts: &[String]
     if config.protocol != Protocol::Paper
         && let Some(same) = test.iter().find(known)
     {
-        return Err(Error::Data(format!(
+        return Err(Error::data(format!(
             "{}: {} is trained on or chosen by too; a score on it would mean nothing",
             place("test_data_dir"),
             same.path.display()
@@ -211,12 +211,12 @@ fn split(
     let test = match &entry.test_data_dir {
         Some(dir) => pictures(dir, &format!("subject `{}`: test_data_dir", entry.name))?,
         None if train.len() < 2 => {
-            return Err(Error::Data(format!(
-                "subject `{}`: data_dir: expected two pictures or more, one of them for the tables, found {}\nhint: give a \
-                 test_data_dir",
+            return Err(Error::data(format!(
+                "subject `{}`: data_dir: expected two pictures or more, one of them for the tables, found {}",
                 entry.name,
                 train.len()
-            )));
+            ))
+            .with_hint("give a test_data_dir"));
         }
         None => train.split_off(train.len() - 1),
     };
@@ -230,7 +230,7 @@ fn masks(entry: &SubjectEntry, test: &[SubjectPicture]) -> Result<Vec<SubjectPic
     let place = format!("subject `{}`: masks_dir", entry.name);
     let (found, _) = files::by_stem(pictures(dir, &place)?, |picture| &picture.path);
     let mask = |test: &SubjectPicture| {
-        let missing = || Error::Data(format!("{place}: expected a mask for {}, found none", test.name));
+        let missing = || Error::data(format!("{place}: expected a mask for {}, found none", test.name));
         found.get(files::stem(&test.path)).cloned().ok_or_else(missing)
     };
     test.iter().map(mask).collect()
@@ -253,10 +253,11 @@ fn check_templates(config: &CompareConfig, entry: &SubjectEntry) -> Result<()> {
 
 fn pictures(dir: &Path, what: &str) -> Result<Vec<SubjectPicture>> {
     if !dir.is_dir() {
-        return Err(Error::Data(format!(
-            "{what}: expected a folder of pictures, found none at {}\nhint: paths are relative to the folder in which hra is started",
+        return Err(Error::data(format!(
+            "{what}: expected a folder of pictures, found none at {}",
             dir.display()
-        )));
+        ))
+        .with_hint("paths are relative to the folder in which hra is started"));
     }
     let folder = ImageFolder::scan(dir)?;
     let picture = |image: &crate::data::Image| {

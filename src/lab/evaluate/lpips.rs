@@ -137,13 +137,14 @@ impl Lpips {
     /// Loads weights converted to safetensors: torchvision's `features.*` and lpips' `lin*.model.1.weight` in one file.
     pub fn load(file: &Path, net: Net, device: Device) -> Result<Self> {
         let hint = format!(
-            "hint: `python tools/lpips_to_safetensors.py {0} lpips-{0}.safetensors` makes one of torchvision's and lpips' weights",
+            "`python tools/lpips_to_safetensors.py {0} lpips-{0}.safetensors` makes one of torchvision's and \
+             lpips' weights",
             net.name()
         );
         if files::kind(file) != Some(FileKind::File) {
             let found = if file.exists() { "a folder" } else { "nothing" };
             let what = format!("expected a file with the weights of LPIPS ({}), found {found}", net.name());
-            return Err(Error::format(file, format!("{what}\n{hint}")));
+            return Err(Error::format(file, what).with_hint(hint));
         }
         let weights = TensorFile::open(file)?;
         let mut problems = Vec::new();
@@ -175,7 +176,7 @@ impl Lpips {
                 n => format!(", and {n} more"),
             };
             let what = format!("expected the weights of LPIPS ({}): {first}{more}", net.name());
-            return Err(Error::format(file, format!("{what}\n{hint}")));
+            return Err(Error::format(file, what).with_hint(hint));
         }
         Ok(Self { net, steps, lins, device })
     }
@@ -254,7 +255,7 @@ impl Lpips {
     fn features(&self, picture: &RgbImage) -> Result<Features> {
         let (width, height) = picture.dimensions();
         if width.min(height) < self.net.least() {
-            return Err(Error::Data(format!(
+            return Err(Error::data(format!(
                 "LPIPS ({}): expected pictures of at least {} pixels on each side, found {width}x{height}",
                 self.net.name(),
                 self.net.least()
@@ -291,10 +292,11 @@ impl Lpips {
         if sum.is_finite() {
             return Ok(sum);
         }
-        Err(Error::NotFinite(format!(
-            "LPIPS ({}): expected a finite distance, found {sum}\nhint: its weights are damaged",
+        Err(Error::not_finite(format!(
+            "LPIPS ({}): expected a finite distance, found {sum}",
             self.net.name()
-        )))
+        ))
+        .with_hint("its weights are damaged"))
     }
 }
 

@@ -82,7 +82,7 @@ impl Processor {
     fn cut(&self, picture: &RgbImage) -> Result<RgbImage> {
         let (width, height) = picture.dimensions();
         if width == 0 || height == 0 {
-            return Err(Error::Data(format!(
+            return Err(Error::data(format!(
                 "expected a picture with pixels, found one of {width}x{height}"
             )));
         }
@@ -90,9 +90,9 @@ impl Processor {
             None => Cow::Borrowed(picture),
             Some((target, filter)) => {
                 let (wide, high) = target.of(width, height).ok_or_else(|| {
-                    Error::Data(format!(
-                        "expected a picture that is resized to {MAX_RESIZED} pixels at most, found one of {width}x{height}: \
-                         too long and thin"
+                    Error::data(format!(
+                        "expected a picture that is resized to {MAX_RESIZED} pixels at most, found one of \
+                         {width}x{height}: too long and thin"
                     ))
                 })?;
                 Cow::Owned(resize(picture, wide, high, filter))
@@ -145,10 +145,8 @@ fn settings(dir: &Path) -> Result<(Map<String, Value>, PathBuf)> {
             }
         }
     }
-    Err(Error::format(
-        dir,
-        "expected preprocessor_config.json, found none\nhint: give a tower's whole folder, as it is on the Hugging Face hub",
-    ))
+    Err(Error::format(dir, "expected preprocessor_config.json, found none")
+        .with_hint("give a tower's whole folder, as it is on the Hugging Face hub"))
 }
 
 /// What a processor does where its file says nothing, by its kind; that of the model where there is none in the file.

@@ -186,7 +186,7 @@ impl ScoredSubject {
 pub fn drift(towers: &Towers, pictures: &[RgbImage], base: &[RgbImage]) -> Result<Vec<Scores>> {
     if pictures.len() != base.len() {
         let (found, expected) = (base.len(), pictures.len());
-        return Err(Error::Data(format!(
+        return Err(Error::data(format!(
             "drift: expected {expected} pictures of the base model, found {found}"
         )));
     }
@@ -274,7 +274,7 @@ pub fn mean_of_pairs(table: &[Vec<f64>]) -> Option<f64> {
 pub fn pixel_difference(a: &RgbImage, b: &RgbImage) -> Result<f64> {
     if a.dimensions() != b.dimensions() {
         let ((aw, ah), (bw, bh)) = (a.dimensions(), b.dimensions());
-        return Err(Error::Data(format!(
+        return Err(Error::data(format!(
             "drift: expected a picture of the base model of {aw}x{ah} pixels, found one of {bw}x{bh}"
         )));
     }
@@ -303,14 +303,14 @@ fn is_white(pixel: &[u8; 3]) -> bool {
 fn cover_all(real: &[&RgbImage], masks: &[&RgbImage], subject: bool) -> Result<Vec<RgbImage>> {
     if real.len() != masks.len() {
         let (expected, found) = (real.len(), masks.len());
-        return Err(Error::Data(format!(
+        return Err(Error::data(format!(
             "expected a mask for each of {expected} real pictures, found {found}"
         )));
     }
     for (i, mask) in masks.iter().enumerate() {
         let whites = mask.pixels().filter(|pixel| is_white(&pixel.0)).count();
         if whites == 0 || whites == mask.pixels().len() {
-            return Err(Error::Data(format!(
+            return Err(Error::data(format!(
                 "mask {} of {}: expected white on the subject and black elsewhere, found all {}",
                 i + 1,
                 masks.len(),

@@ -1,6 +1,6 @@
 //! The towers that are loaded, where they come from, and what tells them apart from others.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::lab::evaluate::clip::Clip;
 use crate::lab::evaluate::lpips::{Lpips, Net};
 use crate::lab::evaluate::vit::Vit;
@@ -90,11 +90,11 @@ impl TowerPaths {
 
 /// The error with the flag that it is about, and the repositories that would do.
 fn told(error: Error, flag: &str, known: &str) -> Error {
-    match error {
-        Error::Hub(text) => Error::Hub(format!(
-            "--{flag}: {text}\nhint: the tower that scores are usually made with: {known}"
-        )),
-        other => other,
+    match error.kind {
+        ErrorKind::Hub(_) => error
+            .at(format!("--{flag}"))
+            .with_hint(format!("the tower that scores are usually made with: {known}")),
+        _ => error,
     }
 }
 

@@ -228,10 +228,11 @@ pub fn unit_rows(dir: &Path, rows: &Tensor) -> Result<Tensor> {
     let rows = host::try_to_device(rows, host::CPU)?;
     let rows = &rows / rows.square().sum_dim_intlist([-1].as_slice(), true, Kind::Float).sqrt();
     if !host::all_finite(&rows) {
-        return Err(Error::NotFinite(format!(
-            "{}: expected embeddings of finite numbers, found others\nhint: are its weights whole?",
+        return Err(Error::not_finite(format!(
+            "{}: expected embeddings of finite numbers, found others",
             dir.display()
-        )));
+        ))
+        .with_hint("are its weights whole?"));
     }
     Ok(rows)
 }

@@ -79,9 +79,9 @@ pub fn write(comparison: &Path) -> Result<Summary> {
             let path = results::cell_folder(comparison, &record.cell.id).join(RECORD_FILE);
             return Err(Error::format(
                 &path,
-                "expected the record of a cell of the plan, found that of another\nhint: the plan was changed after this cell ran; \
-                 remove the cell's folder",
-            ));
+                "expected the record of a cell of the plan, found that of another",
+            )
+            .with_hint("the plan was changed after this cell ran; remove the cell's folder"));
         }
     }
     let analysis = Analysis::new(&plan, &records);

@@ -340,10 +340,11 @@ impl Plan {
     pub fn read(comparison: &Path) -> Result<Self> {
         let path = comparison.join(PLAN_FILE);
         if !path.is_file() {
-            return Err(Error::Run(format!(
-                "{}: expected a comparison, found no {PLAN_FILE}\nhint: give the folder that `hra compare` wrote",
+            return Err(Error::run(format!(
+                "{}: expected a comparison, found no {PLAN_FILE}",
                 comparison.display()
-            )));
+            ))
+            .with_hint("give the folder that `hra compare` wrote"));
         }
         let plan: Self = read_json(&path)?;
         check_format(&path, plan.format)?;
@@ -396,8 +397,6 @@ fn check_format(path: &Path, found: u32) -> Result<()> {
     if found == FORMAT {
         return Ok(());
     }
-    Err(Error::format(
-        path,
-        format!("expected format {FORMAT}, found {found}\nhint: another version of hra wrote it"),
-    ))
+    Err(Error::format(path, format!("expected format {FORMAT}, found {found}"))
+        .with_hint("another version of hra wrote it"))
 }

@@ -68,8 +68,7 @@ impl EncoderConfig {
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let problem = |text: String| {
-            let hint = "\nhint: a folder control_encoder/ that `hra train` wrote is expected; a ControlNet goes with --controlnet";
-            Error::format(&path, format!("{text}{hint}"))
+            Error::format(&path, text).with_hint("a folder control_encoder/ that `hra train` wrote is expected; a ControlNet goes with --controlnet")
         };
         let config: Self = serde_json::from_str(&files::read_to_string(&path)?)
             .map_err(|e| problem(format!("not a control encoder's config: {e}")))?;
@@ -188,7 +187,7 @@ impl ConditionEncoder {
         let own = (self.config.conditioning_embedding_channels, self.config.factor());
         (own != (unet.first_channels(), factor)).then(|| {
             format!(
-                "expected a control encoder for {} channels and {factor} pixels a latent, found one for {} and {}\nhint: was it \
+                "expected a control encoder for {} channels and {factor} pixels a latent, found one for {} and {}; was it \
                  trained on another kind of model?",
                 unet.first_channels(),
                 own.0,

@@ -79,7 +79,7 @@ impl ControlNet {
         } else {
             return self.embedding.misfit(unet, factor);
         };
-        Some(format!("{problem}\nhint: a ControlNet belongs to one kind of model (1.5, 2.1 ..)"))
+        Some(format!("{problem}; a ControlNet belongs to one kind of model (1.5, 2.1 ..)"))
     }
 }
 
@@ -98,8 +98,8 @@ fn read_config(dir: &Path) -> Result<(UNetConfig, EncoderConfig, bool)> {
         } else {
             ("no config.json", holds)
         };
-        let problem = format!("expected a ControlNet's Hugging Face folder, found {what}\nhint: {hint}");
-        return Err(Error::format(dir, problem));
+        let problem = format!("expected a ControlNet's Hugging Face folder, found {what}");
+        return Err(Error::format(dir, problem).with_hint(hint));
     }
     let problem = |text: String| Error::format(&path, text);
     let mut value: Value = serde_json::from_str(&files::read_to_string(&path)?)
@@ -107,11 +107,11 @@ fn read_config(dir: &Path) -> Result<(UNetConfig, EncoderConfig, bool)> {
     let class = value["_class_name"].as_str().unwrap_or("none");
     if class != CLASS {
         let hint = if dir.file_name().is_some_and(|name| name == CONTROL_ENCODER) {
-            "\nhint: this is the control encoder of a run: give the run's folder with --adapter"
+            "this is the control encoder of a run: give the run's folder with --adapter"
         } else {
-            "\nhint: T2I-Adapters and other controls are not supported"
+            "T2I-Adapters and other controls are not supported"
         };
-        return Err(problem(format!("_class_name: expected {CLASS}, found {class}{hint}")));
+        return Err(problem(format!("_class_name: expected {CLASS}, found {class}")).with_hint(hint));
     }
     if value["global_pool_conditions"] == true {
         return Err(problem("global_pool_conditions is not supported".into()));

@@ -93,7 +93,7 @@ impl Tokenizer {
         let encoding = self
             .inner
             .encode(prompt, false)
-            .map_err(|e| Error::Data(format!("prompt `{prompt}` cannot be turned into tokens: {e}")))?;
+            .map_err(|e| Error::data(format!("prompt `{prompt}` cannot be turned into tokens: {e}")))?;
         let tokens = encoding.get_ids();
         let kept = tokens.len().min(self.length - 2);
         let mut ids = Vec::with_capacity(self.length);

@@ -66,7 +66,7 @@ pub(super) fn check_device(device: Device) -> Vec<Check> {
                 milliseconds: result.as_ref().ok().map(|m| m.milliseconds),
                 error: result.as_ref().ok().map(|m| m.error),
                 tolerance: tolerance(device, kind),
-                message: result.err().map(|e| Error::Torch(e).to_string()),
+                message: result.err().map(|e| Error::from(e).to_string()),
             });
         }
     }

@@ -89,11 +89,11 @@ impl MachineReport {
     /// Fails when an operation failed or computed something wrong; no GPU is no error.
     ///
     /// # Errors
-    /// [`Error::Device`] with how many of the checks did not pass.
+    /// [`ErrorKind::Device`] with how many of the checks did not pass.
     pub fn verdict(&self) -> Result<()> {
         match self.checks.iter().filter(|check| !check.passed()).count() {
             0 => Ok(()),
-            failed => Err(Error::Device(format!("{failed} of {} checks failed", self.checks.len()))),
+            failed => Err(Error::device(format!("{failed} of {} checks failed", self.checks.len()))),
         }
     }
 }

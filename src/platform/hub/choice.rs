@@ -3,6 +3,7 @@
 //! Chosen from the names alone, so that one rule says what a repository offers and whether the cache has all of it. Only
 //! names of the expected forms are taken: a hostile listing (`../../x`) cannot name a place outside the cache.
 
+use crate::error::{Error, Result};
 use crate::platform::hub::wanted::Wanted;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -24,7 +25,7 @@ pub struct FileChoice {
 }
 
 /// Chooses from `names`; the error is what is missing, and what to do about it where something can be done.
-pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<FileChoice, String> {
+pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<FileChoice> {
     match wanted {
         Wanted::Model => model(names),
         Wanted::Adapter => adapter(names),
@@ -33,7 +34,7 @@ pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<FileChoice, St
     }
 }
 
-fn model(names: &BTreeSet<String>) -> Result<FileChoice, String> {
+fn model(names: &BTreeSet<String>) -> Result<FileChoice> {
     let mut files: Vec<String> = Vec::new();
     let mut missing: Vec<String> = Vec::new();
     let mut need = |name: String| {
@@ -62,24 +63,20 @@ fn model(names: &BTreeSet<String>) -> Result<FileChoice, String> {
     if missing.is_empty() {
         return Ok(FileChoice { files, entry: PathBuf::new() });
     }
-    let hint = if pickled {
-        "\nhint: it has pickled weights, which can run code and are not read; convert them once in Python: \
-         DiffusionPipeline.from_pretrained(\"OWNER/NAME\").save_pretrained(\"DIR\", safe_serialization=True), and give DIR"
-            .to_string()
-    } else {
-        single_files(names)
-            .first()
-            .map(|file| {
-                format!(
-                    "\nhint: it has single files such as {file}; download the one you mean and give its path"
-                )
-            })
-            .unwrap_or_default()
-    };
-    Err(format!("a Stable Diffusion folder, without {}{hint}", missing.join(", ")))
+    let lack = Error::hub(format!("a Stable Diffusion folder, without {}", missing.join(", ")));
+    if pickled {
+        return Err(lack.with_hint(
+            "it has pickled weights, which can run code and are not read; convert them once in Python: \
+             DiffusionPipeline.from_pretrained(\"OWNER/NAME\").save_pretrained(\"DIR\", safe_serialization=True), and give DIR",
+        ));
+    }
+    let single = single_files(names);
+    Err(lack.with_hints(single.first().map(|file| {
+        format!("it has single files such as {file}; download the one you mean and give its path")
+    })))
 }
 
-fn tower(names: &BTreeSet<String>) -> Result<FileChoice, String> {
+fn tower(names: &BTreeSet<String>) -> Result<FileChoice> {
     /// Of a text tower's tokenizer; each where it is there.
     const TOKENIZER: [&str; 6] = [
         "added_tokens.json",
@@ -104,14 +101,12 @@ fn tower(names: &BTreeSet<String>) -> Result<FileChoice, String> {
     }
     if !missing.is_empty() {
         let pickled = found.is_none() && names.iter().any(|n| is_plain_name(n) && is_pickled(n));
-        let hint = if pickled {
-            "\nhint: it has pickled weights, which can run code and are not read; give a revision that has model.safetensors \
+        let hint = pickled.then_some(
+            "it has pickled weights, which can run code and are not read; give a revision that has model.safetensors \
              (owner/name@refs/pr/N), or convert them once in Python: AutoModel.from_pretrained(\"OWNER/NAME\")\
-             .save_pretrained(\"DIR\"), put the repository's other .json and .txt files beside them, and give DIR"
-        } else {
-            ""
-        };
-        return Err(format!("a vision tower, without {}{hint}", missing.join(", ")));
+             .save_pretrained(\"DIR\"), put the repository's other .json and .txt files beside them, and give DIR",
+        );
+        return Err(Error::hub(format!("a vision tower, without {}", missing.join(", "))).with_hints(hint));
     }
     let small =
         ["config.json"].iter().chain(&PROCESSORS).chain(&TOKENIZER).filter(|name| names.contains(**name));
@@ -119,7 +114,7 @@ fn tower(names: &BTreeSet<String>) -> Result<FileChoice, String> {
     Ok(FileChoice { files: files.collect(), entry: PathBuf::new() })
 }
 
-fn adapter(names: &BTreeSet<String>) -> Result<FileChoice, String> {
+fn adapter(names: &BTreeSet<String>) -> Result<FileChoice> {
     const CONFIG: &str = "adapter_config.json";
     const WEIGHTS: &str = "adapter_model.safetensors";
     let pair = |folder: &str| [CONFIG, WEIGHTS].map(|name| format!("{folder}{name}"));
@@ -140,32 +135,32 @@ fn adapter(names: &BTreeSet<String>) -> Result<FileChoice, String> {
         [] | [_] => {
             let what = format!("an adapter: {CONFIG} with {WEIGHTS}, or one .safetensors file with a LoRA");
             let pickled = names.iter().find(|n| !n.contains('/') && is_pickled(n));
-            return Err(pickled.map_or(what.clone(), |file| {
-                format!(
-                    "{what}, without that\nhint: {file} is pickled, which can run code and is not read; convert it once in \
-                     Python: safetensors.torch.save_file(torch.load(\"{file}\", weights_only=True), \"FILE.safetensors\"), \
-                     and give the result"
-                )
-            }));
+            let Some(file) = pickled else { return Err(Error::hub(what)) };
+            return Err(Error::hub(format!("{what}, without that")).with_hint(format!(
+                "{file} is pickled, which can run code and is not read; convert it once in Python: \
+                 safetensors.torch.save_file(torch.load(\"{file}\", weights_only=True), \"FILE.safetensors\"), and give \
+                 the result"
+            )));
         }
         many => {
-            return Err(format!(
-                "one adapter, which it has {} of ({})\nhint: download the one you mean and give its path",
+            return Err(Error::hub(format!(
+                "one adapter, which it has {} of ({})",
                 many.len(),
                 many.join(", ")
-            ));
+            ))
+            .with_hint("download the one you mean and give its path"));
         }
     };
     Ok(FileChoice { files: vec![file.to_string()], entry: PathBuf::from(file) })
 }
 
-fn controlnet(names: &BTreeSet<String>) -> Result<FileChoice, String> {
+fn controlnet(names: &BTreeSet<String>) -> Result<FileChoice> {
     match weights(names, "", "diffusion_pytorch_model").filter(|_| names.contains("config.json")) {
         Some(mut files) => {
             files.insert(0, "config.json".into());
             Ok(FileChoice { files, entry: PathBuf::new() })
         }
-        None => Err("a ControlNet: config.json with diffusion_pytorch_model.safetensors".into()),
+        None => Err(Error::hub("a ControlNet: config.json with diffusion_pytorch_model.safetensors")),
     }
 }
 
@@ -281,7 +276,7 @@ mod tests {
         );
         assert_eq!(unet(&[half_index, half_shard]).unwrap(), [half_index, half_shard]);
         assert!(unet(&[index, half_shard]).is_err());
-        assert!(unet(&["unet/diffusion_pytorch_model.bin"]).unwrap_err().contains("pickled"));
+        assert!(unet(&["unet/diffusion_pytorch_model.bin"]).unwrap_err().to_string().contains("pickled"));
     }
 
     #[test]
@@ -333,11 +328,17 @@ mod tests {
             ["my lora.safetensors"]
         );
         assert!(
-            chosen(&["a.safetensors", "b.safetensors"]).unwrap_err().contains("a.safetensors, b.safetensors")
+            chosen(&["a.safetensors", "b.safetensors"])
+                .unwrap_err()
+                .to_string()
+                .contains("a.safetensors, b.safetensors")
         );
         assert!(chosen(&["adapter_model.safetensors"]).is_err(), "weights without their settings");
         assert!(
-            chosen(&["adapter_config.json", "adapter_model.bin"]).unwrap_err().contains("weights_only=True")
+            chosen(&["adapter_config.json", "adapter_model.bin"])
+                .unwrap_err()
+                .to_string()
+                .contains("weights_only=True")
         );
     }
 
@@ -360,10 +361,10 @@ mod tests {
         assert_eq!(chosen(&sharded).unwrap().files, sharded);
         let new = ["config.json", "processor_config.json", "model.safetensors"];
         assert_eq!(chosen(&new).unwrap().files, new);
-        assert!(chosen(&sharded[..4]).unwrap_err().contains("without model.safetensors"));
-        let pickled = chosen(&[settings[0], "pytorch_model.bin"]).unwrap_err();
+        assert!(chosen(&sharded[..4]).unwrap_err().to_string().contains("without model.safetensors"));
+        let pickled = chosen(&[settings[0], "pytorch_model.bin"]).unwrap_err().to_string();
         assert!(pickled.contains("without preprocessor_config.json, model.safetensors"), "{pickled}");
         assert!(pickled.contains("refs/pr/N"), "{pickled}");
-        assert!(!chosen(&[settings[0], settings[1], "x/y.bin"]).unwrap_err().contains("pickled"));
+        assert!(!chosen(&[settings[0], settings[1], "x/y.bin"]).unwrap_err().to_string().contains("pickled"));
     }
 }

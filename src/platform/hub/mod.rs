@@ -52,11 +52,12 @@ pub fn resolve(word: &Path, wanted: Wanted, observer: &dyn Observer) -> Result<P
                 "give a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id",
             ),
         };
-        return Err(Error::Hub(format!(
-            "{}: expected {what}, found nothing there, nor is it a hub id of the form owner/name or owner/name@revision\n\
-             hint: {hint}",
+        return Err(Error::hub(format!(
+            "{}: expected {what}, found nothing there, nor is it a hub id of the form \
+                                       owner/name or owner/name@revision",
             word.display()
-        )));
+        ))
+        .with_hint(hint));
     };
     Hub::from_env(id)?.path(wanted, observer)
 }
@@ -144,7 +145,7 @@ impl Hub {
         let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into());
         let endpoint = endpoint.trim_end_matches('/').to_string();
         if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
-            return Err(Error::Hub(format!(
+            return Err(Error::hub(format!(
                 "HF_ENDPOINT: expected an address with https://, found `{endpoint}`"
             )));
         }
@@ -153,7 +154,7 @@ impl Hub {
             caches.or_else(|| Some(env::home_dir()?.join(".cache"))).map(|caches| caches.join("huggingface"))
         });
         let home =
-            home.ok_or_else(|| Error::Hub("no folder for downloads is known\nhint: set HF_HOME".into()))?;
+            home.ok_or_else(|| Error::hub("no folder for downloads is known").with_hint("set HF_HOME"))?;
         let cache_dir =
             variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE")).map(PathBuf::from);
         let cache_dir = cache_dir.unwrap_or_else(|| home.join("hub"));
@@ -163,7 +164,7 @@ impl Hub {
             .or_else(|| Some(fs::read_to_string(token_file).ok()?.trim().to_string()))
             .filter(|token| !token.is_empty());
         if token.as_ref().is_some_and(|token| !token.bytes().all(|b| b.is_ascii_graphic())) {
-            return Err(Error::Hub("HF_TOKEN: expected a token, found characters that no token has".into()));
+            return Err(Error::hub("HF_TOKEN: expected a token, found characters that no token has"));
         }
         let yes = |value: String| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str());
         Ok(Self {
@@ -210,7 +211,8 @@ impl Hub {
             return Err(self.told(TransferFailure::Answer("a commit that is not one".into())));
         }
         let names = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
-        let choice = choose(&names, wanted).map_err(|lack| self.error(&format!("expected {lack}")))?;
+        let choice = choose(&names, wanted)
+            .map_err(|lack| self.error(&format!("expected {}", lack.kind)).with_hints(lack.hints()))?;
         let snapshot = self.snapshot(&info.sha);
         let missing: Vec<&String> =
             choice.files.iter().filter(|name| !snapshot.join(name).is_file()).collect();
@@ -227,7 +229,7 @@ impl Hub {
     }
 
     /// What the cache has without asking anyone; the error is what it lacks.
-    fn cached(&self, wanted: Wanted) -> std::result::Result<PathBuf, String> {
+    fn cached(&self, wanted: Wanted) -> Result<PathBuf> {
         let revision = &self.id.revision;
         let commit = if is_commit(revision) {
             Some(revision.clone())
@@ -236,7 +238,7 @@ impl Hub {
         };
         let commit = commit.map(|c| c.trim().to_string()).filter(|c| is_commit(c));
         let snapshot = commit.map(|c| self.snapshot(&c)).filter(|path| path.is_dir());
-        let snapshot = snapshot.ok_or_else(|| "any file of it".to_string())?;
+        let snapshot = snapshot.ok_or_else(|| Error::hub("any file of it"))?;
         let mut names = BTreeSet::new();
         for entry in files::list_dir(&snapshot).unwrap_or_default() {
             let name = entry.name.to_string_lossy().into_owned();
@@ -352,23 +354,21 @@ impl Hub {
 
     fn error(&self, problem: &str) -> Error {
         let at = if self.id.revision == MAIN { String::new() } else { format!(" at {}", self.id.revision) };
-        Error::Hub(format!(
+        Error::hub(format!(
             "{}{at}: nothing is at that path here, and as a hub id ({}): {problem}",
             self.id.name, self.endpoint
         ))
     }
 
-    fn not_in_cache(&self, lack: &str, why: &str) -> Error {
+    fn not_in_cache(&self, lack: &Error, why: &str) -> Error {
+        let cache = self.cache_dir.display();
+        let error = self.error(&format!("{why}, and the cache at {cache} does not hold {}", lack.kind));
+        if !lack.hints().is_empty() {
+            return error.with_hints(lack.hints());
+        }
         let word = shell_word(&format!("{}@{}", self.id.name, self.id.revision));
-        let (lack, hint) = lack.split_once('\n').unwrap_or((lack, ""));
-        let hint = if hint.is_empty() {
-            format!("hint: run the same command once with a connection and without HF_HUB_OFFLINE ({word})")
-        } else {
-            hint.to_string()
-        };
-        self.error(&format!(
-            "{why}, and the cache at {} does not hold {lack}\n{hint}",
-            self.cache_dir.display()
+        error.with_hint(format!(
+            "run the same command once with a connection and without HF_HUB_OFFLINE ({word})"
         ))
     }
 
@@ -378,30 +378,29 @@ impl Hub {
         let token =
             if self.has_token { "the token that was sent was not enough" } else { "no token was sent" };
         let give = format!(
-            "hint: a token comes from HF_TOKEN or `hf auth login`, is made at {}/settings/tokens, and must be allowed to read \
+            "a token comes from HF_TOKEN or `hf auth login`, is made at {}/settings/tokens, and must be allowed to read \
              this repository",
             self.endpoint
         );
         match failure {
             TransferFailure::Local(error) => error,
-            TransferFailure::Network(why) => self.error(&format!(
-                "the hub cannot be reached ({why})\nhint: check the connection and HF_ENDPOINT; what was downloaded is kept"
-            )),
+            TransferFailure::Network(why) => self
+                .error(&format!("the hub cannot be reached ({why})"))
+                .with_hint("check the connection and HF_ENDPOINT; what was downloaded is kept"),
             TransferFailure::Answer(what) => self.error(&format!("the hub answered with {what}")),
-            TransferFailure::Status(_, reason) if reason == "RevisionNotFound" => self.error(&format!(
-                "no revision `{}` is there\nhint: {page} lists branches, tags and commits",
-                self.id.revision
-            )),
-            TransferFailure::Status(_, reason) if reason == "GatedRepo" => self.error(&format!(
-                "it is gated, and {token}\nhint: accept its terms at {page}\n{give}"
-            )),
+            TransferFailure::Status(_, reason) if reason == "RevisionNotFound" => self
+                .error(&format!("no revision `{}` is there", self.id.revision))
+                .with_hint(format!("{page} lists branches, tags and commits")),
+            TransferFailure::Status(_, reason) if reason == "GatedRepo" => self
+                .error(&format!("it is gated, and {token}"))
+                .with_hints([format!("accept its terms at {page}"), give]),
             TransferFailure::Status(401 | 403, reason) if reason != "RepoNotFound" => {
-                self.error(&format!("the hub refuses it, and {token}\n{give}"))
+                self.error(&format!("the hub refuses it, and {token}")).with_hint(give)
             }
             // The hub does not tell strangers whether a private repository is there.
-            TransferFailure::Status(401 | 403 | 404, _) => self.error(&format!(
-                "no such repository or revision is there, or it is private, and {token}\n{give}"
-            )),
+            TransferFailure::Status(401 | 403 | 404, _) => self
+                .error(&format!("no such repository or revision is there, or it is private, and {token}"))
+                .with_hint(give),
             TransferFailure::Status(code, _) => self.error(&format!("the hub answered with status {code}")),
         }
     }

@@ -35,8 +35,8 @@ impl TrainConfig {
         };
         for path in files {
             let wrong = |problems: Problems| {
-                let hint = "hint: docs/settings.md lists the sections; keys are the long flags of `hra train --help`, with underscores";
-                Error::format(path, format!("{}\n{hint}", problems.join("\n")))
+                let hint = "docs/settings.md lists the sections; keys are the long flags of `hra train --help`, with underscores";
+                Error::format(path, problems.join("\n")).with_hint(hint)
             };
             let table: Table = toml::from_str(&files::read_to_string(path)?)
                 .map_err(|e| wrong(vec![e.to_string().trim_end().to_string()]))?;

@@ -65,10 +65,11 @@ impl TrainConfig {
         let lines = differences.iter().map(|Difference { key, values: [new, old] }| {
             format!("{}: the run has {}, asked for is {}", key.place(), show(old), show(new))
         });
-        Err(Error::Run(format!(
-            "a resumed run continues with its own settings, but these differ\n{}\nhint: leave them out, or start a new run in another output_dir",
+        Err(Error::run(format!(
+            "a resumed run continues with its own settings, but these differ\n{}",
             lines.collect::<Vec<_>>().join("\n")
-        )))
+        ))
+        .with_hint("leave them out, or start a new run in another output_dir"))
     }
 
     /// The same settings with every path made absolute, so that a run can be resumed from any folder. A hub id stays as it is.

@@ -12,7 +12,7 @@ pub use set::{Agreement, ControlSet, DrawnPairs, picture_places, table};
 use crate::data::image::decode::MAX_FILE_BYTES;
 use crate::data::image::palette::Palette;
 use crate::data::pairs::{ConditionSource, PairFolder, shuffled};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::lab::compare::config::CompareConfig;
 use crate::lab::compare::subject::{Material, Prompt, Subject, hash};
 use crate::platform::files;
@@ -46,10 +46,7 @@ fn subject(
     let palette = settings.palette.as_deref().map(Palette::read).transpose()?;
     let mut notes = entry.notes.clone();
     let read = |what: &str, path: &Path| {
-        let named = |e: Error| match e {
-            Error::Data(text) => Error::Data(format!("{}: {text}", place(what))),
-            other => other,
-        };
+        let named = |e: Error| if matches!(e.kind, ErrorKind::Data(_)) { e.at(place(what)) } else { e };
         PairFolder::read(path, &settings, observer).map_err(named)
     };
     let train = read("data_dir", &entry.data_dir)?;
@@ -68,7 +65,7 @@ fn subject(
         let own = hashes(&folder, count, &read_as)?;
         let mut hashed = own.pictures.iter().zip(folder.pairs());
         if let Some((name, twin)) = hashed.find_map(|(hash, pair)| Some((&pair.name, taken.get(hash)?))) {
-            return Err(Error::Data(format!("{}: {name} {twin}", place(what))));
+            return Err(Error::data(format!("{}: {name} {twin}", place(what))));
         }
         let why = "is among the pairs of the tables too, as";
         take(&mut taken, &folder, &own, |name| format!("{why} {name}; a search must not choose by them"));

@@ -42,7 +42,7 @@ impl<'a> PairJudges<'a> {
     ) -> Result<Self> {
         if pictures.len() != conditions.len() || pictures.len() != files.len() {
             let (found, expected) = (conditions.len(), pictures.len());
-            return Err(Error::Data(format!(
+            return Err(Error::data(format!(
                 "expected {expected} conditions as there are pictures, found {found}"
             )));
         }
