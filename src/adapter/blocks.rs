@@ -84,11 +84,11 @@ impl Partition {
         Err(match (self, shown.is_empty()) {
             (_, true) => format!("expected a layer with at least 2 inputs, found {d_in}"),
             (Self::Blocks(_), _) => format!(
-                "{flag}: expected a number of blocks that divides the layer's {d_in} inputs, found {given}; near it: {}",
+                "{flag}: expected a number of blocks that divides the layer's {d_in} inputs, found {given}; hint: {}",
                 shown.join(", ")
             ),
             (Self::BlockSize(_), _) => format!(
-                "{flag}: expected a size that divides the layer's {d_in} inputs, found {given}; near it: {}",
+                "{flag}: expected a size that divides the layer's {d_in} inputs, found {given}; hint: {}",
                 shown.join(", ")
             ),
         })

@@ -140,7 +140,7 @@ fn report(folder: &Path, json: bool) -> Result<()> {
 }
 
 fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: bool) -> Result<()> {
-    let trainings = plan.cells.iter().filter(|cell| cell.learning_rate.is_some()).count();
+    let trainings = plan.cells.iter().filter(|cell| cell.learning_rate().is_some()).count();
     if json {
         let value = json!({
             "plan": plan,

@@ -12,6 +12,7 @@ mod noise;
 mod output;
 mod prepare;
 mod sample;
+mod sample_flags;
 mod start;
 pub mod terminal;
 mod towers;
@@ -37,7 +38,7 @@ enum Verb {
     /// Train an adapter on pictures of a subject, or on pairs of picture and condition
     Train(Box<train::TrainArgs>),
     /// Draw pictures from prompts
-    Sample(Box<sample::SampleArgs>),
+    Sample(Box<sample_flags::SampleArgs>),
     /// Make the conditions of controllable generation: edges, coloured segmentation maps, landmarks
     Prepare(prepare::PrepareArgs),
     /// Train several methods alike, score them, and write a report

@@ -2,137 +2,42 @@
 
 use crate::attach;
 use crate::attach::loaded::LoadedAdapter;
-use crate::cli::choice::choice;
-use crate::cli::control::{ControlArgs, Controlled, PairsFlags};
+use crate::cli::control::{Controlled, PairsFlags};
 use crate::cli::noise::{NoiseSource, read_noise};
 use crate::cli::output::Output;
-use crate::cli::start::{StartArgs, StartPictures};
+use crate::cli::sample_flags::SampleArgs;
+use crate::cli::start::StartPictures;
 use crate::cli::terminal;
 use crate::data::image::grid::{Grid, GridRow};
 use crate::data::image::{RgbImage, png};
 use crate::diffusion::sample::{From, Noise, Picture, Request, SampleSettings, Session, Start};
-use crate::diffusion::sampler::{SamplerKind, Spacing};
+use crate::diffusion::sampler::SamplerKind;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
-use crate::platform::device::{self, DeviceChoice, Precision};
+use crate::platform::device;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::{Counter, Observer};
 use crate::weights::tensor_file;
-use clap::Args;
 use serde_json::{Value, json};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tch::Tensor;
 
-/// Flags of `hra sample`.
-#[derive(Debug, Args)]
-#[command(
-    about = "Draw pictures from prompts",
-    after_help = "Picture i of a prompt is drawn from seed --seed + i, as diffusers draws it from a CPU generator with that \
-                  seed.\n\nExamples:\n  hra sample --model assets/tiny-sd --prompt \"a fluent 3d emoji of a cat face\" \
-                  --output out\n  hra sample --model DIR --adapter runs/dog=0.8 --prompt-file prompts.txt --with-base \
-                  --output out"
-)]
-pub struct SampleArgs {
-    /// Stable Diffusion: folder, checkpoint file (.safetensors), or hub id owner/name[@revision]
-    #[arg(long, alias = "pretrained-model-name-or-path", value_name = "MODEL")]
-    model: PathBuf,
-    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json
-    #[arg(long, alias = "model-config", value_name = "DIR")]
-    config: Option<PathBuf>,
-    /// Adapter folder, LoRA file or hub id, with a strength, of its control encoder too: 1 is as trained, 0 the base model. Several
-    /// act in their order
-    #[arg(long, value_name = "DIR[=STRENGTH]")]
-    adapter: Vec<String>,
-    /// What to draw; may be given several times
-    #[arg(long)]
-    prompt: Vec<String>,
-    /// File with a prompt on each line; empty lines and lines that begin with # are passed over
-    #[arg(long, value_name = "FILE")]
-    prompt_file: Option<PathBuf>,
-    /// What not to draw
-    #[arg(long, default_value = "", hide_default_value = true)]
-    negative_prompt: String,
-    /// Folder for the pictures: PROMPT-PICTURE.png, counted from 0000-0000 (with --pairs, their own names), and grid.png
-    #[arg(long, alias = "output-dir", value_name = "DIR")]
-    output: PathBuf,
-    /// Draw each picture with the base model too, from the same noise: in base/, and beside the others in grid.png
-    #[arg(long)]
-    with_base: bool,
-    /// Print what was drawn as JSON
-    #[arg(long)]
-    json: bool,
-
-    /// Pictures for each prompt [default: 1, or as many as --latents holds]
-    #[arg(long, alias = "num-images-per-prompt", value_name = "N", help_heading = "Pictures")]
-    num_images: Option<usize>,
-    /// Seed of the first picture of each prompt
-    #[arg(long, default_value_t = 0, help_heading = "Pictures")]
-    seed: u64,
-    /// Width in pixels [default: that of --image, --latents or --control, else what the model was trained at]
-    #[arg(long, value_name = "PIXELS", help_heading = "Pictures")]
-    width: Option<i64>,
-    /// Height in pixels [default: that of --image, --latents or --control, else what the model was trained at]
-    #[arg(long, value_name = "PIXELS", help_heading = "Pictures")]
-    height: Option<i64>,
-
-    /// Scheduler [default: the model's]
-    #[arg(long, value_parser = choice::<SamplerKind>(), help_heading = "Sampling")]
-    scheduler: Option<SamplerKind>,
-    /// How timesteps are spread [default: the sampler's own way]
-    #[arg(long, value_parser = choice::<Spacing>(), help_heading = "Sampling")]
-    timestep_spacing: Option<Spacing>,
-    /// Karras' noise levels: true or false [default: true for heun, unipc and dpm++2m-karras]
-    #[arg(long, value_name = "BOOL", help_heading = "Sampling")]
-    karras_sigmas: Option<bool>,
-    /// Number of steps
-    #[arg(long, alias = "num-inference-steps", default_value_t = 30, help_heading = "Sampling")]
-    steps: usize,
-    /// Classifier-free guidance; 1 is none
-    #[arg(long, alias = "guidance-scale", default_value_t = 7.5, help_heading = "Sampling")]
-    guidance: f64,
-    /// Pictures drawn at once; the pictures do not depend on it
-    #[arg(long, default_value_t = 4, help_heading = "Sampling")]
-    batch_size: usize,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value_t = DeviceChoice::Auto, help_heading = "Sampling")]
-    device: DeviceChoice,
-    /// Number format of the model
-    #[arg(long, alias = "mixed-precision", value_parser = choice::<Precision>(), default_value = "f32", help_heading = "Sampling")]
-    dtype: Precision,
-    /// CPU threads [default: libtorch's choice]
-    #[arg(long, help_heading = "Sampling")]
-    threads: Option<i32>,
-
-    #[command(flatten)]
-    control: ControlArgs,
-    #[command(flatten)]
-    start: StartArgs,
-
-    /// Unit noise to start from: tensor `latents` (b, c, h, w) of a safetensors file, the same for each prompt. With --image,
-    /// `image_noise` is the noise of the picture's latents and `masked_image_noise` that of the masked picture's, which an
-    /// inpainting model sees; where one is missing, the mean that the encoder gives is taken
-    #[arg(long, value_name = "FILE", help_heading = "Exchange with other software")]
-    latents: Option<PathBuf>,
-    /// Noise of each step for ancestral samplers: tensor `noise` (steps, b, c, h, w)
-    #[arg(long, value_name = "FILE", requires = "latents", help_heading = "Exchange with other software")]
-    step_noise: Option<PathBuf>,
-    /// Write the final latents of all pictures, prompt by prompt, as tensor `latents`
-    #[arg(long, value_name = "FILE", help_heading = "Exchange with other software")]
-    save_latents: Option<PathBuf>,
-}
-
 /// Rows of the contact sheet: a sheet of thousands of pictures is of no use, and does not fit into memory.
 const MAX_ROWS: usize = 100;
 
 /// Runs `hra sample`.
 pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
-    let given =
-        args.latents.as_deref().map(|path| read_noise(path, args.step_noise.as_deref())).transpose()?;
+    let given = args
+        .exchange
+        .latents
+        .as_deref()
+        .map(|path| read_noise(path, args.exchange.step_noise.as_deref()))
+        .transpose()?;
     check_flags(args)?;
     let pictures = args.start.read()?;
-    let compute = device::resolve(args.device, Some(args.dtype))?;
+    let compute = device::resolve(args.machine.device, Some(args.machine.dtype))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
     let adapters: Vec<(PathBuf, f64)> =
         args.adapter.iter().map(|a| super::adapter_with_strength(a)).collect::<Result<_>>()?;
@@ -155,10 +60,10 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
     let settings = settings(args, model, given.as_ref(), pictures.as_ref(), controlled.as_ref())?;
     settings.validate(model)?;
     let start = pictures.map(|pictures| pictures.start(settings.width, settings.height)).transpose()?;
-    let source = NoiseSource::new(args.num_images.unwrap_or(1), args.seed, given);
+    let source = NoiseSource::new(args.pictures.num_images.unwrap_or(1), args.pictures.seed, given);
     let mut job = Job { args, controlled, settings, start, source, prompts };
     job.check(&mut session)?;
-    if let Some(parent) = args.save_latents.as_deref().and_then(Path::parent)
+    if let Some(parent) = args.exchange.save_latents.as_deref().and_then(Path::parent)
         && !parent.as_os_str().is_empty()
         && !parent.is_dir()
     {
@@ -175,7 +80,9 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
 }
 
 fn check_flags(args: &SampleArgs) -> Result<()> {
-    if !(1..=4096).contains(&args.batch_size) || !(1..=100_000).contains(&args.num_images.unwrap_or(1)) {
+    if !(1..=4096).contains(&args.sampling.batch_size)
+        || !(1..=100_000).contains(&args.pictures.num_images.unwrap_or(1))
+    {
         return Err(Error::config(
             "--batch-size: expected 1 to 4096, and --num-images: expected 1 to 100000",
         ));
@@ -195,7 +102,7 @@ fn open(
 ) -> Result<Session> {
     let mut model = StableDiffusion::load_with(dir, args.config.as_deref(), compute.kind, compute.device)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
-    device::set_threads(args.threads, attach::weight_count(&mut model.unet))?;
+    device::set_threads(args.machine.threads, attach::weight_count(&mut model.unet))?;
     if adapters.is_empty() {
         return Session::open(model, Vec::new(), None);
     }
@@ -247,7 +154,7 @@ impl Job<'_> {
     ) -> Request<'r> {
         let steering =
             self.controlled.as_ref().zip(condition).map(|(control, image)| control.steering(image));
-        let batch_size = self.args.batch_size;
+        let batch_size = self.args.sampling.batch_size;
         Request { settings, from, start: self.start.as_ref(), steering, batch_size, tick: None }
     }
 
@@ -260,7 +167,7 @@ impl Job<'_> {
         if let (Some(control), Some(first)) = (&self.controlled, &first) {
             control.warn_of_no_edges(first);
         }
-        let asked = (args.num_images, args.seed);
+        let asked = (args.pictures.num_images, args.pictures.seed);
         self.source.check(asked, session, &self.settings, self.start.as_ref())?;
         let all = self.prompts.iter().chain([&args.negative_prompt]).map(String::as_str);
         let all: Vec<&str> = all.filter(|p| !p.is_empty()).collect();
@@ -324,21 +231,22 @@ impl Job<'_> {
         let columns = passes
             .iter()
             .flat_map(|pass| source.labels().into_iter().map(move |label| format!("{pass}{label}")));
-        if let Some(path) = &args.save_latents {
+        if let Some(path) = &args.exchange.save_latents {
             tensor_file::write(path, &[("latents".to_string(), Tensor::cat(&latents, 0))], &[])?;
         }
         let condition = controlled.iter().map(|_| "condition".to_string());
         let grid = Grid { columns: condition.chain(columns).collect(), rows };
         let total = prompts.len() * source.count();
         let all = SampleSettings { prompt: prompts.join("\n"), ..settings };
-        let mut text = all.to_text(Some(args.seed), &session.model().name(), &args.adapter.join(", "));
+        let mut text =
+            all.to_text(Some(args.pictures.seed), &session.model().name(), &args.adapter.join(", "));
         args.start.add_to(&mut text);
         text.extend(controlled.iter().flat_map(Controlled::about));
         let sheet = args.output.join("grid.png");
         png::save_png(&sheet, &grid.render(), &text)?;
         if args.json {
             return super::print_json(&json!({
-                "device": device::name(session.model().device()), "output": args.output, "pictures": pictures, "grid": sheet, "latents": args.save_latents,
+                "device": device::name(session.model().device()), "output": args.output, "pictures": pictures, "grid": sheet, "latents": args.exchange.save_latents,
                 "adapters": session.reports(), "start": args.start.to_json(),
                 "control": controlled.map(|c| c.about().into_iter().collect::<BTreeMap<_, _>>()),
             }));
@@ -353,7 +261,7 @@ impl Job<'_> {
 impl Drawn {
     fn add(&mut self, args: &SampleArgs, output: &Output, p: usize, prompt: &str, pictures: &[Picture]) {
         for (i, picture) in pictures.iter().enumerate() {
-            if args.save_latents.is_some() {
+            if args.exchange.save_latents.is_some() {
                 self.latents.push(picture.latents.shallow_clone());
             }
             let base = args.with_base.then(|| output.file(p, i, true));
@@ -366,7 +274,7 @@ impl Drawn {
 /// Says so where a picture is drawn much larger than the model knows pictures, which costs time and coherence, unless asked for.
 fn note_of_size(args: &SampleArgs, settings: &SampleSettings, model: &StableDiffusion) {
     let (width, height, native) = (settings.width, settings.height, model.native_size());
-    if args.width.or(args.height).is_none() && width * height > 2 * native * native {
+    if args.pictures.width.or(args.pictures.height).is_none() && width * height > 2 * native * native {
         eprintln!(
             "note: drawing at {width}x{height}, but the model was trained at {native}x{native}; --width and --height make the \
              picture smaller"
@@ -402,7 +310,7 @@ fn settings(
     let of_noise = given.map(|noise| [3, 2].map(|dim| noise.latents.size()[dim] * factor));
     let of_condition = control.map(|control| control.size(factor)).transpose()?.flatten();
     let own = of_picture.or(of_noise).or(of_condition).unwrap_or([model.native_size(); 2]);
-    let (sampler, note) = match args.scheduler {
+    let (sampler, note) = match args.sampling.scheduler {
         Some(kind) => (kind, None),
         None => SamplerKind::from_config(&model.scheduler)?,
     };
@@ -411,11 +319,11 @@ fn settings(
         prompt: String::new(),
         negative_prompt: args.negative_prompt.clone(),
         sampler,
-        spacing: args.timestep_spacing,
-        karras: args.karras_sigmas,
-        steps: args.steps,
-        guidance: args.guidance,
-        width: args.width.unwrap_or(own[0]),
-        height: args.height.unwrap_or(own[1]),
+        spacing: args.sampling.timestep_spacing,
+        karras: args.sampling.karras_sigmas,
+        steps: args.sampling.steps,
+        guidance: args.sampling.guidance,
+        width: args.pictures.width.unwrap_or(own[0]),
+        height: args.pictures.height.unwrap_or(own[1]),
     })
 }

@@ -149,7 +149,8 @@ impl<'a> Model<'a> {
     fn open(source: &'a Source, replaced: &'a Replaced, target: Option<Kind>) -> Result<Self> {
         let [unet, text, vae] = Part::ALL.map(|part| source.tensors(part));
         let tensors = [unet?, text?, vae?];
-        let linear_projection = UNetConfig::parse(&source.text("unet/config.json")?)?.0.use_linear_projection;
+        let linear_projection =
+            UNetConfig::parse(&source.text("unet/config.json")?)?.0.attention.use_linear_projection;
         let model = Self { source, tensors, replaced, target, linear_projection };
         for tensors in &model.tensors {
             let mut problems = tensors.problems().to_vec();

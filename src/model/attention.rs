@@ -94,8 +94,8 @@ struct TransformerBlock {
 
 impl TransformerBlock {
     fn new(scope: &Scope, width: i64, heads: i64, config: &UNetConfig) -> Self {
-        let context = config.cross_attention_dim;
-        let upcast = config.upcast_attention;
+        let context = config.attention.cross_attention_dim;
+        let upcast = config.attention.upcast_attention;
         let hidden = 4 * width;
         Self {
             norm1: Norm::layer(&scope.at("norm1"), width, 1e-5),
@@ -140,14 +140,14 @@ impl SpatialTransformer {
     pub fn new(scope: &Scope, channels: i64, heads: i64, depth: i64, config: &UNetConfig) -> Self {
         let projection = |name: &str| {
             let scope = scope.at(name);
-            if config.use_linear_projection {
+            if config.attention.use_linear_projection {
                 Layer::linear(&scope, channels, channels, true)
             } else {
                 Layer::conv(&scope, channels, channels, 1, 1, 0)
             }
         };
         Self {
-            norm: Norm::groups(&scope.at("norm"), config.norm_num_groups, channels, 1e-6),
+            norm: Norm::groups(&scope.at("norm"), config.norm.norm_num_groups, channels, 1e-6),
             proj_in: projection("proj_in"),
             blocks: (0..depth)
                 .map(|i| {
@@ -155,7 +155,7 @@ impl SpatialTransformer {
                 })
                 .collect(),
             proj_out: projection("proj_out"),
-            linear_projection: config.use_linear_projection,
+            linear_projection: config.attention.use_linear_projection,
         }
     }
 

@@ -109,8 +109,12 @@ impl DownPath {
     /// The timestep embedding `(b, 4 c0)` of `timesteps (b)`, with the activation that every use of it begins with.
     pub(super) fn time(&self, timesteps: &Tensor) -> Tensor {
         let width = self.config.block_out_channels[0];
-        let features =
-            timestep_features(timesteps, width, self.config.flip_sin_to_cos, self.config.freq_shift);
+        let features = timestep_features(
+            timesteps,
+            width,
+            self.config.time.flip_sin_to_cos,
+            self.config.time.freq_shift,
+        );
         let time = self.time_embedding.linear_1.forward(&features.to_kind(self.kind)).silu();
         self.time_embedding.linear_2.forward(&time).silu()
     }

@@ -27,8 +27,8 @@ impl Resnet {
         output_scale: f64,
         config: &UNetConfig,
     ) -> Self {
-        let (groups, eps) = (config.norm_num_groups, config.norm_eps);
-        let scale_shift = config.resnet_time_scale_shift == "scale_shift";
+        let (groups, eps) = (config.norm.norm_num_groups, config.norm.norm_eps);
+        let scale_shift = config.time.resnet_time_scale_shift == "scale_shift";
         let time_out = if scale_shift { 2 * c_out } else { c_out };
         Self {
             norm1: Norm::groups(&scope.at("norm1"), groups, c_in, eps),

@@ -52,12 +52,12 @@ impl UNet {
             let upsampler = (i < last).then(|| Upsample::new(&scope.at("upsamplers.0"), channels));
             up_blocks.push(Block { resnets, attentions, downsampler: None, upsampler });
         }
-        let (kernel, groups) = (config.conv_out_kernel, config.norm_num_groups);
+        let (kernel, groups) = (config.conv_out_kernel, config.norm.norm_num_groups);
         let (conv_out, pad) = (scope.at("conv_out"), same_padding(kernel));
         Self {
             down,
             up_blocks,
-            conv_norm_out: Norm::groups(&scope.at("conv_norm_out"), groups, c0, config.norm_eps),
+            conv_norm_out: Norm::groups(&scope.at("conv_norm_out"), groups, c0, config.norm.norm_eps),
             conv_out: Layer::conv(&conv_out, c0, config.out_channels, kernel, 1, pad),
             kind,
             device,
@@ -81,7 +81,7 @@ impl UNet {
 
     /// Width of the text states that it attends to.
     pub fn context_width(&self) -> i64 {
-        self.down.config().cross_attention_dim
+        self.down.config().attention.cross_attention_dim
     }
 
     /// The middle's output and the skip connections with what a control adds to them.

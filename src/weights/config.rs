@@ -44,29 +44,21 @@ pub struct UNetConfig {
     pub out_channels: i64,
     pub sample_size: Option<Value>,
     pub center_input_sample: bool,
-    pub flip_sin_to_cos: bool,
-    pub freq_shift: f64,
     pub down_block_types: Vec<String>,
     pub mid_block_type: Option<String>,
     pub up_block_types: Vec<String>,
-    pub only_cross_attention: Value,
     pub block_out_channels: Vec<i64>,
     pub layers_per_block: PerLevel,
     pub downsample_padding: i64,
     pub mid_block_scale_factor: f64,
-    pub act_fn: String,
-    pub norm_num_groups: i64,
-    pub norm_eps: f64,
-    pub cross_attention_dim: i64,
-    pub transformer_layers_per_block: PerLevel,
-    /// In diffusers' files of this model family this is the *number* of heads, unless `num_attention_heads` is there.
-    pub attention_head_dim: PerLevel,
-    pub num_attention_heads: Option<PerLevel>,
-    pub use_linear_projection: bool,
-    pub upcast_attention: bool,
-    pub resnet_time_scale_shift: String,
     pub conv_in_kernel: i64,
     pub conv_out_kernel: i64,
+    #[serde(flatten)]
+    pub time: UNetTime,
+    #[serde(flatten)]
+    pub norm: UNetNorm,
+    #[serde(flatten)]
+    pub attention: UNetAttention,
     /// Every other key, for the ones that change the architecture.
     #[serde(flatten)]
     pub rest: serde_json::Map<String, Value>,
@@ -80,8 +72,6 @@ impl Default for UNetConfig {
             out_channels: 4,
             sample_size: None,
             center_input_sample: false,
-            flip_sin_to_cos: true,
-            freq_shift: 0.0,
             down_block_types: names([
                 "CrossAttnDownBlock2D",
                 "CrossAttnDownBlock2D",
@@ -95,24 +85,74 @@ impl Default for UNetConfig {
                 "CrossAttnUpBlock2D",
                 "CrossAttnUpBlock2D",
             ]),
-            only_cross_attention: Value::Bool(false),
             block_out_channels: vec![320, 640, 1280, 1280],
             layers_per_block: PerLevel::One(2),
             downsample_padding: 1,
             mid_block_scale_factor: 1.0,
-            act_fn: "silu".into(),
-            norm_num_groups: 32,
-            norm_eps: 1e-5,
+            conv_in_kernel: 3,
+            conv_out_kernel: 3,
+            time: UNetTime::default(),
+            norm: UNetNorm::default(),
+            attention: UNetAttention::default(),
+            rest: Default::default(),
+        }
+    }
+}
+
+/// How the timestep is shown to the UNet.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+pub struct UNetTime {
+    pub flip_sin_to_cos: bool,
+    pub freq_shift: f64,
+    pub resnet_time_scale_shift: String,
+}
+
+impl Default for UNetTime {
+    fn default() -> Self {
+        Self { flip_sin_to_cos: true, freq_shift: 0.0, resnet_time_scale_shift: "default".into() }
+    }
+}
+
+/// Its norms and activation.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+pub struct UNetNorm {
+    pub norm_num_groups: i64,
+    pub norm_eps: f64,
+    pub act_fn: String,
+}
+
+impl Default for UNetNorm {
+    fn default() -> Self {
+        Self { norm_num_groups: 32, norm_eps: 1e-5, act_fn: "silu".into() }
+    }
+}
+
+/// Its attention.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+pub struct UNetAttention {
+    pub only_cross_attention: Value,
+    pub cross_attention_dim: i64,
+    pub transformer_layers_per_block: PerLevel,
+    /// In diffusers' files of this model family this is the *number* of heads, unless `num_attention_heads` is there.
+    pub attention_head_dim: PerLevel,
+    pub num_attention_heads: Option<PerLevel>,
+    pub use_linear_projection: bool,
+    pub upcast_attention: bool,
+}
+
+impl Default for UNetAttention {
+    fn default() -> Self {
+        Self {
+            only_cross_attention: Value::Bool(false),
             cross_attention_dim: 1280,
             transformer_layers_per_block: PerLevel::One(1),
             attention_head_dim: PerLevel::One(8),
             num_attention_heads: None,
             use_linear_projection: false,
             upcast_attention: false,
-            resnet_time_scale_shift: "default".into(),
-            conv_in_kernel: 3,
-            conv_out_kernel: 3,
-            rest: Default::default(),
         }
     }
 }
@@ -150,7 +190,7 @@ impl UNetConfig {
             return Err(problems);
         }
         problems.extend(self.out_of_range());
-        let heads = self.num_attention_heads.as_ref().unwrap_or(&self.attention_head_dim);
+        let heads = self.attention.num_attention_heads.as_ref().unwrap_or(&self.attention.attention_head_dim);
         let mut expand = |value: &PerLevel, what: &str| {
             value.expand(n, what).unwrap_or_else(|problem| {
                 problems.push(problem);
@@ -159,7 +199,8 @@ impl UNetConfig {
         };
         let layers = expand(&self.layers_per_block, "layers_per_block");
         let heads = expand(heads, "attention_head_dim");
-        let transformers = expand(&self.transformer_layers_per_block, "transformer_layers_per_block");
+        let transformers =
+            expand(&self.attention.transformer_layers_per_block, "transformer_layers_per_block");
         let mut levels = Vec::new();
         for i in 0..n {
             let channels = self.block_out_channels[i];
@@ -205,7 +246,7 @@ impl UNetConfig {
         for (name, value, least, most) in [
             ("in_channels", self.in_channels, 1, MAX_WIDTH),
             ("out_channels", self.out_channels, 1, MAX_WIDTH),
-            ("cross_attention_dim", self.cross_attention_dim, 1, MAX_WIDTH),
+            ("cross_attention_dim", self.attention.cross_attention_dim, 1, MAX_WIDTH),
             ("conv_in_kernel", self.conv_in_kernel, 1, 7),
             ("conv_out_kernel", self.conv_out_kernel, 1, 7),
             ("downsample_padding", self.downsample_padding, 0, 1),
@@ -215,8 +256,8 @@ impl UNetConfig {
             }
         }
         for (name, value) in [
-            ("freq_shift", self.freq_shift),
-            ("norm_eps", self.norm_eps),
+            ("freq_shift", self.time.freq_shift),
+            ("norm_eps", self.norm.norm_eps),
             ("mid_block_scale_factor", self.mid_block_scale_factor),
         ] {
             if !is_factor(value) {
@@ -241,9 +282,11 @@ impl UNetConfig {
         if level.heads > 0 && channels % level.heads != 0 {
             problems.push(format!("{channels} channels do not divide into {} attention heads", level.heads));
         }
-        if self.norm_num_groups < 1 || channels % self.norm_num_groups != 0 {
-            problems
-                .push(format!("{channels} channels do not divide into {} norm groups", self.norm_num_groups));
+        if self.norm.norm_num_groups < 1 || channels % self.norm.norm_num_groups != 0 {
+            problems.push(format!(
+                "{channels} channels do not divide into {} norm groups",
+                self.norm.norm_num_groups
+            ));
         }
         problems
     }
@@ -280,11 +323,19 @@ impl UNetConfig {
         ] {
             expect(key, self.rest.get(key).unwrap_or(&Value::Null), &none);
         }
-        expect("act_fn", &Value::from(self.act_fn.clone()), &[Value::from("silu"), Value::from("swish")]);
-        expect("only_cross_attention", &self.only_cross_attention, &[Value::Bool(false), Value::Null]);
+        expect(
+            "act_fn",
+            &Value::from(self.norm.act_fn.clone()),
+            &[Value::from("silu"), Value::from("swish")],
+        );
+        expect(
+            "only_cross_attention",
+            &self.attention.only_cross_attention,
+            &[Value::Bool(false), Value::Null],
+        );
         let mid = self.mid_block_type.clone().map_or(Value::Null, Value::from);
         expect("mid_block_type", &mid, &[Value::from("UNetMidBlock2DCrossAttn")]);
-        let shift = Value::from(self.resnet_time_scale_shift.clone());
+        let shift = Value::from(self.time.resnet_time_scale_shift.clone());
         expect("resnet_time_scale_shift", &shift, &[Value::from("default"), Value::from("scale_shift")]);
         problems
     }

@@ -124,7 +124,7 @@ fn pairs_are_drawn_and_scored_with_both_conditions() {
 
     let thresholds = Thresholds { low: 80.0, high: 160.0 };
     for record in &records {
-        let base = record.cell.method == BASE;
+        let base = record.cell.method() == BASE;
         let evaluation = &record.evaluations[0];
         assert_eq!((record.evaluations.len(), evaluation.set), (1, Set::Test));
         assert_eq!(evaluation.prompts.len(), 6);
@@ -159,7 +159,7 @@ fn pairs_are_drawn_and_scored_with_both_conditions() {
     // The encoder trains: what it is shown makes a difference, of any method, and with it the budget.
     for record in &records[1..] {
         let differ = (0..6).filter(|i| drawn(&out, record, *i, 0) != drawn(&out, record, *i, 1)).count();
-        assert!(differ >= 5, "{}: {differ}", record.cell.method);
+        assert!(differ >= 5, "{}: {differ}", record.cell.method());
         let budget = record.budget.as_ref().unwrap();
         assert!(budget.parameters > 90_000 && budget.bytes > 4 * budget.parameters);
         assert!(record.losses.iter().any(|point| point.held_out.is_some()), "on the rendered pairs");
@@ -212,7 +212,7 @@ fn maps_are_scored_by_subject_and_searches_use_other_pairs() {
     assert_eq!(plan.objective, [("subject_miou".to_string(), 1.0)]);
     assert_eq!(plan.subjects[0].control.as_ref().unwrap().validation.pictures.len(), 5);
     let mut tested = 0;
-    for record in records.iter().filter(|r| r.cell.method != BASE) {
+    for record in records.iter().filter(|r| r.cell.method() != BASE) {
         for evaluation in &record.evaluations {
             let count = if evaluation.set == Set::Validation { 5 } else { 6 };
             assert_eq!(evaluation.prompts.len(), count);

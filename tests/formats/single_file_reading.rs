@@ -156,15 +156,15 @@ fn settings_of_the_published_families_follow_from_shapes() {
         assert_eq!(
             (
                 found.sample_size,
-                found.use_linear_projection,
-                found.upcast_attention,
-                found.cross_attention_dim
+                found.attention.use_linear_projection,
+                found.attention.upcast_attention,
+                found.attention.cross_attention_dim
             ),
             (
                 expected.sample_size,
-                expected.use_linear_projection,
-                expected.upcast_attention,
-                expected.cross_attention_dim
+                expected.attention.use_linear_projection,
+                expected.attention.upcast_attention,
+                expected.attention.cross_attention_dim
             )
         );
         let text = |s: &Source| TextConfig::parse(&s.text("text_encoder/config.json").unwrap()).unwrap();

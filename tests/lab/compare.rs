@@ -133,7 +133,7 @@ fn the_quick_config_makes_a_report_and_is_not_done_twice() {
     let records = plan.records(Path::new(out)).unwrap();
     assert_eq!(plan.cells.len(), 3, "the base model and two trainings");
     for record in &records {
-        let base = record.cell.method == BASE;
+        let base = record.cell.method() == BASE;
         let scores = &record.evaluations.last().unwrap().scores;
         for key in ["clip_i", "clip_t", "diversity_clip", "identity_top1", "identity_map"] {
             assert!(scores[key].is_finite(), "{key}");
@@ -228,7 +228,7 @@ fn a_search_looks_at_validation_only_and_its_choice_is_trained() {
     let of_sets = |record: &CellRecord| record.evaluations.iter().map(|e| e.set).collect::<Vec<_>>();
     for method in ["HRA", "full <b>\"fine\"</b>"] {
         let tried: Vec<&CellRecord> =
-            records.iter().filter(|r| r.cell.method == method && r.cell.subject == "cat").collect();
+            records.iter().filter(|r| r.cell.method() == method && r.cell.subject == "cat").collect();
         assert_eq!(tried.len(), 2, "the chosen one serves the search and the tables");
         let value = |r: &CellRecord| {
             let e = r.evaluations.iter().find(|e| e.set == Set::Validation).unwrap();
@@ -242,8 +242,8 @@ fn a_search_looks_at_validation_only_and_its_choice_is_trained() {
             !folder.join("step-000006/test").exists(),
             "no prompt of the tables was drawn for the search"
         );
-        let robot = records.iter().find(|r| r.cell.method == method && r.cell.subject == "robot").unwrap();
-        assert_eq!(robot.cell.learning_rate, tried[best].cell.learning_rate);
+        let robot = records.iter().find(|r| r.cell.method() == method && r.cell.subject == "robot").unwrap();
+        assert_eq!(robot.cell.learning_rate(), tried[best].cell.learning_rate());
     }
 }
 
@@ -256,7 +256,7 @@ fn a_training_that_diverges_is_a_record_and_stops_nothing() {
     let records = Plan::read(&out).unwrap().records(&out).unwrap();
     let failed: Vec<&CellRecord> = records.iter().filter(|r| r.failure.is_some()).collect();
     assert_eq!(failed.len(), 2, "{}", done.err);
-    assert!(failed.iter().all(|r| r.cell.method.starts_with("full") && r.evaluations.is_empty()));
+    assert!(failed.iter().all(|r| r.cell.method().starts_with("full") && r.evaluations.is_empty()));
     assert!(std::fs::read_to_string(out.join("report.md")).unwrap().contains("not a finite number"));
 }
 

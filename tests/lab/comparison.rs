@@ -51,10 +51,10 @@ fn noise(names: &str) -> f64 {
 
 /// The invented score of one picture: better with every method, best at the middle rate, and noise.
 fn score(plan: &Plan, cell: &PlannedCell, key: &str, place: &str) -> f64 {
-    let method = plan.methods.iter().position(|m| m.label == cell.method).map_or(0, |i| i + 1) as f64;
+    let method = plan.methods.iter().position(|m| m.label == cell.method()).map_or(0, |i| i + 1) as f64;
     let of_subject = noise(&format!("{key} {}", cell.subject));
-    let of_seed = noise(&format!("{key} {} {} {}", cell.method, cell.subject, cell.seed));
-    let wrong = cell.learning_rate.map_or(0.0, |r| ((r / 1e-3).log10() * 0.1).powi(2));
+    let of_seed = noise(&format!("{key} {} {} {}", cell.method(), cell.subject, cell.seed()));
+    let wrong = cell.learning_rate().map_or(0.0, |r| ((r / 1e-3).log10() * 0.1).powi(2));
     let of_picture = noise(&format!("{key} {} {place}", cell.id));
     let value = 0.5 + 0.03 * method + 0.1 * of_subject + 0.02 * of_seed + 0.1 * of_picture - wrong;
     let value = if key == "drift" { 30.0 * value } else { value };
@@ -82,10 +82,8 @@ impl Comparison {
         for subject in &plan.subjects {
             plan.cells.push(PlannedCell {
                 id: format!("base-{}", subject.name),
-                method: BASE.into(),
                 subject: subject.name.clone(),
-                seed: 0,
-                learning_rate: None,
+                work: CellWork::Base,
             });
         }
         for (number, method) in plan.methods.iter().enumerate() {
@@ -94,10 +92,12 @@ impl Comparison {
                     for &rate in &method.learning_rates {
                         plan.cells.push(PlannedCell {
                             id: format!("m{number}-{}-s{seed}-r{rate:e}", subject.name),
-                            method: method.label.clone(),
                             subject: subject.name.clone(),
-                            seed,
-                            learning_rate: Some(rate),
+                            work: CellWork::Training {
+                                method: method.label.clone(),
+                                seed,
+                                learning_rate: rate,
+                            },
                         });
                     }
                 }
@@ -133,7 +133,7 @@ impl Comparison {
         self.records.retain(|record| record.cell.subject == name);
         self.plan.drift_prompts.clear();
         for record in &mut self.records {
-            let base = record.cell.method == BASE;
+            let base = record.cell.method() == BASE;
             record.evaluations.retain(|e| e.set == Set::Test);
             for evaluation in &mut record.evaluations {
                 evaluation.drift.clear();
@@ -221,7 +221,7 @@ fn subject(number: usize, prompts: usize) -> PlannedSubject {
 }
 
 fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
-    let trained = cell.learning_rate.is_some();
+    let trained = cell.learning_rate().is_some();
     let steps = if trained { shape.steps.clone() } else { vec![0] };
     let mut evaluations = Vec::new();
     for &step in &steps {
@@ -229,7 +229,7 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
             evaluations.push(evaluation(plan, shape, cell, step, set));
         }
     }
-    let number = plan.methods.iter().position(|m| m.label == cell.method).unwrap_or(0) as u64;
+    let number = plan.methods.iter().position(|m| m.label == cell.method()).unwrap_or(0) as u64;
     CellRecord {
         format: FORMAT,
         cell: cell.clone(),
@@ -237,7 +237,7 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
             parameters: 200_000 * (number + 1).pow(3),
             bytes: 800_000 * (number + 1),
             steps: steps[steps.len() - 1],
-            seconds: Some(60.0 + 30.0 * number as f64 + cell.seed as f64),
+            seconds: Some(60.0 + 30.0 * number as f64 + cell.seed() as f64),
             seconds_per_step: Some(0.1 + 0.05 * number as f64),
             peak_memory: Some(1_500_000_000 + 100_000_000 * number),
             peak_device_memory: None,
@@ -380,5 +380,12 @@ pub fn each_score(record: &mut CellRecord, mut change: impl FnMut(Set, &str, &mu
             }
         }
         evaluation.summarise();
+    }
+}
+
+/// Gives a trained cell another method's name.
+pub fn rename(cell: &mut PlannedCell, name: &str) {
+    if let CellWork::Training { method, .. } = &mut cell.work {
+        *method = name.into();
     }
 }

@@ -2,7 +2,7 @@
 //! skipped.
 
 use crate::browser::Browser;
-use crate::comparison::{Comparison, Shape};
+use crate::comparison::{Comparison, Shape, rename};
 use hra::lab::report;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -235,10 +235,10 @@ fn hostile_text_does_nothing() {
     let evil = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"";
     comparison.plan.title = evil.into();
     comparison.plan.methods[0].label = evil.into();
-    comparison.plan.cells.iter_mut().filter(|c| c.method == "HRA").for_each(|c| c.method = evil.into());
+    comparison.plan.cells.iter_mut().filter(|c| c.method() == "HRA").for_each(|c| rename(c, evil));
     for record in &mut comparison.records {
-        if record.cell.method == "HRA" {
-            record.cell.method = evil.into();
+        if record.cell.method() == "HRA" {
+            rename(&mut record.cell, evil);
         }
         for evaluation in &mut record.evaluations {
             evaluation.prompts[0].prompt = evil.into();
@@ -301,7 +301,7 @@ fn thousands_of_pictures() {
 fn the_plot_of_one_run_is_an_svg_file() {
     let Some(mut browser) = Browser::start() else { return };
     let comparison = Comparison::new(&Shape { steps: vec![100, 200, 300], ..Shape::small() });
-    let record = comparison.records.iter().find(|r| r.cell.method == "HRA").unwrap();
+    let record = comparison.records.iter().find(|r| r.cell.method() == "HRA").unwrap();
     let test: Vec<_> =
         record.evaluations.iter().filter(|e| e.set == hra::lab::results::Set::Test).cloned().collect();
     let dir = tempfile::tempdir().unwrap();

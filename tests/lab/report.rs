@@ -1,7 +1,7 @@
 //! The report of a comparison: its numbers against numbers that are worked out in another way, and what it says of parts that
 //! are not there.
 
-use crate::comparison::{Comparison, Shape, Written, close, each_score};
+use crate::comparison::{Comparison, Shape, Written, close, each_score, rename};
 use hra::lab::report;
 use hra::lab::results::*;
 use serde_json::Value;
@@ -87,7 +87,7 @@ fn cells_have_their_means_and_budgets() {
 fn interrupted_cells_count_for_scores_and_not_for_times() {
     let mut comparison = Comparison::new(&Shape::small());
     let whole = Written::new(&comparison);
-    for record in comparison.records.iter_mut().filter(|r| r.cell.method == "HRA" && r.cell.seed == 0) {
+    for record in comparison.records.iter_mut().filter(|r| r.cell.method() == "HRA" && r.cell.seed() == 0) {
         let budget = record.budget.as_mut().unwrap();
         *budget =
             Budget { interrupted: true, seconds: Some(9e9), peak_memory: Some(9 << 40), ..budget.clone() };
@@ -121,9 +121,10 @@ fn the_same_records_give_the_same_bytes() {
 fn a_constant_difference_is_found_exactly() {
     let mut comparison = Comparison::new(&Shape::small());
     let hra: Vec<CellRecord> =
-        comparison.records.iter().filter(|r| r.cell.method == "HRA").cloned().collect();
-    for record in comparison.records.iter_mut().filter(|r| r.cell.method == "LoRA") {
-        let twin = |r: &&CellRecord| r.cell.subject == record.cell.subject && r.cell.seed == record.cell.seed;
+        comparison.records.iter().filter(|r| r.cell.method() == "HRA").cloned().collect();
+    for record in comparison.records.iter_mut().filter(|r| r.cell.method() == "LoRA") {
+        let twin =
+            |r: &&CellRecord| r.cell.subject == record.cell.subject && r.cell.seed() == record.cell.seed();
         record.evaluations = hra.iter().find(twin).unwrap().evaluations.clone();
         each_score(record, |_, key, value| match key {
             "dino" => *value += 0.125,
@@ -133,7 +134,7 @@ fn a_constant_difference_is_found_exactly() {
         });
     }
     // One prompt of one cell lacks a picture's score: that picture counts in neither.
-    let lacking = comparison.records.iter_mut().find(|r| r.cell.method == "LoRA").unwrap();
+    let lacking = comparison.records.iter_mut().find(|r| r.cell.method() == "LoRA").unwrap();
     let last = lacking.evaluations.len() - 1;
     lacking.evaluations[last].prompts[0].pictures[1].scores.remove("dino");
     let written = Written::new(&comparison);
@@ -163,7 +164,7 @@ fn a_constant_difference_is_found_exactly() {
 fn from_five_subjects_up_subjects_are_drawn() {
     let mut comparison = Comparison::new(&Shape { subjects: 5, ..Shape::small() });
     for record in comparison.records.iter_mut() {
-        let value = f64::from(record.cell.method == "LoRA" && record.cell.subject == "cat");
+        let value = f64::from(record.cell.method() == "LoRA" && record.cell.subject == "cat");
         each_score(record, |_, key, score| {
             if key == "dino" {
                 *score = value;
@@ -195,7 +196,7 @@ fn below_five_subjects_prompts_and_seeds_are_drawn() {
                 *score = 0.0;
             }
         });
-        if record.cell.method == "LoRA" {
+        if record.cell.method() == "LoRA" {
             for evaluation in &mut record.evaluations {
                 let prompt = evaluation.prompts.last_mut().unwrap();
                 prompt.pictures.iter_mut().for_each(|p| *p.scores.get_mut("dino").unwrap() = 1.0);
@@ -263,7 +264,7 @@ fn small_comparisons_have_a_report_too() {
     let written = Written::new(&comparison);
     assert_eq!((written.summary.there, written.summary.missing.len()), (0, 14));
     assert!(written.row("HRA")["scores"].as_object().unwrap().is_empty());
-    comparison.records = records.into_iter().filter(|r| r.cell.method == BASE).collect();
+    comparison.records = records.into_iter().filter(|r| r.cell.method() == BASE).collect();
     assert_eq!(Written::new(&comparison).json["set"], "test");
 
     // No prompt was drawn, and no method was planned.
@@ -284,13 +285,13 @@ fn names_and_prompts_are_text_and_nothing_else() {
     comparison.plan.subjects[0].prompts[0] = evil.into();
     comparison.plan.subjects[0].train_pictures = vec!["https://example.org/x.png\"onerror=\"alert(1)".into()];
     comparison.plan.methods[0].label = evil.into();
-    for cell in comparison.plan.cells.iter_mut().filter(|c| c.method == "HRA") {
-        cell.method = evil.into();
+    for cell in comparison.plan.cells.iter_mut().filter(|c| c.method() == "HRA") {
+        rename(cell, evil);
     }
     for record in &mut comparison.records {
         record.environment.device = evil.into();
-        if record.cell.method == "HRA" {
-            record.cell.method = evil.into();
+        if record.cell.method() == "HRA" {
+            rename(&mut record.cell, evil);
         }
         record.evaluations[0].prompts[0].prompt = evil.into();
         record.evaluations[0].prompts[0].pictures[0].file = "../../a\"b<c>.png".into();
@@ -324,7 +325,8 @@ fn folders_that_are_no_comparison_are_refused() {
     let refused = |dir: &Path| report::write(dir).unwrap_err().to_string();
     assert!(refused(dir.path()).contains("found no plan.json"));
     let mut comparison = Comparison::new(&Shape::small());
-    comparison.records[3].cell.seed = 77;
+    let CellWork::Training { seed, .. } = &mut comparison.records[3].cell.work else { panic!("a base cell") };
+    *seed = 77;
     comparison.write(dir.path());
     let told = refused(dir.path());
     assert!(told.contains("record.json: expected the record of a cell of the plan"), "{told}");

@@ -9,14 +9,14 @@ fn rates_are_chosen_by_validation_alone() {
     let rates = vec![1e-4, 1e-3, 1e-2];
     let mut comparison = Comparison::new(&Shape { rates, ..Shape::small() });
     // dino + clip_t: HRA 2 * 0.5 and 2 * 0.7 and 2 * 0.6, LoRA rising.
-    let value = |cell: &PlannedCell| match (cell.method.as_str(), cell.learning_rate) {
+    let value = |cell: &PlannedCell| match (cell.method(), cell.learning_rate()) {
         ("HRA", Some(1e-4)) => 0.5,
         ("HRA", Some(1e-3)) => 0.7,
         (_, Some(1e-2)) => 0.6,
         _ => 0.4,
     };
     for record in &mut comparison.records {
-        let (rate, of_cell) = (record.cell.learning_rate, value(&record.cell));
+        let (rate, of_cell) = (record.cell.learning_rate(), value(&record.cell));
         // Test pictures say the opposite.
         let of_test = if rate == Some(1e-4) { 0.99 } else { 0.01 };
         each_score(record, |set, _, score| *score = if set == Set::Test { of_test } else { of_cell });
@@ -49,8 +49,9 @@ fn rates_are_chosen_by_validation_alone() {
     );
 
     // A rate whose trainings are partly missing is not chosen: what is missing may have diverged.
-    let best_cell =
-        |r: &CellRecord| r.cell.method == "HRA" && r.cell.learning_rate == Some(1e-3) && r.cell.seed == 2;
+    let best_cell = |r: &CellRecord| {
+        r.cell.method() == "HRA" && r.cell.learning_rate() == Some(1e-3) && r.cell.seed() == 2
+    };
     comparison.records.retain(|r| !best_cell(r));
     assert_eq!(report::best_rates(&comparison.plan, &comparison.records)[0].rate, 1e-2);
 }
@@ -60,8 +61,8 @@ fn rates_are_chosen_by_validation_alone() {
 fn a_score_that_a_subject_lacks_counts_for_no_method() {
     let mut comparison = Comparison::new(&Shape { rates: vec![1e-3, 1e-2], ..Shape::small() });
     for record in &mut comparison.records {
-        let high = record.cell.learning_rate == Some(1e-2);
-        let (cat, stray) = (record.cell.subject == "cat", record.cell.seed == 2 && high);
+        let high = record.cell.learning_rate() == Some(1e-2);
+        let (cat, stray) = (record.cell.subject == "cat", record.cell.seed() == 2 && high);
         each_score(record, |_, key, score| *score = if key == "dino" { 0.5 } else { 0.25 });
         for evaluation in &mut record.evaluations {
             if cat && !stray {
@@ -131,7 +132,7 @@ fn the_papers_protocol_takes_the_best_step_of_each_prompt() {
     comparison.plan.protocol = "paper".into();
     let keys = ["dino", "clip_i", "clip_t", "lpips_vgg"];
     let steps = [[0.5, 0.80, 0.25, 0.6], [0.7, 0.85, 0.20, 0.2], [0.6, 0.90, 0.22, 0.3]];
-    let record = comparison.records.iter_mut().find(|r| r.cell.method == "HRA").unwrap();
+    let record = comparison.records.iter_mut().find(|r| r.cell.method() == "HRA").unwrap();
     for (evaluation, values) in record.evaluations.iter_mut().filter(|e| e.set == Set::Test).zip(steps) {
         for (number, prompt) in evaluation.prompts.iter_mut().enumerate() {
             let mut scores: Scores = keys.iter().map(|k| k.to_string()).zip(values).collect();

@@ -40,9 +40,9 @@ fn each_value_has_its_interval_over_pairs() {
         assert!(written.summary.text.contains(&text), "{}", written.summary.text);
     };
     for record in &comparison.records {
-        let label = if record.cell.method == BASE { FLOOR } else { &record.cell.method };
+        let label = if record.cell.method() == BASE { FLOOR } else { &record.cell.method() };
         check(label, "edge_f1", "edge F1", values(record, "edge_f1"));
-        if record.cell.method != BASE {
+        if record.cell.method() != BASE {
             check(label, "edge_f1_shuffled", "shuffled edge F1", values(record, "edge_f1_shuffled"));
         }
     }
@@ -50,7 +50,7 @@ fn each_value_has_its_interval_over_pairs() {
     check(CEILING, "edge_f1", "edge F1", real);
     // Differences are paired, pair by pair.
     let by_method = |method: &str| {
-        let record = comparison.records.iter().find(|r| r.cell.method == method).unwrap();
+        let record = comparison.records.iter().find(|r| r.cell.method() == method).unwrap();
         values(record, "edge_f1")
     };
     let differences = by_method("LoRA").iter().zip(by_method("HRA")).map(|(a, b)| a - b).collect();
@@ -140,7 +140,7 @@ fn the_grid_shows_condition_and_real_picture_beside_the_drawn_ones() {
         found.as_array().unwrap().iter().map(|v| v.as_str().unwrap().to_string()).collect()
     };
     let cell = |method: &str| {
-        let id = &comparison.records.iter().find(|r| r.cell.method == method).unwrap().cell.id;
+        let id = &comparison.records.iter().find(|r| r.cell.method() == method).unwrap().cell.id;
         format!("cells/{id}")
     };
     let place = |kind: &str, i: usize| format!("subjects/robot/{kind}/{i:05}.png");
@@ -169,7 +169,7 @@ fn the_grid_shows_condition_and_real_picture_beside_the_drawn_ones() {
     browser.key("ArrowRight", 39);
     assert_eq!(browser.eval(facts)["method"], "base");
     browser.key("ArrowRight", 39);
-    let record = comparison.records.iter().find(|r| r.cell.method == "HRA").unwrap();
+    let record = comparison.records.iter().find(|r| r.cell.method() == "HRA").unwrap();
     let score = record.evaluations.last().unwrap().prompts[2].pictures[1].scores["edge_f1_shuffled"];
     assert_eq!(browser.eval(facts)["shuffled edge F1"], format!("{score:.3}"));
     assert_eq!(browser.eval(facts)["picture"], "3, seed 2");

@@ -224,7 +224,7 @@ impl Cell<'_> {
                 draw::put_on(&mut session, config, &adapter)?;
             }
             let cell = &self.task.cell;
-            let by = format!("{}, {}, seed {}, step {step}", cell.method, cell.subject, cell.seed);
+            let by = format!("{}, {}, seed {}, step {step}", cell.method(), cell.subject, cell.seed());
             // What is drawn for drift follows no condition.
             let shown = shown.iter().map(Vec::as_slice).chain(std::iter::repeat(&[][..]));
             for ((name, drawing), shown) in drawings.iter().zip(shown) {
@@ -236,7 +236,7 @@ impl Cell<'_> {
 
     /// What was trained up to a step; `None` for the base model.
     fn adapter(&self, step: i64) -> Option<PathBuf> {
-        self.task.cell.learning_rate?;
+        self.task.cell.learning_rate()?;
         let run = &self.config.output_dir;
         Some(if step == self.config.schedule.max_train_steps {
             run.clone()

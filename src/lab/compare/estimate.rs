@@ -94,7 +94,7 @@ fn pictures(task: &Task) -> usize {
 
 /// Seconds of a step of the same method, from a cell that is done.
 fn seen(folder: &Path, tasks: &[Task], task: &Task) -> Option<f64> {
-    let same = tasks.iter().filter(|t| t.cell.method == task.cell.method);
+    let same = tasks.iter().filter(|t| t.cell.method() == task.cell.method());
     let record =
         |t: &Task| CellRecord::read(&results::cell_folder(folder, &t.cell.id).join(RECORD_FILE)).ok();
     same.filter_map(record).find_map(|r| r.budget?.seconds_per_step)

@@ -6,7 +6,9 @@ use crate::lab::compare::draw::{DrawnPairing, Sampling};
 use crate::lab::compare::subject::{Material, Subject, SubjectPicture, SubjectPictures, hash, slug};
 use crate::lab::compare::task::{Task, TaskSet};
 use crate::lab::evaluate::{TowerPaths, towers};
-use crate::lab::results::{BASE, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, ScoredWith, Set};
+use crate::lab::results::{
+    BASE, CellWork, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, ScoredWith, Set,
+};
 use crate::model::control::Passes;
 use crate::platform::choice::Choice;
 use crate::platform::device::DeviceChoice;
@@ -300,10 +302,12 @@ impl Planner<'_> {
         };
         let cell = PlannedCell {
             id,
-            method: method.to_string(),
             subject: subject.name.clone(),
-            seed,
-            learning_rate: rate,
+            work: rate.map_or(CellWork::Base, |learning_rate| CellWork::Training {
+                method: method.to_string(),
+                seed,
+                learning_rate,
+            }),
         };
         // Pictures without the subject are the same for all: the first subject's base cell draws them.
         let first = self.subjects.first().map_or_else(String::new, |first| self.base_id(first));

@@ -97,9 +97,9 @@ impl Told {
             String::new()
         };
         let cell = &task.cell;
-        let what = match cell.learning_rate {
-            Some(rate) => format!("{}, {}, seed {}, rate {rate:e}", cell.method, cell.subject, cell.seed),
-            None => format!("{} model, {}", cell.method, cell.subject),
+        let what = match cell.learning_rate() {
+            Some(rate) => format!("{}, {}, seed {}, rate {rate:e}", cell.method(), cell.subject, cell.seed()),
+            None => format!("{} model, {}", cell.method(), cell.subject),
         };
         let took = if failed { "failed".to_string() } else { duration(took.as_secs_f64()) };
         format!("[{}/{}] {what}: {took}{left}", self.done, self.total)

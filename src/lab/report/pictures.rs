@@ -79,12 +79,12 @@ pub fn of_subject(a: &Analysis, subject: &str) -> String {
 
 fn cell(a: &Analysis, record: &CellRecord) -> Value {
     let cell = &record.cell;
-    let method = a.plan.methods.iter().position(|m| m.label == cell.method && cell.method != BASE);
+    let method = a.plan.methods.iter().position(|m| m.label == cell.method() && cell.method() != BASE);
     // A row of the table stands for this cell.
     let chosen = a
         .rows
         .iter()
-        .any(|row| row.kind == RowKind::Method && row.method == method && row.rate == cell.learning_rate);
+        .any(|row| row.kind == RowKind::Method && row.method == method && row.rate == cell.learning_rate());
     let evaluations: Vec<Value> = record
         .evaluations
         .iter()
@@ -97,8 +97,8 @@ fn cell(a: &Analysis, record: &CellRecord) -> Value {
         "folder": address(&format!("cells/{}/", cell.id)),
         "method": method,
         // As text: numbers of JavaScript are exact up to 2^53 only.
-        "seed": cell.seed.to_string(),
-        "rate": cell.learning_rate.map(|rate| format!("{rate:e}")),
+        "seed": cell.seed().to_string(),
+        "rate": cell.learning_rate().map(|rate| format!("{rate:e}")),
         "chosen": chosen,
         "steps": a.chosen_steps.get(cell.id.as_str()),
         "evaluations": evaluations,

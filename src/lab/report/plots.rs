@@ -233,8 +233,8 @@ fn robustness(a: &Analysis, column: &ScoreColumn) -> Vec<Figure> {
             let mut rates = method.learning_rates.clone();
             rates.sort_by(f64::total_cmp);
             let marks = rates.iter().filter_map(|&rate| {
-                let mine =
-                    trained().filter(|r| r.cell.method == method.label && r.cell.learning_rate == Some(rate));
+                let mine = trained()
+                    .filter(|r| r.cell.method() == method.label && r.cell.learning_rate() == Some(rate));
                 let y = mean(mine.filter_map(|r| evaluation_value(r, set, step, &column.key)))?;
                 Some(mark(&method.label, &format!("rate {rate:e}"), rate, y, column))
             });

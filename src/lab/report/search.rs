@@ -74,7 +74,7 @@ fn best_rate(
     for &rate in &grid {
         let of_rate = |label: &str, found: Option<f64>| label == method.label && found == Some(rate);
         let cells: Vec<_> =
-            scored.iter().filter(|(r, _)| of_rate(&r.cell.method, r.cell.learning_rate)).collect();
+            scored.iter().filter(|(r, _)| of_rate(r.cell.method(), r.cell.learning_rate())).collect();
         let mut objective = None;
         for (key, weight) in &plan.objective {
             let counted = cells.iter().filter(|(r, _)| !left_out.contains(&(r.cell.subject.as_str(), key)));
@@ -83,7 +83,7 @@ fn best_rate(
             }
         }
         if let Some(objective) = objective {
-            let planned = searched.iter().filter(|c| of_rate(&c.method, c.learning_rate)).count();
+            let planned = searched.iter().filter(|c| of_rate(c.method(), c.learning_rate())).count();
             rates.push(TriedRate { rate, objective, cells: cells.len(), planned });
         }
     }

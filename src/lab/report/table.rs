@@ -189,7 +189,7 @@ impl<'a> Analysis<'a> {
         let of = |label: &str, rate: Option<f64>| -> Vec<&CellValues> {
             values
                 .iter()
-                .filter(|v| v.record.cell.method == label && v.record.cell.learning_rate == rate)
+                .filter(|v| v.record.cell.method() == label && v.record.cell.learning_rate() == rate)
                 .collect()
         };
         rows.extend(self.real_row(&mut bootstrap).map(|row| (row, Vec::new())));
@@ -277,7 +277,7 @@ impl<'a> Analysis<'a> {
         rate: Option<f64>,
         cells: &[&CellValues],
     ) -> TableRow {
-        let mine = |c: &PlannedCell| c.method == method && c.learning_rate == rate;
+        let mine = |c: &PlannedCell| c.method() == method && c.learning_rate() == rate;
         let records: Vec<_> = self.records.iter().filter(|r| mine(&r.cell)).collect();
         // Trainings of the search have no scores of the tables, and lack none.
         let scored = |r: &CellRecord, set| values::result(self.plan, r, set).is_some();
@@ -313,13 +313,13 @@ impl<'a> Analysis<'a> {
             for other in reference {
                 let (a, b) = (&cell.record.cell, &other.record.cell);
                 // The base model is not trained: it stands beside every seed.
-                if a.subject != b.subject || (a.seed != b.seed && a.method != BASE) {
+                if a.subject != b.subject || (a.seed() != b.seed() && !a.is_base()) {
                     continue;
                 }
                 let found = cell.differences(other, key);
                 if !found.is_empty() {
                     subjects.entry(&a.subject).or_default().extend(&found);
-                    seeds.entry(b.seed).or_default().push(found);
+                    seeds.entry(b.seed()).or_default().push(found);
                 }
             }
         }
@@ -351,7 +351,7 @@ impl<'a> Analysis<'a> {
             None => BASE,
         };
         self.records.iter().filter(move |r| {
-            row.kind != RowKind::Real && r.cell.method == label && r.cell.learning_rate == row.rate
+            row.kind != RowKind::Real && r.cell.method() == label && r.cell.learning_rate() == row.rate
         })
     }
 
@@ -371,7 +371,7 @@ impl<'a> Analysis<'a> {
 
 fn estimate(cells: &[&CellValues], key: &str) -> Option<MeanEstimate> {
     let found: Vec<(u64, f64)> =
-        cells.iter().filter_map(|cell| Some((cell.record.cell.seed, cell.value(key)?))).collect();
+        cells.iter().filter_map(|cell| Some((cell.record.cell.seed(), cell.value(key)?))).collect();
     let mut by_seed: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
     for &(seed, value) in &found {
         by_seed.entry(seed).or_default().push(value);

@@ -128,10 +128,10 @@ fn evaluation_value(evaluation: &Evaluation, key: &str) -> Option<f64> {
 fn of_cell(cell: &PlannedCell, evaluation: &Evaluation) -> Vec<String> {
     vec![
         cell.id.clone(),
-        cell.method.clone(),
+        cell.method().to_string(),
         cell.subject.clone(),
-        cell.seed.to_string(),
-        text(cell.learning_rate),
+        cell.seed().to_string(),
+        text(cell.learning_rate()),
         evaluation.step.to_string(),
         evaluation.set.name().to_string(),
     ]

@@ -14,8 +14,10 @@
 //! report.html, report.csv, report-cells.csv, report.json, report.md
 //! ```
 
+mod cell;
 mod scores;
 
+pub use cell::{BASE, CellWork, PlannedCell};
 pub use scores::{Better, OF_CONDITIONS, SCORES, ScoreKind, Scores};
 
 use crate::error::{Error, Result};
@@ -31,8 +33,6 @@ pub const FORMAT: u32 = 1;
 pub const PLAN_FILE: &str = "plan.json";
 /// In each cell's folder.
 pub const RECORD_FILE: &str = "record.json";
-/// The method that stands for the base model, which is not trained.
-pub const BASE: &str = "base";
 /// Room for the records of thousands of pictures.
 const MAX_BYTES: u64 = 1 << 30;
 
@@ -131,28 +131,6 @@ pub struct PlannedPairs {
     pub conditions: Vec<String>,
     /// For each pair the number of the one whose condition it is drawn with once more.
     pub shuffled: Vec<usize>,
-}
-
-/// One training, or the base model on one subject.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PlannedCell {
-    /// Its folder below `cells/`.
-    pub id: String,
-    /// A label of [`Plan::methods`], or [`BASE`].
-    pub method: String,
-    /// A name of [`Plan::subjects`].
-    pub subject: String,
-    /// Of the training; 0 for the base model.
-    pub seed: u64,
-    /// `None` for the base model.
-    pub learning_rate: Option<f64>,
-}
-
-impl PlannedCell {
-    /// Whether it is the base model on a subject, and no training.
-    pub fn is_base(&self) -> bool {
-        self.learning_rate.is_none()
-    }
 }
 
 /// What one cell gave.

@@ -71,8 +71,8 @@ impl ControlNet {
             format!(
                 "expected a ControlNet for skip connections of {expected:?} channels, found one for {found:?}"
             )
-        } else if own.cross_attention_dim != unet.context_width() {
-            let (expected, found) = (unet.context_width(), own.cross_attention_dim);
+        } else if own.attention.cross_attention_dim != unet.context_width() {
+            let (expected, found) = (unet.context_width(), own.attention.cross_attention_dim);
             format!("cross_attention_dim: expected {expected}, found {found}")
         } else if own.in_channels != unet.out_channels() {
             format!("in_channels: expected {}, found {}", unet.out_channels(), own.in_channels)
