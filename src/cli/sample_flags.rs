@@ -81,7 +81,7 @@ pub struct PictureArgs {
 #[derive(Debug, Args)]
 pub struct SamplingArgs {
     /// Scheduler [default: the model's]
-    #[arg(long, value_parser = choice::<SamplerKind>(), help_heading = "Sampling")]
+    #[arg(long, alias = "sampler", value_parser = choice::<SamplerKind>(), help_heading = "Sampling")]
     pub scheduler: Option<SamplerKind>,
     /// How timesteps are spread [default: the sampler's own way]
     #[arg(long, value_parser = choice::<Spacing>(), help_heading = "Sampling")]
@@ -93,7 +93,7 @@ pub struct SamplingArgs {
     #[arg(long, alias = "num-inference-steps", default_value_t = 30, help_heading = "Sampling")]
     pub steps: usize,
     /// Classifier-free guidance; 1 is none
-    #[arg(long, alias = "guidance-scale", default_value_t = 7.5, help_heading = "Sampling")]
+    #[arg(long, aliases = ["guidance-scale", "cfg", "cfg-scale"], default_value_t = 7.5, help_heading = "Sampling")]
     pub guidance: f64,
     /// Pictures drawn at once; the pictures do not depend on it
     #[arg(long, default_value_t = 4, help_heading = "Sampling")]

@@ -19,7 +19,7 @@ pub struct StartArgs {
     #[arg(long, alias = "mask-image", value_name = "FILE", requires = "image")]
     mask: Option<PathBuf>,
     /// How much is drawn anew, above 0 to 1: this part of --steps is taken [default: 0.8; with --mask 1]
-    #[arg(long, value_name = "S", requires = "image", allow_negative_numbers = true)]
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
     strength: Option<f64>,
 }
 
@@ -33,7 +33,15 @@ pub struct StartPictures<'a> {
 impl StartArgs {
     /// Reads the files, if any are named.
     pub fn read(&self) -> Result<Option<StartPictures<'_>>> {
-        let Some(path) = &self.image else { return Ok(None) };
+        let Some(path) = &self.image else {
+            return match self.strength {
+                None => Ok(None),
+                Some(s) => {
+                    Err(Error::config("--strength: expected --image, a picture to start from, found none")
+                        .with_hint(format!("an adapter's strength stands beside it: --adapter DIR={s}")))
+                }
+            };
+        };
         let strength = self.strength();
         if !(strength > 0.0 && strength <= 1.0) {
             return Err(Error::config(format!(

@@ -65,13 +65,6 @@ pub struct TrainArgs {
 pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
     let files: Vec<&Path> = args.config.iter().map(PathBuf::as_path).collect();
     let resume: Option<Resume> = args.resume.as_deref().map(str::parse).transpose()?;
-    if let Some(missing) = files.iter().find(|path| !path.exists()) {
-        return Err(Error::config(format!("cannot read {}: No such file or directory", missing.display()))
-            .with_hint(
-                "words without a flag are config files; put a text of several words between quotes, and write \
-                 --switch=false",
-            ));
-    }
     if files.len() > 1 {
         let names: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
         observer.note(&format!("settings of {}, of which a later one wins", names.join(", ")));
@@ -93,6 +86,7 @@ pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
         }
     };
     if args.print_config {
+        config.validate_values()?;
         print!("{}", config.to_toml()?);
         return Ok(());
     }

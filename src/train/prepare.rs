@@ -16,7 +16,7 @@ use crate::platform::{device, files, seed};
 use crate::train::batches::Batches;
 use crate::train::checkpoint::{self, Loaded, Moving, Resume, TrainedPart};
 use crate::train::class_images::{self, ClassImages};
-use crate::train::config::TrainConfig;
+use crate::train::config::{AdapterSection, TrainConfig};
 use crate::train::loss_scale::LossScale;
 use crate::train::optim::{AdamW, Ema, LearningRate};
 use crate::train::pictures::Pictures;
@@ -187,13 +187,22 @@ impl Inputs {
         }
         observer.say(report.trim_end());
         instance.warn_of_no_edges(&config, resolution, observer)?;
-        if !config.prior.with_prior_preservation
-            && (config.prior.class_data_dir.is_some() || !config.prior.class_prompt.is_empty())
-        {
-            observer.note("class_data_dir and class_prompt have no effect without --with_prior_preservation");
-        }
+        note_of_idle(&config, observer);
         let schedule = NoiseSchedule::new(&model.scheduler, model.device())?;
         Ok(Self { config, resolution, model, schedule, instance, held_out, report })
+    }
+}
+
+/// Says which settings that were changed have no effect.
+fn note_of_idle(config: &TrainConfig, observer: &dyn Observer) {
+    let prior = &config.prior;
+    if !prior.with_prior_preservation && (prior.class_data_dir.is_some() || !prior.class_prompt.is_empty()) {
+        observer.note("class_data_dir and class_prompt have no effect without --with_prior_preservation");
+    }
+    let adapter = &config.adapter;
+    let whole = adapter.method().ok().flatten().is_some_and(|method| method.trains_whole_network());
+    if whole && adapter.target_modules != AdapterSection::default().target_modules {
+        observer.note(&format!("target_modules has no effect: method {} trains every layer", adapter.method));
     }
 }
 

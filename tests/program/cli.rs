@@ -175,7 +175,7 @@ fn config_files_with_mistakes_name_the_file_and_the_key() {
         ("[schedule]\nseed = 1", "[schedule] seed: it stands before the first section: seed"),
         (
             "[optimizer]\nlearning_rate = 'fast'",
-            "[optimizer] learning_rate: invalid type: string \"fast\", expected f64",
+            "[optimizer] learning_rate: expected a number, found \"fast\"",
         ),
         ("[adapter]\nmethod = 'lora'\ngram_schmidt = true", "[adapter] gram_schmidt: only method hra has it"),
         (
@@ -193,6 +193,17 @@ fn config_files_with_mistakes_name_the_file_and_the_key() {
             "model = 'dir'",
             "model: expected a section [model], found string; write [model] pretrained_model_name_or_path = \"dir\"",
         ),
+        // Nothing is like it.
+        ("[optimizer]\nzzqqzz = 1", "[optimizer] zzqqzz: unknown field\nhint"),
+        ("[zzqqzz]\na = 1", "[zzqqzz]: unknown section; the sections are [model], [data], "),
+        (
+            "[adapter]\ntarget_modules = 'to_q'",
+            "[adapter] target_modules: expected a list of texts, such as [\"a\", \"b\"], found \"to_q\"",
+        ),
+        (
+            "[schedule]\nmax_train_steps = 1.5",
+            "[schedule] max_train_steps: expected a whole number, found 1.5",
+        ),
         ("[adapter]\nrank = ", "TOML"),
         ("[adapter]\nmethod = 'magic'", "magic"),
     ] {
@@ -200,7 +211,52 @@ fn config_files_with_mistakes_name_the_file_and_the_key() {
         let done = scratch.run(&["train", "bad.toml", "--print-config"]);
         refused(&done, &["bad.toml", part]);
     }
-    refused(&scratch.run(&["train", "none.toml"]), &["cannot read none.toml", "No such file"]);
+    refused(&scratch.run(&["train", "none.toml"]), &["cannot read none.toml", "between quotes"]);
+}
+
+#[test]
+fn files_of_trainings_and_of_comparisons_are_not_taken_for_one_another() {
+    let scratch = Scratch::new();
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/");
+    let (training, comparison) = (format!("{root}demo.toml"), format!("{root}compare-quick.toml"));
+    refused(
+        &scratch.run(&["train", &comparison]),
+        &["one training", "of a comparison", "hint: hra compare "],
+    );
+    refused(&scratch.run(&["compare", &training]), &["a comparison", "of one training", "hint: hra train "]);
+}
+
+#[test]
+fn what_means_nothing_there_is_refused_or_said() {
+    training_is_refused(
+        &["--print-config", "--learning_rate", "nan"],
+        &["learning_rate: expected a number above 0"],
+    );
+    training_is_refused(&["--canny_low", "3"], &["canny_low", "only with train_data_dir"]);
+    training_is_refused(&["--caption_column", "words"], &["caption_column", "only with train_data_dir"]);
+    let scratch = Scratch::new();
+    let flags = scratch
+        .train_flags("run", &["--method", "full", "--target_modules", "to_q", "--max_train_steps", "1"]);
+    let done = scratch.ok(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(
+        done.err.contains("note: target_modules has no effect: method full trains every layer"),
+        "{}",
+        done.err
+    );
+    let drawn = scratch.run(&[
+        "sample",
+        "--model",
+        "m",
+        "--adapter",
+        "a",
+        "--strength",
+        "0.5",
+        "--prompt",
+        "p",
+        "--output",
+        "o",
+    ]);
+    refused(&drawn, &["--strength: expected --image", "--adapter DIR=0.5"]);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use crate::lab::evaluate::TowerPaths;
 use crate::model::control::Passes;
 use crate::platform::files;
 use crate::train::config::TrainConfig;
+use crate::train::config::keys::Section;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -266,6 +267,12 @@ impl CompareConfig {
             let hint = "docs/compare.md explains the tables; [train] and [[method]] take the sections of `hra train`";
             Error::format(path, e.to_string().trim_end()).with_hint(hint)
         };
+        let table: toml::Table = toml::from_str(&text).map_err(wrong)?;
+        if !table.contains_key("train") && Section::names().any(|name| table.contains_key(name)) {
+            let problem = "expected the file of a comparison, found the settings of one training";
+            let word = files::shell_word(&path.to_string_lossy());
+            return Err(Error::format(path, problem).with_hint(format!("hra train {word}")));
+        }
         // Alone first: where several kinds may stand, what is wrong with one is not told with its place.
         let TopicTables { subject, dreambooth, control } = toml::from_str(&text).map_err(wrong)?;
         let empty = [subject.as_ref().map(Vec::len), control.as_ref().map(Vec::len)].contains(&Some(0));
@@ -275,7 +282,7 @@ impl CompareConfig {
             return Err(Error::format(path, problem));
         }
         let config: Self = toml::from_str(&text).map_err(wrong)?;
-        config.validate().map_err(|e| Error::format(path, e.to_string()))?;
+        config.validate().map_err(|e| Error::format(path, e.kind.to_string()).with_hints(e.hints()))?;
         Ok(config)
     }
 

@@ -46,11 +46,15 @@ impl Section {
         Self::NAMED.iter().find(|(section, _)| *section == self).map(|(_, name)| *name)
     }
 
-    /// The name of a section that comes nearest to `name`.
-    pub fn nearest(name: &str) -> &'static str {
-        let likeness = |own: &str| strsim::jaro_winkler(own, name);
-        let names = Self::NAMED.iter().map(|(_, own)| *own);
-        names.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default()
+    /// The name of the section that someone who wrote `name` may have meant.
+    pub fn nearest(name: &str) -> Option<&'static str> {
+        let names = Self::NAMED.iter().map(|(_, own)| (likeness(own, name), *own));
+        names.filter(|(likeness, _)| *likeness >= LIKE).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, own)| own)
+    }
+
+    /// The names of all.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        Self::NAMED.iter().map(|(_, own)| *own)
     }
 
     /// The section of this name.
@@ -64,6 +68,25 @@ impl Section {
         let entry = file.entry(name).or_insert_with(|| Value::Table(Table::new()));
         entry.as_table_mut().expect("sections are tables")
     }
+}
+
+/// Names less alike than this (Jaro and Winkler's measure, 1 for the same) are not taken for one another's misspelling.
+const LIKE: f64 = 0.8;
+
+fn likeness(own: &str, name: &str) -> f64 {
+    strsim::jaro_winkler(own, name)
+}
+
+/// The setting that someone who wrote `name` in `section` may have meant.
+pub fn nearest(name: &str, section: Section) -> Option<&'static Key> {
+    let of = |key: &Key| {
+        let names = std::iter::once(&key.name).chain(key.others);
+        let nearest = names.map(|own| likeness(own, name)).fold(0.0, f64::max);
+        // Among equals that of the same section.
+        (nearest >= LIKE).then_some(nearest + if key.section == section { 1e-3 } else { 0.0 })
+    };
+    let alike = keys().filter_map(|key| Some((of(key)?, key)));
+    alike.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, key)| key)
 }
 
 /// The value of a setting in a file.
@@ -131,6 +154,20 @@ pub enum ValueKind {
     Words(fn() -> Vec<Word>),
 }
 use ValueKind::*;
+
+impl ValueKind {
+    /// What messages expect in a file.
+    pub fn expected(self) -> &'static str {
+        match self {
+            Text | File | Device | Words(_) => "a text between quotes",
+            Files | Texts | List => "a list of texts, such as [\"a\", \"b\"]",
+            Switch => "true or false",
+            Count | Count32 => "a whole number from 0 up",
+            Whole | Whole32 => "a whole number",
+            Number => "a number",
+        }
+    }
+}
 
 impl Key {
     /// How messages call it: `[optimizer] learning_rate`.
@@ -249,9 +286,9 @@ pub const KEYS: &[(&str, &[Key])] = &[
         "Adapter",
         &[
             key(Section::Adapter, "method", "", Words(method_words), "Adaptation method").of_method(),
-            key(Section::Adapter, "rank", "", Whole, "Capacity: hra reflections (even), lora and dora rank; oft, coft, boft and ether+ split a layer's inputs into this many blocks").also(&["hra_r"]).of_method(),
+            key(Section::Adapter, "rank", "", Whole, "Capacity: hra reflections (even), lora and dora rank; oft, coft, boft and ether+ split a layer's inputs into this many blocks").also(&["hra_r", "network_dim"]).of_method(),
             key(Section::Adapter, "block_size", "SIZE", Whole, "oft, coft, boft, ether+: size of a block, in place of the number of blocks").also(&["oft_block_size", "boft_block_size"]).unset("not used").of_method(),
-            key(Section::Adapter, "lora_alpha", "ALPHA", Number, "lora, dora: the change is scaled by alpha / rank").unset("the rank").of_method(),
+            key(Section::Adapter, "lora_alpha", "ALPHA", Number, "lora, dora: the change is scaled by alpha / rank").also(&["network_alpha"]).unset("the rank").of_method(),
             key(Section::Adapter, "use_rslora", "", Switch, "lora, dora: scale by alpha / sqrt(rank) instead").of_method(),
             key(Section::Adapter, "init_lora_weights", "", Words(words::<LoraInit>), "lora, dora: how the down projection starts").of_method(),
             key(Section::Adapter, "coft_eps", "", Number, "coft: how far a block may turn; its ball has the radius eps * b^2 / sqrt(blocks)").also(&["eps", "oft_eps"]).of_method(),
@@ -272,7 +309,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
             key(Section::Schedule, "max_train_steps", "", Whole, "Optimiser steps"),
             key(Section::Schedule, "train_batch_size", "", Count, "Subject pictures for a step (with prior preservation, as many class pictures too)"),
             key(Section::Schedule, "gradient_accumulation_steps", "", Count, "Batches whose gradients are averaged for one step"),
-            key(Section::Optimizer, "learning_rate", "", Number, "Peak learning rate").of_method(),
+            key(Section::Optimizer, "learning_rate", "", Number, "Peak learning rate").also(&["lr"]).of_method(),
             key(Section::Optimizer, "text_encoder_lr", "", Number, "Peak learning rate of the text encoder").also(&["learning_rate_text"]).unset("that of the UNet").of_method(),
             key(Section::Schedule, "lr_scheduler", "", Words(words::<LrSchedule>), "Learning-rate schedule"),
             key(Section::Schedule, "lr_warmup_steps", "", Whole, "Steps of linear warm-up (all schedules but constant)"),

@@ -38,8 +38,13 @@ impl TrainConfig {
                 let hint = "docs/settings.md lists the sections; keys are the long flags of `hra train --help`, with underscores";
                 Error::format(path, problems.join("\n")).with_hint(hint)
             };
-            let table: Table = toml::from_str(&files::read_to_string(path)?)
+            let table: Table = toml::from_str(&read_typed(path)?)
                 .map_err(|e| wrong(vec![e.to_string().trim_end().to_string()]))?;
+            if TABLES_OF_COMPARISONS.iter().any(|name| table.contains_key(*name)) {
+                let problem = "expected the settings of one training, found those of a comparison";
+                let word = files::shell_word(&path.to_string_lossy());
+                return Err(Error::format(path, problem).with_hint(format!("hra compare {word}")));
+            }
             add(table).map_err(wrong)?;
         }
         add(typed.clone()).map_err(refused)?;
@@ -143,6 +148,19 @@ impl TrainConfig {
     }
 }
 
+/// What the file of a comparison has, and no training: its topics, and how they are drawn.
+const TABLES_OF_COMPARISONS: [&str; 5] = ["subject", "dreambooth", "control", "draw", "train"];
+
+/// The text of a config file that the user named.
+fn read_typed(path: &Path) -> Result<String> {
+    files::read_to_string(path).map_err(|error| match path.exists() {
+        true => error,
+        false => error.with_hint(
+            "words without a flag are config files; put a text of several words between quotes, and write --switch=false",
+        ),
+    })
+}
+
 /// Problems that belong to no file.
 fn refused(problems: Problems) -> Error {
     Error::config(problems.join("\n"))
@@ -174,8 +192,11 @@ fn in_own_words(table: Table) -> std::result::Result<Table, Problems> {
                     .push(format!("{name}: expected a section [{name}], found {}{flat}", value.type_str()));
             }
             (None, Value::Table(_)) if keys::find(&name).is_none() => {
-                let nearest = Section::nearest(&name);
-                problems.push(format!("[{name}]: unknown section; the nearest is [{nearest}]"));
+                let near = Section::nearest(&name).map_or_else(
+                    || format!("the sections are [{}]", Section::names().collect::<Vec<_>>().join("], [")),
+                    |nearest| format!("the nearest is [{nearest}]"),
+                );
+                problems.push(format!("[{name}]: unknown section; {near}"));
             }
             (None, value) => match keys::find(&name) {
                 Some(key) if key.section == Section::Run => {
@@ -205,14 +226,8 @@ fn misplaced(section: Section, name: &str, found: Option<&Key>) -> String {
             _ => format!("{place}: it belongs to another section: {}", key.place()),
         };
     }
-    let likeness = |key: &&Key| {
-        let names = std::iter::once(&key.name).chain(key.others);
-        let nearest = names.map(|own| strsim::jaro_winkler(own, name)).fold(0.0, f64::max);
-        // Among equals that of the same section.
-        nearest + if key.section == section { 1e-3 } else { 0.0 }
-    };
-    let nearest = keys::keys().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
-    format!("{place}: unknown field; the nearest is {}", nearest.map(Key::place).unwrap_or_default())
+    let near = keys::nearest(name, section).map(|key| format!("; the nearest is {}", key.place()));
+    format!("{place}: unknown field{}", near.unwrap_or_default())
 }
 
 /// `table` without sections, as earlier versions wrote it, in sections: of the methods' own settings those of its method.
@@ -338,7 +353,14 @@ fn typed_values(table: &Table) -> std::result::Result<(), Problems> {
             (None, None) => alone.try_into::<TrainConfig>().map(|_| ()),
         };
         if let Err(error) = read {
-            problems.push(format!("{}: {}", key.place(), error.message()));
+            let problem = match error.message() {
+                // serde's words are for programmers.
+                text if text.starts_with("invalid type") || text.starts_with("invalid value") => {
+                    format!("expected {}, found {found}", key.kind.expected())
+                }
+                text => text.to_string(),
+            };
+            problems.push(format!("{}: {problem}", key.place()));
         }
     }
     if problems.is_empty() { Ok(()) } else { Err(problems) }

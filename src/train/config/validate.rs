@@ -5,18 +5,36 @@ use crate::adapter::peft::Bias;
 use crate::adapter::target::TargetRule;
 use crate::data::pairs::ConditionKind;
 use crate::error::{Error, Result};
-use crate::train::config::{MethodName, TrainConfig};
+use crate::train::config::{DataSection, MethodName, TrainConfig};
 use std::path::Path;
 
-/// What is wrong with the settings, one sentence each.
+/// What is wrong with the settings, one sentence each, and what helps.
 #[derive(Default)]
-struct FoundProblems(Vec<String>);
+struct FoundProblems {
+    problems: Vec<String>,
+    hints: Vec<String>,
+}
 
 impl FoundProblems {
     fn require(&mut self, ok: bool, problem: &str) {
         if !ok {
-            self.0.push(problem.to_string());
+            self.problems.push(problem.to_string());
         }
+    }
+
+    fn into_result(self) -> Result<()> {
+        let Self { problems, hints } = self;
+        if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n")).with_hints(hints)) }
+    }
+
+    /// What is wrong by `result`, if it is an error.
+    fn take<T>(&mut self, result: Result<T>) -> Option<T> {
+        result
+            .map_err(|error| {
+                self.problems.push(error.kind.to_string());
+                self.hints.extend_from_slice(error.hints());
+            })
+            .ok()
     }
 }
 
@@ -46,11 +64,21 @@ impl TrainConfig {
         } else {
             self.check_subject(&mut problems);
         }
-        self.check_counts(&mut problems);
-        self.check_numbers(&mut problems);
-        self.check_adapter(&mut problems);
-        let FoundProblems(problems) = problems;
-        if problems.is_empty() { Ok(()) } else { Err(Error::config(problems.join("\n"))) }
+        self.check_values(&mut problems);
+        problems.into_result()
+    }
+
+    /// Checks what is set; what is not set yet, such as the model, may be missing.
+    pub fn validate_values(&self) -> Result<()> {
+        let mut problems = FoundProblems::default();
+        self.check_values(&mut problems);
+        problems.into_result()
+    }
+
+    fn check_values(&self, problems: &mut FoundProblems) {
+        self.check_counts(problems);
+        self.check_numbers(problems);
+        self.check_adapter(problems);
     }
 
     fn check_control(&self, problems: &mut FoundProblems) {
@@ -77,6 +105,16 @@ impl TrainConfig {
         problems.require(
             !self.data.instance_prompt.trim().is_empty(),
             "instance_prompt: a prompt is needed, such as \"a photo of sks dog\"",
+        );
+        let data = DataSection::default();
+        let pairs = |data: &DataSection| {
+            let columns = [&data.image_column, &data.caption_column, &data.conditioning_image_column]
+                .map(String::clone);
+            (data.canny_low, data.canny_high, columns)
+        };
+        problems.require(
+            pairs(&self.data) == pairs(&data),
+            "canny_low, canny_high, image_column, caption_column and conditioning_image_column: only with train_data_dir",
         );
         let idle = self.previews.validation_image.is_empty()
             && self.optimizer.control_lr.is_none()
@@ -182,18 +220,16 @@ impl TrainConfig {
             !none || self.adapter.bias == Bias::None,
             "bias: method none trains the control encoder alone",
         );
-        match self.adapter.method() {
-            Ok(Some(method)) => self.check_method(&method, problems),
-            Ok(None) => {}
-            Err(e) => problems.0.push(e.to_string()),
+        if let Some(Some(method)) = problems.take(self.adapter.method()) {
+            self.check_method(&method, problems);
         }
         for words in [&self.adapter.target_modules, &self.adapter.text_target_modules] {
-            problems.0.extend(TargetRule::from_words(words).err().map(|e| e.to_string()));
+            problems.take(TargetRule::from_words(words));
         }
     }
 
     fn check_method(&self, method: &Method, problems: &mut FoundProblems) {
-        problems.0.extend(method.validate().err().map(|e| e.to_string()));
+        problems.take(method.validate());
         let name = self.adapter.method;
         let whole = method.trains_whole_network();
         problems.require(
