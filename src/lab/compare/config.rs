@@ -265,7 +265,10 @@ impl CompareConfig {
         let text = files::read_to_string(path)?;
         let wrong = |e: toml::de::Error| {
             let hint = "docs/compare.md explains the tables; [train] and [[method]] take the sections of `hra train`";
-            Error::format(path, e.to_string().trim_end()).with_hint(hint)
+            // What is wrong with the whole file is told with the place of its first line.
+            let whole = e.span().is_none_or(|span| span.start == 0);
+            let text = if whole { e.message().to_string() } else { e.to_string() };
+            Error::format(path, text.trim_end()).with_hint(hint)
         };
         let table: toml::Table = toml::from_str(&text).map_err(wrong)?;
         if !table.contains_key("train") && Section::names().any(|name| table.contains_key(name)) {

@@ -31,7 +31,7 @@ impl CompareConfig {
         TrainConfig::common(&self.train).map_err(|e| Error::config(format!("[train]: {e}")))?;
         let mut problems = Vec::new();
         let mut check = |good: bool, problem: String| {
-            if !good {
+            if !good && !problems.contains(&problem) {
                 problems.push(problem);
             }
         };
