@@ -153,6 +153,7 @@ impl ControlArgs {
             make_conditions: self.make_conditions,
             thresholds: self.thresholds(encoders.first())?,
             palette: self.palette.clone().or(own),
+            ..PairSettings::default()
         };
         let pairs =
             self.pairs.as_deref().map(|path| self.read_pairs(path, &settings, observer)).transpose()?;

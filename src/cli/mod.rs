@@ -11,6 +11,7 @@ mod merge;
 mod noise;
 mod output;
 mod prepare;
+mod prompts;
 mod sample;
 mod sample_flags;
 mod start;
@@ -22,7 +23,7 @@ mod words;
 
 use crate::error::{Error, Result};
 use crate::platform::observer::Observer;
-use clap::{Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, ArgAction, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
 
 /// Fine-tune Stable Diffusion on a few pictures with Householder Reflection Adaptation (HRA) or other methods, draw with the result, and take it elsewhere.
@@ -69,9 +70,13 @@ impl From<Error> for Early {
     }
 }
 
-/// The whole command line as clap knows it, for tests of its texts.
+/// The whole command line as clap knows it. A negative number is a value, and no flag.
 pub fn command() -> Command {
-    Cli::command()
+    let takes_numbers = |arg: Arg| match arg.get_action() {
+        ArgAction::Set | ArgAction::Append if !arg.is_positional() => arg.allow_negative_numbers(true),
+        _ => arg,
+    };
+    Cli::command().mut_subcommands(|verb| verb.mut_args(takes_numbers))
 }
 
 /// Parses and runs a command line; `args` begins with the program's name.
@@ -79,7 +84,7 @@ pub fn command() -> Command {
 /// Errors: what clap has to say, or the library's error.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), Early> {
     let args = words::normalise(args.into_iter().collect())?;
-    let matches = Cli::command().try_get_matches_from(args).map_err(Early::Clap)?;
+    let matches = command().try_get_matches_from(args).map_err(Early::Clap)?;
     let cli = Cli::from_arg_matches(&matches).map_err(Early::Clap)?;
     let terminal = terminal::Terminal::default();
     Ok(match cli.command {
@@ -122,13 +127,6 @@ fn note_control_left_out<'a>(
             dir.display()
         ));
     }
-}
-
-/// The prompts of a file: a line each, without empty ones and those that begin with #.
-fn prompt_lines(path: &std::path::Path) -> Result<Vec<String>> {
-    let text = crate::platform::files::read_to_string(path)?;
-    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
-    Ok(lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_string).collect())
 }
 
 /// Prints one JSON object, what `--json` gives in place of text.

@@ -5,6 +5,7 @@ use crate::attach::loaded::LoadedAdapter;
 use crate::cli::control::{Controlled, PairsFlags};
 use crate::cli::noise::{NoiseSource, read_noise};
 use crate::cli::output::Output;
+use crate::cli::prompts;
 use crate::cli::sample_flags::SampleArgs;
 use crate::cli::start::StartPictures;
 use crate::cli::terminal;
@@ -36,7 +37,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
         .map(|path| read_noise(path, args.exchange.step_noise.as_deref()))
         .transpose()?;
     check_flags(args)?;
-    let pictures = args.start.read()?;
+    let pictures = args.start.read(observer)?;
     let compute = device::resolve(args.machine.device, Some(args.machine.dtype))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
     let adapters: Vec<(PathBuf, f64)> =
@@ -49,7 +50,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
         .collect::<Result<_>>()?;
 
     let asked = args.control.look(&adapters, observer)?;
-    let prompts = prompts(args, asked.pairs.as_ref())?;
+    let prompts = asked_prompts(args, asked.pairs.as_ref())?;
     let names = asked.pairs.as_ref().map(PairsFlags::names).transpose()?;
     let mut session = open(args, &dir, &adapters, &compute)?;
     let controlled = asked.load(prompts.len(), &compute, observer)?.map(|(controlled, control)| {
@@ -62,7 +63,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
     let start = pictures.map(|pictures| pictures.start(settings.width, settings.height)).transpose()?;
     let source = NoiseSource::new(args.pictures.num_images.unwrap_or(1), args.pictures.seed, given);
     let mut job = Job { args, controlled, settings, start, source, prompts };
-    job.check(&mut session)?;
+    job.check(&mut session, observer)?;
     if let Some(parent) = args.exchange.save_latents.as_deref().and_then(Path::parent)
         && !parent.as_os_str().is_empty()
         && !parent.is_dir()
@@ -74,7 +75,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
     }
     let output = Output { dir: &args.output, names, count: job.source.count() };
     let read = [args.start.files(), asked.files()].concat();
-    output.prepare(args.with_base, job.prompts.len(), &read)?;
+    output.prepare((args.with_base, args.overwrite), job.prompts.len(), &read)?;
     let drawn = job.draw(&mut session, &output, observer)?;
     job.finish(&session, drawn)
 }
@@ -159,7 +160,7 @@ impl Job<'_> {
     }
 
     /// Refuses what cannot be drawn, and says what a user should know, before anything is written.
-    fn check(&mut self, session: &mut Session) -> Result<()> {
+    fn check(&mut self, session: &mut Session, observer: &dyn Observer) -> Result<()> {
         let args = self.args;
         let first = self.controlled.as_ref().map(|c| c.condition(0, &self.settings)).transpose()?;
         session.check(&self.request(&self.settings, From::Seeds(&[]), first.as_ref()))?;
@@ -171,6 +172,7 @@ impl Job<'_> {
         self.source.check(asked, session, &self.settings, self.start.as_ref())?;
         let all = self.prompts.iter().chain([&args.negative_prompt]).map(String::as_str);
         let all: Vec<&str> = all.filter(|p| !p.is_empty()).collect();
+        prompts::note_of_syntax(all.iter().copied(), observer);
         if !all.is_empty() {
             session.model().tokens(&all)?.1.iter().for_each(|warning| eprintln!("warning: {warning}"));
         }
@@ -282,11 +284,11 @@ fn note_of_size(args: &SampleArgs, settings: &SampleSettings, model: &StableDiff
     }
 }
 
-fn prompts(args: &SampleArgs, pairs: Option<&PairsFlags>) -> Result<Vec<String>> {
+fn asked_prompts(args: &SampleArgs, pairs: Option<&PairsFlags>) -> Result<Vec<String>> {
     let mut prompts = args.prompt.clone();
     prompts.extend(pairs.into_iter().flat_map(PairsFlags::captions));
     if let Some(path) = &args.prompt_file {
-        prompts.extend(super::prompt_lines(path)?);
+        prompts.extend(prompts::read(path)?);
     }
     if prompts.iter().chain([&args.negative_prompt]).any(|prompt| prompt.contains('\0')) {
         return Err(Error::config("prompt: expected text, found a NUL character in it"));

@@ -40,6 +40,9 @@ pub struct SampleArgs {
     /// Folder for the pictures: PROMPT-PICTURE.png, counted from 0000-0000 (with --pairs, their own names), and grid.png
     #[arg(long, alias = "output-dir", value_name = "DIR")]
     pub output: PathBuf,
+    /// Replace pictures that hra drew into that folder before
+    #[arg(long)]
+    pub overwrite: bool,
     /// Draw each picture with the base model too, from the same noise: in base/, and beside the others in grid.png
     #[arg(long)]
     pub with_base: bool,

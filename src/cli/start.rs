@@ -1,8 +1,9 @@
 //! The flags of `hra sample` for a picture to start from.
 
-use crate::data::image::{self, RgbImage};
+use crate::data::image::{Background, RgbImage, decode};
 use crate::diffusion::sample::Start;
 use crate::error::{Error, Result};
+use crate::platform::observer::Observer;
 use clap::Args;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -21,6 +22,9 @@ pub struct StartArgs {
     /// How much is drawn anew, above 0 to 1: this part of --steps is taken [default: 0.8; with --mask 1]
     #[arg(long, value_name = "S", allow_negative_numbers = true)]
     strength: Option<f64>,
+    /// Colour behind the transparent parts of --image: white, black, grey or #rrggbb
+    #[arg(long, value_name = "COLOUR", default_value_t = Background::default())]
+    background: Background,
 }
 
 /// The pictures that the flags name, as they are in their files.
@@ -32,7 +36,7 @@ pub struct StartPictures<'a> {
 
 impl StartArgs {
     /// Reads the files, if any are named.
-    pub fn read(&self) -> Result<Option<StartPictures<'_>>> {
+    pub fn read(&self, observer: &dyn Observer) -> Result<Option<StartPictures<'_>>> {
         let Some(path) = &self.image else {
             return match self.strength {
                 None => Ok(None),
@@ -48,8 +52,18 @@ impl StartArgs {
                 "--strength: expected a number above 0 and up to 1, found {strength}"
             )));
         }
-        let mask = self.mask.as_deref().map(image::load_rgb).transpose()?;
-        Ok(Some(StartPictures { args: self, image: image::load_rgb(path)?, mask }))
+        let image = decode::load(path, self.background)?;
+        if image.transparent {
+            observer.note(&format!("--image: transparent parts show {} (--background)", self.background));
+        }
+        let mask = self.mask.as_deref().map(decode::load_mask).transpose()?.map(|(mask, note)| {
+            note.into_iter().for_each(|note| observer.note(&format!("--mask: {note}")));
+            mask
+        });
+        if mask.as_ref().is_some_and(|mask| mask.iter().all(|v| *v == 255)) {
+            observer.note("--mask: it is white everywhere: the whole picture is drawn anew");
+        }
+        Ok(Some(StartPictures { args: self, image: image.pixels, mask }))
     }
 
     /// The files that are read.

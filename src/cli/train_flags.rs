@@ -2,6 +2,7 @@
 //! over the config files as one more table.
 
 use crate::cli::choice::possible_values;
+use crate::data::image::Background;
 use crate::platform::device::DeviceChoice;
 use crate::train::config::keys::ValueKind::{self, *};
 use crate::train::config::keys::{KEYS, Key, defaults, keys, value};
@@ -33,6 +34,7 @@ fn parser(kind: ValueKind) -> ValueParser {
         Whole => of(whole::<i64>),
         Whole32 => of(whole::<i32>),
         Number => of(number::<f64>),
+        Colour => of(|text| number::<Background>(text).map(|colour| colour.to_string())),
         Device => of(|text| number::<DeviceChoice>(text).map(|choice| choice.to_string())),
         Words(values) => {
             let values = possible_values(values());
@@ -136,6 +138,7 @@ mod tests {
                 Device => "cpu".into(),
                 Number => "0.5".into(),
                 Count | Count32 | Whole | Whole32 => "3".into(),
+                Colour => "black".into(),
                 Text | File | Files | Texts | List => "text".into(),
             };
             let method = methods::having(key.name).next().map(|entry| format!("--method={}", entry.name));

@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Result};
 use std::ffi::OsString;
+use std::hash::{BuildHasher, RandomState};
 
 /// Flags of diffusers' and PEFT's scripts without an effect on the result here, and whether a value follows. They are
 /// passed over with a note.
@@ -33,7 +34,7 @@ const NOT_NEEDED: [(&str, bool); 23] = [
 ];
 
 /// Flags of diffusers' scripts that would change the result, and what to do instead.
-const NOT_THERE: [(&str, &str); 8] = [
+const NOT_THERE: [(&str, &str); 9] = [
     ("--revision", "write it behind the hub id: owner/name@revision"),
     ("--scale-lr", "give the learning rate that you want"),
     ("--num-train-epochs", "give --max-train-steps"),
@@ -42,9 +43,16 @@ const NOT_THERE: [(&str, &str); 8] = [
     ("--push-to-hub", "nothing is uploaded"),
     ("--offset-noise", "the noise is the model's own"),
     ("--with-offset-noise", "the noise is the model's own"),
+    ("--network-module", "give --method lora, or another of hra's methods"),
 ];
 
-/// Writes long flags with hyphens and takes out those that are not needed, with a note.
+/// A seed that nobody chose. Others' programs know 32 bits.
+fn drawn_seed() -> u32 {
+    // Keyed by the system's randomness, anew in each process.
+    RandomState::new().hash_one(std::process::id()) as u32
+}
+
+/// Writes long flags with hyphens, draws a seed where -1 asks for one, and takes out those that are not needed, with a note.
 pub fn normalise(args: Vec<OsString>) -> Result<Vec<OsString>> {
     let mut result = Vec::new();
     // As in the reference, steps win over epochs.
@@ -74,6 +82,15 @@ pub fn normalise(args: Vec<OsString>) -> Result<Vec<OsString>> {
         }
         if let Some((_, instead)) = NOT_THERE.iter().find(|(flag, _)| *flag == name) {
             return Err(Error::config(format!("{name} is not supported: {instead}")));
+        }
+        if name == "--seed" && value.or_else(|| args.as_slice().first()?.to_str()) == Some("-1") {
+            if value.is_none() {
+                args.next();
+            }
+            let seed = drawn_seed();
+            eprintln!("note: --seed -1: seed {seed} was drawn; give it to get the same again");
+            result.push(format!("--seed={seed}").into());
+            continue;
         }
         result.push(value.map_or_else(|| name.clone(), |v| format!("{name}={v}")).into());
     }

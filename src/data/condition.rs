@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::data::image::edges::{Thresholds, canny};
 use crate::data::image::landmarks::{self, Point};
 use crate::data::image::palette::{LabelMap, MapFile, Palette};
-use crate::data::image::{Filter, RgbImage, load_rgb, resize, resize_nearest};
+use crate::data::image::{Background, Filter, RgbImage, decode, resize, resize_nearest};
 use crate::data::pair_settings::{ConditionKind, PairSettings};
 use crate::data::{load_unchanged, load_usable, unchanged};
 use crate::platform::observer::Observer;
@@ -13,6 +13,8 @@ use crate::{Error, Result};
 
 /// Endings of files of points; other conditions are pictures.
 pub const POINT_FILES: [&str; 3] = ["pts", "json", "txt"];
+/// Edges, maps and landmarks are drawn on black.
+const CONDITION_BACKGROUND: Background = Background::BLACK;
 /// A picture all of whose values are below this may be a map of classes.
 const FEW_CLASSES: u8 = 32;
 /// The class of pixels that have none in COCO, ADE20K and Pascal VOC; they are black, unless the palette goes so far.
@@ -67,12 +69,14 @@ pub(super) struct Conditions {
     make: bool,
     thresholds: Thresholds,
     palette: Option<Palette>,
+    /// Of the pictures; conditions have [`CONDITION_BACKGROUND`].
+    pub(super) background: Background,
 }
 
 impl Conditions {
     /// Reads the palette, if one is named.
     pub(super) fn new(settings: &PairSettings) -> Result<Self> {
-        let PairSettings { condition: kind, make_conditions: make, thresholds, .. } = *settings;
+        let PairSettings { condition: kind, make_conditions: make, thresholds, background, .. } = *settings;
         if make && kind != ConditionKind::Canny {
             return Err(Error::config(format!(
                 "make_conditions: expected condition = \"canny\", found \"{kind}\": only edges can be made from a picture"
@@ -84,7 +88,7 @@ impl Conditions {
             )));
         }
         let palette = settings.palette.as_deref().map(Palette::read).transpose()?;
-        Ok(Self { kind, make, thresholds, palette })
+        Ok(Self { kind, make, thresholds, palette, background })
     }
 
     pub(super) fn kind(&self) -> ConditionKind {
@@ -127,7 +131,7 @@ impl Conditions {
         let (width, height) = if is_map {
             self.coloured(&path).map_err(|e| e.reason())?.dimensions()
         } else {
-            load_usable(&path)?.pixels.dimensions()
+            load_usable(&path, CONDITION_BACKGROUND)?.pixels.dimensions()
         };
         same_aspect(size, (width, height))?;
         Ok(if is_map {
@@ -155,7 +159,9 @@ impl Conditions {
                     .collect();
                 return Ok(Some(landmarks::draw(&scaled, width, height)));
             }
-            ConditionSource::Picture { path, width, height } => load_unchanged(path, (*width, *height))?,
+            ConditionSource::Picture { path, width, height } => {
+                load_unchanged(path, (*width, *height), CONDITION_BACKGROUND)?
+            }
             ConditionSource::Labels { path, width, height } => {
                 let map = self.coloured(path)?;
                 unchanged(path, &map, (*width, *height))?;
@@ -206,7 +212,8 @@ impl ConditionFiles {
         if own.palette.is_some() && !matches!(MapFile::read(path)?, MapFile::Colours(_)) {
             return own.coloured(path);
         }
-        let picture = load_rgb(path)?;
+        let picture =
+            decode::load(path, if own.make { own.background } else { CONDITION_BACKGROUND })?.pixels;
         if own.kind == ConditionKind::Segmentation && picture.iter().all(|v| *v < FEW_CLASSES) {
             observer.warn(&format!(
                 "{} is nearly black: if it holds numbers of classes, a palette makes colours of them",

@@ -24,7 +24,7 @@ use cache::Cache;
 
 use crate::data::image::decode::{self, DecodedPicture, MAX_FILE_BYTES};
 use crate::data::image::resize::{center_offset, short_side_size};
-use crate::data::image::{Filter, RgbImage, crop, load_rgb, resize};
+use crate::data::image::{Background, Filter, RgbImage, crop, resize};
 use crate::platform::columns::{self, left};
 use crate::platform::files::{self, Kind};
 use crate::{Error, Result};
@@ -50,6 +50,8 @@ pub struct Image {
     pub format: &'static str,
     /// What was done to bring it the right way up, if anything.
     pub turned: Option<&'static str>,
+    /// Whether parts of it are transparent.
+    pub transparent: bool,
     /// Name of an earlier file with the same pixels, if there is one.
     pub same_as: Option<String>,
 }
@@ -101,22 +103,30 @@ pub struct Window {
 #[derive(Debug)]
 pub struct ImageFolder {
     dir: PathBuf,
+    /// Of pictures with transparent parts.
+    background: Background,
     images: Vec<Image>,
     skipped: Vec<Skipped>,
     resized: Cache<RgbImage>,
 }
 
 impl ImageFolder {
-    /// Looks at every entry of `dir` and decodes every image once, which is the only way to know that it is whole.
+    /// Looks at every entry of `dir` and decodes every image once, which is the only way to know that it is whole. Transparent
+    /// parts show `background`.
     ///
     /// An [`ErrorKind::Data`] with the reasons if not one image can be used.
-    pub fn scan(dir: &Path) -> Result<Self> {
-        let mut folder =
-            Self { dir: dir.into(), images: Vec::new(), skipped: Vec::new(), resized: Cache::default() };
+    pub fn scan(dir: &Path, background: Background) -> Result<Self> {
+        let mut folder = Self {
+            dir: dir.into(),
+            background,
+            images: Vec::new(),
+            skipped: Vec::new(),
+            resized: Cache::default(),
+        };
         let mut seen: HashMap<[u8; 32], String> = HashMap::new();
         for entry in files::list_dir(dir)? {
             let name = entry.name.to_string_lossy().into_owned();
-            match look(&name, &entry) {
+            match look(&name, &entry, background) {
                 Ok((mut image, hash)) => {
                     image.same_as = seen.get(&hash).cloned();
                     seen.entry(hash).or_insert(name);
@@ -155,6 +165,7 @@ impl ImageFolder {
             let size = format!("{}x{}", image.width, image.height);
             let notes = [
                 image.turned.map(str::to_string),
+                image.transparent.then(|| format!("transparent parts show {} (background)", self.background)),
                 (image.width.min(image.height) < resolution)
                     .then(|| format!("smaller than {resolution} pixels, is enlarged")),
                 image.same_as.as_ref().map(|other| format!("same picture as {other}")),
@@ -171,7 +182,7 @@ impl ImageFolder {
 
     /// The picture at its own size, the right way up.
     pub fn load(&self, index: usize) -> Result<RgbImage> {
-        load_rgb(&self.images[index].path)
+        Ok(decode::load(&self.images[index].path, self.background)?.pixels)
     }
 
     /// The square that `crop` chooses from the picture with its shorter side at `resolution`. Reads no pixels.
@@ -199,7 +210,7 @@ impl ImageFolder {
     fn resized(&self, index: usize, resolution: u32) -> Result<Arc<RgbImage>> {
         self.resized.get((index, resolution), || {
             let Image { width, height, path, .. } = &self.images[index];
-            let full = load_unchanged(path, (*width, *height))?;
+            let full = load_unchanged(path, (*width, *height), self.background)?;
             let (width, height) = self.resized_size(index, resolution);
             let small = resize(&full, width, height, Filter::Bilinear);
             let bytes = small.len();
@@ -225,7 +236,11 @@ impl ImageFolder {
 }
 
 /// The image of a folder entry and the hash of its pixels, or why there is none.
-fn look(name: &str, entry: &files::DirEntry) -> std::result::Result<(Image, [u8; 32]), String> {
+fn look(
+    name: &str,
+    entry: &files::DirEntry,
+    background: Background,
+) -> std::result::Result<(Image, [u8; 32]), String> {
     if name.starts_with('.') {
         return Err("hidden".into());
     }
@@ -237,7 +252,7 @@ fn look(name: &str, entry: &files::DirEntry) -> std::result::Result<(Image, [u8;
         Kind::Folder => return Err("a folder: sub-folders are not read".into()),
         Kind::Other => return Err("no regular file".into()),
     }
-    let picture = load_usable(&entry.path)?;
+    let picture = load_usable(&entry.path, background)?;
     let (width, height) = picture.pixels.dimensions();
     let mut hash = Sha256::new();
     hash.update(width.to_le_bytes());
@@ -249,15 +264,16 @@ fn look(name: &str, entry: &files::DirEntry) -> std::result::Result<(Image, [u8;
         height,
         format: picture.format,
         turned: picture.turned,
+        transparent: picture.transparent,
         same_as: None,
     };
     Ok((image, hash.finalize().into()))
 }
 
 /// The picture of a file, or why it cannot be trained on.
-fn load_usable(path: &Path) -> std::result::Result<DecodedPicture, String> {
+fn load_usable(path: &Path, background: Background) -> std::result::Result<DecodedPicture, String> {
     let bytes = files::read(path, MAX_FILE_BYTES).map_err(|e| e.reason())?;
-    let picture = decode::decode(&bytes)?;
+    let picture = decode::decode(&bytes, background)?;
     let (width, height) = picture.pixels.dimensions();
     no_strip((width, height))?;
     Ok(picture)
@@ -272,8 +288,8 @@ pub fn no_strip((width, height): (u32, u32)) -> std::result::Result<(), String> 
 }
 
 /// The pixels of a file that had this size when it was looked at.
-fn load_unchanged(path: &Path, size: (u32, u32)) -> Result<RgbImage> {
-    let full = load_rgb(path)?;
+fn load_unchanged(path: &Path, size: (u32, u32), background: Background) -> Result<RgbImage> {
+    let full = decode::load(path, background)?.pixels;
     unchanged(path, &full, size)?;
     Ok(full)
 }

@@ -1,5 +1,6 @@
 //! How pairs of picture and condition are read.
 
+use crate::data::image::Background;
 use crate::data::image::edges::Thresholds;
 use crate::platform::choice::{Choice, Named, named};
 use std::fmt;
@@ -70,6 +71,8 @@ pub struct PairSettings {
     pub thresholds: Thresholds,
     /// Colours of the classes, by which maps of class numbers become pictures.
     pub palette: Option<PathBuf>,
+    /// Behind pictures with transparent parts.
+    pub background: Background,
 }
 
 impl Default for PairSettings {
@@ -84,6 +87,7 @@ impl Default for PairSettings {
             make_conditions: false,
             thresholds: Thresholds::default(),
             palette: None,
+            background: Background::default(),
         }
     }
 }

@@ -46,6 +46,8 @@ pub struct Pair {
     pub width: u32,
     /// Height of the picture in pixels, the right way up.
     pub height: u32,
+    /// Whether parts of the picture are transparent.
+    pub transparent: bool,
 }
 
 /// The pairs of a table, in its order.
@@ -161,6 +163,9 @@ impl PairFolder {
                 count(&|pair| pair.first_of_several),
                 "with several captions, of which the first is used".into(),
             ),
+            (count(&|pair| pair.transparent), {
+                format!("with transparent parts, which show {} (background)", self.conditions.background)
+            }),
             (total - seen.len(), "with the picture of another pair".into()),
             (count(&partly_outside), "with points outside the picture, which are not drawn".into()),
         ];
@@ -223,7 +228,7 @@ impl PairFolder {
 
     fn resize(&self, index: usize, size: (u32, u32)) -> Result<Resized> {
         let Pair { image, condition, width, height, .. } = &self.pairs[index];
-        let full = load_unchanged(image, (*width, *height))?;
+        let full = load_unchanged(image, (*width, *height), self.conditions.background)?;
         let picture = resize(&full, size.0, size.1, Filter::Bilinear);
         let condition = self.conditions.at_size(condition, (*width, *height), size)?;
         Ok(Resized { picture, condition })
@@ -306,7 +311,8 @@ fn look(row: &Row, root: &Path, conditions: &Conditions) -> Found {
         reason: format!("{file}: {reason}"),
     };
     let image = root.join(name);
-    let (width, height) = load_usable(&image).map_err(|reason| bad("picture", reason))?.pixels.dimensions();
+    let picture = load_usable(&image, conditions.background).map_err(|reason| bad("picture", reason))?;
+    let (width, height) = picture.pixels.dimensions();
     let path = condition.as_ref().map(|path| root.join(path));
     let what = condition.as_ref().map_or("condition".to_string(), |path| format!("condition {path}"));
     let condition = conditions.look(path, (width, height)).map_err(|reason| bad(&what, reason))?;
@@ -318,5 +324,6 @@ fn look(row: &Row, root: &Path, conditions: &Conditions) -> Found {
         condition,
         width,
         height,
+        transparent: picture.transparent,
     })
 }

@@ -235,9 +235,25 @@ pub struct Loaded {
     dir: PathBuf,
 }
 
+/// What is damaged is not passed over in silence, but there may be a checkpoint before it.
+fn with_one_before(error: Error, dir: &Path) -> Error {
+    let step = |dir: &Path| dir.file_name()?.to_str()?.strip_prefix("step-")?.parse::<i64>().ok();
+    let run = dir.parent().and_then(Path::parent);
+    let steps = run.and_then(|run| list(run).ok()).unwrap_or_default();
+    let before = steps.into_iter().rfind(|before| step(dir).is_some_and(|step| *before < step));
+    error.with_hint(match before {
+        Some(before) => format!("--resume {before} goes on from the checkpoint before it"),
+        None => "there is no checkpoint before it: start the run anew in another --output_dir".to_string(),
+    })
+}
+
 impl Loaded {
     /// Reads the checkpoint in `dir`.
     pub fn read(dir: &Path) -> Result<Self> {
+        Self::read_whole(dir).map_err(|error| with_one_before(error, dir))
+    }
+
+    fn read_whole(dir: &Path) -> Result<Self> {
         let path = dir.join(STATE_FILE);
         let state: TrainState = serde_json::from_str(&files::read_to_string(&path)?)
             .map_err(|e| Error::format(&path, format!("not a checkpoint's state: {e}")))?;
@@ -274,7 +290,8 @@ impl Loaded {
         }
         let mut rows = Vec::new();
         for (part, views) in parts.iter().zip(parameters.groups()) {
-            let file = TensorFile::open(&part.weights(&self.dir))?;
+            let opened = TensorFile::open(&part.weights(&self.dir));
+            let file = opened.map_err(|error| with_one_before(error, &self.dir))?;
             for (name, view) in views {
                 let tensor = file.read_as(&part.key(name), Kind::Float)?;
                 if tensor.size() != view.size() {

@@ -74,7 +74,7 @@ impl ClassImages {
         if path.is_file() {
             manifest.seed = same_settings(&path, &manifest)?;
         } else if has_files(&dir)? {
-            ImageFolder::scan(&dir)?;
+            ImageFolder::scan(&dir, config.data.background)?;
             return Ok(Self { dir, manifest: None, settings });
         }
         Ok(Self { dir, manifest: Some(manifest), settings })

@@ -37,7 +37,7 @@ impl Pictures {
             ))
             .with_hint("paths are relative to the folder in which hra is started"));
         }
-        ImageFolder::scan(path).map(Self::Folder)
+        ImageFolder::scan(path, config.data.background).map(Self::Folder)
     }
 
     /// The number of pictures.

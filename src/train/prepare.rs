@@ -281,7 +281,7 @@ fn make_class(
     attach::set_enabled(model, false);
     observer.say(&images.make(model, config, observer)?);
     attach::set_enabled(model, true);
-    let folder = ImageFolder::scan(&class_images::folder(config))?;
+    let folder = ImageFolder::scan(&class_images::folder(config), config.data.background)?;
     *report += &format!("class pictures: {}\n", folder.report(resolution));
     Ok(Pictures::Folder(folder))
 }

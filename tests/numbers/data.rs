@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use hra::data::image::tensor::signed;
-use hra::data::image::{Filter, RgbImage, center_crop, resize_short_side, save_png};
+use hra::data::image::{Background, Filter, RgbImage, center_crop, resize_short_side, save_png};
 use hra::data::{Crop, ImageFolder, Window};
 use hra::{Error, ErrorKind};
 use proptest::prelude::*;
@@ -35,7 +35,7 @@ fn every_entry_is_reported_with_its_reason() {
     std::os::unix::fs::symlink("nowhere.png", at("h.png")).unwrap();
     save_png(&at("i.png"), &picture(2, 33), &[]).unwrap();
 
-    let folder = ImageFolder::scan(dir.path()).unwrap();
+    let folder = ImageFolder::scan(dir.path(), Background::default()).unwrap();
     let report = folder.report(64);
     let expected = [
         ": 3 images used, 8 skipped",
@@ -61,7 +61,7 @@ fn every_entry_is_reported_with_its_reason() {
 #[test]
 fn a_folder_without_images_is_an_error_with_reasons() {
     let dir = tempfile::tempdir().unwrap();
-    let scan = |path: &Path| match ImageFolder::scan(path) {
+    let scan = |path: &Path| match ImageFolder::scan(path, Background::default()) {
         Err(e @ Error { kind: ErrorKind::Data(_), .. }) => e.to_string(),
         other => panic!("{other:?}"),
     };
@@ -75,7 +75,7 @@ fn a_folder_without_images_is_an_error_with_reasons() {
     assert!(told.contains("\n  19.heic: ") && told.contains("found a HEIC image; export"), "{told}");
     assert!(told.contains("\n  and 5 more\nhint: ") && !told.contains("20.heic"), "{told}");
     assert!(matches!(
-        ImageFolder::scan(&dir.path().join("missing")),
+        ImageFolder::scan(&dir.path().join("missing"), Background::default()),
         Err(Error { kind: ErrorKind::Io { .. }, .. })
     ));
 }
@@ -86,7 +86,7 @@ fn prepared_squares_are_torchvisions() {
     for (name, (width, height)) in [("a.png", (101, 67)), ("b.png", (40, 50)), ("c.png", (48, 48))] {
         save_png(&dir.path().join(name), &picture(width, height), &[]).unwrap();
     }
-    let folder = ImageFolder::scan(dir.path()).unwrap();
+    let folder = ImageFolder::scan(dir.path(), Background::default()).unwrap();
     for index in 0..3 {
         let full = folder.load(index).unwrap();
         let resized = resize_short_side(&full, 48, Filter::Bilinear);
@@ -104,7 +104,7 @@ fn prepared_squares_are_torchvisions() {
 fn random_squares_reach_every_place_equally_often() {
     let dir = tempfile::tempdir().unwrap();
     save_png(&dir.path().join("a.png"), &picture(20, 16), &[]).unwrap();
-    let folder = ImageFolder::scan(dir.path()).unwrap();
+    let folder = ImageFolder::scan(dir.path(), Background::default()).unwrap();
     let mut counts = [0; 5];
     for index in 0..5000 {
         let window = folder.crop_window(0, 16, Crop::Random(hra::platform::seed::derive(3, "crop", index)));
@@ -120,7 +120,7 @@ fn resized_pictures_are_kept_and_changed_files_noticed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.png");
     save_png(&path, &picture(20, 16), &[]).unwrap();
-    let folder = ImageFolder::scan(dir.path()).unwrap();
+    let folder = ImageFolder::scan(dir.path(), Background::default()).unwrap();
     let window = Window { x: 1, y: 0 };
     let first = folder.prepare(0, 16, window).unwrap();
     save_png(&path, &picture(16, 20), &[]).unwrap();
@@ -145,7 +145,7 @@ proptest! {
     fn windows_lie_inside_the_resized_picture(width in 16_u32..200, height in 16_u32..200, resolution in 1_u32..120, draw: u64) {
         let dir = tempfile::tempdir().unwrap();
         save_png(&dir.path().join("a.png"), &picture(width, height), &[]).unwrap();
-        let folder = ImageFolder::scan(dir.path()).unwrap();
+        let folder = ImageFolder::scan(dir.path(), Background::default()).unwrap();
         for crop in [Crop::Center, Crop::Random(draw)] {
             let window = folder.crop_window(0, resolution, crop);
             prop_assert_eq!(folder.prepare(0, resolution, window).unwrap().dimensions(), (resolution, resolution));

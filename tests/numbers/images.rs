@@ -1,12 +1,13 @@
 //! Pictures against Pillow: files of every kind, hostile ones, resizing to the same bit, PNG texts, contact sheets.
 //! `tests/fixtures/make_image_fixtures.py`, `make_resize_fixtures.py` and `make_nearest_fixtures.py` made what is compared with.
 
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
-use hra::data::image::decode::{self, decode};
+use hra::data::image::decode::{self, DecodedPicture};
 use hra::data::image::{
-    Filter, Grid, GridRow, RgbImage, center_crop, crop, load_rgb, read_png_text, resize, resize_nearest,
-    save_png,
+    Background, Filter, Grid, GridRow, RgbImage, center_crop, crop, load_rgb, read_png_text, resize,
+    resize_nearest, save_png,
 };
 use safetensors::SafeTensors;
 
@@ -42,6 +43,10 @@ fn hollow_png(width: u32, height: u32) -> Vec<u8> {
     bytes
 }
 
+fn decode(bytes: &[u8]) -> Result<DecodedPicture, String> {
+    decode::decode(bytes, Background::default())
+}
+
 #[test]
 fn resizing_is_pillows_to_the_bit() {
     let pictures = pictures("resize.safetensors");
@@ -73,7 +78,8 @@ fn every_kind_of_file_reads_as_in_pillow() {
 fn every_orientation_comes_upright() {
     let (red, white) = ([220, 40, 40], [240, 240, 240]);
     for n in 1..=8 {
-        let picture = decode::load(&fixture(&format!("images/orientation_{n}.jpg"))).unwrap();
+        let picture =
+            decode::load(&fixture(&format!("images/orientation_{n}.jpg")), Background::default()).unwrap();
         assert_eq!(picture.pixels.dimensions(), (24, 16), "{n}");
         for (x, y, expected) in [(3, 3, red), (20, 12, white)] {
             let found = picture.pixels.get_pixel(x, y).0;
@@ -81,6 +87,30 @@ fn every_orientation_comes_upright() {
         }
         assert_eq!(picture.turned.is_some(), n != 1);
         assert_eq!(picture.format, "JPEG");
+    }
+}
+
+/// As Pillow 11 blends with `Image.paste(picture, mask=alpha)`.
+#[test]
+fn transparent_pixels_show_the_background() {
+    let pixels: [[u8; 4]; 5] =
+        [[10, 20, 30, 0], [10, 20, 30, 255], [190, 240, 126, 194], [81, 36, 71, 227], [64, 67, 0, 2]];
+    let mut file = Cursor::new(Vec::new());
+    image::RgbaImage::from_raw(5, 1, pixels.concat())
+        .unwrap()
+        .write_to(&mut file, image::ImageFormat::Png)
+        .unwrap();
+    for (background, expected) in [
+        ("white", [[255, 255, 255], [10, 20, 30], [206, 244, 157], [100, 60, 91], [254, 254, 253]]),
+        ("#000000", [[0, 0, 0], [10, 20, 30], [145, 183, 96], [72, 32, 63], [1, 1, 0]]),
+        ("#123456", [[18, 52, 86], [10, 20, 30], [149, 195, 116], [74, 38, 73], [18, 52, 85]]),
+    ] {
+        let found = decode::decode(file.get_ref(), background.parse().unwrap()).unwrap();
+        assert!(found.transparent);
+        assert_eq!(found.pixels.pixels().map(|p| p.0).collect::<Vec<_>>(), expected, "{background}");
+    }
+    for wrong in ["", "#12345", "#12345g", "weiss", "#+12345"] {
+        assert!(wrong.parse::<Background>().unwrap_err().contains("#rrggbb"), "{wrong}");
     }
 }
 
@@ -134,7 +164,7 @@ fn what_is_no_image_is_told_by_its_content() {
     expect(b"prompt,image\na dog,1.png\n", "found text");
     expect("ein Hund, \u{fc}ber".as_bytes(), "found text");
     expect(b"GIF89a\x01\0\x01\0", "found a GIF image");
-    expect(b"\0\0\0\x18ftypheic\0\0\0\0", "found a HEIC image\nhint: export");
+    expect(b"\0\0\0\x18ftypheic\0\0\0\0", "found a HEIC image; export");
     expect(b"version https://git-lfs.github.com/spec/v1\n", "found a Git LFS pointer");
     expect(&[7, 0, 255, 254], "found data of an unknown kind");
     expect(b"\x89PNG\r\n\x1a\n", "broken or truncated PNG image");

@@ -24,3 +24,4 @@ mod run_folder;
 mod sample;
 mod session;
 mod train;
+mod user_files;

@@ -5,7 +5,7 @@ mod report;
 
 use crate::cli::terminal;
 use crate::cli::towers::TowerFlags;
-use crate::data::image::{RgbImage, load_rgb, read_png_text};
+use crate::data::image::{Background, RgbImage, load_rgb, read_png_text};
 use crate::data::{Image, ImageFolder};
 use crate::error::{Error, Result};
 use crate::lab::evaluate::scores::{References, ScoredSubject, drift, without_token};
@@ -218,7 +218,7 @@ fn drawn(args: &EvaluateArgs) -> Result<Vec<DrawnFolder>> {
     let mut images: Vec<(PathBuf, bool)> = Vec::new();
     for path in &args.pictures {
         if files::kind(path) == Some(files::Kind::Folder) {
-            let folder = ImageFolder::scan(path)?;
+            let folder = ImageFolder::scan(path, Background::default())?;
             for skipped in folder.skipped() {
                 let name = &skipped.name;
                 let beside = [".txt", ".json", ".jsonl", ".csv"].iter().any(|end| name.ends_with(end));
@@ -248,7 +248,7 @@ fn drawn(args: &EvaluateArgs) -> Result<Vec<DrawnFolder>> {
         drawn.push(DrawnFolder { path, prompt });
     }
     if let Some(path) = &args.prompt_file {
-        let lines = super::prompt_lines(path)?;
+        let lines = crate::cli::prompts::read(path)?;
         if lines.len() != drawn.len() {
             let (expected, found) = (drawn.len(), lines.len());
             return Err(Error::format(
@@ -296,7 +296,7 @@ fn own_prompt(path: &Path, text: &BTreeMap<String, String>) -> Result<Option<Str
 
 impl Known {
     fn read(dir: &Path) -> Result<Self> {
-        let folder = ImageFolder::scan(dir)?;
+        let folder = ImageFolder::scan(dir, Background::default())?;
         let pictures = (0..folder.images().len()).map(|i| folder.load(i)).collect::<Result<_>>()?;
         Ok(Self { pictures, paths: folder.images().iter().map(|image| image.path.clone()).collect() })
     }
@@ -304,7 +304,7 @@ impl Known {
 
 /// The mask of each real picture: the picture in `dir` with its name, whatever the ending.
 fn masks(dir: &Path, real: &[PathBuf]) -> Result<Vec<RgbImage>> {
-    let folder = ImageFolder::scan(dir)?;
+    let folder = ImageFolder::scan(dir, Background::default())?;
     let (masks, _) = files::by_stem(folder.images(), |image| &image.path);
     let mask = |path: &PathBuf| {
         let found = masks.get(files::stem(path)).ok_or_else(|| {

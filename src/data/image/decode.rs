@@ -1,8 +1,8 @@
 //! Reading photographs: PNG, JPEG, WebP, BMP and TIFF, known by their content, as 8-bit RGB the right way up.
 //!
-//! As `ImageOps.exif_transpose(Image.open(path)).convert("RGB")` of Pillow, which training scripts call: transparency is
-//! dropped (the colours under it show), grey and palette images become RGB, 16-bit channels keep their high byte. Unlike
-//! Pillow, 16-bit grey keeps its high byte too; Pillow makes everything above 255 of 65535 white.
+//! As `ImageOps.exif_transpose(Image.open(path)).convert("RGB")` of Pillow, which training scripts call: grey and palette images
+//! become RGB, 16-bit channels keep their high byte. Unlike Pillow, 16-bit grey keeps its high byte too, where Pillow makes
+//! everything above 255 of 65535 white, and transparent parts show the background instead of whatever colour lies under them.
 //! A file cannot make us take more memory than the constants below allow.
 
 use std::io::Cursor;
@@ -10,9 +10,10 @@ use std::path::Path;
 
 use ::image::metadata::Orientation;
 use ::image::{
-    DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage, guess_format,
+    DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, Rgb, RgbImage, guess_format,
 };
 
+use crate::data::image::background::Background;
 use crate::platform::files;
 use crate::{Error, Result};
 
@@ -30,23 +31,49 @@ pub struct DecodedPicture {
     pub pixels: RgbImage,
     /// Name of the file format, such as `JPEG`.
     pub format: &'static str,
+    /// Whether parts of it were transparent, and show the background now.
+    pub transparent: bool,
     /// What was done to bring the picture the right way up; `None` if nothing.
     pub turned: Option<&'static str>,
 }
 
-/// The pixels of an image file. An [`ErrorKind::Format`] says what the file is if it is no image that can be used.
+/// The pixels of an image file, white where it is transparent. An [`ErrorKind::Format`](crate::ErrorKind::Format) says what the
+/// file is if it is no image that can be used.
 pub fn load_rgb(path: &Path) -> Result<RgbImage> {
-    Ok(load(path)?.pixels)
+    Ok(load(path, Background::WHITE)?.pixels)
 }
 
-/// [`load_rgb`] with what the file said beside its pixels.
-pub fn load(path: &Path) -> Result<DecodedPicture> {
+/// The picture in an image file in front of `background`.
+pub fn load(path: &Path, background: Background) -> Result<DecodedPicture> {
     let bytes = files::read(path, MAX_FILE_BYTES)?;
-    decode(&bytes).map_err(|problem| Error::format(path, problem))
+    decode(&bytes, background).map_err(|problem| Error::format(path, problem))
 }
 
-/// Decodes the bytes of an image file; the error is a sentence without the file's name.
-pub fn decode(bytes: &[u8]) -> std::result::Result<DecodedPicture, String> {
+/// A picture that is white where a mask is, and what a user must know of how it was read. Painting programs write a shape of one
+/// colour on a transparent layer: what is opaque there is white here. Other transparent parts are black.
+pub fn load_mask(path: &Path) -> Result<(RgbImage, Option<&'static str>)> {
+    let bytes = files::read(path, MAX_FILE_BYTES)?;
+    let on = |background| decode(&bytes, background).map_err(|problem| Error::format(path, problem));
+    let (light, dark) = (on(Background::WHITE)?, on(Background::BLACK)?);
+    let (mut white, dark) = (light.pixels, dark.pixels);
+    // In front of white and of black a pixel differs by just what shows through: 255 - alpha.
+    let through = |light: &Rgb<u8>, dark: &Rgb<u8>| light.0[0] - dark.0[0];
+    let mut opaque = white.pixels().zip(dark.pixels()).filter(|(light, dark)| through(light, dark) == 0);
+    let first = opaque.next();
+    if !light.transparent {
+        return Ok((dark, None));
+    }
+    if opaque.any(|(colour, _)| first.is_some_and(|(first, _)| first != colour)) {
+        return Ok((dark, Some("its transparent parts count as black")));
+    }
+    for (pixel, dark) in white.pixels_mut().zip(dark.pixels()) {
+        *pixel = Rgb([255 - through(pixel, dark); 3]);
+    }
+    Ok((white, Some("it has one colour: its opaque parts are the mask")))
+}
+
+/// Decodes the bytes of an image file in front of `background`; the error is a sentence without the file's name.
+pub fn decode(bytes: &[u8], background: Background) -> std::result::Result<DecodedPicture, String> {
     let (format, name) = accepted(bytes)
         .ok_or_else(|| format!("expected a PNG, JPEG, WebP, BMP or TIFF image, found {}", describe(bytes)))?;
     let explain = |e: ImageError| explain(name, &e);
@@ -70,11 +97,12 @@ pub fn decode(bytes: &[u8]) -> std::result::Result<DecodedPicture, String> {
     // Damaged metadata is no reason to refuse the pixels.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let image = DynamicImage::from_decoder(decoder).map_err(explain)?;
-    let pixels = to_rgb(image)
+    let (pixels, transparent) = background
+        .behind(image)
         .ok_or_else(|| format!("expected 8 or 16 bits a channel, found a floating-point {name} image"))?;
     let mut upright = DynamicImage::ImageRgb8(pixels);
     upright.apply_orientation(orientation);
-    Ok(DecodedPicture { pixels: upright.into_rgb8(), format: name, turned: turned(orientation) })
+    Ok(DecodedPicture { pixels: upright.into_rgb8(), format: name, transparent, turned: turned(orientation) })
 }
 
 fn accepted(bytes: &[u8]) -> Option<(ImageFormat, &'static str)> {
@@ -88,33 +116,6 @@ fn accepted(bytes: &[u8]) -> Option<(ImageFormat, &'static str)> {
         _ => return None,
     };
     Some((format, name))
-}
-
-/// Drops alpha and low bytes; `None` for floating-point pixels, which have no agreed range.
-fn to_rgb(image: DynamicImage) -> Option<RgbImage> {
-    let (width, height) = (image.width(), image.height());
-    let bytes: Vec<u8> = match image {
-        DynamicImage::ImageRgb8(image) => return Some(image),
-        DynamicImage::ImageRgba8(image) => rgb_of(&image, 4, |v| v),
-        DynamicImage::ImageLuma8(image) => rgb_of(&image, 1, |v| v),
-        DynamicImage::ImageLumaA8(image) => rgb_of(&image, 2, |v| v),
-        DynamicImage::ImageRgb16(image) => rgb_of(&image, 3, high_byte),
-        DynamicImage::ImageRgba16(image) => rgb_of(&image, 4, high_byte),
-        DynamicImage::ImageLuma16(image) => rgb_of(&image, 1, high_byte),
-        DynamicImage::ImageLumaA16(image) => rgb_of(&image, 2, high_byte),
-        _ => return None,
-    };
-    RgbImage::from_raw(width, height, bytes)
-}
-
-fn high_byte(value: u16) -> u8 {
-    (value >> 8) as u8
-}
-
-/// `samples` holds `channels` values a pixel: grey, grey and alpha, RGB, or RGB and alpha.
-fn rgb_of<T: Copy>(samples: &[T], channels: usize, to_byte: impl Fn(T) -> u8) -> Vec<u8> {
-    let colours = if channels < 3 { [0, 0, 0] } else { [0, 1, 2] };
-    samples.chunks_exact(channels).flat_map(|pixel| colours.map(|c| to_byte(pixel[c]))).collect()
 }
 
 fn turned(orientation: Orientation) -> Option<&'static str> {
@@ -167,12 +168,15 @@ fn jpeg_reaches_its_end(bytes: &[u8]) -> bool {
 /// What a file that is no usable image seems to be, by its first bytes.
 fn describe(bytes: &[u8]) -> &'static str {
     // (offset, bytes, name)
-    const KNOWN: [(usize, &[u8], &str); 20] = [
+    const KNOWN: [(usize, &[u8], &str); 23] = [
         (0, b"GIF8", "a GIF image"),
         (4, b"ftypheic", HEIC),
         (4, b"ftypheix", HEIC),
         (4, b"ftypmif1", HEIC),
         (4, b"ftypmsf1", HEIC),
+        (4, b"ftyphev", HEIC),
+        (4, b"ftypheim", HEIC),
+        (4, b"ftypheis", HEIC),
         (4, b"ftypavif", "an AVIF image"),
         (4, b"ftyp", "a video"),
         (0, b"\x1aE\xdf\xa3", "a video"),

@@ -4,6 +4,7 @@
 //! What Python's training scripts do with Pillow is done here to the same bit, so that a run trains on the same pixels;
 //! only lossy decoders differ in rounding (JPEG: by 0.02 to 0.15 levels on average, 5 at most).
 
+pub mod background;
 pub mod decode;
 pub mod edges;
 pub mod grid;
@@ -15,6 +16,7 @@ pub mod resize;
 pub mod tensor;
 
 pub use ::image::RgbImage;
+pub use background::Background;
 pub use decode::load_rgb;
 pub use edges::{Thresholds, canny};
 pub use grid::{Grid, GridRow};

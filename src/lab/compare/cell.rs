@@ -351,12 +351,16 @@ impl Cell<'_> {
 
     fn real_pictures(&self, kind: &str) -> Result<Vec<RgbImage>> {
         let subject = self.comparison.join("subjects").join(&self.task.cell.subject);
-        score::pictures(&subject.join(kind), usize::MAX)
+        score::pictures(&subject.join(kind), usize::MAX, self.config.data.background)
     }
 
     fn look_alikes(&self) -> Result<Vec<RgbImage>> {
         if self.task.class_look_alikes {
-            return score::pictures(&self.comparison.join(&self.task.class_folder), CLASS_LOOK_ALIKES);
+            return score::pictures(
+                &self.comparison.join(&self.task.class_folder),
+                CLASS_LOOK_ALIKES,
+                self.config.data.background,
+            );
         }
         self.real_pictures("look_alikes")
     }

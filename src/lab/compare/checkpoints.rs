@@ -102,7 +102,7 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
     let towers = Towers::load(&judges.towers, compute.device, observer)?;
     let _guard = tch::no_grad_guard();
     let real: Vec<RgbImage> = match &config.data.held_out_data_dir {
-        Some(dir) => score::pictures(dir, usize::MAX)?,
+        Some(dir) => score::pictures(dir, usize::MAX, config.data.background)?,
         None => Vec::new(),
     };
     let subject = score::subject(&towers, &real, &[], &[])?;

@@ -1,7 +1,7 @@
 //! From drawn pictures to an [`Evaluation`].
 
 use crate::data::ImageFolder;
-use crate::data::image::{RgbImage, load_rgb};
+use crate::data::image::{Background, RgbImage, load_rgb};
 use crate::error::Result;
 use crate::lab::compare::draw::{SetDrawing, file_name};
 use crate::lab::compare::subject::Prompt;
@@ -12,11 +12,11 @@ use crate::platform::observer::Observer;
 use std::path::{Path, PathBuf};
 
 /// The pictures of a folder, in the order of their names; none, where there is no folder.
-pub fn pictures(folder: &Path, at_most: usize) -> Result<Vec<RgbImage>> {
+pub fn pictures(folder: &Path, at_most: usize, background: Background) -> Result<Vec<RgbImage>> {
     if !folder.is_dir() {
         return Ok(Vec::new());
     }
-    let scanned = ImageFolder::scan(folder)?;
+    let scanned = ImageFolder::scan(folder, background)?;
     (0..scanned.images().len().min(at_most)).map(|i| scanned.load(i)).collect()
 }
 

@@ -2,7 +2,7 @@
 //! comparison's folder, so that it is whole by itself and can lie where other machines see it.
 
 use crate::data::ImageFolder;
-use crate::data::image::load_rgb;
+use crate::data::image::{Background, load_rgb};
 use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, Protocol, SubjectEntry, Topic};
 use crate::lab::compare::control;
@@ -259,7 +259,7 @@ fn pictures(dir: &Path, what: &str) -> Result<Vec<SubjectPicture>> {
         ))
         .with_hint("paths are relative to the folder in which hra is started"));
     }
-    let folder = ImageFolder::scan(dir)?;
+    let folder = ImageFolder::scan(dir, Background::default())?;
     let picture = |image: &crate::data::Image| {
         let pixels = load_rgb(&image.path)?;
         let size = [pixels.width().to_le_bytes(), pixels.height().to_le_bytes()].concat();

@@ -150,6 +150,8 @@ pub enum ValueKind {
     Whole32,
     Number,
     Device,
+    /// A [`Background`](crate::data::image::Background).
+    Colour,
     /// One of several words.
     Words(fn() -> Vec<Word>),
 }
@@ -159,7 +161,7 @@ impl ValueKind {
     /// What messages expect in a file.
     pub fn expected(self) -> &'static str {
         match self {
-            Text | File | Device | Words(_) => "a text between quotes",
+            Text | File | Device | Colour | Words(_) => "a text between quotes",
             Files | Texts | List => "a list of texts, such as [\"a\", \"b\"]",
             Switch => "true or false",
             Count | Count32 => "a whole number from 0 up",
@@ -248,6 +250,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
             key(Section::Data, "instance_prompt", "PROMPT", Text, "Prompt of the subject, with its rare token, such as \"a photo of sks dog\"").of_comparison(),
             key(Section::Data, "resolution", "", Count32, "Pictures become squares of this many pixels").unset("what the model was trained at"),
             key(Section::Data, "center_crop", "", Switch, "Cut the middle out of pictures that are not square, instead of a random square"),
+            key(Section::Data, "background", "COLOUR", Colour, "Colour behind pictures with transparent parts: white, black, grey or #rrggbb"),
             key(Section::Data, "held_out_data_dir", "PATH", File, "Pictures of the subject (with --train_data_dir: pairs, of which 32 are measured) that are not trained on: their loss is measured with fixed noise").unset("not used").of_comparison(),
         ],
     ),

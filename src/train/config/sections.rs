@@ -4,6 +4,7 @@
 use crate::adapter::method::Method;
 use crate::adapter::peft::Bias;
 use crate::adapter::target::{ATTENTION, TEXT_ATTENTION};
+use crate::data::image::Background;
 use crate::data::image::edges::Thresholds;
 use crate::data::pairs::{ConditionKind, PairSettings};
 use crate::diffusion::sampler::SamplerKind;
@@ -44,6 +45,8 @@ pub struct DataSection {
     pub resolution: Option<u32>,
     /// Cut the middle out of pictures that are not square, instead of a random square.
     pub center_crop: bool,
+    /// Colour behind pictures with transparent parts.
+    pub background: Background,
     /// Pictures of the subject (with `train_data_dir`: pairs, of which 32 are measured) that are not trained on: their loss is measured with fixed noise.
     pub held_out_data_dir: Option<PathBuf>,
     /// Train control, on pairs of picture and condition: a folder with metadata.jsonl or metadata.csv, or a .jsonl, .json or .csv file.
@@ -76,6 +79,7 @@ impl Default for DataSection {
             instance_prompt: String::new(),
             resolution: None,
             center_crop: false,
+            background: pairs.background,
             held_out_data_dir: None,
             train_data_dir: None,
             condition: pairs.condition,
@@ -102,6 +106,7 @@ impl DataSection {
             make_conditions: self.make_conditions,
             thresholds: Thresholds { low: self.canny_low, high: self.canny_high },
             palette: self.palette.clone(),
+            background: self.background,
         }
     }
 }

@@ -14,7 +14,7 @@ use tch::Device;
 
 /// A photograph, or a picture of ours with its settings.
 pub fn picture(scratch: &Path, input: &[u8]) {
-    let _ = hra::data::image::decode::decode(input);
+    let _ = hra::data::image::decode::decode(input, Default::default());
     put(scratch, "picture.png", input);
     let _ = hra::data::image::read_png_text(&scratch.join("picture.png"));
 }

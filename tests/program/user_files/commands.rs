@@ -1,0 +1,118 @@
+//! Command lines: words of other programs, seeds, pictures that are there already, checkpoints that broke.
+
+use crate::support::scratch::Scratch;
+use crate::support::training::tiny_sd;
+use hra::data::image::png::read_png_text;
+
+fn sample<'a>(model: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut args =
+        vec!["sample", "--model", model, "--prompt", "a red apple", "--steps", "2", "--output", out];
+    args.extend(more);
+    args
+}
+
+#[test]
+fn seed_minus_one() {
+    let (scratch, model) = (Scratch::new(), tiny_sd());
+    let model = model.to_str().unwrap();
+    let seed = |out: &str, flags: &[&str]| {
+        let done = scratch.ok(&sample(model, out, flags));
+        let text = read_png_text(&scratch.path(out).join("0000-0000.png")).unwrap();
+        let seed = text.into_iter().find(|(key, _)| key == "seed").unwrap().1;
+        assert!(done.err.contains(&format!("note: --seed -1: seed {seed} was drawn")), "{}", done.err);
+        seed
+    };
+    assert_ne!(seed("a", &["--seed", "-1"]), seed("b", &["--seed=-1"]));
+}
+
+#[test]
+fn negative_numbers_without_an_equals_sign() {
+    let scratch = Scratch::new();
+    let done = scratch.run(&sample("none", "out", &["--guidance", "-3", "--timestep-spacing", "-1"]));
+    // The number is read; it is the word after it that is wrong.
+    assert!(done.err.contains("'-1'") && done.err.contains("--timestep-spacing"), "{}", done.err);
+}
+
+#[test]
+fn words_of_a1111_and_kohya() {
+    let (scratch, model) = (Scratch::new(), tiny_sd());
+    let model = model.to_str().unwrap();
+    let done = scratch.ok(&sample(model, "out", &["--sampler", "ddim", "--cfg_scale", "3"]));
+    assert!(!done.err.contains("read as it stands"), "{}", done.err);
+    let text = read_png_text(&scratch.path("out/0000-0000.png")).unwrap();
+    let value = |name: &str| text.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
+    assert_eq!((value("scheduler"), value("guidance_scale")), (Some("ddim"), Some("3")), "{text:?}");
+    let args = ["train", "--model", model, "--lr", "3e-4", "--network_dim", "6", "--print-config"];
+    let printed = scratch.ok(&args).out;
+    assert!(printed.contains("learning_rate = 0.0003") && printed.contains("rank = 6"), "{printed}");
+}
+
+#[test]
+fn prompts_with_weights_and_names_of_files() {
+    let (scratch, model) = (Scratch::new(), tiny_sd());
+    let model = model.to_str().unwrap();
+    for (n, (syntax, prompt)) in [
+        ("(red:1.3)", "a (red:1.3) apple"),
+        ("<lora:pixel:0.8>", "an apple <lora:pixel:0.8>"),
+        ("((red))", "a ((red)) apple"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let out = format!("out{n}");
+        let done = scratch.ok(&sample(model, &out, &["--prompt", prompt, "--prompt", prompt]));
+        let said = done.err.matches("is read as it stands").count();
+        assert!(said == 1 && done.err.contains(&format!("note: `{syntax}` is read")), "{}", done.err);
+    }
+    let done = scratch.ok(&sample(model, "plain", &["--prompt", "a cat (big), at 12:30"]));
+    assert!(!done.err.contains("read as it stands"), "{}", done.err);
+}
+
+#[test]
+fn a_folder_with_pictures_of_an_earlier_drawing() {
+    let (scratch, model) = (Scratch::new(), tiny_sd());
+    let run = scratch.path("run");
+    scratch.train("run", &["--max_train_steps", "1"]);
+    let flags = ["--adapter", run.to_str().unwrap(), "--with-base"];
+    let model = model.to_str().unwrap();
+    scratch.ok(&sample(model, "out", &flags));
+    let bytes = |name: &str| std::fs::read(scratch.path("out").join(name)).unwrap();
+    let before = ["0000-0000.png", "grid.png", "base/0000-0000.png"].map(bytes);
+    let again = ["--seed", "5"];
+    let done = scratch.run(&sample(model, "out", &again));
+    assert_eq!(done.code, 2);
+    assert!(done.err.contains("0000-0000.png is there") && done.err.contains("--overwrite"), "{}", done.err);
+    assert!(["0000-0000.png", "grid.png", "base/0000-0000.png"].map(bytes) == before);
+    scratch.ok(&sample(model, "out", &["--seed", "5", "--overwrite"]));
+    assert!(bytes("0000-0000.png") != before[0]);
+    assert!(
+        !scratch.path("out/base/0000-0000.png").exists(),
+        "the base model's picture belongs to the old one"
+    );
+}
+
+#[test]
+fn a_newest_checkpoint_that_broke() {
+    let scratch = Scratch::new();
+    let steps = ["--checkpointing_steps", "1"];
+    scratch.train("run", &[&["--max_train_steps", "2"], &steps[..]].concat());
+    for (file, bytes) in [("adapter_model.safetensors", 50), ("optimizer.safetensors", 9), ("state.json", 10)]
+    {
+        let path = scratch.path("run/checkpoints/step-000002").join(file);
+        let whole = std::fs::read(&path).unwrap_or_else(|e| panic!("{file}: {e}"));
+        std::fs::write(&path, &whole[..bytes]).unwrap();
+        let resume = |which: &str| {
+            ["train", "--output_dir", "run", "--max_train_steps", "3", "--resume", which].map(str::to_string)
+        };
+        let words = resume("latest");
+        let done = scratch.run(&words.each_ref().map(String::as_str));
+        assert_eq!(done.code, 2, "{file}");
+        for part in [&format!("step-000002/{file}"), "hint: --resume 1 goes on from the checkpoint before"] {
+            assert!(done.err.contains(part), "{file}: {}", done.err);
+        }
+        std::fs::write(&path, whole).unwrap();
+    }
+    let path = scratch.path("run/checkpoints/step-000002/adapter_model.safetensors");
+    std::fs::write(&path, "damaged").unwrap();
+    scratch.ok(&["train", "--output_dir", "run", "--max_train_steps", "3", "--resume", "1"]);
+}
