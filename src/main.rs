@@ -5,6 +5,9 @@ use hra::error::ErrorKind;
 use hra::platform::device;
 use std::process::ExitCode;
 
+#[cfg(target_os = "linux")]
+mod waiting;
+
 /// Exit code of every error that is the user's to mend.
 const ERROR: u8 = 2;
 

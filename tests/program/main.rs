@@ -23,5 +23,6 @@ mod observer;
 mod run_folder;
 mod sample;
 mod session;
+mod threads;
 mod train;
 mod user_files;
