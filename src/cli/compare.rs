@@ -4,7 +4,7 @@ use crate::cli::terminal;
 use crate::error::{Error, Result};
 use crate::lab::compare::{self, CompareConfig, ComparisonOutcome, Estimate, Shard, duration};
 use crate::lab::report;
-use crate::lab::results::Plan;
+use crate::lab::results::{self, Plan};
 use crate::platform::observer::Observer;
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -107,7 +107,7 @@ fn finish(config: &CompareConfig, outcome: &ComparisonOutcome, json: bool) -> Re
         if json {
             return super::print_json(&json!({"folder": folder, "cells_of_other_shares": outcome.missing}));
         }
-        println!("this share is done; {} cells of other shares are not yet", outcome.missing);
+        println!("this share is done; of other shares {} to come", results::cell_count(outcome.missing));
         if outcome.searching {
             println!(
                 "when they are, the same command trains for the tables with the rates that the search chose"
@@ -125,7 +125,7 @@ fn finish(config: &CompareConfig, outcome: &ComparisonOutcome, json: bool) -> Re
         return Ok(());
     }
     let list: Vec<String> = outcome.failures.iter().map(|f| format!("  {}: {}", f.id, f.why)).collect();
-    Err(Error::run(format!("{} cells could not be done\n{}", list.len(), list.join("\n")))
+    Err(Error::run(format!("{} could not be done\n{}", results::cell_count(list.len()), list.join("\n")))
         .with_hint("the same command tries them again"))
 }
 

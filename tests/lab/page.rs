@@ -57,18 +57,24 @@ fn the_page_renders_and_its_table_sorts() {
     assert!(text(&mut browser, ".notes").contains("the pictures are invented"));
     assert_eq!(order(&mut browser), ["real training pictures", "base", "HRA", "LoRA", "OFT"]);
     // Invented scores rise with the method's number; real pictures have 0.8.
-    browser.click("#summary th:nth-child(7) button");
-    assert_eq!(text(&mut browser, "#summary th:nth-child(7)"), "DINO \u{2191}");
+    browser.click("#summary th:nth-child(2) button");
+    assert_eq!(text(&mut browser, "#summary th:nth-child(2)"), "DINO\u{a0}\u{2191}");
     assert_eq!(order(&mut browser), ["real training pictures", "OFT", "LoRA", "HRA", "base"]);
-    let sorted = "document.querySelector('#summary th:nth-child(7)').getAttribute('aria-sort')";
+    let sorted = "document.querySelector('#summary th:nth-child(2)').getAttribute('aria-sort')";
     assert_eq!(browser.eval(sorted), "descending");
     // By the keyboard, the other way; then by parameters: what has none stays last.
-    browser.eval("document.querySelector('#summary th:nth-child(7) button').focus()");
+    browser.eval("document.querySelector('#summary th:nth-child(2) button').focus()");
     browser.key("Enter", 13);
     assert_eq!(browser.eval(sorted), "ascending");
     assert_eq!(order(&mut browser), ["base", "HRA", "LoRA", "OFT", "real training pictures"]);
+    // What it cost stands behind the scores.
+    let titles =
+        browser.eval("[...document.querySelectorAll('#summary thead th')].map((h) => h.textContent)");
+    let titles: Vec<&str> = titles.as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+    let costs = titles.iter().position(|title| *title == "parameters").unwrap() + 1;
+    assert_eq!(titles[costs - 1..], ["parameters", "MB", "s/step", "minutes", "memory GB"]);
     for first in ["HRA", "OFT"] {
-        browser.click("#summary th:nth-child(2) button");
+        browser.click(&format!("#summary th:nth-child({costs}) button"));
         let rows = order(&mut browser);
         assert_eq!(rows[0], first);
         assert!(rows[3..].contains(&"base".to_string()), "{rows:?}");
@@ -79,6 +85,87 @@ fn the_page_renders_and_its_table_sorts() {
                   s.querySelector('.mark title').textContent && s.getBoundingClientRect().height > 100)";
     assert_eq!(browser.eval(charts), true);
     assert!(browser.eval("document.querySelectorAll('#plots svg').length").as_u64().unwrap() >= 6);
+    let pictures_first = "!!(document.getElementById('pictures').compareDocumentPosition(document.getElementById('plots')) & 4)";
+    assert_eq!(browser.eval(pictures_first), true);
+    quiet(&browser);
+}
+
+#[test]
+fn a_table_that_is_wider_than_the_window_says_so_until_its_end_is_seen() {
+    let Some(mut browser) = Browser::start() else { return };
+    let dir = written(&Comparison::new(&Shape::small()));
+    let more = "[document.querySelector('#summary .more').hidden, document.querySelector('#summary .more').offsetHeight > 0]";
+    let small = written(&Comparison::new(&Shape { seeds: vec![0], keys: vec!["dino"], ..Shape::small() }));
+    browser.device(1400, 900, false);
+    browser.open(&address(small.path()));
+    assert_eq!(browser.eval(more), json!([true, false]), "there is room for all of it");
+    browser.device(800, 900, false);
+    browser.open(&address(dir.path()));
+    browser.wait("!document.querySelector('#summary .more').hidden");
+    assert_eq!(browser.eval(more), json!([false, true]));
+    browser.eval("document.querySelector('#summary .scroll').scrollLeft = 1e6");
+    browser.wait("document.querySelector('#summary .more').hidden");
+    quiet(&browser);
+}
+
+#[test]
+fn charts_have_numbers_on_both_axes_and_keep_their_marks_inside_and_their_rows_full() {
+    let Some(mut browser) = Browser::start() else { return };
+    for (methods, keys) in [
+        (vec!["HRA", "LoRA"], vec!["clip_i"]),
+        (vec!["HRA", "LoRA", "OFT"], vec!["dino", "clip_t"]),
+        (vec!["HRA"], vec!["dino", "clip_t", "drift"]),
+    ] {
+        let mut comparison = Comparison::new(&Shape { methods, keys, ..Shape::small() });
+        // Methods with nearly as many parameters: less than a decade of a logarithmic axis, and no round number in it.
+        for (number, record) in comparison.records.iter_mut().enumerate() {
+            if let Some(budget) = &mut record.budget {
+                budget.parameters = 75_264 + 100 * (number as u64 % 2);
+            }
+        }
+        let dir = written(&comparison);
+        browser.device(1400, 900, false);
+        browser.open(&address(dir.path()));
+        let ticks = "[...document.querySelectorAll('#plots svg')].map((s) => \
+                     [...s.querySelectorAll('.tick')].filter((t) => t.getAttribute('text-anchor') === 'middle').length)";
+        let across = browser.eval(ticks);
+        assert!(across.as_array().unwrap().iter().all(|n| n.as_u64().unwrap() >= 1), "{across}");
+        let down = browser.eval(&ticks.replace("middle", "end"));
+        assert!(down.as_array().unwrap().iter().all(|n| n.as_u64().unwrap() >= 2), "{down}");
+        assert!(browser.eval(&format!("{ticks}[0]")).as_u64().unwrap() >= 2, "a short logarithmic axis");
+        let outside = "[...document.querySelectorAll('#plots svg')].flatMap((s) => [...s.querySelectorAll('.mark')].filter((m) => { \
+                       const b = m.getBBox(); return b.x < 52 || b.x + b.width > 366 || b.y < 12 || b.y + b.height > 226; }) \
+                       .map((m) => m.textContent))";
+        assert_eq!(browser.eval(outside), json!([]));
+        for width in [1400, 900, 390] {
+            browser.device(width, 900, false);
+            browser.open(&address(dir.path()));
+            let gaps = "(() => { const box = document.querySelector('.figures').getBoundingClientRect(); const ends = new Map(); \
+                        for (const f of document.querySelectorAll('.figures figure')) { \
+                          const r = f.getBoundingClientRect(); ends.set(r.top, Math.max(ends.get(r.top) ?? 0, r.right)); } \
+                        return [...ends.values()].filter((end) => Math.abs(end - box.right) > 2); })()";
+            assert_eq!(browser.eval(gaps), json!([]), "rows of cards that end before the others, at {width}");
+        }
+    }
+    quiet(&browser);
+}
+
+/// Two methods whose losses are the same: the second line is dashed, so that the first shows between its dashes.
+#[test]
+fn lines_that_lie_on_each_other_are_both_seen() {
+    let Some(mut browser) = Browser::start() else { return };
+    let mut comparison = Comparison::new(&Shape::small());
+    let losses = comparison.records.iter().find(|r| !r.losses.is_empty()).unwrap().losses.clone();
+    comparison.records.iter_mut().filter(|r| !r.losses.is_empty()).for_each(|r| r.losses = losses.clone());
+    let dir = written(&comparison);
+    browser.device(1300, 900, false);
+    browser.open(&address(dir.path()));
+    let lines = "[...document.querySelectorAll('#plots svg[aria-label=\"Training loss\"] .curve polyline, \
+                 #plots svg[aria-label=\"Training loss\"] .series:has(.mark) polyline')]";
+    let points = browser.eval(&format!("{lines}.map((l) => l.getAttribute('points'))"));
+    assert!(points[0].is_string() && points[0] == points[1], "{points}");
+    let dashes = browser.eval(&format!("{lines}.map((l) => getComputedStyle(l).strokeDasharray)"));
+    assert!(dashes[0] == "none" && dashes[1] != "none", "{dashes}");
     quiet(&browser);
 }
 
@@ -168,8 +255,18 @@ fn phones_and_dark_rooms() {
     let boxes =
         "[...document.querySelectorAll('.scroll')].every((b) => b.getBoundingClientRect().right <= 360)";
     assert_eq!(browser.eval(boxes), true);
-    let scrolls = "document.querySelector('#summary .scroll').scrollWidth > 360";
-    assert_eq!(browser.eval(scrolls), true, "wide tables scroll in their own box");
+    // A row is a block: every value of a method is there, with its heading, and nothing lies beside the window.
+    let values =
+        "[...document.querySelectorAll('#summary tbody tr:nth-child(3) td')].filter((d) => d.dataset.value)";
+    let seen = format!(
+        "{values}.every((d) => d.getBoundingClientRect().right <= 360 && d.getBoundingClientRect().height > 10)"
+    );
+    assert_eq!(browser.eval(&seen), true);
+    let titles = browser.eval(&format!("{values}.map((d) => getComputedStyle(d, '::before').content)"));
+    let titles: Vec<&str> = titles.as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+    assert!(titles.len() > 6 && titles[1].contains("DINO") && titles.contains(&"\"s/step\""), "{titles:?}");
+    let scrolls = "document.querySelector('#grid').scrollWidth > 360";
+    assert_eq!(browser.eval(scrolls), true, "the pictures scroll in their own box");
     // All rates of one method side by side.
     browser.eval("const rates = document.getElementById('rates-of'); rates.value = '1'; rates.dispatchEvent(new Event('change'))");
     let headings = browser.eval("[...document.querySelectorAll('#grid thead th')].map((h) => h.textContent)");

@@ -35,7 +35,8 @@ pub fn run(
 ) -> Result<Vec<CellFailure>> {
     let (count, at_once) = (tasks.len(), jobs.min(tasks.len()));
     observer.say(&format!(
-        "{count} cells, {at_once} at a time; each has a log, {}/cells/ID/{LOG_FILE}",
+        "{}, {at_once} at a time; each has a log, {}/cells/ID/{LOG_FILE}",
+        results::cell_count(count),
         comparison.display()
     ));
     let queue: Mutex<VecDeque<&&Task>> = Mutex::new(tasks.iter().collect());

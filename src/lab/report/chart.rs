@@ -7,6 +7,8 @@ use maud::{Markup, html};
 pub const STYLE: &str = include_str!("chart.css");
 /// Colours before they repeat; after that the marks' shapes tell lines apart.
 pub const COLOURS: usize = 8;
+/// Kinds of dashes before they repeat; the first is without.
+const DASHES: usize = 4;
 /// Width of every chart, in SVG units: about that of a phone.
 pub const WIDTH: f64 = 380.0;
 const PLOT_HEIGHT: f64 = 214.0;
@@ -14,6 +16,8 @@ const LEFT: f64 = 52.0;
 const RIGHT: f64 = 14.0;
 const TOP: f64 = 12.0;
 const LEGEND_LINE: f64 = 18.0;
+/// Between the marks and the ends of the axes.
+const ROOM: f64 = 6.0;
 /// Mean width of a letter of the legend.
 const LETTER: f64 = 6.1;
 const LONGEST_LABEL: usize = 30;
@@ -82,13 +86,14 @@ struct Scale {
 }
 
 impl Scale {
-    fn new(axis: &Axis, values: impl Iterator<Item = f64>, from: f64, to: f64) -> Option<Self> {
+    /// Marks stay `room` units away from the ends.
+    fn new(axis: &Axis, values: impl Iterator<Item = f64>, [from, to]: [f64; 2], room: f64) -> Option<Self> {
         let values: Vec<f64> = values.filter(|v| v.is_finite() && (!axis.log || *v > 0.0)).collect();
         let value = |v: f64| if axis.log { v.log10() } else { v };
         let low = value(values.iter().copied().reduce(f64::min)?);
         let high = value(values.iter().copied().reduce(f64::max)?);
         let room = match (high - low, axis.log) {
-            (range, _) if range > 0.0 => range * 0.06,
+            (range, _) if range > 0.0 => range * room / ((to - from).abs() - 2.0 * room),
             (_, true) => 0.3,
             _ => (low.abs() * 0.05).max(1e-3),
         };
@@ -109,21 +114,14 @@ impl Scale {
     }
 
     fn ticks(&self) -> Vec<(f64, String)> {
-        if self.log { self.log_ticks() } else { self.linear_ticks() }
-    }
-
-    fn linear_ticks(&self) -> Vec<(f64, String)> {
-        let rough = (self.high - self.low) / 4.0;
-        let power = 10f64.powf(rough.log10().floor());
-        let step =
-            [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough).unwrap_or(rough);
-        let digits = (-step.log10().floor()).clamp(0.0, 12.0) as usize;
-        let first = (self.low / step).ceil() as i64;
-        let last = (self.high / step).floor() as i64;
-        (first..=last.min(first.saturating_add(10)))
-            .map(|i| i as f64 * step)
-            .map(|v| (v, if digits == 0 { short(v) } else { format!("{v:.digits$}") }))
-            .collect()
+        if !self.log {
+            return linear_ticks(self.low, self.high);
+        }
+        match self.log_ticks() {
+            // No two round numbers lie in so short a piece of the axis.
+            few if few.len() < 2 => linear_ticks(10f64.powf(self.low), 10f64.powf(self.high)),
+            ticks => ticks,
+        }
     }
 
     fn log_ticks(&self) -> Vec<(f64, String)> {
@@ -140,6 +138,20 @@ impl Scale {
             decades.filter(|d| d % every == 0).flat_map(|d| factors.iter().map(move |f| f * 10f64.powi(d)));
         powers.filter(inside).map(|v| (v, short(v))).collect()
     }
+}
+
+/// Round numbers at equal distances.
+fn linear_ticks(low: f64, high: f64) -> Vec<(f64, String)> {
+    let rough = (high - low) / 4.0;
+    let power = 10f64.powf(rough.log10().floor());
+    let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough).unwrap_or(rough);
+    let digits = (-step.log10().floor()).clamp(0.0, 12.0) as usize;
+    let first = (low / step).ceil() as i64;
+    let last = (high / step).floor() as i64;
+    (first..=last.min(first.saturating_add(10)))
+        .map(|i| i as f64 * step)
+        .map(|v| (v, if digits == 0 { short(v) } else { format!("{v:.digits$}") }))
+        .collect()
 }
 
 /// `1200` as `1.2k`, `0.0001` as `1e-4`.
@@ -172,8 +184,10 @@ impl Chart {
         let bars = || marks().filter_map(|m| m.bar).flat_map(|(low, high)| [low, high]);
         let xs = marks().map(|m| m.x).chain(dots().map(|d| d.0)).chain(self.rule.iter().map(|r| r.0));
         let ys = marks().map(|m| m.y).chain(dots().map(|d| d.1)).chain(bars());
-        let x = Scale::new(&self.x, xs, LEFT + 6.0, WIDTH - RIGHT - 6.0)?;
-        let y = Scale::new(&self.y, ys, TOP + PLOT_HEIGHT, TOP)?;
+        // The largest circle lies within the axes too.
+        let room = ROOM + marks().map(|m| m.radius).fold(0.0, f64::max);
+        let x = Scale::new(&self.x, xs, [LEFT, WIDTH - RIGHT], room)?;
+        let y = Scale::new(&self.y, ys, [TOP + PLOT_HEIGHT, TOP], room)?;
         Some((x, y))
     }
 
@@ -242,6 +256,10 @@ impl Chart {
             @for (number, line) in self.legend_lines().iter().enumerate() {
                 @for (at, series) in line {
                     g .series.(class(series.number)) {
+                        @if series.line {
+                            line .key x1=(n(at - 2.0)) x2=(n(at + 16.0)) y1=(n(top + LEGEND_LINE * (number as f64 + 0.5)))
+                                y2=(n(top + LEGEND_LINE * (number as f64 + 0.5))) {}
+                        }
                         (shape(series.number, at + 8.0, top + LEGEND_LINE * (number as f64 + 0.5), 4.5))
                         text .legend x=(n(at + 18.0)) y=(n(top + LEGEND_LINE * (number as f64 + 0.5) + 4.0)) {
                             (cut(&series.label))
@@ -325,8 +343,9 @@ pub fn standalone(title: &str, charts: &[Chart]) -> String {
     .into_string()
 }
 
+/// Colour and dashes of a series: where lines lie on each other, the lower one shows between the dashes of the upper one.
 fn class(number: Option<usize>) -> String {
-    number.map_or_else(|| "sb".into(), |i| format!("s{}", i % COLOURS))
+    number.map_or_else(|| "sb".into(), |i| format!("s{} d{}", i % COLOURS, i % DASHES))
 }
 
 /// At most the label's first letters.

@@ -3,6 +3,7 @@
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, TableRow};
 use crate::lab::report::words;
+use crate::lab::results;
 use crate::platform::columns::{self, left, right};
 
 /// `report.md`.
@@ -46,7 +47,8 @@ pub fn markdown(a: &Analysis) -> String {
     list("Scores", &about);
     let common: Vec<String> = a.plan.common.iter().map(|(key, value)| format!("{key}: {value}")).collect();
     list("The same for every cell", &common);
-    let ran: Vec<String> = a.environments().iter().map(|(how, n)| format!("{how}: {n} cells")).collect();
+    let ran: Vec<String> =
+        a.environments().iter().map(|(how, n)| format!("{how}: {}", results::cell_count(*n))).collect();
     list("Where it ran", &ran);
     text
 }

@@ -41,6 +41,22 @@
     }));
   }
 
+  // Tables with more to the right say so, until one has scrolled there.
+  for (const wide of document.querySelectorAll(".wide")) {
+    const box = wide.querySelector(".scroll");
+    const look = () => {
+      const more = box.scrollWidth - box.clientWidth - box.scrollLeft > 2;
+      wide.querySelector(".more").hidden = !more;
+      wide.classList.toggle("on", more);
+      wide.style.setProperty("--tall", `${box.offsetHeight}px`);
+    };
+    box.addEventListener("scroll", look, { passive: true });
+    // What is in it changes with the choices, and its width with the window's.
+    new ResizeObserver(look).observe(box);
+    new MutationObserver(look).observe(box, { childList: true });
+    look();
+  }
+
   // The grid of pictures. A subject's data is read when it is first chosen.
   const common = JSON.parse(byId("common").textContent);
   const subjects = new Map();

@@ -8,6 +8,7 @@ use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, MeanEstimate, PairedDifference, RowKind, TableRow};
 use crate::lab::report::values::ScoreColumn;
 use crate::lab::report::{chart, pictures, words};
+use crate::lab::results;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -42,8 +43,8 @@ pub fn page(a: &Analysis) -> String {
                     (summary(a))
                     (differences(a))
                     (rates(a))
-                    (plots(a))
                     (picture_grid(a))
+                    (plots(a))
                     (about(a))
                 }
                 (large())
@@ -90,23 +91,30 @@ fn notes(a: &Analysis) -> Markup {
     }
 }
 
-/// A box in which a wide table scrolls, by keys too.
+/// A box in which a wide table scrolls, by keys too; below it, while there is more to the right, a word that says so.
 fn scroll(label: &str, table: &Markup) -> Markup {
-    html! { div .scroll role="region" aria-label=(label) tabindex="0" { (table) } }
+    html! {
+        div .wide {
+            div .scroll role="region" aria-label=(label) tabindex="0" { (table) }
+            p .more hidden { "more columns to the right \u{2192}" }
+        }
+    }
 }
 
 /// A heading that sorts; `first` is the order of the first click.
 fn sorted_heading(title: &str, about: &str, first: &str) -> Markup {
     html! {
         th scope="col" aria-sort="none" data-first=(first) {
-            button type="button" title=(about) { (title) span .arrow aria-hidden="true" {} }
+            button .one[!title.contains(' ')] type="button" title=(about) { (title) span .arrow aria-hidden="true" {} }
         }
     }
 }
 
 fn score_heading(column: &ScoreColumn) -> Markup {
     let first = if column.sign < 0 { "ascending" } else { "descending" };
-    sorted_heading(&words::heading(column), &column.about, first)
+    // The arrow stays beside the last word.
+    let title = words::heading(column).replace(" \u{2191}", "\u{a0}\u{2191}");
+    sorted_heading(&title.replace(" \u{2193}", "\u{a0}\u{2193}"), &column.about, first)
 }
 
 fn swatch(a: &Analysis, row: &TableRow) -> Markup {
@@ -121,7 +129,7 @@ fn row_heading(a: &Analysis, row: &TableRow) -> Markup {
         th scope="row" data-value=(row.label) {
             (swatch(a, row)) (row.label)
             @if row.interrupted > 0 { span .mark title="interrupted and gone on with" { " *" } }
-            @if row.cells < row.planned { span .part { (row.cells) " of " (row.planned) " cells" } }
+            @if row.cells < row.planned { span .part { (row.cells) " of " (results::cell_count(row.planned)) } }
         }
     }
 }
@@ -135,8 +143,8 @@ fn summary(a: &Analysis) -> Markup {
                 tr {
                     (sorted_heading("method", "", "ascending"))
                     @if a.has_rates() { (sorted_heading("rate", "learning rate, chosen on validation", "ascending")) }
-                    @for column in &budgets { (sorted_heading(column.title, column.about, "ascending")) }
                     @for column in &a.columns { (score_heading(column)) }
+                    @for column in &budgets { (sorted_heading(column.title, column.about, "ascending")) }
                 }
             }
             tbody {
@@ -145,19 +153,19 @@ fn summary(a: &Analysis) -> Markup {
                         (row_heading(a, row))
                         @if a.has_rates() {
                             @match row.rate {
-                                Some(rate) => td data-value=(rate) { (format!("{rate:e}")) },
-                                None => (empty()),
-                            }
-                        }
-                        @for column in &budgets {
-                            @match (column.value)(&row.budget) {
-                                Some(value) => td data-value=(value) { ((column.text)(value)) },
+                                Some(rate) => td data-title="rate" data-value=(rate) { (format!("{rate:e}")) },
                                 None => (empty()),
                             }
                         }
                         @for column in &a.columns {
                             @match row.scores.get(&column.key) {
-                                Some(e) => td data-value=(e.mean) { (estimate(a, e, column)) },
+                                Some(e) => td data-title=(words::heading(column)) data-value=(e.mean) { (estimate(a, e, column)) },
+                                None => (empty()),
+                            }
+                        }
+                        @for column in &budgets {
+                            @match (column.value)(&row.budget) {
+                                Some(value) => td data-title=(column.title) data-value=(value) { ((column.text)(value)) },
                                 None => (empty()),
                             }
                         }
@@ -243,7 +251,7 @@ fn difference(a: &Analysis, d: &PairedDifference, column: &ScoreColumn) -> Marku
     let verdict = words::verdict(d, column);
     let (digits, class) = (column.digits, verdict.split(' ').next().unwrap_or_default());
     html! {
-        td data-value=(d.value) {
+        td data-title=(words::heading(column)) data-value=(d.value) {
             (words::signed(d.value, digits))
             @if let Some((low, high)) = d.interval {
                 span .interval { "[" (words::signed(low, digits)) ", " (words::signed(high, digits)) "]" }
@@ -324,7 +332,10 @@ fn picture_grid(a: &Analysis) -> Markup {
                 (select("rates-of", "learning rates"))
             }
             div #own {}
-            div #grid .scroll role="region" aria-label="Pictures by prompt and method" tabindex="0" {}
+            div .wide {
+                div #grid .scroll role="region" aria-label="Pictures by prompt and method" tabindex="0" {}
+                p .more hidden { "more columns to the right \u{2192}" }
+            }
             (json("common", pictures::common(a)))
             @for (number, subject) in a.plan.subjects.iter().enumerate() {
                 (json(&format!("subject-{number}"), pictures::of_subject(a, &subject.name)))
@@ -366,7 +377,7 @@ fn about(a: &Analysis) -> Markup {
             }
             @if !a.records.is_empty() {
                 h3 { "Where it ran" }
-                ul { @for (how, cells) in a.environments() { li { (how) ": " (cells) @if cells == 1 { " cell" } @else { " cells" } } } }
+                ul { @for (how, cells) in a.environments() { li { (how) ": " (results::cell_count(cells)) } } }
             }
             h3 { "Files" }
             p { @for file in files { a href=(file) { (file) } " " } }

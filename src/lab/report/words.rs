@@ -5,7 +5,7 @@ use crate::lab::report::table::{
     Analysis, BudgetMeans, CEILING, FLOOR, MeanEstimate, PairedDifference, RowKind, TableRow,
 };
 use crate::lab::report::values::{PAPER, ScoreColumn};
-use crate::lab::results::{PlannedCell, Set};
+use crate::lab::results::{self, PlannedCell, Set};
 
 /// For what a row does not have.
 pub const NONE: &str = "-";
@@ -290,7 +290,6 @@ impl Analysis<'_> {
     /// What is not there, a sentence each.
     pub fn gaps(&self) -> Vec<String> {
         let mut gaps = Vec::new();
-        let cells = |count: usize| if count == 1 { "1 cell".to_string() } else { format!("{count} cells") };
         let names = |cells: &[&PlannedCell]| {
             let mut names: Vec<&str> = cells.iter().take(20).map(|c| c.id.as_str()).collect();
             if cells.len() > 20 {
@@ -300,13 +299,17 @@ impl Analysis<'_> {
         };
         if !self.missing.is_empty() {
             let (count, of) = (self.missing.len(), self.plan.cells.len());
-            gaps.push(format!("{count} of {of} cells not there yet: {}", names(&self.missing)));
+            gaps.push(format!(
+                "{count} of {} not there yet: {}",
+                results::cell_count(of),
+                names(&self.missing)
+            ));
         }
         if !self.unscored.is_empty() {
             let count = self.unscored.len();
             gaps.push(format!(
                 "{} without scores after the last step: {}",
-                cells(count),
+                results::cell_count(count),
                 names(&self.unscored)
             ));
         }
@@ -322,7 +325,7 @@ impl Analysis<'_> {
             let count = interrupted.len();
             gaps.push(format!(
                 "{} interrupted and gone on with; times and memory do not count: {}",
-                cells(count),
+                results::cell_count(count),
                 names(&interrupted)
             ));
         }
@@ -367,9 +370,15 @@ impl Analysis<'_> {
     }
 }
 
-/// `0.4712 at 1e-3 (6 cells)`.
+/// `0.4712 at 1e-3 (6 of 6 cells)`.
 pub fn tried(rate: &TriedRate) -> String {
-    format!("{:.4} at {:e} ({} of {} cells)", rate.objective, rate.rate, rate.cells, rate.planned)
+    format!(
+        "{:.4} at {:e} ({} of {})",
+        rate.objective,
+        rate.rate,
+        rate.cells,
+        results::cell_count(rate.planned)
+    )
 }
 
 /// The rate with what was tried.

@@ -313,6 +313,11 @@ pub fn cell_folder(comparison: &Path, id: &str) -> PathBuf {
     comparison.join("cells").join(id)
 }
 
+/// `1 cell`, `2 cells`.
+pub fn cell_count(count: usize) -> String {
+    format!("{count} cell{}", if count == 1 { "" } else { "s" })
+}
+
 impl Plan {
     /// Reads the plan of a comparison.
     pub fn read(comparison: &Path) -> Result<Self> {
