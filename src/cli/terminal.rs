@@ -3,10 +3,11 @@
 
 use crate::error::{Error, Result};
 use crate::platform::observer::{Event, Observer};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use std::fmt::Write;
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Exit code of a program that was asked to stop, by convention 128 + SIGINT.
@@ -26,6 +27,8 @@ pub struct Terminal {
 struct Count {
     what: String,
     bar: ProgressBar,
+    /// What the bar ends with; a message of the bar's own would draw it a second time.
+    message: Arc<Mutex<String>>,
     /// When the last line was written, where there is no terminal.
     last_line: Option<Instant>,
     started: Instant,
@@ -88,30 +91,56 @@ fn say(counts: &[Count], text: &str) {
 impl Count {
     fn new(what: &str, first: u64, total: u64) -> Self {
         let terminal = std::io::stderr().is_terminal();
+        let message = Arc::new(Mutex::new(String::new()));
         let bar = if terminal { ProgressBar::new(total) } else { ProgressBar::hidden() };
-        bar.set_length(total);
-        let template =
-            "{prefix} {wide_bar:.cyan/dim} {pos}/{len} [{elapsed_precise}, {eta_precise} left] {msg}";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        bar.set_prefix(what.to_string());
-        bar.set_position(first);
+        let bar = bar.with_style(style(&message)).with_prefix(what.to_string()).with_position(first);
         bar.reset_eta();
+        bar.tick();
+        if !terminal {
+            eprintln!("{what} {first}/{total}");
+        }
         let (last_line, started) = ((!terminal).then(Instant::now), Instant::now());
-        Self { what: what.to_string(), bar, last_line, started, first }
+        Self { what: what.to_string(), bar, message, last_line, started, first }
     }
 
     fn set(&mut self, done: u64, total: u64, message: &str) {
+        *self.message.lock().unwrap_or_else(PoisonError::into_inner) = message.to_string();
         self.bar.set_position(done);
-        self.bar.set_message(message.to_string());
         if let Some(last) = &mut self.last_line
             && (last.elapsed() >= LINE_EVERY || done == total)
         {
             *last = Instant::now();
-            let new = done - self.first;
-            let left = self.started.elapsed().as_secs_f64() / new.max(1) as f64 * (total - done) as f64;
-            eprintln!("{} {done}/{total}, {left:.0} s left {message}", self.what);
+            eprintln!("{}", self.line(done, total, message));
         }
     }
+
+    /// What a line says; how long it takes is known once something is done.
+    fn line(&self, done: u64, total: u64, message: &str) -> String {
+        let mut parts = vec![format!("{} {done}/{total}", self.what)];
+        if let new @ 1.. = done.saturating_sub(self.first) {
+            let left = self.started.elapsed().as_secs_f64() / new as f64 * total.saturating_sub(done) as f64;
+            parts.push(format!("{left:.0} s left"));
+        }
+        parts.extend((!message.is_empty()).then(|| message.to_string()));
+        parts.join(", ")
+    }
+}
+
+/// How a bar looks; how long it takes is shown once it is known.
+fn style(message: &Arc<Mutex<String>>) -> ProgressStyle {
+    let message = message.clone();
+    let left = |state: &ProgressState, out: &mut dyn Write| {
+        let seconds = state.eta().as_secs();
+        if seconds > 0 {
+            let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+            let _ = write!(out, ", {hours:02}:{minutes:02}:{seconds:02} left");
+        }
+    };
+    let said = move |_: &ProgressState, out: &mut dyn Write| {
+        let _ = out.write_str(&message.lock().unwrap_or_else(PoisonError::into_inner));
+    };
+    ProgressStyle::with_template("{prefix} {wide_bar:.cyan/dim} {pos}/{len} [{elapsed_precise}{left}] {said}")
+        .expect("the template is well formed")
+        .with_key("left", left)
+        .with_key("said", said)
 }

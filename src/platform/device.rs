@@ -107,6 +107,11 @@ impl Precision {
             Self::F16 => Kind::Half,
         }
     }
+
+    /// The precision with this format of libtorch's, if it is one.
+    pub fn of(kind: Kind) -> Option<Self> {
+        Self::CHOICES.iter().map(|choice| choice.value).find(|precision| precision.kind() == kind)
+    }
 }
 
 impl FromStr for Precision {

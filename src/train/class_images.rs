@@ -13,6 +13,7 @@ use crate::platform::observer::{Counter, Event, Observer};
 use crate::platform::{files, seed};
 use crate::train::config::TrainConfig;
 use serde::{Deserialize, Serialize};
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 const MANIFEST_FILE: &str = "class_images.json";
@@ -120,11 +121,18 @@ impl ClassImages {
         let name = model.name();
         let mut session: Session<_, Control> = Session::over(model, None);
         let progress = Counter::new(observer, "class pictures", 0, missing.len() as u64);
-        let mut done = 0;
+        let mut done = 0u64;
         for indices in missing.chunks(config.prior.sample_batch_size) {
             let seeds: Vec<u64> =
                 indices.iter().map(|i| seed::derive(seed, "class image", *i as u64)).collect();
-            let drawn = session.draw(&Request::new(&self.settings, &seeds, seeds.len()), observer);
+            let request = Request::new(&self.settings, &seeds, seeds.len());
+            let (calls, called) = (session.calls(&request)?, Cell::new(0));
+            let tick = || {
+                called.set(called.get() + 1);
+                let drawing = format!("drawing {}, call {} of {calls}", seeds.len(), called.get());
+                progress.set(done, &drawing);
+            };
+            let drawn = session.draw(&Request { tick: Some(&tick), ..request }, observer);
             let pictures = drawn.map_err(|e| match e.kind {
                 ErrorKind::Interrupted(_) => {
                     let folder = files::shell_word(&config.output_dir.to_string_lossy());
@@ -138,8 +146,8 @@ impl ClassImages {
                 png::save_png(&self.file(*index), &picture.image, &text)?;
                 observer.tell(Event::Picture(&self.file(*index)));
             }
-            done += indices.len();
-            progress.set(done as u64, "");
+            done += indices.len() as u64;
+            progress.set(done, "");
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ pub mod optim;
 mod pictures;
 mod prepare;
 mod preview;
+mod recent_loss;
 pub mod run;
 mod setup;
 pub mod tensorboard;

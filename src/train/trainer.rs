@@ -2,7 +2,8 @@
 
 use crate::attach::{self, Movement};
 use crate::error::{Error, ErrorKind, Result};
-use crate::platform::device::{self, PeakMemory};
+use crate::platform::choice::Choice;
+use crate::platform::device::{self, PeakMemory, Precision};
 use crate::platform::files;
 use crate::platform::observer::{Counter, Event, Observer};
 use crate::train::checkpoint::{self, TrainState};
@@ -12,6 +13,7 @@ use crate::train::loss_scale::LossScale;
 use crate::train::optim::clip_factor;
 use crate::train::prepare::{Data, Networks, Optimisation, PreparedRun, Run};
 use crate::train::preview::HeldOut;
+use crate::train::recent_loss::RecentLoss;
 use crate::train::run::Record;
 use crate::train::totals::Reading;
 use std::path::PathBuf;
@@ -47,16 +49,16 @@ pub(super) struct Trainer<'a> {
     networks: Networks,
     data: Data,
     optimisation: Optimisation,
-    /// Mean loss up to the last record.
-    mean_loss: Option<f64>,
+    /// What is shown of the loss; single steps differ by the noise that they drew.
+    recent_loss: RecentLoss,
     started: Instant,
 }
 
 impl<'a> Trainer<'a> {
     pub(super) fn new(prepared: PreparedRun, observer: &'a dyn Observer) -> Self {
         let PreparedRun { config, run, networks, data, optimisation } = prepared;
-        let (mean_loss, started) = (None, Instant::now());
-        Self { observer, config, run, networks, data, optimisation, mean_loss, started }
+        let (recent_loss, started) = (RecentLoss::default(), Instant::now());
+        Self { observer, config, run, networks, data, optimisation, recent_loss, started }
     }
 
     pub(super) fn run(mut self) -> Result<Outcome> {
@@ -91,7 +93,7 @@ impl<'a> Trainer<'a> {
                 self.draw_previews(step)?;
             }
             let rate = (step - first) as f64 / self.started.elapsed().as_secs_f64();
-            let loss = self.mean_loss.map_or_else(String::new, |loss| format!("loss {loss:.4} "));
+            let loss = &self.recent_loss;
             let learning_rate = self.optimisation.learning_rates[0].at(step - 1);
             progress.set(step as u64, &format!("{loss}lr {learning_rate:.2e} {rate:.2} step/s"));
         }
@@ -158,13 +160,13 @@ impl<'a> Trainer<'a> {
             return;
         }
         let Networks { model, control, layers, .. } = &self.networks;
-        let (device, kind) = (model.device(), model.denoiser().kind());
-        let (device, kind) = (format!("{device:?}").to_lowercase(), format!("{kind:?}").to_lowercase());
+        let precision = Precision::of(model.denoiser().kind()).map_or("mixed formats", Precision::word);
         self.observer.say(&format!(
-            "training {} values on {layers} layers{}, steps {} to {total}, on {device} in {kind}",
+            "training {} values on {layers} layers{}, steps {} to {total}, on {} in {precision}",
             self.optimisation.parameters.count(),
             if control.is_some() { " and in the control encoder" } else { "" },
-            first + 1
+            first + 1,
+            device::name(model.device())
         ));
     }
 
@@ -218,7 +220,7 @@ impl<'a> Trainer<'a> {
         self.optimisation.totals.clear();
         let mean = |sum: f64| sum / sums.count;
         let peaks = device::peak_memory(self.networks.model.device());
-        self.mean_loss = Some(mean(sums.loss));
+        self.recent_loss.add(sums.loss, sums.count);
         let mut record = Record {
             step,
             loss: mean(sums.loss),

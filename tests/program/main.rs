@@ -23,6 +23,7 @@ mod observer;
 mod run_folder;
 mod sample;
 mod session;
+mod terminal;
 mod threads;
 mod train;
 mod user_files;

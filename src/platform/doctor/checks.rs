@@ -43,6 +43,23 @@ pub(super) fn formats(device: Device) -> (String, Vec<(&'static str, Kind)>) {
     (device::name(device), precisions)
 }
 
+/// Says so where the CPU takes this many times as long in bf16 as in f32, as processors without instructions for it do.
+const SLOW: f64 = 2.0;
+
+/// A warning where bf16 is far slower on the CPU than f32, with the ratio that was measured.
+pub(super) fn slow_bf16(checks: &[Check]) -> Option<String> {
+    let time = |precision: &str, operation: &str| {
+        let mut of_cpu = checks.iter().filter(|check| check.device == "cpu");
+        of_cpu.find(|c| (c.precision, c.operation) == (precision, operation))?.milliseconds
+    };
+    let ratio = |check: &Check| Some(time("bf16", check.operation)? / time("f32", check.operation)?);
+    let slowest = checks.iter().filter_map(|check| Some((ratio(check)?, check.operation)));
+    let (ratio, operation) = slowest.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(ratio, _)| *ratio > SLOW)?;
+    Some(format!(
+        "bf16 on this CPU takes {ratio:.1} times as long as f32 ({operation}); give --dtype f32 where it computes"
+    ))
+}
+
 type Operation = fn(Device, Kind) -> std::result::Result<Measured, tch::TchError>;
 
 struct Measured {
@@ -161,6 +178,37 @@ fn convolution(device: Device, kind: Kind) -> std::result::Result<Measured, tch:
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bf16_that_is_far_slower_than_f32_is_told_with_its_ratio() {
+        let check = |device: &str, precision, operation, milliseconds| Check {
+            device: device.into(),
+            precision,
+            operation,
+            milliseconds,
+            error: Some(0.0),
+            tolerance: 1.0,
+            message: None,
+        };
+        let mut checks = vec![
+            check("cpu", "f32", "matrix product", Some(2.0)),
+            check("cpu", "f32", "convolution", Some(4.0)),
+            check("cpu", "bf16", "matrix product", Some(3.0)),
+            check("cpu", "bf16", "convolution", Some(30.0)),
+        ];
+        let said = slow_bf16(&checks).expect("7.5 times as long");
+        assert!(said.contains("takes 7.5 times as long as f32 (convolution)"), "{said}");
+        checks[3].milliseconds = Some(7.0);
+        assert_eq!(slow_bf16(&checks), None);
+        checks[3].milliseconds = None;
+        assert_eq!(slow_bf16(&checks), None, "what did not run has no time");
+        // A GPU's times do not count.
+        checks.extend([
+            check("cuda:0", "f32", "convolution", Some(1.0)),
+            check("cuda:0", "bf16", "convolution", Some(9.0)),
+        ]);
+        assert_eq!(slow_bf16(&checks), None);
+    }
 
     #[test]
     fn the_cpu_computes_correctly() {

@@ -18,7 +18,7 @@ use crate::platform::columns::{self, left};
 use crate::platform::cuda::{self, CudaState, Driver, Gpu};
 use crate::platform::device::{self, PeakMemory, kib_line, peak_memory};
 use crate::platform::doctor::attention::AttentionKernel;
-use crate::platform::doctor::checks::{Check, check_device, formats};
+use crate::platform::doctor::checks::{Check, check_device, formats, slow_bf16};
 
 /// Everything that `hra doctor` found.
 #[derive(Debug, Serialize)]
@@ -33,6 +33,8 @@ pub struct MachineReport {
     pub attention: Vec<AttentionKernel>,
     /// The most memory that these checks took of each GPU.
     pub gpu_peaks: Vec<GpuPeak>,
+    /// What works and is slow.
+    pub warnings: Vec<String>,
     /// What cannot be used, each with what to do about it.
     pub missing: Vec<String>,
 }
@@ -106,7 +108,7 @@ pub fn examine() -> MachineReport {
     if unusable.is_none() {
         devices.extend((0..tch::Cuda::device_count() as usize).map(Device::Cuda));
     }
-    let checks = devices.iter().flat_map(|device| check_device(*device)).collect();
+    let checks: Vec<Check> = devices.iter().flat_map(|device| check_device(*device)).collect();
     // Where it cannot be asked, the checks say why.
     let attention = devices.iter().flat_map(|device| attention_of(*device).unwrap_or_default()).collect();
     let gpu_peaks = devices
@@ -114,21 +116,20 @@ pub fn examine() -> MachineReport {
         .filter_map(|device| Some(GpuPeak { device: device::name(*device), peak: peak_memory(*device)? }))
         .collect();
     let gpus = Driver::open().and_then(|driver| driver.gpus()).unwrap_or_default();
+    let driver = cuda::driver_version();
+    // A machine without a driver has no GPU to use: the facts say what there is, and nothing is missing.
+    let missing = unusable.as_ref().filter(|_| driver.is_some());
+    let missing = missing.map(|why| format!("CUDA: {why}")).into_iter().collect();
     MachineReport {
         hra: env!("CARGO_PKG_VERSION"),
         libtorch: libtorch(),
         cpu: cpu(),
-        cuda: Cuda {
-            library,
-            usable: unusable.is_none(),
-            driver: cuda::driver_version(),
-            gpus,
-            cudnn: cuda::cudnn_version(),
-        },
+        cuda: Cuda { library, usable: unusable.is_none(), driver, gpus, cudnn: cuda::cudnn_version() },
+        warnings: slow_bf16(&checks).into_iter().collect(),
         checks,
         attention,
         gpu_peaks,
-        missing: unusable.into_iter().map(|why| format!("CUDA: {why}")).collect(),
+        missing,
     }
 }
 
@@ -277,6 +278,9 @@ impl fmt::Display for MachineReport {
         for line in lines {
             writeln!(f, "{line}")?;
         }
+        for warning in &self.warnings {
+            writeln!(f, "\nwarning: {warning}")?;
+        }
         for missing in &self.missing {
             writeln!(f, "\n{missing}")?;
         }
@@ -340,6 +344,7 @@ mod tests {
                 device: "cuda:0".into(),
                 peak: PeakMemory { allocated: 1 << 29, reserved: 1 << 30 },
             }],
+            warnings: vec!["bf16 is slow".into()],
             missing: vec!["CUDA: why\nhint: what to do".into()],
         }
     }
@@ -361,6 +366,8 @@ cpu     f32   convolution     failed: libtorch: no kernel image
 
 cuda:0  bf16  attention       self flash, cross flash
 cuda:0        peak memory     0.5 GiB in tensors, 1.0 GiB reserved
+
+warning: bf16 is slow
 
 CUDA: why
 hint: what to do
