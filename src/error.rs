@@ -3,6 +3,7 @@
 //! Messages are for users: lower case, no full stop, what was expected and what was found, the file or flag, and where
 //! the user can act a hint. Nothing here is shown to a user as a panic.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -168,8 +169,33 @@ impl From<tch::TchError> for Error {
     }
 }
 
+/// A line for each problem; for problems that only the name of a tensor tells apart (`name`: why), one with their number. What
+/// has a shape in it is of its tensor alone.
 fn bullets(problems: &[String]) -> String {
-    problems.iter().map(|p| format!("  - {p}")).collect::<Vec<_>>().join("\n")
+    /// So many alike are told one by one.
+    const FEW: usize = 3;
+    let why = |problem: &str| {
+        let (_, why) = problem.strip_prefix('`')?.split_once("`: ")?;
+        (!why.contains('[')).then(|| why.to_string())
+    };
+    let mut count: BTreeMap<String, usize> = BTreeMap::new();
+    for why in problems.iter().filter_map(|problem| why(problem)) {
+        *count.entry(why).or_default() += 1;
+    }
+    let mut lines = Vec::new();
+    for problem in problems {
+        // Zero where they were told with the first of them.
+        match why(problem).and_then(|why| count.get_mut(&why).map(|n| (why, n))) {
+            Some((_, 0)) => {}
+            Some((why, n)) if *n > FEW => {
+                let first = problem.strip_suffix(&format!(": {why}")).unwrap_or(problem);
+                lines.push(format!("  - {first} and {} more: {why}", *n - 1));
+                *n = 0;
+            }
+            _ => lines.push(format!("  - {problem}")),
+        }
+    }
+    lines.join("\n")
 }
 
 /// What a user can do about a failure inside libtorch, CUDA, cuBLAS or cuDNN: words of their messages, and the hint.
@@ -230,6 +256,20 @@ pub fn hint(text: &str) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn alike_problems_of_many_tensors_are_one_line() {
+        let problem = |i: usize| match i {
+            0..300 => format!("`a.{i}`: expected floating point, found I8"),
+            300..303 => format!("`b.{i}`: holds numbers that are not finite"),
+            _ => format!("`c.{i}`: expected shape [2], found [3]"),
+        };
+        let text = bullets(&(0..310).map(problem).collect::<Vec<_>>());
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "  - `a.0` and 299 more: expected floating point, found I8");
+        assert_eq!(lines[1..4], [300, 301, 302].map(|i| format!("  - {}", problem(i))));
+        assert_eq!(lines.len(), 11, "{text}");
+    }
 
     #[test]
     fn failures_of_the_gpu_are_told_apart() {

@@ -31,10 +31,8 @@ pub fn combine(files: &[(&AdapterFile, f64)], how: How) -> Result<(AdapterConfig
         .with_hint(ELSEWHERE));
     }
     if files.iter().any(|(f, _)| !f.biases.is_empty()) {
-        return Err(Error::config(format!(
-            "adapters with trained biases cannot be combined without the base model"
-        ))
-        .with_hint(ELSEWHERE));
+        return Err(Error::config("adapters with trained biases cannot be combined without the base model")
+            .with_hint(ELSEWHERE));
     }
     let methods: Vec<&Method> = files.iter().map(|(file, _)| &file.config.method).collect();
     let (method, tensors) = method.combine(&methods, &layers(files)?, how)?;

@@ -316,7 +316,10 @@ impl<'a> Trainer<'a> {
 
     fn not_finite(&self, step: i64, what: &str) -> Error {
         Error::not_finite(format!("step {step}: {what} is not a finite number; {}", self.last_good()))
-            .with_hint("try a lower --learning_rate, or --dtype f32")
+            .with_hint(match self.config.model.dtype {
+                Precision::F32 => "try a lower --learning_rate; where it is the first step, `hra inspect` tells whether the model is whole",
+                _ => "try a lower --learning_rate, or --dtype f32",
+            })
     }
 
     /// Where to go on from after a failure.

@@ -20,7 +20,7 @@ use crate::platform::observer::Observer;
 use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::sync::Arc;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// So many texts are kept; a file of prompts may hold any number.
 const MOST_TEXTS: usize = 256;
@@ -353,15 +353,10 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             };
             let latents = draw_batch(&drawing, &noise.batch(first, length), steered)?;
             for latents in latents.split(1, 0) {
-                if !host::all_finite(&latents) {
-                    return Err(Error::not_finite(format!(
-                        "prompt `{}`: the latents are not finite numbers",
-                        settings.prompt
-                    ))
-                    .with_hint("try --dtype f32"));
-                }
+                check_finite(&latents, "latents", model, &settings.prompt)?;
                 // One at a time: the decoder is what needs most memory, and a picture must not depend on its neighbours.
                 let pixels = model.vae.decode(&(&latents / model.vae.scaling_factor()));
+                check_finite(&pixels, "pixels of the VAE", model, &settings.prompt)?;
                 let mut image = to_image(&pixels)?;
                 if let Some(start) = request.start {
                     start.paste(&mut image);
@@ -410,4 +405,19 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
         let prepared = start.prepare(self.model());
         self.starts.insert(start.id(), prepared);
     }
+}
+
+/// Fails unless all numbers are finite: a picture of others is black.
+fn check_finite(numbers: &Tensor, what: &str, model: &StableDiffusion, prompt: &str) -> Result<()> {
+    if host::all_finite(numbers) {
+        return Ok(());
+    }
+    let hint = match model.denoiser().kind() {
+        Kind::Float => {
+            "`hra inspect` names the tensors of a model or an adapter that are not finite; an adapter's strength nearer 0, or less \
+             --guidance, keeps large numbers small"
+        }
+        _ => "try --dtype f32",
+    };
+    Err(Error::not_finite(format!("prompt `{prompt}`: the {what} are not finite numbers")).with_hint(hint))
 }
