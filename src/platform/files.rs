@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::platform::disguise::disguise;
 
 /// How the names of unfinished files and folders start; what is left under such a name after a crash may be deleted.
 pub const LEFTOVER_PREFIX: &str = ".tmp-";
@@ -61,7 +62,8 @@ pub fn read_to_string(path: &Path) -> Result<String> {
     })
 }
 
-/// The whole file. Refuses what is not a regular file (a pipe would block for ever) and files of more than `max_bytes`.
+/// The whole file. Refuses what is not a regular file (a pipe would block for ever), files of more than `max_bytes`, and what
+/// was saved in place of the file ([`disguise`]).
 pub fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     let fail = |source| Error::io("read", path, source);
     let meta = fs::metadata(path).map_err(fail)?;
@@ -76,7 +78,12 @@ pub fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(meta.len() as usize);
     // `take` because the file may grow while it is read.
     File::open(path).and_then(|f| f.take(max_bytes).read_to_end(&mut bytes)).map_err(fail)?;
-    Ok(bytes)
+    match disguise(&bytes) {
+        None => Ok(bytes),
+        Some((found, hint)) => {
+            Err(Error::format(path, format!("expected the file itself, found {found}")).with_hint(hint))
+        }
+    }
 }
 
 /// The entries of a folder, sorted by name (byte order). Hidden ones are listed too.

@@ -4,6 +4,7 @@ pub mod choice;
 pub mod columns;
 pub mod cuda;
 pub mod device;
+pub mod disguise;
 pub mod doctor;
 pub mod files;
 pub mod host;

@@ -4,6 +4,7 @@
 //! and moved to its device before the next one is read. Large files are written in the same way ([`write_stream`]).
 
 use crate::error::{Error, Result};
+use crate::platform::disguise::disguise;
 use crate::platform::files;
 use crate::platform::host;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
@@ -48,6 +49,10 @@ impl TensorFile {
                 .with_hint("is it one, and is the download complete?")
         };
         let mut size = [0u8; 8];
+        if let Some((found, hint)) = disguise_of(&file) {
+            let problem = format!("expected a safetensors file, found {found}");
+            return Err(Error::format(path, problem).with_hint(hint));
+        }
         file.read_exact(&mut size).map_err(|_| not_safetensors(format!("a file of {length} bytes")))?;
         let header = u64::from_le_bytes(size);
         if header > MAX_HEADER || 8 + header > length {
@@ -301,6 +306,13 @@ fn with_bytes<T>(tensor: &Tensor, take: impl FnOnce(&[u8]) -> T) -> Result<T> {
     }
     // SAFETY: `t` is contiguous on the CPU, holds `length` bytes, and lives until `take` is done.
     Ok(take(unsafe { std::slice::from_raw_parts(t.data_ptr().cast::<u8>(), length) }))
+}
+
+/// What a file is in place of tensors, by its first bytes ([`disguise`]).
+pub(super) fn disguise_of(file: &File) -> Option<(&'static str, &'static str)> {
+    let mut first = [0u8; 256];
+    let length = file.read_at(&mut first, 0).ok()?;
+    disguise(&first[..length])
 }
 
 /// Whether libtorch can have a tensor of this shape. A dimension of 0 makes any other one pass for a file's size.
