@@ -10,6 +10,7 @@ use crate::adapter::method::{FileFacts, MethodSettings, Parts};
 use crate::adapter::methods;
 use crate::adapter::peft_config::ReadConfig;
 use crate::error::{Error, Result};
+use crate::platform::adapter_layout::AdapterParts;
 use crate::platform::files;
 use crate::platform::host;
 use crate::weights::tensor_file::{self, TensorFile};
@@ -18,11 +19,7 @@ use std::path::Path;
 use tch::{Kind, Tensor};
 
 pub use crate::adapter::peft_config::{AdapterConfig, Bias};
-
-/// File names in an adapter folder.
-pub const CONFIG_FILE: &str = "adapter_config.json";
-/// See [`CONFIG_FILE`].
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+pub use crate::platform::adapter_layout::{PEFT_CONFIG as CONFIG_FILE, PEFT_WEIGHTS as WEIGHTS_FILE};
 
 /// The longest config that is read; PEFT's own have a few kilobytes.
 const MAX_CONFIG: u64 = 16 << 20;
@@ -44,6 +41,14 @@ pub struct AdapterFile {
 }
 
 impl AdapterFile {
+    /// Whether its layers are a CLIP text encoder's.
+    pub fn is_of_text_encoder(&self) -> bool {
+        let mut names = self.layers.keys().chain(self.biases.keys());
+        names.all(|name| {
+            ["encoder.layers.", "final_layer_norm", "embeddings."].iter().any(|start| name.starts_with(start))
+        })
+    }
+
     /// Reads a PEFT folder; tensors become f32 on the CPU. All problems of the file are reported at once.
     pub fn read(dir: &Path) -> Result<Self> {
         let config_path = dir.join(CONFIG_FILE);
@@ -55,11 +60,16 @@ impl AdapterFile {
                 ),
             ));
         }
+        if !dir.join(WEIGHTS_FILE).is_file() {
+            // It says which half is missing, and how an older one is converted.
+            AdapterParts::at(dir)?;
+        }
         let text = String::from_utf8_lossy(&files::read(&config_path, MAX_CONFIG)?).into_owned();
         let mut config = ReadConfig::parse(&config_path, &text)?;
         let file = TensorFile::open(&dir.join(WEIGHTS_FILE))?;
         let metadata = file.texts();
         let mut found = FoundLayer::in_file(&file, &*config.method)?;
+        let names: Vec<String> = found.parts.values().map(|parts| parts.name.clone()).collect();
         let layers = found.adapters(&mut config, &metadata);
         if layers.is_empty() && found.problems.is_empty() {
             let names = config.method.tensor_names()[0];
@@ -71,7 +81,14 @@ impl AdapterFile {
         if !found.problems.is_empty() {
             return Err(Error::weights(file.path(), found.problems));
         }
-        let notes = std::mem::take(&mut config.notes);
+        let mut notes = std::mem::take(&mut config.notes);
+        let idle = config.idle_targets(&names.iter().map(String::as_str).collect::<Vec<_>>());
+        if !idle.is_empty() {
+            notes.push(format!(
+                "target_modules names layers that the file has no tensors of: {}",
+                idle.join(", ")
+            ));
+        }
         let FoundLayer { biases, unused, .. } = found;
         Ok(Self { config: config.finish(), layers, biases, unused, metadata, notes })
     }

@@ -5,14 +5,12 @@
 
 use crate::adapter::method::{Method, MethodSettings};
 use crate::adapter::methods;
-use crate::adapter::peft_fields::Fields;
+use crate::adapter::peft_fields::{Fields, PEFT_VERSION};
+use crate::adapter::peft_patterns::whole_pattern;
 use crate::error::{Error, Result};
 use crate::platform::choice::{Choice, Named, named};
 use serde_json::{Value, json};
 use std::path::Path;
-
-/// PEFT release whose files these are.
-const PEFT_VERSION: &str = "0.21.2";
 
 /// Which biases are trained beside the adapter, as PEFT defines it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -127,8 +125,8 @@ impl ReadConfig {
                 others.join(", ")
             )));
         };
-        let bias = match map.get("bias") {
-            None | Some(Value::Null) => Bias::None,
+        let bias = match fields.set("bias") {
+            None => Bias::None,
             Some(word) => match word.as_str() {
                 Some("none") => Bias::None,
                 Some("all") => Bias::All,
@@ -140,6 +138,7 @@ impl ReadConfig {
                 }
             },
         };
+        fields.finish();
         if !fields.problems.is_empty() {
             return Err(problem(fields.problems.join("\n")));
         }
@@ -150,6 +149,29 @@ impl ReadConfig {
             base_model: value["base_model_name_or_path"].as_str().map(str::to_string),
             notes: fields.notes,
         })
+    }
+
+    /// What `target_modules` names that none of the layers is, each given by its name in the file.
+    pub(super) fn idle_targets(&self, layers: &[&str]) -> Vec<String> {
+        match &self.targets {
+            Value::Array(words) => {
+                let is_of = |layer: &str, word: &str| {
+                    layer.strip_suffix(word).is_some_and(|start| start.is_empty() || start.ends_with('.'))
+                };
+                let words = words.iter().filter_map(Value::as_str);
+                words
+                    .filter(|word| !layers.iter().any(|layer| is_of(layer, word)))
+                    .map(String::from)
+                    .collect()
+            }
+            // A pattern in Python's syntax that is not understood says nothing.
+            Value::String(pattern) if pattern != "all-linear" => {
+                let idle = whole_pattern(pattern)
+                    .is_some_and(|regex| !layers.iter().any(|layer| regex.is_match(layer)));
+                idle.then(|| pattern.clone()).into_iter().collect()
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// The whole config, when the method's settings are settled.

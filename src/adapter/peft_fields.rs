@@ -2,10 +2,78 @@
 
 use crate::adapter::blocks::Partition;
 use serde_json::{Map, Value};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+/// PEFT release whose fields are known.
+pub(super) const PEFT_VERSION: &str = "0.21.2";
+
+/// Fields of PEFT's configs that say nothing of what the tensors mean: what a file is for, names of layers (the tensors tell
+/// them), training alone (dropout, starts), and numbers that only settings use which are refused.
+const OF_NO_EFFECT: [&str; 27] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "boft_dropout",
+    "corda_config",
+    "enable_lora",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_ia3_weights",
+    "init_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "merge_weights",
+    "module_dropout",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_dora",
+];
+
+/// Whether a field says nothing: null, false, zero or empty.
+fn is_neutral(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(set) => !set,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+    }
+}
+
+/// What is to be said of a field that nothing here reads: a note where it only sets the size of something else (a number, a
+/// word), a refusal where it switches something on; `None` where it is not set.
+pub(super) fn unknown_field(name: &str, value: &Value) -> Option<Result<String, String>> {
+    if is_neutral(value) || OF_NO_EFFECT.contains(&name) {
+        return None;
+    }
+    Some(match value {
+        Value::Number(_) | Value::String(_) => Ok(format!(
+            "the setting `{name}` ({value}) is not one of PEFT {PEFT_VERSION}: it is taken to change nothing"
+        )),
+        _ => Err(format!(
+            "`{name}`: expected a setting of PEFT {PEFT_VERSION}, found {value}, which may change what the tensors mean; if it does \
+             not, write null in its place"
+        )),
+    })
+}
 
 /// The fields of a config, and what is wrong with them.
 pub struct Fields<'a> {
     map: &'a Map<String, Value>,
+    /// Names of fields that were asked for.
+    seen: RefCell<BTreeSet<String>>,
     /// The config itself, for what depends on the order of its keys.
     pub text: &'a str,
     /// What is wrong with the fields, one sentence each.
@@ -17,7 +85,24 @@ pub struct Fields<'a> {
 impl<'a> Fields<'a> {
     /// Of the config `map`, whose text is `text`.
     pub fn new(map: &'a Map<String, Value>, text: &'a str) -> Self {
-        Self { map, text, problems: Vec::new(), notes: Vec::new() }
+        Self { map, seen: RefCell::default(), text, problems: Vec::new(), notes: Vec::new() }
+    }
+
+    /// Fields that are read from [`Self::text`].
+    pub fn asked(&mut self, names: &[&str]) {
+        self.seen.borrow_mut().extend(names.iter().map(|name| (*name).to_string()));
+    }
+
+    /// Says what is set in the config and was not asked for.
+    pub(super) fn finish(&mut self) {
+        let seen = self.seen.take();
+        for (name, value) in self.map.iter().filter(|(name, _)| !seen.contains(*name)) {
+            match unknown_field(name, value) {
+                None => {}
+                Some(Ok(note)) => self.notes.push(note),
+                Some(Err(problem)) => self.problems.push(problem),
+            }
+        }
     }
 
     /// Says that `name` is not `what` it should be.
@@ -28,6 +113,7 @@ impl<'a> Fields<'a> {
 
     /// A field, unless it is missing or null.
     pub fn set(&self, name: &str) -> Option<&Value> {
+        self.seen.borrow_mut().insert(name.to_string());
         self.map.get(name).filter(|value| !value.is_null())
     }
 

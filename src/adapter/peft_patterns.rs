@@ -1,5 +1,6 @@
 //! `rank_pattern` and `alpha_pattern` of PEFT's LoRA config: layers with another rank or alpha, by patterns of their names.
 
+use crate::weights::tensor_file::list;
 use std::collections::BTreeMap;
 
 /// Far above the length of a layer's name: a pattern's memory while it is parsed is some hundred times its length.
@@ -69,12 +70,12 @@ impl Patterns {
     }
 
     /// What the patterns say of these layers, each with its name as the file has it, by PEFT's rule: a key must match the name's end, after a dot or at its start
-    /// (`get_pattern_key`). Errors: keys that are no regular expressions.
-    pub(super) fn resolve(&self, layers: &[(&str, &str)]) -> Result<Exceptions, Vec<String>> {
-        let mut problems = Vec::new();
-        let rank = first_matches("rank_pattern", &self.rank, layers, &mut problems);
-        let alpha = first_matches("alpha_pattern", &self.alpha, layers, &mut problems);
-        if problems.is_empty() { Ok(Exceptions { rank, alpha }) } else { Err(problems) }
+    /// (`get_pattern_key`); and a note on keys that match none. Errors: keys that are no regular expressions.
+    pub(super) fn resolve(&self, layers: &[(&str, &str)]) -> Result<(Exceptions, Vec<String>), Vec<String>> {
+        let (mut problems, mut notes) = (Vec::new(), Vec::new());
+        let rank = first_matches("rank_pattern", &self.rank, layers, &mut problems, &mut notes);
+        let alpha = first_matches("alpha_pattern", &self.alpha, layers, &mut problems, &mut notes);
+        if problems.is_empty() { Ok((Exceptions { rank, alpha }, notes)) } else { Err(problems) }
     }
 }
 
@@ -83,14 +84,18 @@ fn first_matches<T: Copy>(
     patterns: &[(String, T)],
     layers: &[(&str, &str)],
     problems: &mut Vec<String>,
+    notes: &mut Vec<String>,
 ) -> BTreeMap<String, T> {
-    let mut found = BTreeMap::new();
+    let (mut found, mut idle) = (BTreeMap::new(), Vec::new());
     for (key, value) in patterns {
         // One at a time, so that no more than one is in memory.
         match pattern(key) {
             Some(regex) => {
+                let before = idle.len();
+                idle.push(key.clone());
                 for (layer, _) in layers.iter().filter(|(_, name)| regex.is_match(name)) {
                     found.entry((*layer).to_string()).or_insert(*value);
+                    idle.truncate(before);
                 }
             }
             None => {
@@ -98,6 +103,9 @@ fn first_matches<T: Copy>(
                 problems.push(format!("{field}: `{start}` is not a regular expression that is understood"))
             }
         }
+    }
+    if !idle.is_empty() {
+        notes.push(format!("{field} has keys that match no layer of the file: {}", list(&idle)));
     }
     found
 }

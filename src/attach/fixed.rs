@@ -34,7 +34,8 @@ pub struct AttachReport {
 impl std::fmt::Display for AttachReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if self.layers == 0 {
-            return write!(f, "adapter {} ({})", self.path.display(), self.what);
+            write!(f, "adapter {} ({})", self.path.display(), self.what)?;
+            return self.notes.iter().try_for_each(|note| write!(f, "\nwarning: {note}"));
         }
         write!(
             f,

@@ -1,12 +1,12 @@
-//! Adapters as they lie on disk, whatever their form: PEFT folders, run folders with a text encoder's adapter, single LoRA
-//! files, and fully fine-tuned networks. By layer name; what no layer asked for
-//! fitted nothing.
+//! Adapters as they lie on disk, whatever their form: PEFT folders of both networks, single LoRA files, and fully fine-tuned
+//! UNets ([`crate::platform::adapter_layout`] finds them). By layer name; what no layer asked for fitted nothing.
 
 use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
-use crate::adapter::peft::{self, AdapterFile};
+use crate::adapter::peft::AdapterFile;
 use crate::adapter::{Adapter, Dora, Full, Lora};
 use crate::error::{Error, Result};
 use crate::model::control::{EncoderConfig, FILE_STEM, encoder_of};
+use crate::platform::adapter_layout::{AdapterForm, AdapterParts};
 use crate::platform::files;
 use crate::platform::host;
 use crate::weights::source::refuse_pickle;
@@ -21,6 +21,8 @@ pub const UNET_CLASS: (&str, &str) = ("UNet2DConditionModel", "diffusers.models.
 pub const TEXT_CLASS: (&str, &str) = ("CLIPTextModel", "transformers.models.clip.modeling_clip");
 /// Where a run keeps its text encoder's adapter, below the UNet's.
 pub const TEXT_ENCODER: &str = "text_encoder";
+/// Where a run keeps the adapters of its networks, and their classes.
+pub const HOMES: [(&str, (&str, &str)); 2] = [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS)];
 /// A fully fine-tuned UNet in a run folder, as diffusers' `from_pretrained(RUN, subfolder="unet")` reads it.
 pub const FULL_UNET: &str = "unet/diffusion_pytorch_model.safetensors";
 
@@ -95,51 +97,70 @@ impl LoadedAdapter {
             used: BTreeSet::new(),
             used_biases: BTreeSet::new(),
         };
-        if let Some(file) = lora_file_at(path) {
-            refuse_pickle(&file)?;
-            loaded.add_lora(&file, names)?;
-            return Ok(loaded);
+        if path.is_dir() {
+            refuse_controlnet(path)?;
         }
-        let full = path.join(FULL_UNET);
-        let text = path.join(TEXT_ENCODER);
-        if full.is_file() && !path.join(peft::CONFIG_FILE).is_file() {
-            let file = TensorFile::open(&full)?;
-            loaded.what = "full fine-tuning".into();
-            loaded.base_fingerprint = file.texts().remove("base_fingerprint");
-            loaded.full = Some(file);
-            return Ok(loaded);
+        let found = AdapterParts::at(path)?;
+        loaded.notes.extend(found.note);
+        for (form, place) in &found.parts {
+            match form {
+                AdapterForm::Peft => loaded.add(AdapterFile::read(place)?, place)?,
+                AdapterForm::Lora => {
+                    refuse_pickle(place)?;
+                    loaded.add_lora(place, names)?;
+                }
+                AdapterForm::FullUNet => {
+                    let file = TensorFile::open(place)?;
+                    loaded.describe("full fine-tuning", false);
+                    loaded.base_fingerprint = file.texts().remove("base_fingerprint");
+                    loaded.full = Some(file);
+                }
+            }
         }
-        let unet = path.join(peft::CONFIG_FILE).is_file();
-        if let Some(control) = encoder_of(path).filter(|_| !unet) {
+        if let Some(control) = encoder_of(path).filter(|_| found.parts.is_empty()) {
             let condition = EncoderConfig::read(&control)?.condition;
             loaded.what = format!("control encoder ({condition}) alone");
             let weights = TensorFile::open(&control.join(format!("{FILE_STEM}.safetensors")))?;
             loaded.base_fingerprint = weights.texts().remove("base_fingerprint");
             loaded.is_control_alone = true;
-            return Ok(loaded);
-        }
-        refuse_controlnet(path)?;
-        let text = text.join(peft::CONFIG_FILE).is_file().then_some(text);
-        if unet || text.is_none() {
-            loaded.add(AdapterFile::read(path)?, "");
-        }
-        if let Some(text) = text {
-            loaded.add(AdapterFile::read(&text)?, " and text encoder");
         }
         Ok(loaded)
     }
 
-    fn add(&mut self, file: AdapterFile, suffix: &str) {
-        if self.what.is_empty() {
-            self.what = file.config.method.describe();
-        }
-        self.what += suffix;
+    /// Adds to what it is: a part that is `what`.
+    fn describe(&mut self, what: &str, of_text_encoder: bool) {
+        let before = std::mem::take(&mut self.what);
+        self.what = match (before.is_empty(), of_text_encoder) {
+            (true, false) => what.to_string(),
+            (true, true) => format!("{what}, of the text encoder"),
+            (false, true) if before == what => format!("{what} and text encoder"),
+            (false, true) => format!("{before}, and {what} of the text encoder"),
+            (false, false) => format!("{before}, and {what}"),
+        };
+    }
+
+    fn add(&mut self, file: AdapterFile, place: &Path) -> Result<()> {
+        self.describe(&file.config.method.describe(), file.is_of_text_encoder());
         self.unused.extend(file.unused);
         self.notes.extend(file.notes);
-        self.layers.extend(file.layers);
+        for (name, adapter) in file.layers {
+            self.add_layer(name, adapter, place)?;
+        }
         self.biases.extend(file.biases);
         let fingerprint = file.metadata.get("base_fingerprint").cloned();
         self.base_fingerprint = self.base_fingerprint.take().or(fingerprint);
+        Ok(())
+    }
+
+    fn add_layer(&mut self, name: String, adapter: Box<dyn Adapter>, place: &Path) -> Result<()> {
+        if self.layers.contains_key(&name) {
+            let problem =
+                format!("`{name}` is adapted twice, here and in another part of {}", self.path.display());
+            return Err(Error::format(place, problem)
+                .with_hint("give the one you mean, or each with its own --adapter"));
+        }
+        self.layers.insert(name, adapter);
+        Ok(())
     }
 
     fn add_lora(&mut self, path: &Path, names: &LayerNames) -> Result<()> {
@@ -155,6 +176,7 @@ impl LoadedAdapter {
             ));
         }
         let file = LoraFile::read(path)?;
+        let mut matched = false;
         let parts = [
             (lora_file::LoraPart::UNet, &names.unet),
             (lora_file::LoraPart::TextEncoder, &names.text_encoder),
@@ -168,14 +190,15 @@ impl LoadedAdapter {
             for (name, layer) in resolved.layers {
                 let adapter = lora_layer(layer)
                     .map_err(|problem| Error::format(path, format!("`{}`: {problem}", layer.name)))?;
-                self.layers.insert(name, adapter);
+                self.add_layer(name, adapter, path)?;
+                matched = true;
             }
         }
         let ranks: BTreeSet<i64> = file.layers.iter().map(LoraLayer::rank).collect();
         let ranks: Vec<String> = ranks.iter().map(i64::to_string).collect();
         let dora = file.layers.iter().any(|layer| layer.magnitude.is_some());
-        self.what = format!("{} file, r {}", if dora { "DoRA" } else { "LoRA" }, ranks.join(", "));
-        if self.layers.is_empty() {
+        self.describe(&format!("{} file, r {}", if dora { "DoRA" } else { "LoRA" }, ranks.join(", ")), false);
+        if !matched {
             return Err(Error::format(
                 path,
                 format!(
@@ -188,7 +211,8 @@ impl LoadedAdapter {
         }
         self.unused.extend(file.unused);
         self.notes.extend(file.notes);
-        self.base_fingerprint = TensorFile::open(path)?.texts().remove("base_fingerprint");
+        let fingerprint = TensorFile::open(path)?.texts().remove("base_fingerprint");
+        self.base_fingerprint = self.base_fingerprint.take().or(fingerprint);
         Ok(())
     }
 
@@ -262,6 +286,47 @@ impl LoadedAdapter {
     }
 }
 
+/// The PEFT folders of an adapter.
+pub struct PeftFiles {
+    /// Each with the place in [`HOMES`] of its network.
+    pub files: Vec<(&'static str, AdapterFile)>,
+    /// What a user should know of files that are passed over.
+    pub note: Option<String>,
+}
+
+/// Reads the PEFT folders of the adapter at `path`.
+///
+/// Errors: an adapter of another form, of which `hint` says what can be done with it; whatever is wrong with a file.
+pub fn peft_files(path: &Path, hint: &str) -> Result<PeftFiles> {
+    let found = AdapterParts::at(path)?;
+    let mut files: Vec<(&'static str, AdapterFile)> = Vec::new();
+    for (form, place) in &found.parts {
+        let other = match form {
+            AdapterForm::Peft => None,
+            AdapterForm::Lora => Some("a LoRA file"),
+            AdapterForm::FullUNet => Some("a fully fine-tuned UNet"),
+        };
+        if let Some(other) = other {
+            refuse_pickle(place)?;
+            return Err(
+                Error::format(place, format!("expected a PEFT folder, found {other}")).with_hint(hint)
+            );
+        }
+        let file = AdapterFile::read(place)?;
+        let home = if file.is_of_text_encoder() { TEXT_ENCODER } else { "" };
+        if files.iter().any(|(other, _)| *other == home) {
+            return Err(Error::format(path, "expected an adapter for each network, found two for one"));
+        }
+        files.push((home, file));
+    }
+    if files.is_empty() {
+        return Err(
+            Error::format(path, "expected a PEFT folder, found a control encoder alone").with_hint(hint)
+        );
+    }
+    Ok(PeftFiles { files, note: found.note })
+}
+
 /// Refuses the folder of a ControlNet or the like, which changes no layer of the model.
 fn refuse_controlnet(path: &Path) -> Result<()> {
     let config = path.join("config.json");
@@ -281,24 +346,11 @@ fn refuse_controlnet(path: &Path) -> Result<()> {
     Err(Error::format(path, format!("expected an adapter, found {class}")).with_hint(hint))
 }
 
-/// The LoRA file that `path` is, or that is in the folder `path` as diffusers puts it there.
-fn lora_file_at(path: &Path) -> Option<PathBuf> {
-    if path.is_file() {
-        return Some(path.to_path_buf());
-    }
-    let inside = path.join(lora_file::DIFFUSERS_FILE);
-    (inside.is_file() && !path.join(peft::CONFIG_FILE).is_file()).then_some(inside)
-}
-
 /// The adapter of one layer of a LoRA file. Errors: shapes that do not go together.
 pub fn lora_layer(layer: &LoraLayer) -> std::result::Result<Box<dyn Adapter>, String> {
     let lora = Lora::from_tensors(layer.down.shallow_clone(), layer.up.shallow_clone(), layer.scale)?;
     Ok(match &layer.magnitude {
         None => Box::new(lora),
-        // PEFT shapes a convolution's as its output.
-        Some(magnitude) if layer.down.dim() == 4 => {
-            Box::new(Dora::from_tensors(lora, magnitude.reshape([1, -1, 1, 1]))?)
-        }
         Some(magnitude) => Box::new(Dora::from_tensors(lora, magnitude.shallow_clone())?),
     })
 }

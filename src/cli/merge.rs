@@ -2,13 +2,14 @@
 
 use crate::adapter::combine::{How, combine};
 use crate::adapter::peft::{self, AdapterFile};
-use crate::attach::loaded::{FULL_UNET, TEXT_CLASS, TEXT_ENCODER, UNET_CLASS};
+use crate::attach::loaded::{HOMES, PeftFiles, peft_files};
 use crate::cli::adapter_with_strength;
 use crate::cli::choice::choice;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
+use crate::weights::tensor_file;
 use clap::Args;
 use serde::Serialize;
 use serde_json::json;
@@ -56,10 +57,15 @@ pub fn run(args: &MergeArgs, observer: &dyn Observer) -> Result<()> {
         *word = hub::resolve(word, Wanted::Adapter, observer)?;
     }
     super::note_control_left_out(adapters.iter().map(|(path, _)| path), observer);
+    let mut all = Vec::new();
+    for (path, strength) in &adapters {
+        all.extend(read(path, *strength, observer)?);
+    }
     let mut written = Vec::new();
     files::stage_dir(&args.output, |dir| {
-        for (place, class) in [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS)] {
-            written.extend(merge_place(&adapters, args.how, place, class, dir)?);
+        for (place, class) in HOMES {
+            let own: Vec<&ReadAdapter> = all.iter().filter(|adapter| adapter.place == place).collect();
+            written.extend(merge_place(&own, args.how, place, class, dir)?);
         }
         Ok(())
     })?;
@@ -73,41 +79,48 @@ pub fn run(args: &MergeArgs, observer: &dyn Observer) -> Result<()> {
     Ok(())
 }
 
+/// The adapter of one network, as it was read.
+struct ReadAdapter {
+    place: &'static str,
+    file: AdapterFile,
+    strength: f64,
+}
+
+/// The adapters at `path`; says what of them is not used.
+fn read(path: &Path, strength: f64, observer: &dyn Observer) -> Result<Vec<ReadAdapter>> {
+    let PeftFiles { files, note } = peft_files(
+        path,
+        "`hra export --model DIR --adapter A=0.8 --adapter B=0.6` makes one of any adapters: --to peft-lora, or --to merged",
+    )?;
+    let mut notes: Vec<String> = note.into_iter().collect();
+    for (_, file) in &files {
+        notes.extend(file.notes.iter().map(|note| format!("{}: {note}", path.display())));
+        if !file.unused.is_empty() {
+            notes.push(format!("{}: unused keys: {}", path.display(), tensor_file::list(&file.unused)));
+        }
+    }
+    notes.iter().for_each(|note| observer.warn(note));
+    Ok(files.into_iter().map(|(place, file)| ReadAdapter { place, file, strength }).collect())
+}
+
 /// The adapters of one network, as one in the same place below `dir`.
 fn merge_place(
-    adapters: &[(PathBuf, f64)],
+    read: &[&ReadAdapter],
     how: How,
     place: &str,
     class: (&str, &str),
     dir: &Path,
 ) -> Result<Option<Merged>> {
-    let mut read = Vec::new();
-    for (path, strength) in adapters {
-        let folder = path.join(place);
-        // A folder without any adapter is told as such; one without a text encoder's is none of ours.
-        if place.is_empty() && path.join(FULL_UNET).is_file() {
-            return Err(Error::config(format!(
-                "{}: a fully fine-tuned UNet is no adapter to merge",
-                path.display()
-            ))
-            .with_hint("`hra export --model DIR --adapter A=0.8 --adapter B=0.6 --to merged`"));
-        }
-        if place.is_empty() || folder.join(peft::CONFIG_FILE).is_file() {
-            let file = AdapterFile::read(&folder)?;
-            if !file.unused.is_empty() {
-                eprintln!("warning: {}: unused keys: {}", folder.display(), file.unused.join(", "));
-            }
-            read.push((file, *strength));
-        }
-    }
     if read.is_empty() {
         return Ok(None);
     }
-    let bases: Vec<&String> = read.iter().filter_map(|(f, _)| f.metadata.get("base_fingerprint")).collect();
+    let bases: Vec<&String> =
+        read.iter().filter_map(|read| read.file.metadata.get("base_fingerprint")).collect();
     if bases.windows(2).any(|pair| pair[0] != pair[1]) {
         eprintln!("warning: these adapters were trained on different base models");
     }
-    let (config, tensors) = combine(&read.iter().map(|(f, s)| (f, *s)).collect::<Vec<_>>(), how)?;
+    let chain: Vec<_> = read.iter().map(|read| (&read.file, read.strength)).collect();
+    let (config, tensors) = combine(&chain, how)?;
     let folder = dir.join(place);
     files::create_dir_all(&folder)?;
     let mut text = vec![("software", format!("hra {}", env!("CARGO_PKG_VERSION")))];

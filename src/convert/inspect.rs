@@ -3,11 +3,12 @@
 use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::adapter::{Adapter, Form};
-use crate::attach::loaded::{self, FULL_UNET, LoadedAdapter, TEXT_ENCODER};
+use crate::attach::loaded::{self, LoadedAdapter};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::control::{CONTROL_ENCODER, EncoderConfig, FILE_STEM, encoder_of};
 use crate::model::layers::Layers;
+use crate::platform::adapter_layout::{AdapterForm, AdapterParts};
 use crate::platform::files;
 use crate::platform::host;
 use crate::weights::part::Part;
@@ -67,43 +68,41 @@ pub struct LayerReport {
 /// is told relative to its weight.
 pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<Vec<FileReport>> {
     let _guard = tch::no_grad_guard();
-    if path.is_file() {
-        refuse_pickle(path)?;
-        let file = TensorFile::open(path)?;
-        let is_model = file.names().iter().any(|key| key.starts_with("model.diffusion_model."));
-        return if is_model { whole_model(path) } else { Ok(vec![lora_file(path, model)?]) };
-    }
     if path.join("model_index.json").is_file() {
         return whole_model(path);
     }
-    let lora = path.join(lora_file::DIFFUSERS_FILE);
-    if lora.is_file() {
-        return Ok(vec![self::lora_file(&lora, model)?]);
-    }
-    let mut reports = Vec::new();
-    for place in ["", TEXT_ENCODER] {
-        let folder = if place.is_empty() { path.to_path_buf() } else { path.join(place) };
-        if folder.join(peft::CONFIG_FILE).is_file() {
-            reports.push(peft_folder(&folder, model.as_deref_mut())?);
-        }
-    }
-    if path.join(FULL_UNET).is_file() && !path.join("model_index.json").is_file() {
-        reports.push(tensors("fully fine-tuned UNet", &path.join(FULL_UNET))?);
-    }
-    if let Some(dir) = encoder_of(path) {
-        reports.push(control_encoder(&dir)?);
-    } else if reports.is_empty() && path.file_name().is_some_and(|name| name == CONTROL_ENCODER) {
-        reports.push(control_encoder(path)?);
-    }
     let alone = path.join(format!("{FILE_STEM}.safetensors"));
-    if reports.is_empty() && alone.is_file() {
+    if path.file_name().is_some_and(|name| name == CONTROL_ENCODER) && alone.is_file() {
+        return Ok(vec![control_encoder(path)?]);
+    }
+    if alone.is_file() {
         // One network of diffusers by itself: a ControlNet, a UNet.
         let config = files::read_to_string(&path.join("config.json")).unwrap_or_default();
         let config: serde_json::Value = serde_json::from_str(&config).unwrap_or_default();
-        reports.push(tensors(config["_class_name"].as_str().unwrap_or("a network of diffusers"), &alone)?);
+        let class = config["_class_name"].as_str().unwrap_or("a network of diffusers");
+        return Ok(vec![tensors(class, &alone)?]);
     }
-    if reports.is_empty() {
-        return Err(Error::format(path, "expected an adapter, a run or a model, found neither"));
+    let found = AdapterParts::at(path)?;
+    let mut reports = Vec::new();
+    for (form, place) in &found.parts {
+        match form {
+            AdapterForm::Peft => reports.push(peft_folder(place, model.as_deref_mut())?),
+            AdapterForm::FullUNet => reports.push(tensors("fully fine-tuned UNet", place)?),
+            AdapterForm::Lora => {
+                refuse_pickle(place)?;
+                let names = TensorFile::open(place)?.names();
+                if names.iter().any(|key| key.starts_with("model.diffusion_model.")) {
+                    return whole_model(place);
+                }
+                reports.push(lora_file(place, model.as_deref_mut())?);
+            }
+        }
+    }
+    if let Some(dir) = encoder_of(path) {
+        reports.push(control_encoder(&dir)?);
+    }
+    if let Some(report) = reports.first_mut() {
+        report.odd.extend(found.note);
     }
     Ok(reports)
 }
@@ -136,6 +135,7 @@ fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<FileRe
     if !file.biases.is_empty() {
         fact("trained biases", file.biases.len().to_string());
     }
+    report.odd.extend(file.notes.iter().cloned());
     if !file.unused.is_empty() {
         report.odd.push(format!("keys that are part of nothing: {}", file.unused.join(", ")));
     }

@@ -1,5 +1,6 @@
 //! What everything stands on: the machine, files, the hub, seeds, and how a run is watched and stopped.
 
+pub mod adapter_layout;
 pub mod choice;
 pub mod columns;
 pub mod cuda;

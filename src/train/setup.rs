@@ -2,10 +2,10 @@
 
 use crate::adapter::Method;
 use crate::adapter::methods::full::FullConfig;
-use crate::adapter::peft::{AdapterConfig, AdapterFile, Bias};
+use crate::adapter::peft::{AdapterConfig, Bias};
 use crate::adapter::target::TargetRule;
 use crate::attach;
-use crate::attach::loaded::{TEXT_CLASS, TEXT_ENCODER, UNET_CLASS};
+use crate::attach::loaded::{PeftFiles, TEXT_CLASS, TEXT_ENCODER, UNET_CLASS, peft_files};
 use crate::attach::parameters::Parameters;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ use crate::train::checkpoint::{self, Loaded, Resume, TrainedPart};
 use crate::train::config::TrainConfig;
 use crate::train::pictures::Pictures;
 use crate::train::run::RunFolder;
-use crate::weights::tensor_file::TensorFile;
+use crate::weights::tensor_file::{self, TensorFile};
 use std::collections::BTreeMap;
 use tch::{Kind, Tensor};
 
@@ -161,29 +161,32 @@ pub(super) fn start_from(
     let own = config.adapter.method()?.map_or_else(String::new, |method| method.describe());
     let mut values: BTreeMap<(String, String), Tensor> = BTreeMap::new();
     let mut problems = Vec::new();
-    for place in ["", TEXT_ENCODER] {
+    let PeftFiles { files, note } =
+        peft_files(&path, "a training goes on from a PEFT folder, as `hra train` and PEFT write it")?;
+    note.iter().for_each(|note| observer.warn(&format!("init_adapter: {note}")));
+    let has_text = files.iter().any(|(place, _)| *place == TEXT_ENCODER);
+    if has_text != config.adapter.train_text_encoder {
+        let (has, flag) = if has_text { ("has one", "give") } else { ("has none", "leave out") };
+        problems.push(format!("the adapter {has} for the text encoder: {flag} --train_text_encoder"));
+    }
+    for (place, file) in files {
         let folder = path.join(place);
-        let there = place.is_empty() || folder.is_dir();
-        if !place.is_empty() && there != config.adapter.train_text_encoder {
-            let (has, flag) = if there { ("has one", "give") } else { ("has none", "leave out") };
-            problems.push(format!("the adapter {has} for the text encoder: {flag} --train_text_encoder"));
-        } else if there {
-            let file = AdapterFile::read(&folder)?;
-            let what = file.config.method.describe();
-            if what != own {
-                problems.push(format!("{} is {what}, this run trains {own}", folder.display()));
-            }
-            if !file.config.method.is_uniform() {
-                problems.push(format!(
-                    "{} has other settings (rank, alpha ..) for some layers",
-                    folder.display()
-                ));
-            }
-            if file.metadata.get("base_fingerprint").is_some_and(|base| base != fingerprint) {
-                observer.warn(&format!("{} was made for another base model", folder.display()));
-            }
-            values.extend(file.tensors().into_iter().map(|(name, t)| ((place.to_string(), name), t)));
+        let what = file.config.method.describe();
+        if what != own {
+            problems.push(format!("{} is {what}, this run trains {own}", folder.display()));
         }
+        if !file.config.method.is_uniform() {
+            problems
+                .push(format!("{} has other settings (rank, alpha ..) for some layers", folder.display()));
+        }
+        if file.metadata.get("base_fingerprint").is_some_and(|base| base != fingerprint) {
+            observer.warn(&format!("{} was made for another base model", folder.display()));
+        }
+        if !file.unused.is_empty() {
+            observer.warn(&format!("init_adapter: unused keys: {}", tensor_file::list(&file.unused)));
+        }
+        file.notes.iter().for_each(|note| observer.warn(&format!("init_adapter: {note}")));
+        values.extend(file.tensors().into_iter().map(|(name, t)| ((place.to_string(), name), t)));
     }
     let encoder = path.join(CONTROL_ENCODER);
     if encoder.is_dir() != config.is_control() {

@@ -311,6 +311,36 @@ fn adapters_come_with_a_strength_and_from_a_revision() {
 }
 
 #[test]
+fn a_repository_holds_the_adapters_of_both_networks_in_folders_of_their_own() {
+    let scratch = Scratch::new();
+    let case = root().join("tests/fixtures/cases/sd15");
+    let server = HubServer::new("someone/my-adapter");
+    for (folder, place) in [("hra-r4", "unet"), ("text-hra-r4", "text_encoder")] {
+        for name in ["adapter_config.json", "adapter_model.safetensors"] {
+            let bytes = fs::read(case.join(folder).join(name)).unwrap();
+            server.set(|s| drop(s.files.insert(format!("{place}/800/sks/{name}"), bytes)));
+        }
+    }
+    let [model, unet, text] = ["pipeline", "hra-r4", "text-hra-r4"].map(|name| case.join(name));
+    let draw = |adapters: &[&str], env: &[(&str, &str)]| {
+        let file = scratch.path("latents.safetensors");
+        let mut args =
+            vec!["sample", "--model", model.to_str().unwrap(), "--prompt", "a cat", "--steps", "1"];
+        adapters.iter().for_each(|adapter| args.extend(["--adapter", adapter]));
+        args.extend(["--output", "out", "--save-latents", file.to_str().unwrap()]);
+        let done = run(&scratch, &server, &args, env);
+        assert_eq!(done.code, 0, "{}", done.err);
+        (fs::read(&file).unwrap(), done.err)
+    };
+    let (wanted, _) = draw(&[unet.to_str().unwrap(), text.to_str().unwrap()], &[]);
+    assert_eq!(draw(&["someone/my-adapter"], &[]).0, wanted);
+    assert_eq!(draw(&["someone/my-adapter"], &[("HF_HUB_OFFLINE", "1")]).0, wanted, "from the cache");
+    server.set(|s| drop(s.files.insert("learned_embeds.safetensors".into(), vec![0; 10])));
+    let (latents, told) = draw(&["someone/my-adapter"], &[]);
+    assert!(latents == wanted && told.contains("not used: learned_embeds.safetensors"), "{told}");
+}
+
+#[test]
 fn controlnets_are_downloaded_too() {
     let scratch = Scratch::new();
     let case = root().join("tests/fixtures/cases/sd15");

@@ -20,12 +20,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use tch::{Kind, Tensor};
 
+pub use crate::platform::adapter_layout::DIFFUSERS_LORA as DIFFUSERS_FILE;
 pub use keys::canonical;
 pub use part::LoraPart;
 pub use write::{LayerProduct, Style, write};
 
-/// The name under which diffusers' `save_lora_weights` writes.
-pub const DIFFUSERS_FILE: &str = "pytorch_lora_weights.safetensors";
 /// Far above any layer of a network (numbers of one tensor, numbers along one dimension).
 const MAX_NUMBERS: i64 = 1 << 27;
 const MAX_DIMENSION: i64 = 1 << 20;
@@ -136,7 +135,9 @@ impl LoraFile {
             return Err(Error::weights(path, problems));
         }
         unused.sort();
-        let mut notes = Vec::new();
+        let mut notes: Vec<String> = settings.into_iter().flat_map(|(_, settings)| settings.notes).collect();
+        notes.sort();
+        notes.dedup();
         let bare = layers.iter().filter(|layer| layer.alpha.is_none()).count();
         if bare > 0 && bare < layers.len() {
             notes.push(format!("{bare} of {} layers have no alpha; their scale is 1", layers.len()));

@@ -2,6 +2,7 @@
 //! of several with the model's name before each field.
 
 use crate::adapter::lora_file::part::LoraPart;
+use crate::adapter::peft_fields::unknown_field;
 use crate::adapter::peft_patterns::pattern;
 use regex::Regex;
 use serde_json::{Map, Value};
@@ -10,7 +11,7 @@ use serde_json::{Map, Value};
 const MAX_PATTERNS: usize = 2_000;
 
 /// Fields that change what a LoRA does in a way that is not done here, where they are set.
-const NOT_DONE: [&str; 13] = [
+const NOT_DONE: [&str; 14] = [
     "alora_invocation_tokens",
     "arrow_config",
     "fan_in_fan_out",
@@ -19,12 +20,17 @@ const NOT_DONE: [&str; 13] = [
     "lora_bias",
     "megatron_config",
     "modules_to_save",
+    "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
 ];
+
+/// Fields that are read.
+const READ: [&str; 7] =
+    ["alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "r", "rank_pattern", "use_rslora"];
 
 /// Starts that leave the base weights as they are; others (PiSSA, CorDA, LoftQ ..) change them.
 const PLAIN_STARTS: [&str; 4] = ["gaussian", "kaiming", "eva", "orthogonal"];
@@ -39,6 +45,8 @@ pub struct LoraFileSettings {
     rank_stabilised: bool,
     /// Whether the layers have magnitudes.
     pub dora: bool,
+    /// What a user should know, one sentence each.
+    pub notes: Vec<String>,
 }
 
 impl LoraFileSettings {
@@ -72,6 +80,15 @@ impl LoraFileSettings {
             });
             if set {
                 problems.push(format!("setting `{name}` is {}, which is not done here", fields[name]));
+            }
+        }
+        let mut notes = Vec::new();
+        let others =
+            fields.iter().filter(|(name, _)| !NOT_DONE.iter().chain(&READ).any(|known| known == name));
+        for said in others.filter_map(|(name, value)| unknown_field(name, value)) {
+            match said {
+                Ok(note) => notes.push(note),
+                Err(problem) => problems.push(format!("setting {problem}")),
             }
         }
         if let Some(kind) = field("peft_type").and_then(Value::as_str).filter(|kind| *kind != "LORA") {
@@ -118,8 +135,8 @@ impl LoraFileSettings {
         };
         let (ranks, alphas) = (patterns("rank_pattern"), patterns("alpha_pattern"));
         let flag = |name: &str| field(name).and_then(Value::as_bool).unwrap_or(false);
-        let settings =
-            Self { rank, alpha, ranks, alphas, rank_stabilised: flag("use_rslora"), dora: flag("use_dora") };
+        let (rank_stabilised, dora) = (flag("use_rslora"), flag("use_dora"));
+        let settings = Self { rank, alpha, ranks, alphas, rank_stabilised, dora, notes };
         if problems.is_empty() { Ok(settings) } else { Err(problems) }
     }
 

@@ -101,11 +101,12 @@ impl Dora {
     ///
     /// Errors: what is wrong with its shape.
     pub fn from_tensors(lora: Lora, magnitude: Tensor) -> Result<Self, String> {
-        let b = lora.parameters()[1].1.size();
-        let expected = if b.len() == 2 { vec![b[0]] } else { vec![1, b[0], 1, 1] };
-        if magnitude.size() != expected {
-            let found = magnitude.size();
-            return Err(format!("lora_magnitude_vector: expected shape {expected:?}, found {found:?}"));
+        let d_out = lora.parameters()[1].1.size()[0];
+        let (flat, found) = ([d_out], magnitude.size());
+        if found[..] != flat[..] && found != [1, d_out, 1, 1] {
+            return Err(format!(
+                "lora_magnitude_vector: expected shape {flat:?}, or [1, {d_out}, 1, 1] of a convolution, found {found:?}"
+            ));
         }
         Ok(Self { lora, magnitude })
     }

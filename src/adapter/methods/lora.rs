@@ -131,7 +131,7 @@ impl LoraConfig {
         fields.refuse("alora_invocation_tokens", "adapters that start in the middle of a prompt");
         fields.refuse("use_qalora", "inputs averaged over groups");
         fields.refuse("use_bdlora", "block-diagonal matrices");
-        for name in ["arrow_config", "kasa_config", "monteclora_config", "velora_config"] {
+        for name in ["arrow_config", "kasa_config", "megatron_config", "monteclora_config", "velora_config"] {
             fields.refuse(name, "another layer than LoRA's");
         }
         let init = match fields.set("init_lora_weights") {
@@ -148,6 +148,7 @@ impl LoraConfig {
                 LoraInit::Kaiming
             }
         };
+        fields.asked(&["rank_pattern", "alpha_pattern"]);
         let patterns = Patterns::parse(fields.text).unwrap_or_else(|problem| {
             fields.problems.push(problem);
             Patterns::default()
@@ -285,11 +286,11 @@ impl MethodSettings for LoraConfig {
     fn settle(&mut self, file: &FileFacts) -> std::result::Result<Vec<String>, Vec<String>> {
         let layers: Vec<(&str, &str)> =
             file.layers.iter().map(|parts| (parts.layer.as_str(), parts.name.as_str())).collect();
-        let mut exceptions = std::mem::take(&mut self.patterns).resolve(&layers)?;
+        let (mut exceptions, notes) = std::mem::take(&mut self.patterns).resolve(&layers)?;
         exceptions.rank.retain(|_, rank| *rank != self.rank);
         exceptions.alpha.retain(|_, alpha| *alpha != self.alpha);
         self.exceptions = exceptions;
-        Ok(Vec::new())
+        Ok(notes)
     }
 
     fn adapter(&self, mut parts: Parts) -> std::result::Result<Box<dyn Adapter>, String> {
@@ -306,7 +307,8 @@ impl MethodSettings for LoraConfig {
                 downs.push(down.to_kind(Kind::Float));
                 ups.push((up * link.strength).to_kind(Kind::Float));
             }
-            let filter = chain[0].get::<Lora>().a.size()[1..].to_vec();
+            let filters = chain.iter().map(|link| link.get::<Lora>().a.size()[1..].to_vec());
+            let filter = filters.max_by_key(Vec::len).unwrap_or_default();
             stacked.push((name, Tensor::cat(&downs, 0), Tensor::cat(&ups, 1), filter));
         }
         // One rank for all layers: rows and columns of zeros add nothing.
@@ -327,9 +329,14 @@ impl MethodSettings for LoraConfig {
     }
 }
 
+/// A shape without the kernel of a 1x1 convolution.
+fn flat(shape: &[i64]) -> &[i64] {
+    if shape.len() == 4 && shape[2..] == [1, 1] { &shape[..2] } else { shape }
+}
+
 /// The LoRA adapter of one layer.
 pub struct Lora {
-    /// `(r, d_in)` or `(r, c, kh, kw)`, f32.
+    /// `(r, d_in)` or `(r, c, kh, kw)`, f32; of either layer, see [`Self::from_tensors`].
     a: Tensor,
     /// `(d_out, r)` or `(d_out, r, 1, 1)`, f32.
     b: Tensor,
@@ -337,20 +344,16 @@ pub struct Lora {
 }
 
 impl Lora {
-    /// An adapter with the given matrices, A `(r, d_in)` or `(r, c, kh, kw)` and B `(d_out, r)` or `(d_out, r, 1, 1)`.
+    /// An adapter with the given matrices, A `(r, d_in)` or `(r, c, kh, kw)` and B `(d_out, r)` or `(d_out, r, 1, 1)`; a
+    /// convolution's may be flat, and a linear map's have four dimensions, which some trainers write: the numbers are the same.
     ///
     /// Errors: what is wrong with their shapes.
     pub fn from_tensors(a: Tensor, b: Tensor, scale: f64) -> std::result::Result<Self, String> {
         let (down, up) = (a.size(), b.size());
-        let both = match down.len() {
-            2 => up.len() == 2,
-            4 => up.len() == 4 && up[2..] == [1, 1],
-            _ => false,
-        };
+        let both = [2, 4].contains(&down.len()) && flat(&up).len() == 2;
         if !both || down[0] != up[1] || down.iter().chain(&up).any(|d| *d < 1) {
             return Err(format!(
-                "expected lora_A (r, d_in) and lora_B (d_out, r), or (r, c, kh, kw) and (d_out, r, 1, 1), found {down:?} \
-                 and {up:?}"
+                "expected lora_A (r, d_in) or (r, c, kh, kw) and lora_B (d_out, r) or (d_out, r, 1, 1), found {down:?} and {up:?}"
             ));
         }
         if scale.abs() > f64::from(f32::MAX) || scale.is_nan() {
@@ -423,7 +426,8 @@ impl Adapter for Lora {
 
     fn check(&self, weight: &[i64]) -> std::result::Result<(), String> {
         let (a, b) = (self.a.size(), self.b.size());
-        if a[1..] == weight[1..] && b[0] == weight[0] {
+        let is_flat = a.len() == 2 && a[1] == weight[1..].iter().product::<i64>();
+        if (flat(&a)[1..] == flat(weight)[1..] || is_flat) && b[0] == weight[0] {
             return Ok(());
         }
         Err(format!(

@@ -8,11 +8,11 @@ pub use report::{Approximation, ReadBack, Written};
 use crate::adapter::combine::{How, combine};
 use crate::adapter::lora_file::{self, LayerProduct, Style};
 use crate::adapter::methods::lora::LoraConfig;
-use crate::adapter::peft::{self, AdapterConfig, AdapterFile, Bias};
+use crate::adapter::peft::{self, AdapterConfig, Bias};
 use crate::adapter::peft_patterns::Exceptions;
 use crate::adapter::{Form, Method};
 use crate::attach::fixed::{AttachReport, Effect, effects};
-use crate::attach::loaded::{LoadedAdapter, TEXT_CLASS, TEXT_ENCODER, UNET_CLASS};
+use crate::attach::loaded::{HOMES, LoadedAdapter, TEXT_CLASS, TEXT_ENCODER, UNET_CLASS, peft_files};
 use crate::convert::single_file::{self, Replaced};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
@@ -213,36 +213,24 @@ fn write_peft(model: &StableDiffusion, request: &ExportRequest, fingerprint: &st
         return Err(Error::config("--to peft: expected one adapter, found several")
             .with_hint("`hra merge` makes one of them, or use --to peft-lora"));
     };
-    if !path.is_dir() {
-        return Err(Error::config(format!(
-            "--to peft: expected an adapter folder, found the file {}",
-            path.display()
-        ))
-        .with_hint("use --to peft-lora"));
-    }
+    let read =
+        peft_files(path, "use --to peft-lora, or --to merged or checkpoint for what fits into no LoRA")?;
     let kind = request.kind.unwrap_or(Kind::Float);
     files::stage_dir(&request.output, |dir| {
-        for (place, class) in [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS)] {
-            let folder = path.join(place);
-            if !folder.join(peft::CONFIG_FILE).is_file() {
-                continue;
+        for (place, class) in HOMES {
+            for (_, file) in read.files.iter().filter(|(home, _)| *home == place) {
+                let (mut config, tensors) = if *strength == 1.0 {
+                    (file.config.clone(), file.tensors())
+                } else {
+                    combine(&[(file, *strength)], How::Chain)?
+                };
+                config.base_model = base_name(model);
+                files::create_dir_all(&dir.join(place))?;
+                let text = metadata(fingerprint, request);
+                peft::write(&dir.join(place), &config, class, &tensors, kind, &text)?;
             }
-            let file = AdapterFile::read(&folder)?;
-            let (mut config, tensors) = if *strength == 1.0 {
-                (file.config.clone(), file.tensors())
-            } else {
-                combine(&[(&file, *strength)], How::Chain)?
-            };
-            config.base_model = base_name(model);
-            files::create_dir_all(&dir.join(place))?;
-            let text = metadata(fingerprint, request);
-            peft::write(&dir.join(place), &config, class, &tensors, kind, &text)?;
         }
-        if dir.join(peft::CONFIG_FILE).is_file() || dir.join(TEXT_ENCODER).is_dir() {
-            return Ok(());
-        }
-        Err(Error::config(format!("--to peft: {} is no PEFT adapter", path.display()))
-            .with_hint("use --to merged or --to checkpoint"))
+        Ok(())
     })
 }
 

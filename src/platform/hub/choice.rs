@@ -4,6 +4,7 @@
 //! names of the expected forms are taken: a hostile listing (`../../x`) cannot name a place outside the cache.
 
 use crate::error::{Error, Result};
+use crate::platform::adapter_layout::{AdapterForm, AdapterLayout, PEFT_CONFIG, PEFT_WEIGHTS};
 use crate::platform::hub::wanted::Wanted;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -22,6 +23,8 @@ pub struct FileChoice {
     pub files: Vec<String>,
     /// What to open, inside the repository: a file, or nothing for the folder itself.
     pub entry: PathBuf,
+    /// What a user should know of files that are passed over.
+    pub note: Option<String>,
 }
 
 /// Chooses from `names`; the error is what is missing, and what to do about it where something can be done.
@@ -61,7 +64,7 @@ fn model(names: &BTreeSet<String>) -> Result<FileChoice> {
         }
     }
     if missing.is_empty() {
-        return Ok(FileChoice { files, entry: PathBuf::new() });
+        return Ok(FileChoice { files, entry: PathBuf::new(), note: None });
     }
     let lack = Error::hub(format!("a Stable Diffusion folder, without {}", missing.join(", ")));
     if pickled {
@@ -111,54 +114,51 @@ fn tower(names: &BTreeSet<String>) -> Result<FileChoice> {
     let small =
         ["config.json"].iter().chain(&PROCESSORS).chain(&TOKENIZER).filter(|name| names.contains(**name));
     let files = small.map(|name| name.to_string()).chain(found.into_iter().flatten());
-    Ok(FileChoice { files: files.collect(), entry: PathBuf::new() })
+    Ok(FileChoice { files: files.collect(), entry: PathBuf::new(), note: None })
 }
 
 fn adapter(names: &BTreeSet<String>) -> Result<FileChoice> {
-    const CONFIG: &str = "adapter_config.json";
-    const WEIGHTS: &str = "adapter_model.safetensors";
-    let pair = |folder: &str| [CONFIG, WEIGHTS].map(|name| format!("{folder}{name}"));
-    let has = |files: &[String]| files.iter().all(|file| names.contains(file));
-    const CONTROL: [&str; 2] =
-        ["control_encoder/config.json", "control_encoder/diffusion_pytorch_model.safetensors"];
-    let control = CONTROL.map(String::from);
-    if has(&pair("")) || has(&control) {
-        let parts = ["", "text_encoder/"].map(pair).into_iter().chain([control]).filter(|files| has(files));
-        let palette = names.get("control_encoder/palette.json").cloned();
-        return Ok(FileChoice { files: parts.flatten().chain(palette).collect(), entry: PathBuf::new() });
+    /// Of our control encoder; the palette where there is one.
+    const CONTROL: [&str; 3] = [
+        "control_encoder/config.json",
+        "control_encoder/diffusion_pytorch_model.safetensors",
+        "control_encoder/palette.json",
+    ];
+    let names: BTreeSet<String> =
+        names.iter().filter(|name| name.split('/').all(is_plain_name)).cloned().collect();
+    let layout = AdapterLayout::find(&names)
+        .map_err(|lack| Error::hub(format!("an adapter, found {}", lack.found)).with_hint(lack.hint))?;
+    let mut files: Vec<String> = Vec::new();
+    for part in &layout.parts {
+        match part.form {
+            AdapterForm::Peft if part.place.is_empty() => {
+                files.extend([PEFT_CONFIG, PEFT_WEIGHTS].map(String::from))
+            }
+            AdapterForm::Peft => {
+                files.extend([PEFT_CONFIG, PEFT_WEIGHTS].map(|name| format!("{}/{name}", part.place)))
+            }
+            // A network by itself is told from others by its config.
+            AdapterForm::FullUNet if !part.place.contains('/') => {
+                files.extend(
+                    [names.get("config.json").cloned(), Some(part.place.clone())].into_iter().flatten(),
+                );
+            }
+            AdapterForm::Lora | AdapterForm::FullUNet => files.push(part.place.clone()),
+        }
     }
-    let single = single_files(names);
-    let lora = "pytorch_lora_weights.safetensors";
-    let file = match &single[..] {
-        _ if names.contains(lora) => lora,
-        [file] if *file != WEIGHTS => file,
-        [] | [_] => {
-            let what = format!("an adapter: {CONFIG} with {WEIGHTS}, or one .safetensors file with a LoRA");
-            let pickled = names.iter().find(|n| !n.contains('/') && is_pickled(n));
-            let Some(file) = pickled else { return Err(Error::hub(what)) };
-            return Err(Error::hub(format!("{what}, without that")).with_hint(format!(
-                "{file} is pickled, which can run code and is not read; convert it once in Python: \
-                 safetensors.torch.save_file(torch.load(\"{file}\", weights_only=True), \"FILE.safetensors\"), and give \
-                 the result"
-            )));
-        }
-        many => {
-            return Err(Error::hub(format!(
-                "one adapter, which it has {} of ({})",
-                many.len(),
-                many.join(", ")
-            ))
-            .with_hint("download the one you mean and give its path"));
-        }
+    files.extend(CONTROL.iter().filter_map(|name| names.get(*name).cloned()));
+    let entry = match &layout.parts[..] {
+        [part] if part.form == AdapterForm::Lora && files.len() == 1 => PathBuf::from(&part.place),
+        _ => PathBuf::new(),
     };
-    Ok(FileChoice { files: vec![file.to_string()], entry: PathBuf::from(file) })
+    Ok(FileChoice { files, entry, note: layout.note("the repository") })
 }
 
 fn controlnet(names: &BTreeSet<String>) -> Result<FileChoice> {
     match weights(names, "", "diffusion_pytorch_model").filter(|_| names.contains("config.json")) {
         Some(mut files) => {
             files.insert(0, "config.json".into());
-            Ok(FileChoice { files, entry: PathBuf::new() })
+            Ok(FileChoice { files, entry: PathBuf::new(), note: None })
         }
         None => Err(Error::hub("a ControlNet: config.json with diffusion_pytorch_model.safetensors")),
     }
@@ -313,10 +313,25 @@ mod tests {
             both,
             FileChoice {
                 files: [peft, text].concat().iter().map(|n| n.to_string()).collect(),
-                entry: "".into()
+                entry: "".into(),
+                note: Some("the repository also holds what is not used: other.safetensors".into()),
             }
         );
-        assert_eq!(chosen(&[peft[0], peft[1], text[0]]).unwrap().files, peft);
+        let half = chosen(&[peft[0], peft[1], text[0]]).unwrap_err().to_string();
+        assert!(
+            half.contains("text_encoder/adapter_config.json without adapter_model.safetensors"),
+            "{half}"
+        );
+        let [unet, by_step] =
+            ["unet", "unet/800/sks"].map(|folder| peft.map(|name| format!("{folder}/{name}")));
+        for unet in [&unet, &by_step] {
+            let names = [&unet[0], &unet[1], text[0], text[1]];
+            assert_eq!(chosen(&names).unwrap().files, names, "as PEFT's DreamBooth scripts save both");
+        }
+        let named = peft.map(|name| format!("sks/{name}"));
+        assert_eq!(chosen(&[&named[0], &named[1]]).unwrap().files, named);
+        let model = ["model_index.json", "unet/diffusion_pytorch_model.safetensors", "sd.safetensors"];
+        assert!(chosen(&model).unwrap_err().to_string().contains("a whole model"));
         let control = ["control_encoder/config.json", "control_encoder/diffusion_pytorch_model.safetensors"];
         let with_control = chosen(&[peft[0], peft[1], control[0], control[1], "control_encoder/x"]).unwrap();
         assert_eq!(with_control.files, [peft, control].concat());
@@ -353,7 +368,7 @@ mod tests {
             ["config.json", "preprocessor_config.json", "merges.txt", "vocab.json", "model.safetensors"];
         assert_eq!(
             chosen(&all).unwrap(),
-            FileChoice { files: expected.map(String::from).into(), entry: "".into() }
+            FileChoice { files: expected.map(String::from).into(), entry: "".into(), note: None }
         );
         let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
         let index = "model.safetensors.index.json";

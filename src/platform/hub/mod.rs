@@ -10,11 +10,11 @@ mod transfer;
 mod wanted;
 
 use crate::error::{Error, Result};
+use crate::platform::adapter_layout::names_below;
 use crate::platform::files::{self, shell_word};
 use crate::platform::observer::{Counter, Observer};
 use choice::{FileChoice, choose, is_plain_name};
 use serde::Deserialize;
-use std::collections::BTreeSet;
 use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -213,6 +213,9 @@ impl Hub {
         let names = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
         let choice = choose(&names, wanted)
             .map_err(|lack| self.error(&format!("expected {}", lack.kind)).with_hints(lack.hints()))?;
+        if let Some(note) = &choice.note {
+            observer.warn(&format!("{}: {note}", self.id.name));
+        }
         let snapshot = self.snapshot(&info.sha);
         let missing: Vec<&String> =
             choice.files.iter().filter(|name| !snapshot.join(name).is_file()).collect();
@@ -239,19 +242,7 @@ impl Hub {
         let commit = commit.map(|c| c.trim().to_string()).filter(|c| is_commit(c));
         let snapshot = commit.map(|c| self.snapshot(&c)).filter(|path| path.is_dir());
         let snapshot = snapshot.ok_or_else(|| Error::hub("any file of it"))?;
-        let mut names = BTreeSet::new();
-        for entry in files::list_dir(&snapshot).unwrap_or_default() {
-            let name = entry.name.to_string_lossy().into_owned();
-            match entry.kind {
-                files::Kind::File => drop(names.insert(name)),
-                files::Kind::Folder => {
-                    let inner = files::list_dir(&entry.path).unwrap_or_default().into_iter();
-                    let inner = inner.filter(|entry| entry.kind == files::Kind::File);
-                    names.extend(inner.map(|entry| format!("{name}/{}", entry.name.to_string_lossy())));
-                }
-                files::Kind::Other => {}
-            }
-        }
+        let names = names_below(&snapshot).unwrap_or_default();
         let FileChoice { entry, .. } = choose(&names, wanted)?;
         Ok(snapshot.join(entry))
     }
