@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::platform::adapter_layout::AdapterParts;
 use crate::platform::files;
 use crate::platform::host;
+use crate::weights::family;
 use crate::weights::tensor_file::{self, TensorFile};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -71,6 +72,9 @@ impl AdapterFile {
         let mut found = FoundLayer::in_file(&file, &*config.method)?;
         let names: Vec<String> = found.parts.values().map(|parts| parts.name.clone()).collect();
         let layers = found.adapters(&mut config, &metadata);
+        if let Some(family) = family::of_adapter(&file.names(), &[]) {
+            found.problems.insert(0, family::adapter_problem(family));
+        }
         if layers.is_empty() && found.problems.is_empty() {
             let names = config.method.tensor_names()[0];
             found.problems.push(format!(

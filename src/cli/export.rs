@@ -3,6 +3,7 @@
 use crate::attach;
 use crate::cli::adapter_with_strength;
 use crate::cli::choice::choice;
+use crate::cli::model_flags::ModelFlags;
 use crate::convert::export::{self, ExportForm, ExportRequest};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
@@ -27,9 +28,8 @@ pub struct ExportArgs {
     /// The base model: folder, checkpoint file, or hub id owner/name[@revision]
     #[arg(long, alias = "pretrained-model-name-or-path", value_name = "MODEL")]
     model: PathBuf,
-    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json
-    #[arg(long, alias = "model-config", value_name = "DIR")]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    files: ModelFlags,
     /// Adapter folder or LoRA file, with a strength; several act one after another
     #[arg(long, required = true, value_name = "DIR[=STRENGTH]")]
     adapter: Vec<String>,
@@ -80,8 +80,8 @@ pub fn run(args: &ExportArgs, observer: &dyn Observer) -> Result<()> {
         rank: args.rank,
     };
     super::note_control_left_out(request.adapters.iter().map(|(path, _)| path), observer);
-    let model = hub::resolve(&args.model, Wanted::Model, observer)?;
-    let mut model = StableDiffusion::load_with(&model, args.config.as_deref(), Kind::Float, host::CPU)?;
+    let asked = args.files.request(&args.model, observer)?;
+    let mut model = StableDiffusion::open(&asked, Kind::Float, host::CPU)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(None, attach::weight_count(&mut model.unet))?;
     let written = export::export(&mut model, &request)?;

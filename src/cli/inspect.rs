@@ -1,5 +1,6 @@
 //! `hra inspect`.
 
+use crate::cli::model_flags::ModelFlags;
 use crate::convert::inspect::{self, FileReport, LayerReport};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
@@ -8,6 +9,7 @@ use crate::platform::device;
 use crate::platform::host;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
+use crate::weights::request::ModelRequest;
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -27,6 +29,8 @@ pub struct InspectArgs {
     /// The base model, to tell changes relative to its weights
     #[arg(long, alias = "pretrained-model-name-or-path", value_name = "DIR")]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    files: ModelFlags,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
@@ -37,10 +41,15 @@ pub fn run(args: &InspectArgs, observer: &dyn Observer) -> Result<()> {
     // On the hub it may be either.
     let adapter = hub::resolve(&args.path, Wanted::Adapter, observer);
     let path = adapter.or_else(|e| hub::resolve(&args.path, Wanted::Model, observer).map_err(|_| e))?;
-    let model = args.model.as_deref().map(|word| hub::resolve(word, Wanted::Model, observer)).transpose()?;
-    let mut model = model.map(|path| StableDiffusion::load(&path, Kind::Float, host::CPU)).transpose()?;
+    // The flags are about the base model, or where none is named about what is looked at.
+    let (asked, model) = match &args.model {
+        None => (args.files.on(&path, observer)?, None),
+        Some(model) => (ModelRequest::of(&path), Some(args.files.request(model, observer)?)),
+    };
+    let mut model = model.map(|asked| StableDiffusion::open(&asked, Kind::Float, host::CPU)).transpose()?;
+    model.iter().flat_map(|model| &model.notes).for_each(|note| observer.note(note));
     device::set_threads(None, usize::MAX)?;
-    let reports = inspect::inspect(&path, model.as_mut())?;
+    let reports = inspect::inspect(&asked, model.as_mut())?;
     if args.json {
         super::print_json(&json!({"path": args.path, "parts": reports}))?;
     } else {

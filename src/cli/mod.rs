@@ -8,6 +8,7 @@ mod evaluate;
 mod export;
 mod inspect;
 mod merge;
+mod model_flags;
 mod noise;
 mod output;
 mod prepare;

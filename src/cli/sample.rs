@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::platform::device;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::{Counter, Observer};
+use crate::weights::request::ModelRequest;
 use crate::weights::tensor_file;
 use serde_json::{Value, json};
 use std::cell::Cell;
@@ -43,7 +44,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
     let adapters: Vec<(PathBuf, f64)> =
         args.adapter.iter().map(|a| super::adapter_with_strength(a)).collect::<Result<_>>()?;
     terminal::listen()?;
-    let dir = hub::resolve(&args.model, Wanted::Model, observer)?;
+    let asked_model = args.files.request(&args.model, observer)?;
     let adapters: Vec<(PathBuf, f64)> = adapters
         .into_iter()
         .map(|(word, strength)| Ok((hub::resolve(&word, Wanted::Adapter, observer)?, strength)))
@@ -52,7 +53,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
     let asked = args.control.look(&adapters, observer)?;
     let prompts = asked_prompts(args, asked.pairs.as_ref())?;
     let names = asked.pairs.as_ref().map(PairsFlags::names).transpose()?;
-    let mut session = open(args, &dir, &adapters, &compute)?;
+    let mut session = open(args, &asked_model, &adapters, &compute)?;
     let controlled = asked.load(prompts.len(), &compute, observer)?.map(|(controlled, control)| {
         session.set_control(Some(control));
         controlled
@@ -97,11 +98,11 @@ fn check_flags(args: &SampleArgs) -> Result<()> {
 /// The model with its adapters; says what putting them on did.
 fn open(
     args: &SampleArgs,
-    dir: &Path,
+    asked: &ModelRequest,
     adapters: &[(PathBuf, f64)],
     compute: &device::Compute,
 ) -> Result<Session> {
-    let mut model = StableDiffusion::load_with(dir, args.config.as_deref(), compute.kind, compute.device)?;
+    let mut model = StableDiffusion::open(asked, compute.kind, compute.device)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.machine.threads, attach::weight_count(&mut model.unet))?;
     if adapters.is_empty() {
@@ -316,7 +317,7 @@ fn settings(
         Some(kind) => (kind, None),
         None => SamplerKind::from_config(&model.scheduler)?,
     };
-    note.iter().for_each(|note| eprintln!("note: {note}"));
+    note.into_iter().chain(sampler.note(&model.scheduler)).for_each(|note| eprintln!("note: {note}"));
     Ok(SampleSettings {
         prompt: String::new(),
         negative_prompt: args.negative_prompt.clone(),

@@ -2,6 +2,7 @@
 
 use crate::cli::choice::choice;
 use crate::cli::control::ControlArgs;
+use crate::cli::model_flags::ModelFlags;
 use crate::cli::start::StartArgs;
 use crate::diffusion::sampler::{SamplerKind, Spacing};
 use crate::platform::device::{DeviceChoice, Precision};
@@ -21,9 +22,8 @@ pub struct SampleArgs {
     /// Stable Diffusion: folder, checkpoint file (.safetensors), or hub id owner/name[@revision]
     #[arg(long, alias = "pretrained-model-name-or-path", value_name = "MODEL")]
     pub model: PathBuf,
-    /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json
-    #[arg(long, alias = "model-config", value_name = "DIR")]
-    pub config: Option<PathBuf>,
+    #[command(flatten)]
+    pub files: ModelFlags,
     /// Adapter folder, LoRA file or hub id, with a strength, of its control encoder too: 1 is as trained, 0 the base model. Several
     /// act in their order
     #[arg(long, value_name = "DIR[=STRENGTH]")]

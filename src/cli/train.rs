@@ -193,14 +193,18 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
     {
         println!("checkpoints: {} in {folder}/checkpoints", steps.len());
     }
+    let model = &config.model;
+    let path = |path: &PathBuf| shell_word(&path.to_string_lossy());
+    let beyond = [
+        ("config", model.model_config.as_ref().map(path)),
+        ("vae", model.vae.as_ref().map(path)),
+        ("prediction", model.prediction.map(|prediction| prediction.to_string())),
+    ];
+    let beyond = beyond.into_iter().filter_map(|(flag, value)| Some(format!(" --{flag} {}", value?)));
     println!(
         "draw with it:\n  hra sample --model {}{} --adapter {} --prompt {} --guidance {} --output {}",
         shell_word(&config.model.pretrained_model_name_or_path.to_string_lossy()),
-        config
-            .model
-            .model_config
-            .as_ref()
-            .map_or_else(String::new, |dir| { format!(" --config {}", shell_word(&dir.to_string_lossy())) }),
+        beyond.collect::<String>(),
         shell_word(&outcome.folder.to_string_lossy()),
         if config.is_control() {
             "CAPTION --control IMAGE".to_string()

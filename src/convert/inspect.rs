@@ -4,14 +4,17 @@ use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::adapter::{Adapter, Form};
 use crate::attach::loaded::{self, LoadedAdapter};
-use crate::diffusion::stable_diffusion::StableDiffusion;
+use crate::diffusion::stable_diffusion::{StableDiffusion, scheduler_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::control::{CONTROL_ENCODER, EncoderConfig, FILE_STEM, encoder_of};
 use crate::model::layers::Layers;
 use crate::platform::adapter_layout::{AdapterForm, AdapterParts};
 use crate::platform::files;
 use crate::platform::host;
+use crate::weights::checkpoint;
+use crate::weights::family;
 use crate::weights::part::Part;
+use crate::weights::request::ModelRequest;
 use crate::weights::source::{Source, refuse_pickle};
 use crate::weights::tensor_file::TensorFile;
 use serde::Serialize;
@@ -64,12 +67,16 @@ pub struct LayerReport {
     pub orthogonality_error: Option<f64>,
 }
 
-/// Everything at `path`: an adapter folder (with its text encoder's), a run, a LoRA file, a model. With `model`, each layer
-/// is told relative to its weight.
-pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<Vec<FileReport>> {
+/// Everything at the path asked for: an adapter folder (with its text encoder's), a run, a LoRA file, a model, which the rest of the
+/// request is about. With `model`, each layer is told relative to its weight.
+pub fn inspect(asked: &ModelRequest, mut model: Option<&mut StableDiffusion>) -> Result<Vec<FileReport>> {
     let _guard = tch::no_grad_guard();
+    let path = asked.path.as_path();
+    if let Some(family) = path.is_dir().then(|| family::of_folder(path)).flatten() {
+        return Ok(vec![of_other_family(path, "model folder", &family)]);
+    }
     if path.join("model_index.json").is_file() {
-        return whole_model(path);
+        return whole_model(asked);
     }
     let alone = path.join(format!("{FILE_STEM}.safetensors"));
     if path.file_name().is_some_and(|name| name == CONTROL_ENCODER) && alone.is_file() {
@@ -91,10 +98,8 @@ pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<V
             AdapterForm::Lora => {
                 refuse_pickle(place)?;
                 let names = TensorFile::open(place)?.names();
-                if names.iter().any(|key| key.starts_with("model.diffusion_model.")) {
-                    return whole_model(place);
-                }
-                reports.push(lora_file(place, model.as_deref_mut())?);
+                let asked = ModelRequest { path: place.clone(), ..asked.clone() };
+                reports.extend(checkpoint_or_adapter(&names, &asked, model.as_deref_mut())?);
             }
         }
     }
@@ -105,6 +110,45 @@ pub fn inspect(path: &Path, mut model: Option<&mut StableDiffusion>) -> Result<V
         report.odd.extend(found.note);
     }
     Ok(reports)
+}
+
+/// One file: a model of this family or another, a part of one, or a LoRA.
+fn checkpoint_or_adapter(
+    names: &[String],
+    asked: &ModelRequest,
+    model: Option<&mut StableDiffusion>,
+) -> Result<Vec<FileReport>> {
+    let path = asked.path.as_path();
+    let has = |start: &str| names.iter().any(|name| name.starts_with(start));
+    if checkpoint::is_model(names) && (family::of_keys(names).is_none() || has("cond_stage_model.")) {
+        // What makes it unusable is just what was asked for.
+        return whole_model(asked).or_else(|problem| match problem.kind {
+            ErrorKind::Format { .. } => {
+                let mut report = tensors("checkpoint", path)?;
+                report.odd.insert(0, format!("cannot be used: {}", problem.reason()));
+                Ok(vec![report])
+            }
+            _ => Err(problem),
+        });
+    }
+    let is_lora = names.iter().any(|name| name.contains("lora"));
+    if let (Some(family), false) = (family::of_keys(names), is_lora) {
+        return Ok(vec![of_other_family(path, "checkpoint", family)]);
+    }
+    if has("decoder.") && has("encoder.") || has("first_stage_model.") {
+        return Ok(vec![tensors("VAE file (--vae takes it)", path)?]);
+    }
+    Ok(vec![lora_file(path, model)?])
+}
+
+/// What is told of a model that is not read: its family.
+fn of_other_family(path: &Path, what: &str, family: &str) -> FileReport {
+    FileReport {
+        path: path.display().to_string(),
+        what: format!("{what} of {family}"),
+        odd: vec!["models of this family are not supported: only Stable Diffusion 1.x and 2.x are".into()],
+        ..FileReport::default()
+    }
 }
 
 fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<FileReport> {
@@ -213,8 +257,9 @@ fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<FileRep
 }
 
 /// A model folder or checkpoint: what it is, then the tensors of each part.
-fn whole_model(path: &Path) -> Result<Vec<FileReport>> {
-    let source = Source::open(path, None)?;
+fn whole_model(asked: &ModelRequest) -> Result<Vec<FileReport>> {
+    let source = Source::open_as(asked)?;
+    let path = source.path();
     let mut reports = Vec::new();
     for part in Part::ALL {
         let tensors = source.tensors(part)?;
@@ -246,18 +291,23 @@ fn whole_model(path: &Path) -> Result<Vec<FileReport>> {
     }
     if let Some(report) = reports.first_mut() {
         report.facts.insert(0, ("fingerprint".into(), source.fingerprint()?));
-        if let Some(scheduler) = source.find("scheduler/scheduler_config.json")? {
-            let value: serde_json::Value = serde_json::from_str(&scheduler.content)
-                .map_err(|e| Error::format(&scheduler.path, e.to_string()))?;
-            for key in ["_class_name", "prediction_type"] {
-                if let Some(text) = value[key].as_str() {
-                    report.facts.push((format!("scheduler {key}"), text.into()));
-                }
+        for key in ["_class_name", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing"] {
+            if let Some(value) = source.scheduler_value(key) {
+                let text = value.as_str().map_or_else(|| value.to_string(), str::to_string);
+                report.facts.push((format!("scheduler {key}"), text));
             }
         }
+        report.odd.extend(source.notes());
+        report.odd.extend(unusable(&source));
         report.odd.extend(source.foreign_keys().iter().map(|key| format!("`{key}` belongs to no part")));
     }
     Ok(reports)
+}
+
+/// What would be refused where the model is used, beyond its tensors: no settings, or such as contradict each other.
+fn unusable(source: &Source) -> Option<String> {
+    let problem = source.check_complete().and_then(|()| scheduler_of(source).map(|_| ())).err()?;
+    Some(format!("cannot be used so: {}", problem.reason()))
 }
 
 /// What of a part's config says most.

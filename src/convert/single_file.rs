@@ -7,10 +7,13 @@
 use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::platform::host;
+use crate::weights::checkpoint::EMBEDDED;
 use crate::weights::config::{TextConfig, UNetConfig};
 use crate::weights::ldm::{LdmTextTower, TensorForm};
 use crate::weights::part::{Part, Text};
-use crate::weights::source::{EMBEDDED, Source, TEXT_FILES};
+use crate::weights::prediction::{VELOCITY_MARKER, ZERO_SNR_MARKER};
+use crate::weights::python_json;
+use crate::weights::source::{SCHEDULER, Source, TEXT_FILES};
 use crate::weights::tensor_file::{self, PlannedTensor};
 use crate::weights::tensors::Tensors;
 use serde_json::{Value, json};
@@ -75,6 +78,12 @@ pub fn write_checkpoint(
         }
         plan.push(PlannedTensor { name: key.clone(), kind: model.kind(*part, name), shape });
     }
+    let markers = markers(source)?;
+    plan.extend(markers.iter().map(|name| PlannedTensor {
+        name: name.to_string(),
+        kind: MARKER,
+        shape: vec![0],
+    }));
     let mut text: Vec<(String, String)> = modelspec(source, path)?;
     for name in TEXT_FILES {
         if let Some(Text { content, .. }) = source.find(name)? {
@@ -85,7 +94,8 @@ pub fn write_checkpoint(
     let shapes: BTreeMap<String, Vec<i64>> = plan.iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
     tensor_file::write_stream(path, plan, &text, |key| {
         let mut tensors = Vec::new();
-        for (part, name, form) in &recipes[key] {
+        let Some(recipe) = recipes.get(key) else { return host::empty(&[0], MARKER) };
+        for (part, name, form) in recipe {
             let tensor = model.read(*part, name)?;
             tensors.push(if *form == TensorForm::Transposed { tensor.f_tr()? } else { tensor });
         }
@@ -93,6 +103,27 @@ pub fn write_checkpoint(
         Ok(whole.f_reshape(&shapes[key][..])?)
     })?;
     Ok(notes)
+}
+
+/// The number format of the empty tensors by which a checkpoint is marked.
+const MARKER: Kind = Kind::Float;
+
+/// The empty tensors by which other programs know velocity prediction and zero terminal SNR. Those of 2.x know its velocity prediction
+/// without a marker, so that one goes into its files only with the other.
+fn markers(source: &Source) -> Result<Vec<&'static str>> {
+    if !source.predicts_velocity() {
+        return Ok(Vec::new());
+    }
+    if source.scheduler_value("rescale_betas_zero_snr").is_some_and(|value| value == true) {
+        return Ok(vec![VELOCITY_MARKER, ZERO_SNR_MARKER]);
+    }
+    Ok(if tower(source)? == LdmTextTower::Clip { vec![VELOCITY_MARKER] } else { Vec::new() })
+}
+
+/// The text tower that LDM's code builds for the model.
+fn tower(source: &Source) -> Result<LdmTextTower> {
+    let config = TextConfig::parse(&source.text("text_encoder/config.json")?)?;
+    Ok(LdmTextTower::of_activation(&config.hidden_act))
 }
 
 /// Writes a Hugging Face folder to `dir`, which must not be there. `kind`: number format of all weights, or as they are.
@@ -127,7 +158,7 @@ pub fn write_folder(
             files::create_dir_all(path.parent().unwrap_or(dir))?;
             files::write_atomic(&path, with_dtype(name, content, kind).as_bytes())?;
         }
-        let index = model_index(&source.text("scheduler/scheduler_config.json")?.content);
+        let index = model_index(&source.text(SCHEDULER)?.content);
         files::write_atomic(&dir.join("model_index.json"), index.as_bytes())?;
         Ok(notes)
     })
@@ -298,16 +329,12 @@ fn refuse_existing(path: &Path) -> Result<()> {
 
 /// What Stability's specification of model metadata has for these models (github.com/Stability-AI/ModelSpec, 1.0.0).
 fn modelspec(source: &Source, path: &Path) -> Result<Vec<(String, String)>> {
-    let tower = LdmTextTower::of_activation(
-        &TextConfig::parse(&source.text("text_encoder/config.json")?)?.hidden_act,
-    );
-    let scheduler = source.find("scheduler/scheduler_config.json")?;
-    let prediction = match scheduler.and_then(|text| serde_json::from_str::<Value>(&text.content).ok()) {
-        Some(value) if value["prediction_type"] == "v_prediction" => Some("v"),
+    let prediction = match source.find(SCHEDULER)? {
+        Some(_) if source.predicts_velocity() => Some("v"),
         Some(_) => Some("epsilon"),
         None => source.metadata("modelspec.prediction_type"),
     };
-    let architecture = match (tower, prediction) {
+    let architecture = match (tower(source)?, prediction) {
         (LdmTextTower::Clip, _) => "stable-diffusion-v1",
         (LdmTextTower::OpenClip, Some("v")) => "stable-diffusion-v2-768-v",
         (LdmTextTower::OpenClip, _) => "stable-diffusion-v2-512",
@@ -325,7 +352,7 @@ fn modelspec(source: &Source, path: &Path) -> Result<Vec<(String, String)>> {
 
 /// `model_index.json` of a folder with our five parts.
 fn model_index(scheduler: &str) -> String {
-    let config: Value = serde_json::from_str(scheduler).unwrap_or(Value::Null);
+    let config = Value::from(python_json::parse(scheduler).unwrap_or_default());
     let index = json!({
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [null, null],

@@ -11,24 +11,16 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use crate::platform::host;
+use crate::weights::python_json;
 use crate::{Error, Result};
+
+pub use crate::weights::prediction::Prediction;
 
 /// More training timesteps than any model has; refuses a damaged file before it asks for memory.
 const MAX_TRAIN_TIMESTEPS: usize = 100_000;
 
 /// `beta_start` and `beta_end` of a `diffusers` class, which count where the file says nothing.
 pub const DEFAULT_BETAS: (f64, f64) = (0.0001, 0.02);
-
-/// What the UNet's output stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Prediction {
-    /// The noise.
-    Epsilon,
-    /// The velocity sqrt(a) e - sqrt(1 - a) x_0.
-    Velocity,
-    /// The clean latents.
-    Sample,
-}
 
 /// A `scheduler/scheduler_config.json`, kept as the keys it really has.
 ///
@@ -48,7 +40,7 @@ impl SchedulerConfig {
 
     /// Parses the text of a config; `path` is for messages. Python's `Infinity` and `NaN` are understood.
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
-        let values = serde_json::from_str(&quote_python_numbers(text))
+        let values = python_json::parse(text)
             .map_err(|e| Error::format(path, format!("expected a JSON object: {e}")))?;
         Ok(Self { values, path: path.to_path_buf() })
     }
@@ -193,6 +185,28 @@ impl SchedulerConfig {
         Err(self.problem("betas: expected a noise schedule between 0 and 1, found one that leaves it"))
     }
 
+    /// Refuses a schedule that ends in pure noise for a model that predicts the noise: at that timestep its answer says nothing of
+    /// the image (arXiv 2305.08891, section 3.2), so that no sampler can begin there and no training can teach it.
+    pub fn check_terminal_snr(&self) -> Result<()> {
+        // A table that cannot be made is told by whoever uses it.
+        let (Ok(alphas), Prediction::Epsilon) =
+            (self.alphas_cumprod(DEFAULT_BETAS, true), self.prediction()?)
+        else {
+            return Ok(());
+        };
+        if host::number(&alphas.get(-1)) > 0.0 {
+            return Ok(());
+        }
+        let error = self.problem(
+            "expected a model that predicts the velocity, since its noise schedule has zero terminal SNR (the last timestep is pure \
+             noise), found one that predicts the noise (epsilon), which says nothing of the image there",
+        );
+        Err(error.with_hint(
+            "if it was trained to predict the velocity, say --prediction v_prediction (prediction in [model] of a training); if \
+             it was trained without zero terminal SNR, take rescale_betas_zero_snr out of its scheduler_config.json",
+        ))
+    }
+
     /// An error about this file.
     pub fn problem(&self, problem: impl Into<String>) -> Error {
         Error::format(&self.path, problem)
@@ -222,25 +236,6 @@ impl SchedulerConfig {
     fn mismatch(&self, key: &str, expected: &str, found: &Value) -> Error {
         self.problem(format!("{key}: expected {expected}, found {found}"))
     }
-}
-
-/// Python writes infinities as bare words, which JSON does not have (DPM++'s `lambda_min_clipped` is one in many
-/// published files). Puts them in quotes; strings stay as they are.
-fn quote_python_numbers(text: &str) -> String {
-    let mut quoted = String::with_capacity(text.len());
-    for (i, part) in text.split('"').enumerate() {
-        let separator = if i == 0 { "" } else { "\"" };
-        quoted.push_str(separator);
-        // Odd parts lie inside a string. A key or value with an escaped quote would shift that; the parser then says
-        // so, and no published config has one.
-        if i % 2 == 1 {
-            quoted.push_str(part);
-        } else {
-            let part = part.replace("-Infinity", "\"-inf\"").replace("Infinity", "\"inf\"");
-            quoted.push_str(&part.replace("NaN", "\"nan\""));
-        }
-    }
-    quoted
 }
 
 fn cumulative_alphas(betas: &Tensor) -> Tensor {
@@ -362,12 +357,9 @@ mod tests {
 
     #[test]
     fn python_infinities_are_read() {
-        let config = parse(
-            "{\"lambda_min_clipped\": -Infinity, \"a\": Infinity, \"n\": NaN, \"name\": \"to -Infinity\"}",
-        );
+        let config = parse("{\"lambda_min_clipped\": -Infinity, \"a\": Infinity}");
         assert_eq!(config.number("lambda_min_clipped", 0.0).unwrap(), f64::NEG_INFINITY);
         assert_eq!(config.number("a", 0.0).unwrap(), f64::INFINITY);
-        assert_eq!(config.values["name"], "to -Infinity");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! one checkpoint file.
 
 use crate::attach::loaded::LayerNames;
-use crate::diffusion::noise::{Prediction, SchedulerConfig};
+use crate::diffusion::noise::SchedulerConfig;
 use crate::error::{Error, Result};
 use crate::model::layers::{Layer, Layers, Module};
 use crate::model::text::{TextEncoder, Tokenizer};
@@ -11,7 +11,8 @@ use crate::platform::host;
 use crate::platform::hub;
 use crate::weights::ldm::LdmNames;
 use crate::weights::part::Part;
-use crate::weights::source::Source;
+use crate::weights::request::ModelRequest;
+use crate::weights::source::{SCHEDULER, Source};
 use crate::weights::tensor_file;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
@@ -56,13 +57,17 @@ impl StableDiffusion {
         Self::from_source(Source::open(path, config)?, kind, device)
     }
 
+    /// As [`Self::load`], with what its user says of it.
+    pub fn open(asked: &ModelRequest, kind: Kind, device: Device) -> Result<Self> {
+        Self::from_source(Source::open_as(asked)?, kind, device)
+    }
+
     /// As [`Self::load`], of what is open already.
     pub fn from_source(source: Source, kind: Kind, device: Device) -> Result<Self> {
         source.check_complete()?;
         let _guard = tch::no_grad_guard();
-        let scheduler = source.text("scheduler/scheduler_config.json")?;
-        let scheduler = SchedulerConfig::parse(&scheduler.content, &scheduler.path)?.for_latent_model();
-        let mut notes = Vec::new();
+        let scheduler = scheduler_of(&source)?;
+        let mut notes = source.notes();
         let mut note = |part: &str, unused: Vec<String>| {
             if !unused.is_empty() {
                 notes.push(format!("{part}: tensors that were not used: {}", tensor_file::list(&unused)));
@@ -78,7 +83,6 @@ impl StableDiffusion {
         note("checkpoint", source.foreign_keys());
         let tokenizer = Tokenizer::load(&source, encoder.length() as usize)?;
         let texts = vec![TextTower { tokenizer, encoder }];
-        notes.extend(other_prediction(&source, &scheduler)?);
         let dir = source.path().to_path_buf();
         let model = Self { dir, source, texts, unet, vae, scheduler, notes };
         model.check_fit()?;
@@ -232,12 +236,11 @@ impl Layers for StableDiffusion {
     }
 }
 
-/// A note if the checkpoint's own metadata (Stability's "modelspec") contradicts the scheduler's file.
-fn other_prediction(source: &Source, scheduler: &SchedulerConfig) -> Result<Option<String>> {
-    let Some(said) = source.metadata("modelspec.prediction_type") else { return Ok(None) };
-    let velocity = said.to_lowercase().starts_with('v');
-    Ok((velocity != (scheduler.prediction()? == Prediction::Velocity)).then(|| {
-        format!("the checkpoint says that it predicts `{said}`, but its scheduler_config.json says otherwise, and is \
-                 followed")
-    }))
+/// The scheduler's config as it counts for drawing and training. Errors: it cannot be read, or contradicts itself
+/// ([`SchedulerConfig::check_terminal_snr`]).
+pub fn scheduler_of(source: &Source) -> Result<SchedulerConfig> {
+    let text = source.text(SCHEDULER)?;
+    let scheduler = SchedulerConfig::parse(&text.content, &text.path)?.for_latent_model();
+    scheduler.check_terminal_snr()?;
+    Ok(scheduler)
 }

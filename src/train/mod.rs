@@ -1,5 +1,6 @@
 //! Training: [`prepare`] makes what a run needs, by parts; [`trainer`] is the loop: batch, loss, gradient, step, record, save.
 
+pub mod base;
 mod batches;
 pub mod checkpoint;
 mod class_images;

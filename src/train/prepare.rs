@@ -10,9 +10,9 @@ use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::control::{ConditionEncoder, Control};
 use crate::model::layers::Layers;
-use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
 use crate::platform::{device, files, seed};
+use crate::train::base;
 use crate::train::batches::Batches;
 use crate::train::checkpoint::{self, Loaded, Moving, Resume, TrainedPart};
 use crate::train::class_images::{self, ClassImages};
@@ -167,9 +167,8 @@ impl Inputs {
         let held_out = config.data.held_out_data_dir.as_deref();
         let held_out =
             held_out.map(|dir| Pictures::read(&config, "held_out_data_dir", dir, observer)).transpose()?;
-        let dir = hub::resolve(&config.model.pretrained_model_name_or_path, Wanted::Model, observer)?;
-        let from = config.model.model_config.as_deref();
-        let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
+        let asked = base::request(&config.model, observer)?;
+        let mut model = StableDiffusion::open(&asked, compute.kind, compute.device)?;
         model.expect_text_to_image()?;
         model.notes.iter().for_each(|note| observer.note(note));
         device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;

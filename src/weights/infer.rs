@@ -6,6 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::weights::ldm::LdmTextTower;
+use crate::weights::prediction::Prediction;
 use crate::weights::tensor_file::TensorFile;
 use serde_json::{Value, json};
 
@@ -21,20 +22,27 @@ enum ModelFamily {
     Two,
 }
 
-/// The hub's repository whose settings fit the file.
-pub fn hub_repository(file: &TensorFile) -> &'static str {
+/// The hub's repository whose settings fit the file, for a hint; `prediction` is what is known of it.
+pub fn hub_repository(file: &TensorFile, prediction: Option<Prediction>) -> &'static str {
     // Latents, a mask and a masked picture.
     let inpainting =
         dimension_of(file, "model.diffusion_model.input_blocks.0.0.weight", 1).is_ok_and(|n| n == 9);
-    match (context_width(file), inpainting) {
-        (Some(1024), false) => "stabilityai/stable-diffusion-2-1",
-        (Some(1024), true) => "stabilityai/stable-diffusion-2-inpainting",
-        (_, false) => "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        (_, true) => "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    match (context_width(file), inpainting, prediction) {
+        (Some(1024), true, _) => "stabilityai/stable-diffusion-2-inpainting",
+        (Some(1024), false, Some(Prediction::Velocity)) => "stabilityai/stable-diffusion-2-1",
+        (Some(1024), false, Some(_)) => "stabilityai/stable-diffusion-2-1-base",
+        (Some(1024), false, None) => {
+            "stabilityai/stable-diffusion-2-1-base (512 pixels) or stabilityai/stable-diffusion-2-1 (768 pixels), and say which by \
+             --prediction epsilon (512) or --prediction v_prediction (768): the file does not tell. The page that it is from does, \
+             mostly by its size; with the wrong one pictures are noise or blobs"
+        }
+        (_, false, _) => "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        (_, true, _) => "stable-diffusion-v1-5/stable-diffusion-inpainting",
     }
 }
 
-/// `unet/config.json`. A second-generation model that predicts velocity was trained at 768 pixels, all others at 512.
+/// `unet/config.json`. Its size is what the metadata say (`modelspec.resolution`); else a second-generation model that predicts
+/// velocity was trained at 768 pixels, all others at 512.
 pub fn unet(file: &TensorFile, velocity: bool) -> Result<Value> {
     let family = family(file)?;
     let at = |name: &str| format!("model.diffusion_model.{name}");
@@ -87,7 +95,7 @@ pub fn unet(file: &TensorFile, velocity: bool) -> Result<Value> {
         "_class_name": "UNet2DConditionModel",
         "in_channels": size("input_blocks.0.0.weight", 1)?,
         "out_channels": size("out.2.weight", 0)?,
-        "sample_size": if velocity { 96 } else { 64 },
+        "sample_size": size_of_metadata(file).unwrap_or(if velocity && family == ModelFamily::Two { 96 } else { 64 }),
         "block_out_channels": channels,
         "layers_per_block": one_or_each(layers),
         "transformer_layers_per_block": one_or_each(depths.iter().map(|d| (*d).max(1)).collect()),
@@ -103,16 +111,32 @@ pub fn unet(file: &TensorFile, velocity: bool) -> Result<Value> {
     }))
 }
 
-/// `vae/config.json`.
-pub fn vae(file: &TensorFile) -> Result<Value> {
-    family(file)?;
-    let at = |name: &str| format!("first_stage_model.{name}");
+/// Latents along one edge of the square pictures that the metadata name (`512x512`), as published files have it.
+fn size_of_metadata(file: &TensorFile) -> Option<i64> {
+    let (width, height) = file.text("modelspec.resolution")?.split_once('x')?;
+    let pixels =
+        width.trim().parse::<i64>().ok().filter(|pixels| pixels % 8 == 0 && (64..=4096).contains(pixels))?;
+    (height.trim() == width.trim()).then_some(pixels / 8)
+}
+
+/// `vae/config.json`, of LDM's keys behind `prefix`.
+pub fn vae(file: &TensorFile, prefix: &str) -> Result<Value> {
+    vae_of(file, &|i, j| format!("{prefix}encoder.down.{i}.block.{j}.conv2.weight"), prefix)
+}
+
+/// `vae/config.json`, of a file with the keys that folders have.
+pub fn vae_of_today(file: &TensorFile) -> Result<Value> {
+    vae_of(file, &|i, j| format!("encoder.down_blocks.{i}.resnets.{j}.conv2.weight"), "")
+}
+
+/// The same; `block` names the encoder's layers by level and number.
+fn vae_of(file: &TensorFile, block: &dyn Fn(usize, usize) -> String, prefix: &str) -> Result<Value> {
+    let at = |name: &str| format!("{prefix}{name}");
     let size = |name: &str, dimension: usize| dimension_of(file, &at(name), dimension);
-    let has = |name: &str| file.shape(&at(name)).is_some();
-    let levels = count(|i| has(&format!("encoder.down.{i}.block.0.conv2.weight")));
-    let channels: Vec<i64> = (0..levels)
-        .map(|i| size(&format!("encoder.down.{i}.block.0.conv2.weight"), 0))
-        .collect::<Result<_>>()?;
+    let has = |i: usize, j: usize| file.shape(&block(i, j)).is_some();
+    let levels = count(|i| has(i, 0));
+    let channels: Vec<i64> =
+        (0..levels).map(|i| dimension_of(file, &block(i, 0), 0)).collect::<Result<_>>()?;
     Ok(json!({
         "_class_name": "AutoencoderKL",
         "in_channels": size("encoder.conv_in.weight", 1)?,
@@ -120,7 +144,7 @@ pub fn vae(file: &TensorFile) -> Result<Value> {
         "block_out_channels": channels,
         "down_block_types": vec!["DownEncoderBlock2D"; levels],
         "up_block_types": vec!["UpDecoderBlock2D"; levels],
-        "layers_per_block": count(|j| has(&format!("encoder.down.0.block.{j}.conv2.weight"))),
+        "layers_per_block": count(|j| has(0, j)),
         "latent_channels": size("post_quant_conv.weight", 0)?,
         "norm_num_groups": 32,
         "scaling_factor": 0.18215,
@@ -167,6 +191,11 @@ pub fn text_encoder(file: &TensorFile, tower: LdmTextTower) -> Result<Value> {
 /// One number where all are the same, as published files have it: not every reader takes a list.
 fn one_or_each(numbers: Vec<usize>) -> Value {
     if numbers.iter().all(|n| *n == numbers[0]) { numbers[0].into() } else { numbers.into() }
+}
+
+/// Fails unless the UNet is one of the two families, by whose settings what shapes do not tell is filled in.
+pub fn check_family(file: &TensorFile) -> Result<()> {
+    family(file).map(|_| ())
 }
 
 fn family(file: &TensorFile) -> Result<ModelFamily> {

@@ -187,6 +187,11 @@ impl LdmNames {
         names
     }
 
+    /// The same names behind another prefix, as files of one part have them.
+    pub fn behind(self, prefix: &'static str) -> Self {
+        Self { prefix, ..self }
+    }
+
     /// How this part's keys begin.
     pub fn prefix(&self) -> &'static str {
         self.prefix

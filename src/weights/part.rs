@@ -1,6 +1,8 @@
 //! The parts of a model, and a text that tells of one.
 
-use std::path::PathBuf;
+use crate::error::Result;
+use crate::platform::files;
+use std::path::{Path, PathBuf};
 
 /// A part of a model that has weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,4 +41,13 @@ pub struct Text {
     pub content: String,
     /// Its path, for messages; below the checkpoint's for what is not a file.
     pub path: PathBuf,
+}
+
+/// The text file `name` in the folder `dir`, if it is there.
+pub fn read_below(dir: &Path, name: &str) -> Result<Option<Text>> {
+    let path = dir.join(name);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    Ok(Some(Text { content: files::read_to_string(&path)?, path }))
 }

@@ -8,17 +8,22 @@
 use crate::error::{Error, Result};
 use crate::platform::disguise::pickle_line;
 use crate::platform::files;
+use crate::weights::checkpoint::Checkpoint;
 use crate::weights::config::{TextConfig, UNetConfig, VaeConfig};
+use crate::weights::family;
 use crate::weights::infer;
-use crate::weights::ldm::{LdmNames, LdmTextTower, UNET, VAE};
-use crate::weights::part::{Part, Text};
-use crate::weights::tensor_file::{self, TensorFile};
+use crate::weights::ldm::{LdmNames, LdmTextTower, VAE};
+use crate::weights::part::{Part, Text, read_below};
+use crate::weights::prediction::{Prediction, SaidPrediction};
+use crate::weights::python_json;
+use crate::weights::request::ModelRequest;
+use crate::weights::tensor_file::TensorFile;
 use crate::weights::tensors::{Tensors, current_name};
+use crate::weights::vae_file::VaeFile;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// Every text file of a model folder that says how pictures are drawn. (`model_index.json` lists parts; ours are fixed.)
 pub const TEXT_FILES: [&str; 10] = [
@@ -34,28 +39,32 @@ pub const TEXT_FILES: [&str; 10] = [
     "vae/config.json",
 ];
 
-/// How the metadata keys begin under which a checkpoint holds the text files of its model.
-pub const EMBEDDED: &str = "hra/";
+/// The scheduler's config, as folders have it.
+pub const SCHEDULER: &str = "scheduler/scheduler_config.json";
 
 /// A whole model, open for reading.
 #[derive(Debug)]
 pub struct Source {
     path: PathBuf,
     checkpoint: Option<Checkpoint>,
-}
-
-#[derive(Debug)]
-struct Checkpoint {
-    file: Arc<TensorFile>,
-    tower: LdmTextTower,
-    config: Option<PathBuf>,
+    /// In place of the model's own.
+    vae: Option<VaeFile>,
+    /// What the user says that it predicts.
+    prediction: Option<Prediction>,
 }
 
 impl Source {
-    /// Opens a model folder, or a `.safetensors` checkpoint. `config` is a folder with what the checkpoint does not say:
-    /// `tokenizer/`, `scheduler/` and, if need be, the other parts' `config.json`.
+    /// Opens a model folder, or a `.safetensors` checkpoint, as [`Self::open_as`]; `config` as in [`ModelRequest`].
     pub fn open(path: &Path, config: Option<&Path>) -> Result<Self> {
-        if path.is_dir() {
+        Self::open_as(&ModelRequest { config: config.map(Path::to_path_buf), ..ModelRequest::of(path) })
+    }
+
+    /// Opens a model, with what its user says of it.
+    ///
+    /// Errors: it is a model of another family, a pickle, or lacks a part; the VAE in place of its own is none for it.
+    pub fn open_as(asked: &ModelRequest) -> Result<Self> {
+        let ModelRequest { path, config, vae, prediction } = asked;
+        let checkpoint = if path.is_dir() {
             if let Some(config) = config {
                 return Err(Error::config(format!(
                     "{} is a model folder, which says itself what it is; a folder for its configs ({}) goes with a \
@@ -64,28 +73,26 @@ impl Source {
                     config.display()
                 )));
             }
-            return Ok(Self { path: path.to_path_buf(), checkpoint: None });
-        }
-        if !path.is_file() {
-            let found = if path.exists() { "a pipe or device" } else { "nothing" };
-            return Err(Error::format(path, format!("expected a Stable Diffusion folder, found {found}"))
-                .with_hint(
-                    "give a folder with model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/, or \
-                     a checkpoint file (.safetensors)",
+            family::check_folder(path)?;
+            None
+        } else {
+            if !path.is_file() {
+                let found = if path.exists() { "a pipe or device" } else { "nothing" };
+                let problem = format!("expected a Stable Diffusion folder, found {found}");
+                return Err(Error::format(path, problem).with_hint(
+                    "give a folder with model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/, or a checkpoint \
+                     file (.safetensors)",
                 ));
+            }
+            refuse_pickle(path)?;
+            Some(Checkpoint::open(path, config.as_deref(), vae.is_some())?)
+        };
+        let mut source = Self { path: path.clone(), checkpoint, vae: None, prediction: *prediction };
+        if let Some(vae) = vae {
+            let own = source.find_own("vae/config.json").ok().flatten();
+            source.vae = Some(VaeFile::open(vae, own.as_ref())?);
         }
-        if let Some(config) = config.filter(|dir| !dir.is_dir()) {
-            let found = if config.exists() { "a file" } else { "nothing" };
-            return Err(Error::format(
-                config,
-                format!("expected a folder with tokenizer/ and scheduler/, found {found}"),
-            ));
-        }
-        refuse_pickle(path)?;
-        let file = TensorFile::open(path)?;
-        let tower = check_parts(&file)?;
-        let checkpoint = Checkpoint { file: Arc::new(file), tower, config: config.map(Path::to_path_buf) };
-        Ok(Self { path: path.to_path_buf(), checkpoint: Some(checkpoint) })
+        Ok(source)
     }
 
     /// The folder or file.
@@ -111,54 +118,93 @@ impl Source {
             None => &["unet", "vae", "text_encoder", "tokenizer", "scheduler"],
             Some(_) => &["tokenizer", "scheduler"],
         };
-        let missing: Vec<&str> = needed.iter().copied().filter(|part| !there(part)).collect();
+        let missing =
+            needed.iter().copied().filter(|part| !there(part) && (*part != "vae" || self.vae.is_none()));
+        let missing: Vec<&str> = missing.collect();
         if missing.is_empty() {
             return Ok(());
         }
-        let missing = missing.join("/, no ");
-        Err(match &self.checkpoint {
-            None => {
-                Error::format(&self.path, format!("expected a Stable Diffusion folder, found no {missing}/"))
-            }
-            Some(checkpoint) => {
-                let problem = format!("expected a checkpoint that holds its settings, found no {missing}/");
-                Error::format(&self.path, problem).with_hint(format!(
-                    "give --config DIR (--model-config for training): a folder with tokenizer/ and scheduler/, such as \
-                     the JSON and text files of {}",
-                    infer::hub_repository(&checkpoint.file)
-                ))
-            }
-        })
+        let listed = missing.join("/, no ");
+        let Some(checkpoint) = &self.checkpoint else {
+            let error =
+                Error::format(&self.path, format!("expected a Stable Diffusion folder, found no {listed}/"));
+            return Err(if missing == ["vae"] {
+                error.with_hint("give a VAE with --vae FILE|DIR (vae in [model] of a training)")
+            } else {
+                error
+            });
+        };
+        let problem = format!("expected a checkpoint that holds its settings, found no {listed}/");
+        let repository = infer::hub_repository(&checkpoint.file, self.prediction.or(checkpoint.said.best()));
+        Err(Error::format(&self.path, problem).with_hint(format!(
+            "give --config DIR (--model-config for training): a folder with tokenizer/ and scheduler/, such as the JSON and text \
+             files of {repository}"
+        )))
     }
 
     /// One of [`TEXT_FILES`], which must be there.
     pub fn text(&self, name: &str) -> Result<Text> {
-        if self.checkpoint.is_none() {
-            let path = self.path.join(name);
-            return Ok(Text { content: files::read_to_string(&path)?, path });
+        match self.find(name)? {
+            Some(text) => Ok(text),
+            None if self.checkpoint.is_none() => {
+                let path = self.path.join(name);
+                Ok(Text { content: files::read_to_string(&path)?, path })
+            }
+            None => Err(Error::format(&self.path, format!("expected {name} in its metadata, found none"))),
         }
-        self.find(name)?
-            .ok_or_else(|| Error::format(&self.path, format!("expected {name} in its metadata, found none")))
     }
 
-    /// One of [`TEXT_FILES`], if it is there or can be inferred.
+    /// One of [`TEXT_FILES`], if it is there or can be inferred: the scheduler's with what the checkpoint and the user say of the
+    /// prediction, the VAE's of the one in use.
     pub fn find(&self, name: &str) -> Result<Option<Text>> {
+        match &self.vae {
+            Some(vae) if name == "vae/config.json" => return Ok(Some(vae.config().clone())),
+            _ if name == SCHEDULER => return Ok(self.scheduler()?.map(|(text, _)| text)),
+            _ => self.find_own(name),
+        }
+    }
+
+    /// The scheduler's config as it counts, and what a user should know of that.
+    fn scheduler(&self) -> Result<Option<(Text, Vec<String>)>> {
+        let Some(Text { content, path }) = self.find_own(SCHEDULER)? else { return Ok(None) };
+        let nothing = SaidPrediction::default();
+        let said = self.checkpoint.as_ref().map_or(&nothing, |checkpoint| &checkpoint.said);
+        let (content, notes) = said.applied(self.prediction, &content, &path)?;
+        Ok(Some((Text { content, path }, notes)))
+    }
+
+    /// As [`Self::find`], of the model's own files.
+    fn find_own(&self, name: &str) -> Result<Option<Text>> {
         let Some(checkpoint) = &self.checkpoint else { return read_below(&self.path, name) };
         if let Some(text) = checkpoint.given(name)? {
             return Ok(Some(text));
         }
         let file = &checkpoint.file;
         let inferred = match name {
-            "unet/config.json" => infer::unet(file, self.predicts_velocity()?)?,
-            "vae/config.json" => infer::vae(file)?,
+            "unet/config.json" => infer::unet(file, self.predicts_velocity())?,
+            "vae/config.json" if has_vae(file) => {
+                infer::check_family(file)?;
+                infer::vae(file, VAE)?
+            }
             "text_encoder/config.json" => infer::text_encoder(file, checkpoint.tower)?,
             _ => return Ok(None),
         };
         Ok(Some(Text { content: format!("{inferred:#}\n"), path: self.path.join(name) }))
     }
 
+    /// What a user should know of the files, one sentence each.
+    pub fn notes(&self) -> Vec<String> {
+        let of_file = self.checkpoint.iter().flat_map(|checkpoint| checkpoint.notes.clone());
+        let of_scheduler = self.scheduler().ok().flatten().into_iter().flat_map(|(_, notes)| notes);
+        let of_vae = self.vae.iter().flat_map(|vae| vae.notes.clone());
+        of_file.chain(of_scheduler).chain(of_vae).collect()
+    }
+
     /// The tensors of a part, by today's names.
     pub fn tensors(&self, part: Part) -> Result<Tensors> {
+        if let Some(vae) = self.vae.as_ref().filter(|_| part == Part::Vae) {
+            return vae.tensors();
+        }
         let Some(checkpoint) = &self.checkpoint else {
             return Tensors::in_folder(&self.path.join(part.folder()), part.stem(), |key| {
                 current_name(part, key)
@@ -207,56 +253,24 @@ impl Source {
 
     /// Keys of a checkpoint that belong to no part and are not known to be left over from training.
     pub fn foreign_keys(&self) -> Vec<String> {
-        const LEFT_OVER: [&str; 13] = [
-            "model_ema.",
-            "embedding_manager.",
-            "cond_stage_model.logit_scale",
-            "alphas_cumprod",
-            "betas",
-            "sqrt_",
-            "log_one_minus_",
-            "posterior_",
-            "logvar",
-            "lvlb_weights",
-            "scale_factor",
-            "v_pred",
-            "ztsnr",
-        ];
-        let Some(checkpoint) = &self.checkpoint else { return Vec::new() };
-        let known = |key: &String| {
-            let parts = [UNET, VAE, checkpoint.tower.prefix()];
-            parts.iter().chain(&LEFT_OVER).any(|prefix| key.starts_with(prefix))
-        };
-        checkpoint.file.names().into_iter().filter(|key| !known(key)).collect()
+        self.checkpoint.as_ref().map_or_else(Vec::new, Checkpoint::foreign_keys)
     }
 
-    /// Whether the scheduler's file says so; it decides what is inferred of a checkpoint's native size.
-    fn predicts_velocity(&self) -> Result<bool> {
-        let text = self.find("scheduler/scheduler_config.json")?;
-        let value: Option<Value> = text.and_then(|text| serde_json::from_str(&text.content).ok());
-        Ok(value.is_some_and(|value| value["prediction_type"] == "v_prediction"))
+    /// What counts as the model's prediction; it decides what is inferred of a checkpoint's native size, and what checkpoints are
+    /// marked with. False where the scheduler's config cannot be read, which is told where it is used.
+    pub fn predicts_velocity(&self) -> bool {
+        self.scheduler_value("prediction_type").is_some_and(|value| value == "v_prediction")
+    }
+
+    /// A value of the scheduler's config as it counts, where that can be read.
+    pub fn scheduler_value(&self, key: &str) -> Option<Value> {
+        let (text, _) = self.scheduler().ok().flatten()?;
+        python_json::parse(&text.content).ok()?.remove(key)
     }
 }
 
-impl Checkpoint {
-    /// What the user's folder or the header has. A part comes from one of them, so that no two tokenizers mix.
-    fn given(&self, name: &str) -> Result<Option<Text>> {
-        let part = name.split_once('/').map_or(name, |(part, _)| part);
-        if let Some(dir) = self.config.as_deref().filter(|dir| dir.join(part).exists()) {
-            return read_below(dir, name);
-        }
-        let path = self.file.path().join(name);
-        Ok(self.file.text(&format!("{EMBEDDED}{name}")).map(|text| Text { content: text.to_string(), path }))
-    }
-}
-
-/// The text file `name` in the folder `dir`, if it is there.
-pub fn read_below(dir: &Path, name: &str) -> Result<Option<Text>> {
-    let path = dir.join(name);
-    if !path.is_file() {
-        return Ok(None);
-    }
-    Ok(Some(Text { content: files::read_to_string(&path)?, path }))
+fn has_vae(file: &TensorFile) -> bool {
+    file.names().iter().any(|name| name.starts_with(VAE))
 }
 
 /// Refuses PyTorch's own formats, by the file's ending and by its first bytes.
@@ -283,41 +297,4 @@ pub fn refuse_pickle(path: &Path) -> Result<()> {
         "convert it with Python, which loads nothing but tensors here:\n  {}",
         pickle_line(&from, &to)
     )))
-}
-
-/// Fails unless the file has keys of all parts; otherwise, which text tower it has.
-fn check_parts(file: &TensorFile) -> Result<LdmTextTower> {
-    let names = file.names();
-    let has = |prefix: &str| names.iter().any(|name| name.starts_with(prefix));
-    let tower = [LdmTextTower::OpenClip, LdmTextTower::Clip].into_iter().find(|tower| has(tower.prefix()));
-    let mut missing: Vec<&str> = [(UNET, "UNet"), (VAE, "VAE")]
-        .into_iter()
-        .filter(|(prefix, _)| !has(prefix))
-        .map(|(prefix, _)| prefix)
-        .collect();
-    if tower.is_none() {
-        missing.push("cond_stage_model.");
-    }
-    if let (Some(tower), true) = (tower, missing.is_empty()) {
-        return Ok(tower);
-    }
-    let hint = if has("conditioner.embedders.") {
-        Some("this is a checkpoint of another family (Stable Diffusion XL), which is not supported")
-    } else if names.iter().any(|name| name.contains("lora_") || name.starts_with("base_model.model.")) {
-        Some("this looks like an adapter: give it with --adapter")
-    } else if has("down_blocks.") || has("encoder.") || has("text_model.") {
-        Some("this looks like one part of a Hugging Face folder: give the folder")
-    } else {
-        None
-    };
-    let missing: Vec<String> = missing.iter().map(|prefix| format!("{prefix}*")).collect();
-    Err(Error::format(
-        file.path(),
-        format!(
-            "expected a Stable Diffusion checkpoint, found no {} but {}",
-            missing.join(", no "),
-            tensor_file::list(&names)
-        ),
-    )
-    .with_hints(hint))
 }

@@ -82,6 +82,22 @@ impl TensorFile {
         Ok(Self { path: path.to_path_buf(), file, metadata, data_start: 8 + header })
     }
 
+    /// The same file with other names: `rename` gives the new one, `None` where it stays. Errors: two tensors get one name.
+    pub fn renamed(mut self, rename: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let tensors = self.metadata.tensors().into_iter();
+        let mut tensors: Vec<(String, TensorInfo)> =
+            tensors.map(|(name, info)| (rename(&name).unwrap_or(name), info.clone())).collect();
+        tensors.sort_by_key(|(_, info)| info.data_offsets);
+        let mut names: Vec<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+        names.sort_unstable();
+        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(Error::format(&self.path, format!("`{}` is there twice, by two names", pair[0])));
+        }
+        let text = self.metadata.metadata().clone();
+        self.metadata = Metadata::new(text, tensors).map_err(|e| Error::format(&self.path, e.to_string()))?;
+        Ok(self)
+    }
+
     /// The file's path.
     pub fn path(&self) -> &Path {
         &self.path

@@ -40,14 +40,24 @@ impl Tensors {
     ) -> Result<Self> {
         let mut tensors = Self::empty(dir);
         for path in find_files(dir, stem)? {
-            let file = TensorFile::open(&path)?;
-            for key in file.names() {
-                let name = current_name(&key).unwrap_or_else(|| key.clone());
-                tensors.insert(name, TensorEntry { file: tensors.files.len(), key, form: TensorForm::Same });
-            }
-            tensors.files.push(Arc::new(file));
+            tensors.add(Arc::new(TensorFile::open(&path)?), &current_name);
         }
         Ok(tensors)
+    }
+
+    /// All of one file, as [`Self::in_folder`].
+    pub(super) fn in_file(file: &Arc<TensorFile>, current_name: impl Fn(&str) -> Option<String>) -> Self {
+        let mut tensors = Self::empty(file.path());
+        tensors.add(file.clone(), &current_name);
+        tensors
+    }
+
+    fn add(&mut self, file: Arc<TensorFile>, current_name: &impl Fn(&str) -> Option<String>) {
+        for key in file.names() {
+            let name = current_name(&key).unwrap_or_else(|| key.clone());
+            self.insert(name, TensorEntry { file: self.files.len(), key, form: TensorForm::Same });
+        }
+        self.files.push(file);
     }
 
     /// The part of a checkpoint whose names these are. What lies below `spare` is never called unused.

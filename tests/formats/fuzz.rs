@@ -9,7 +9,7 @@ use crate::support::base::pin_threads;
 use crate::support::process::alone;
 use crate::support::readers;
 use hra::platform::device::peak_process_memory;
-use hra::weights::source::EMBEDDED;
+use hra::weights::checkpoint::EMBEDDED;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;

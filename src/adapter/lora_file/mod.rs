@@ -13,6 +13,7 @@ mod write;
 
 use crate::error::{Error, Result};
 use crate::platform::host;
+use crate::weights::family;
 use crate::weights::tensor_file::TensorFile;
 use keys::{LoraKey, Role};
 use settings::LoraFileSettings;
@@ -107,6 +108,14 @@ impl LoraFile {
                     }
                 }
             }
+        }
+        // What its trainers say of the base model (kohya's scripts, Stability's specification).
+        let said: Vec<&str> = ["modelspec.architecture", "ss_base_model_version"]
+            .iter()
+            .filter_map(|key| file.text(key))
+            .collect();
+        if let Some(family) = family::of_adapter(&file.names(), &said) {
+            problems.insert(0, family::adapter_problem(family));
         }
         for (why, keys) in refused {
             let more = if keys.len() > 1 { format!(" and {} more", keys.len() - 1) } else { String::new() };

@@ -124,6 +124,17 @@ impl SamplerKind {
         karras.map_or(config.clone(), |karras| config.with("use_karras_sigmas", karras))
     }
 
+    /// What a user should know of drawing with this sampler what has this config.
+    pub fn note(self, model: &SchedulerConfig) -> Option<String> {
+        let ignores = matches!(self, Self::Pndm | Self::Heun) && model.is_set("rescale_betas_zero_snr");
+        ignores.then(|| {
+            format!(
+                "the model has zero terminal SNR, of which scheduler {self} knows nothing, here as in diffusers; ddim, euler, euler-a, \
+                 dpm++2m and unipc honour it"
+            )
+        })
+    }
+
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         self.word()

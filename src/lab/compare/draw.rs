@@ -11,8 +11,8 @@ use crate::lab::results;
 use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, Control};
 use crate::platform::device::{self, Compute};
 use crate::platform::files;
-use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
+use crate::train::base;
 use crate::train::config::{MethodName, TrainConfig};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -66,9 +66,8 @@ pub struct DrawnPairing {
 
 /// Loads the base model of a training, to draw with.
 pub fn open(config: &TrainConfig, compute: &Compute, observer: &dyn Observer) -> Result<Session> {
-    let dir = hub::resolve(&config.model.pretrained_model_name_or_path, Wanted::Model, observer)?;
-    let from = config.model.model_config.as_deref();
-    let mut model = StableDiffusion::load_with(&dir, from, compute.kind, compute.device)?;
+    let asked = base::request(&config.model, observer)?;
+    let mut model = StableDiffusion::open(&asked, compute.kind, compute.device)?;
     model.expect_text_to_image()?;
     device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
     Session::open(model, Vec::new(), None)

@@ -11,8 +11,8 @@ use crate::lab::compare::task::Task;
 use crate::lab::results::{self, CellRecord, RECORD_FILE};
 use crate::platform::device;
 use crate::platform::host;
-use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
+use crate::train::base;
 use crate::train::config::TrainConfig;
 use std::path::Path;
 use std::time::Instant;
@@ -108,13 +108,8 @@ struct Probe {
 impl Probe {
     fn measure(train: &TrainConfig, config: &CompareConfig, observer: &dyn Observer) -> Result<Self> {
         let compute = device::resolve(train.device, Some(train.model.dtype))?;
-        let dir = hub::resolve(&train.model.pretrained_model_name_or_path, Wanted::Model, observer)?;
-        let mut model = StableDiffusion::load_with(
-            &dir,
-            train.model.model_config.as_deref(),
-            compute.kind,
-            compute.device,
-        )?;
+        let asked = base::request(&train.model, observer)?;
+        let mut model = StableDiffusion::open(&asked, compute.kind, compute.device)?;
         model.expect_text_to_image()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = train.threads.unwrap_or((cores / config.jobs).max(1) as i32);

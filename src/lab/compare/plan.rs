@@ -1,5 +1,6 @@
 //! From the settings of a comparison to its cells.
 
+use crate::diffusion::stable_diffusion::scheduler_of;
 use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, MethodEntry, Protocol};
 use crate::lab::compare::draw::{DrawnPairing, Sampling};
@@ -12,8 +13,8 @@ use crate::lab::results::{
 use crate::model::control::Passes;
 use crate::platform::choice::Choice;
 use crate::platform::device::DeviceChoice;
-use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
+use crate::train::base;
 use crate::train::config::keys::{keys, value};
 use crate::train::config::{
     CheckpointsSection, DataSection, PreviewsSection, PriorSection, ScheduleSection, TrainConfig,
@@ -54,8 +55,11 @@ pub fn plan(
     let towers = config.scores.resolved(observer)?;
     let identity = towers::identity(&towers, observer)?;
     let train = TrainConfig::common(&config.train)?;
-    let dir = hub::resolve(&train.model.pretrained_model_name_or_path, Wanted::Model, observer)?;
-    let model = Source::open(&dir, train.model.model_config.as_deref())?.fingerprint()?;
+    let source = Source::open_as(&base::request(&train.model, observer)?)?;
+    source.check_complete()?;
+    scheduler_of(&source)?;
+    source.notes().iter().for_each(|note| observer.note(note));
+    let model = source.fingerprint()?;
     let planner = Planner { config, subjects, steps: &steps, towers, identity, train, model };
     let chosen = match stage {
         Stage::Tables(chosen) => Some(*chosen),

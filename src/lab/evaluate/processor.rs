@@ -8,7 +8,7 @@ use crate::data::image::resize::short_side_size;
 use crate::data::image::tensor::{self, PixelValues};
 use crate::data::image::{Filter, RgbImage, resize};
 use crate::error::{Error, Result};
-use crate::weights::source::read_below;
+use crate::weights::part::read_below;
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};

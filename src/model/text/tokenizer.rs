@@ -6,7 +6,8 @@
 use crate::error::{Error, Result};
 use crate::model::text::tokenizer_json::{self, MAX_ID};
 use crate::weights::part::Text;
-use crate::weights::source::{Source, read_below};
+use crate::weights::part::read_below;
+use crate::weights::source::Source;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -33,11 +33,24 @@ pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<FileChoice> {
         Wanted::Model => model(names),
         Wanted::Adapter => adapter(names),
         Wanted::Tower => tower(names),
-        Wanted::ControlNet => controlnet(names),
+        Wanted::ControlNet => network(names, "a ControlNet"),
+        Wanted::Vae => network(names, "a VAE"),
     }
 }
 
 fn model(names: &BTreeSet<String>) -> Result<FileChoice> {
+    // Before gigabytes are fetched that are not read.
+    let has = |part: &str| names.contains(&format!("{part}/config.json"));
+    let other = match (has("unet"), has("text_encoder_2"), has("transformer")) {
+        (true, true, _) => Some("Stable Diffusion XL"),
+        (false, _, true) => Some("a diffusion transformer, such as Flux, Stable Diffusion 3 or PixArt"),
+        _ => None,
+    };
+    if let Some(family) = other {
+        return Err(Error::hub(format!(
+            "a Stable Diffusion 1.x or 2.x folder, found one of another family ({family}), which is not supported"
+        )));
+    }
     let mut files: Vec<String> = Vec::new();
     let mut missing: Vec<String> = Vec::new();
     let mut need = |name: String| {
@@ -154,13 +167,14 @@ fn adapter(names: &BTreeSet<String>) -> Result<FileChoice> {
     Ok(FileChoice { files, entry, note: layout.note("the repository") })
 }
 
-fn controlnet(names: &BTreeSet<String>) -> Result<FileChoice> {
+/// One network of diffusers by itself.
+fn network(names: &BTreeSet<String>, what: &str) -> Result<FileChoice> {
     match weights(names, "", "diffusion_pytorch_model").filter(|_| names.contains("config.json")) {
         Some(mut files) => {
             files.insert(0, "config.json".into());
             Ok(FileChoice { files, entry: PathBuf::new(), note: None })
         }
-        None => Err(Error::hub("a ControlNet: config.json with diffusion_pytorch_model.safetensors")),
+        None => Err(Error::hub(format!("{what}: config.json with diffusion_pytorch_model.safetensors"))),
     }
 }
 

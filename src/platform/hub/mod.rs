@@ -47,6 +47,10 @@ pub fn resolve(word: &Path, wanted: Wanted, observer: &dyn Observer) -> Result<P
                 "a vision tower",
                 "give a folder with config.json, preprocessor_config.json and model.safetensors, or a hub id",
             ),
+            Wanted::Vae => (
+                "a VAE",
+                "give a folder with config.json and diffusion_pytorch_model.safetensors, a .safetensors file, or a hub id",
+            ),
             Wanted::ControlNet => (
                 "a ControlNet",
                 "give a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id",

@@ -11,4 +11,6 @@ pub enum Wanted {
     Tower,
     /// A ControlNet folder.
     ControlNet,
+    /// A VAE's folder.
+    Vae,
 }

@@ -11,6 +11,7 @@ use crate::platform::choice::{Word, words};
 use crate::platform::device::Precision;
 use crate::train::config::{MethodName, TrainConfig};
 use crate::train::optim::LrSchedule;
+use crate::weights::prediction::Prediction;
 use toml::{Table, Value};
 
 /// A section of a config file.
@@ -236,6 +237,8 @@ pub const KEYS: &[(&str, &[Key])] = &[
         &[
             key(Section::Model, "pretrained_model_name_or_path", "MODEL", Text, "Stable Diffusion to start from: folder, checkpoint file (.safetensors), or hub id owner/name[@revision]").also(&["model"]),
             key(Section::Model, "model_config", "DIR", File, "Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json").unset("not used"),
+            key(Section::Model, "vae", "VAE", File, "VAE in place of the model's own: folder of diffusers', file (diffusers' keys, or those of checkpoints), or hub id").also(&["pretrained_vae_model_name_or_path"]).unset("the model's"),
+            key(Section::Model, "prediction", "", Words(words::<Prediction>), "What the model predicts").also(&["prediction_type"]).unset("what its files say"),
             key(Section::Run, "output_dir", "DIR", File, "Run folder: adapter, metrics, previews and checkpoints go there and nowhere else").also(&["output"]).of_comparison(),
             key(Section::Run, "seed", "", Count, "Seed of every random draw of the run").of_comparison(),
             key(Section::Run, "device", "", Device, "auto, cpu, cuda or cuda:N"),

@@ -81,7 +81,7 @@ impl TrainConfig {
             Ok::<(), Error>(())
         };
         let model = &mut self.model.pretrained_model_name_or_path;
-        let of_a_hub = [Some(model), self.adapter.init_adapter.as_mut()];
+        let of_a_hub = [Some(model), self.model.vae.as_mut(), self.adapter.init_adapter.as_mut()];
         of_a_hub.into_iter().flatten().filter(|path| !hub::is_id(path)).try_for_each(absolute)?;
         [&mut self.output_dir, &mut self.data.instance_data_dir].into_iter().try_for_each(absolute)?;
         let optional = [

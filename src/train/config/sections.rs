@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::platform::device::Precision;
 use crate::train::config::MethodName;
 use crate::train::optim::{AdamWConfig, LrSchedule};
+use crate::weights::prediction::Prediction;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -23,13 +24,23 @@ pub struct ModelSection {
     pub pretrained_model_name_or_path: PathBuf,
     /// Folder with what a checkpoint file does not say: tokenizer/, scheduler/, other parts' config.json.
     pub model_config: Option<PathBuf>,
+    /// VAE in place of the model's own: folder of diffusers', file (diffusers' keys, or those of checkpoints), or hub id.
+    pub vae: Option<PathBuf>,
+    /// What the model predicts.
+    pub prediction: Option<Prediction>,
     /// Number format of the frozen model; the adapter is always f32.
     pub dtype: Precision,
 }
 
 impl Default for ModelSection {
     fn default() -> Self {
-        Self { pretrained_model_name_or_path: PathBuf::new(), model_config: None, dtype: Precision::F32 }
+        Self {
+            pretrained_model_name_or_path: PathBuf::new(),
+            model_config: None,
+            vae: None,
+            prediction: None,
+            dtype: Precision::F32,
+        }
     }
 }
 

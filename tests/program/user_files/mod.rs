@@ -2,6 +2,7 @@
 
 mod adapters;
 mod commands;
+mod models;
 mod pictures;
 
 use crate::support::base::root;
