@@ -12,6 +12,7 @@ use crate::model::control::Control;
 use crate::platform::observer::{Counter, Event, Observer};
 use crate::platform::{files, seed};
 use crate::train::config::TrainConfig;
+use crate::weights::prediction::Prediction;
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ struct Manifest {
     steps: usize,
     guidance: f64,
     resolution: u32,
+    /// Where the settings say it over the model's files.
+    prediction: Option<Prediction>,
     /// Of the run that began the set; a run with another seed goes on with this one.
     seed: u64,
 }
@@ -69,6 +72,7 @@ impl ClassImages {
             steps: config.prior.class_steps,
             guidance: config.prior.class_guidance,
             resolution,
+            prediction: config.model.prediction,
             seed: config.seed,
         };
         let path = dir.join(MANIFEST_FILE);

@@ -356,7 +356,8 @@ impl Planner<'_> {
             t.data.resolution,
             t.prior.sample_batch_size,
         );
-        format!("{} {how:?}", self.model)
+        let prediction = t.model.prediction.map_or_else(String::new, |prediction| format!(" {prediction}"));
+        format!("{} {how:?}{prediction}", self.model)
     }
 
     fn base_id(&self, subject: &Subject) -> String {

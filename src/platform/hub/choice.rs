@@ -294,6 +294,16 @@ mod tests {
     }
 
     #[test]
+    fn a_repository_of_another_family_is_named_before_it_is_fetched() {
+        let xl =
+            ["unet/config.json", "text_encoder_2/config.json", "unet/diffusion_pytorch_model.safetensors"];
+        let told = |names: &[&str]| choose(&with(names), Wanted::Model).unwrap_err().to_string();
+        assert!(told(&xl).contains("another family (Stable Diffusion XL)"));
+        let flux = set(&["transformer/config.json", "text_encoder_2/config.json", "model_index.json"]);
+        assert!(choose(&flux, Wanted::Model).unwrap_err().to_string().contains("such as Flux"));
+    }
+
+    #[test]
     fn names_that_lead_elsewhere_are_never_chosen() {
         let hostile = [
             "../../x",

@@ -16,7 +16,10 @@ use tch::{Device, Kind, Tensor};
 
 type Named = Vec<(String, Tensor)>;
 
-const EMPTY: fn() -> Tensor = || Tensor::zeros([0], (Kind::Float, Device::Cpu));
+/// The empty tensors by which checkpoints are marked.
+fn markers() -> Named {
+    ["v_pred", "ztsnr"].map(|name| (name.to_string(), Tensor::zeros([0], (Kind::Float, Device::Cpu)))).into()
+}
 
 /// The tensors of the embedded model as a checkpoint has them.
 fn checkpoint_tensors(scratch: &Scratch) -> Named {
@@ -66,10 +69,15 @@ fn sample_flags<'a>(model: &'a Path, out: &'a str, more: &[&'a str]) -> Vec<&'a 
     [&own[..], more].concat()
 }
 
+/// Draws; gives what was told.
+fn picture(scratch: &Scratch, out: &str, model: &Path, more: &[&str]) -> String {
+    scratch.ok(&sample_flags(model, out, more)).err
+}
+
 /// Draws; gives the latents and what was told.
 fn draw(scratch: &Scratch, out: &str, model: &Path, more: &[&str]) -> (Tensor, String) {
     let file = format!("{out}.safetensors");
-    let told = scratch.ok(&sample_flags(model, out, &[more, &["--save-latents", &file]].concat())).err;
+    let told = picture(scratch, out, model, &[more, &["--save-latents", &file]].concat());
     (TensorFile::open(&scratch.path(&file)).unwrap().read("latents").unwrap(), told)
 }
 
@@ -97,7 +105,7 @@ fn a_checkpoint_marked_v_pred_and_ztsnr_predicts_velocity_with_zero_terminal_snr
     let scratch = Scratch::new();
     let mut tensors = checkpoint_tensors(&scratch);
     let plain = write(&scratch, "plain.safetensors", &tensors, &[]);
-    tensors.extend(["v_pred", "ztsnr"].map(|name| (name.to_string(), EMPTY())));
+    tensors.extend(markers());
     let marked = write(&scratch, "marked.safetensors", &tensors, &[]);
     let config = tiny_sd();
     let config = ["--config", word(&config)];
@@ -147,7 +155,7 @@ fn a_checkpoint_marked_v_pred_and_ztsnr_predicts_velocity_with_zero_terminal_snr
 fn zero_terminal_snr_is_drawn_by_a_sampler_that_knows_it() {
     let scratch = Scratch::new();
     let mut tensors = checkpoint_tensors(&scratch);
-    tensors.extend(["v_pred", "ztsnr"].map(|name| (name.to_string(), EMPTY())));
+    tensors.extend(markers());
     let marked = write(&scratch, "marked.safetensors", &tensors, &[]);
     // As the folders of Stable Diffusion 1.5 name it.
     let pndm = folder(&scratch, "pndm", &[("_class_name", "PNDMScheduler".into())]);
@@ -256,7 +264,7 @@ fn zero_terminal_snr_with_noise_prediction_is_refused_everywhere() {
     fs::write(scratch.path("compare.toml"), comparison).unwrap();
     refused(&scratch.run(&["compare", "compare.toml", "--output", "compared"]), &reason);
     told(&scratch.ok(&["inspect", word(&model)]).out, &["cannot be used so", "zero terminal SNR"]);
-    draw(&scratch, "drawn", &model, &["--prediction", "v_prediction"]);
+    picture(&scratch, "drawn", &model, &["--prediction", "v_prediction"]);
     // A table of its own that ends in pure noise is the same.
     let betas: Vec<f64> = (0..1000).map(|i| if i == 999 { 1.0 } else { 0.001 }).collect();
     let table = folder(&scratch, "table", &[("trained_betas", betas.into())]);
@@ -288,9 +296,8 @@ fn a_checkpoint_without_a_vae_takes_one_that_is_given() {
     refused(&train(&scratch, "run", &without, &["--model_config", config[1]]), &hint);
     told(&scratch.ok(&["inspect", word(&without)]).out, &["cannot be used", "--vae FILE|DIR"]);
 
-    let picture = |out: &str| fs::read(scratch.path(out).join("0000-0000.png")).unwrap();
     let pixels = |out: &str| hra::data::image::load_rgb(&scratch.path(out).join("0000-0000.png")).unwrap();
-    draw(&scratch, "whole", &tiny_sd(), &[]);
+    picture(&scratch, "whole", &tiny_sd(), &[]);
     let dir = tiny_sd().join("vae");
     let model_dir = tiny_sd();
     let today = dir.join("diffusion_pytorch_model.safetensors");
@@ -300,11 +307,10 @@ fn a_checkpoint_without_a_vae_takes_one_that_is_given() {
     fs::copy(&today, &copied).unwrap();
     for (i, vae) in [&dir, &model_dir, &today, &copied, &ldm, &bare].into_iter().enumerate() {
         let (out, flag) = (format!("out{i}"), ["--vae", "--pretrained_vae_model_name_or_path"][i % 2]);
-        let note = draw(&scratch, &out, &without, &[&config[..], &[flag, word(vae)]].concat()).1;
+        let note = picture(&scratch, &out, &without, &[&config[..], &[flag, word(vae)]].concat());
         assert!(pixels(&out) == pixels("whole"), "{}: {note}", vae.display());
         told(&note, &["the VAE is that of", word(vae)]);
     }
-    assert!(!picture("out0").is_empty());
     let done = train(&scratch, "run", &without, &["--model_config", config[1], "--vae", word(&bare)]);
     assert_eq!(done.code, 0, "{}", done.err);
     told(&done.out, &[&format!("--vae {}", word(&bare))]);
@@ -312,7 +318,7 @@ fn a_checkpoint_without_a_vae_takes_one_that_is_given() {
     assert_eq!(records(&scratch.path("run")), records(&scratch.path("same")));
     let export = ["export", "--model", word(&without), "--adapter", "run=0", "--vae", word(&bare), "--to"];
     scratch.ok(&[&export[..], &["checkpoint", "--output", "out.safetensors"], &config].concat());
-    draw(&scratch, "again", &scratch.path("out.safetensors"), &[]);
+    picture(&scratch, "again", &scratch.path("out.safetensors"), &[]);
     assert!(pixels("again") == pixels("whole"));
     told(&scratch.ok(&["inspect", word(&bare)]).out, &["VAE file (--vae takes it)"]);
 }
