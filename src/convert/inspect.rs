@@ -120,7 +120,7 @@ fn checkpoint_or_adapter(
 ) -> Result<Vec<FileReport>> {
     let path = asked.path.as_path();
     let has = |start: &str| names.iter().any(|name| name.starts_with(start));
-    if checkpoint::is_model(names) && (family::of_keys(names).is_none() || has("cond_stage_model.")) {
+    if checkpoint::is_model(names) && family::of_keys(names).is_none() {
         // What makes it unusable is just what was asked for.
         return whole_model(asked).or_else(|problem| match problem.kind {
             ErrorKind::Format { .. } => {

@@ -30,6 +30,8 @@ struct Manifest {
     resolution: u32,
     /// Where the settings say it over the model's files.
     prediction: Option<Prediction>,
+    /// Of the VAE in place of the model's own: [`Source::vae_fingerprint`](crate::weights::source::Source::vae_fingerprint).
+    vae: Option<String>,
     /// Of the run that began the set; a run with another seed goes on with this one.
     seed: u64,
 }
@@ -73,6 +75,7 @@ impl ClassImages {
             guidance: config.prior.class_guidance,
             resolution,
             prediction: config.model.prediction,
+            vae: model.source.vae_fingerprint()?,
             seed: config.seed,
         };
         let path = dir.join(MANIFEST_FILE);

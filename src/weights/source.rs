@@ -158,8 +158,8 @@ impl Source {
     /// prediction, the VAE's of the one in use.
     pub fn find(&self, name: &str) -> Result<Option<Text>> {
         match &self.vae {
-            Some(vae) if name == "vae/config.json" => return Ok(Some(vae.config().clone())),
-            _ if name == SCHEDULER => return Ok(self.scheduler()?.map(|(text, _)| text)),
+            Some(vae) if name == "vae/config.json" => Ok(Some(vae.config().clone())),
+            _ if name == SCHEDULER => Ok(self.scheduler()?.map(|(text, _)| text)),
             _ => self.find_own(name),
         }
     }
@@ -202,9 +202,14 @@ impl Source {
 
     /// The tensors of a part, by today's names.
     pub fn tensors(&self, part: Part) -> Result<Tensors> {
-        if let Some(vae) = self.vae.as_ref().filter(|_| part == Part::Vae) {
-            return vae.tensors();
+        match self.vae.as_ref().filter(|_| part == Part::Vae) {
+            Some(vae) => vae.tensors(),
+            None => self.own_tensors(part),
         }
+    }
+
+    /// Those of the model's own files.
+    fn own_tensors(&self, part: Part) -> Result<Tensors> {
         let Some(checkpoint) = &self.checkpoint else {
             return Tensors::in_folder(&self.path.join(part.folder()), part.stem(), |key| {
                 current_name(part, key)
@@ -215,28 +220,51 @@ impl Source {
             let config = TextConfig::parse(&self.text("text_encoder/config.json")?)?;
             spare = Some(format!("encoder.layers.{}.", config.num_hidden_layers));
         }
-        Ok(Tensors::in_checkpoint(&checkpoint.file, &self.names(part)?, spare))
+        let names = match part {
+            Part::Vae => vae_names(self.find_own("vae/config.json")?.as_ref())?,
+            _ => self.names(part)?,
+        };
+        Ok(Tensors::in_checkpoint(&checkpoint.file, &names, spare))
     }
 
     /// What identifies the weights, by names and first values of all tensors: a folder and the checkpoint made of it have the
     /// same, and any retraining changes it.
+    ///
+    /// A VAE in place of the model's own makes no other model of it: adapters fit as before ([`Self::vae_fingerprint`] tells it).
     pub fn fingerprint(&self) -> Result<String> {
         let mut hash = Sha256::new();
         for part in Part::ALL {
             hash.update(part.folder());
-            self.tensors(part)?.identify(&mut hash)?;
+            let tensors = match (part, &self.vae) {
+                (Part::Vae, Some(vae)) if !self.has_own_vae() => vae.tensors()?,
+                // Such as a folder with a pickle, for which another VAE is given.
+                (Part::Vae, Some(vae)) => self.own_tensors(part).or_else(|_| vae.tensors())?,
+                _ => self.own_tensors(part)?,
+            };
+            tensors.identify(&mut hash)?;
         }
         Ok(files::hex(hash.finalize()))
+    }
+
+    /// What identifies the VAE that is in place of the model's own; `None` where it has its own.
+    pub fn vae_fingerprint(&self) -> Result<Option<String>> {
+        let Some(vae) = &self.vae else { return Ok(None) };
+        let mut hash = Sha256::new();
+        vae.tensors()?.identify(&mut hash)?;
+        hash.update(&vae.config().content);
+        Ok(Some(files::hex(hash.finalize())))
+    }
+
+    fn has_own_vae(&self) -> bool {
+        let in_folder = || self.path.join(Part::Vae.folder()).is_dir();
+        self.checkpoint.as_ref().map_or_else(in_folder, |checkpoint| has_vae(&checkpoint.file))
     }
 
     /// The names of a part's tensors in this checkpoint, or in the one that would be made of this folder.
     pub fn names(&self, part: Part) -> Result<LdmNames> {
         Ok(match part {
             Part::UNet => LdmNames::unet(&UNetConfig::parse(&self.text("unet/config.json")?)?.1),
-            Part::Vae => {
-                let config = VaeConfig::parse(&self.text("vae/config.json")?)?;
-                LdmNames::vae(config.block_out_channels.len(), config.layers_per_block)
-            }
+            Part::Vae => vae_names(Some(&self.text("vae/config.json")?))?,
             Part::TextEncoder => {
                 let config = TextConfig::parse(&self.text("text_encoder/config.json")?)?;
                 let tower = self.checkpoint.as_ref().map(|checkpoint| checkpoint.tower);
@@ -267,6 +295,15 @@ impl Source {
         let (text, _) = self.scheduler().ok().flatten()?;
         python_json::parse(&text.content).ok()?.remove(key)
     }
+}
+
+/// The names of a VAE with this config; without one, of none.
+fn vae_names(config: Option<&Text>) -> Result<LdmNames> {
+    let sizes = config.map(VaeConfig::parse).transpose()?;
+    Ok(sizes.map_or_else(
+        || LdmNames::vae(0, 0),
+        |c| LdmNames::vae(c.block_out_channels.len(), c.layers_per_block),
+    ))
 }
 
 fn has_vae(file: &TensorFile) -> bool {

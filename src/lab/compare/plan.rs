@@ -59,7 +59,9 @@ pub fn plan(
     source.check_complete()?;
     scheduler_of(&source)?;
     source.notes().iter().for_each(|note| observer.note(note));
-    let model = source.fingerprint()?;
+    // Of the VAE too, where it is not the model's own: all pictures depend on it.
+    let model = [Some(source.fingerprint()?), source.vae_fingerprint()?];
+    let model = model.into_iter().flatten().collect::<Vec<_>>().join(" ");
     let planner = Planner { config, subjects, steps: &steps, towers, identity, train, model };
     let chosen = match stage {
         Stage::Tables(chosen) => Some(*chosen),

@@ -8,6 +8,7 @@ use crate::support::records::records;
 use crate::support::scratch::Scratch;
 use crate::support::training::tiny_sd;
 use hra::convert::single_file::{Replaced, write_checkpoint};
+use hra::data::image::load_rgb;
 use hra::weights::source::Source;
 use hra::weights::tensor_file::{self, TensorFile};
 use std::fs;
@@ -79,6 +80,10 @@ fn draw(scratch: &Scratch, out: &str, model: &Path, more: &[&str]) -> (Tensor, S
     let file = format!("{out}.safetensors");
     let told = picture(scratch, out, model, &[more, &["--save-latents", &file]].concat());
     (TensorFile::open(&scratch.path(&file)).unwrap().read("latents").unwrap(), told)
+}
+
+fn pixels(scratch: &Scratch, out: &str) -> Vec<u8> {
+    load_rgb(&scratch.path(out).join("0000-0000.png")).unwrap().into_raw()
 }
 
 fn refused(done: &Finished, words: &[&str]) {
@@ -296,7 +301,6 @@ fn a_checkpoint_without_a_vae_takes_one_that_is_given() {
     refused(&train(&scratch, "run", &without, &["--model_config", config[1]]), &hint);
     told(&scratch.ok(&["inspect", word(&without)]).out, &["cannot be used", "--vae FILE|DIR"]);
 
-    let pixels = |out: &str| hra::data::image::load_rgb(&scratch.path(out).join("0000-0000.png")).unwrap();
     picture(&scratch, "whole", &tiny_sd(), &[]);
     let dir = tiny_sd().join("vae");
     let model_dir = tiny_sd();
@@ -308,7 +312,7 @@ fn a_checkpoint_without_a_vae_takes_one_that_is_given() {
     for (i, vae) in [&dir, &model_dir, &today, &copied, &ldm, &bare].into_iter().enumerate() {
         let (out, flag) = (format!("out{i}"), ["--vae", "--pretrained_vae_model_name_or_path"][i % 2]);
         let note = picture(&scratch, &out, &without, &[&config[..], &[flag, word(vae)]].concat());
-        assert!(pixels(&out) == pixels("whole"), "{}: {note}", vae.display());
+        assert!(pixels(&scratch, &out) == pixels(&scratch, "whole"), "{}: {note}", vae.display());
         told(&note, &["the VAE is that of", word(vae)]);
     }
     let done = train(&scratch, "run", &without, &["--model_config", config[1], "--vae", word(&bare)]);
@@ -319,8 +323,27 @@ fn a_checkpoint_without_a_vae_takes_one_that_is_given() {
     let export = ["export", "--model", word(&without), "--adapter", "run=0", "--vae", word(&bare), "--to"];
     scratch.ok(&[&export[..], &["checkpoint", "--output", "out.safetensors"], &config].concat());
     picture(&scratch, "again", &scratch.path("out.safetensors"), &[]);
-    assert!(pixels("again") == pixels("whole"));
+    assert!(pixels(&scratch, "again") == pixels(&scratch, "whole"));
     told(&scratch.ok(&["inspect", word(&bare)]).out, &["VAE file (--vae takes it)"]);
+}
+
+#[test]
+fn an_adapter_fits_the_model_with_another_vae_too() {
+    let scratch = Scratch::new();
+    assert_eq!(train(&scratch, "run", &tiny_sd(), &[]).code, 0);
+    let dimmed: Named = vae_tensors(&checkpoint_tensors(&scratch), "")
+        .into_iter()
+        .map(
+            |(name, tensor)| {
+                if name.starts_with("decoder.conv_out") { (name, tensor * 0.5) } else { (name, tensor) }
+            },
+        )
+        .collect();
+    let vae = write(&scratch, "dimmed.safetensors", &dimmed, &[]);
+    let note = picture(&scratch, "out", &tiny_sd(), &["--adapter", "run", "--vae", word(&vae)]);
+    assert!(!note.contains("warning:"), "{note}");
+    picture(&scratch, "own", &tiny_sd(), &["--adapter", "run"]);
+    assert!(pixels(&scratch, "out") != pixels(&scratch, "own"), "the other VAE is used");
 }
 
 #[test]
@@ -398,21 +421,10 @@ fn a_checkpoint_of_another_family_is_named() {
         ("Stable Diffusion 3", &["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"]),
         ("PixArt", &["y_embedder.y_proj.fc1.weight", "blocks.0.scale_shift_table"]),
         ("Stable Cascade", &["clip_txt_mapper.weight", "down_blocks.0.0.channelwise.0.weight"]),
-        (
-            "Stable Diffusion XL",
-            &[
-                "model.diffusion_model.label_emb.0.0.weight",
-                "conditioner.embedders.1.model.ln_final.bias",
-                "first_stage_model.x",
-            ],
-        ),
+        ("Stable Diffusion XL", &["conditioner.embedders.1.model.ln_final.bias", "first_stage_model.x"]),
         (
             "Stable Diffusion XL, its refiner",
-            &[
-                "model.diffusion_model.out.0.weight",
-                "conditioner.embedders.0.model.ln_final.bias",
-                "first_stage_model.x",
-            ],
+            &["conditioner.embedders.0.model.ln_final.bias", "model.diffusion_model.out.0.bias"],
         ),
     ] {
         let path = write(&scratch, "other.safetensors", &named(keys), &[]);
@@ -473,8 +485,7 @@ fn an_adapter_of_another_family_is_named() {
         ),
     ] {
         let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
-        let halves = ["down", "up"].map(|half| format!("{key}.lora_{half}.weight"));
-        let [down, up] = halves.map(|name| name.to_string());
+        let [down, up] = ["down", "up"].map(|half| format!("{key}.lora_{half}.weight"));
         let path = write(&scratch, "lora.safetensors", &[(down, ones(&[2, 8])), (up, ones(&[8, 2]))], text);
         let words = [&format!("adapter for models of another family ({family})"), "not supported"];
         refused(&scratch.run(&sample_flags(&tiny_sd(), "out", &["--adapter", word(&path)])), &words);
