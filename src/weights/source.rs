@@ -17,7 +17,7 @@ use crate::weights::part::{Part, Text, read_below};
 use crate::weights::prediction::{Prediction, SaidPrediction};
 use crate::weights::python_json;
 use crate::weights::request::ModelRequest;
-use crate::weights::tensor_file::TensorFile;
+use crate::weights::tensor_file::{self, TensorFile};
 use crate::weights::tensors::{Tensors, current_name};
 use crate::weights::vae_file::VaeFile;
 use serde_json::Value;
