@@ -40,7 +40,7 @@ fn each_value_has_its_interval_over_pairs() {
         assert!(written.summary.text.contains(&text), "{}", written.summary.text);
     };
     for record in &comparison.records {
-        let label = if record.cell.method() == BASE { FLOOR } else { &record.cell.method() };
+        let label = if record.cell.method() == BASE { FLOOR } else { record.cell.method() };
         check(label, "edge_f1", "edge F1", values(record, "edge_f1"));
         if record.cell.method() != BASE {
             check(label, "edge_f1_shuffled", "shuffled edge F1", values(record, "edge_f1_shuffled"));
