@@ -70,7 +70,7 @@ pub fn attach_new(
 }
 
 /// Many layers have the same problem: it is told once, with the layers that have it.
-fn grouped(problems: &[(String, String)]) -> String {
+pub fn grouped(problems: &[(String, String)]) -> String {
     let mut texts: Vec<&String> = problems.iter().map(|(text, _)| text).collect();
     texts.dedup();
     texts.sort();

@@ -4,62 +4,86 @@ use crate::data::image::png;
 use crate::diffusion::sample::Picture;
 use crate::error::{Error, Result};
 use crate::platform::files;
+use crate::platform::observer::Observer;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 /// The folder that pictures go into.
 pub struct Output<'a> {
-    /// Where it is.
-    pub dir: &'a Path,
+    dir: &'a Path,
     /// What the pictures of a prompt are called, where it is not the prompt's number.
-    pub names: Option<Vec<String>>,
+    names: Option<Vec<String>>,
     /// Pictures of each prompt.
-    pub count: usize,
+    count: usize,
+    /// The first prompt's number.
+    first: usize,
 }
 
-impl Output<'_> {
-    /// Makes the folder. Pictures that hra drew there before are replaced only where `overwrite` says so, and then those of the
-    /// base model too, which would not belong to the new ones; any other file of that name is not touched. `read` are files
-    /// that are read, which are none to write over whoever made them.
+impl<'a> Output<'a> {
+    /// A folder for `count` pictures of each prompt, called by numbers or by `names`.
+    pub fn new(dir: &'a Path, names: Option<Vec<String>>, count: usize) -> Self {
+        Self { dir, names, count, first: 0 }
+    }
+
+    /// Makes the folder. Nothing that is there is lost: numbers go on after those of earlier pictures, and names that are taken
+    /// are refused. With `overwrite` pictures that hra drew are replaced, and those of the base model too, which would not
+    /// belong to the new ones; any other file of that name is not touched. `read` are files that are read, which are none to
+    /// write over whoever made them.
     pub fn prepare(
-        &self,
+        &mut self,
         (with_base, overwrite): (bool, bool),
         prompts: usize,
         read: &[PathBuf],
+        observer: &dyn Observer,
     ) -> Result<()> {
         let read: HashSet<PathBuf> = read.iter().filter_map(|path| path.canonicalize().ok()).collect();
-        let of = |base: bool| {
-            let pictures = (0..prompts).flat_map(|p| (0..self.count).map(move |i| (p, i)));
-            pictures.map(move |(prompt, picture)| self.file(prompt, picture, base))
-        };
-        let written = of(false).chain([self.dir.join("grid.png")]).chain(of(true).filter(|_| with_base));
-        let mut earlier = Vec::new();
+        if !overwrite && self.names.is_none() {
+            self.first = self.next_number()?;
+        }
+        if self.first > 0 {
+            let (dir, first) = (self.dir.display(), self.first);
+            observer.note(&format!(
+                "{dir} has pictures: the new ones are counted on from {first:04} (--overwrite draws in their place)"
+            ));
+        }
+        let of = |base| self.files(prompts, base);
+        let written =
+            of(false).into_iter().chain([self.sheet()]).chain(of(true).into_iter().filter(|_| with_base));
         for path in written.filter(|path| path.exists()) {
             self.refuse(&path, &read)?;
-            earlier.push(path);
+            if !overwrite {
+                let problem = format!("--output: {} is there, drawn before", path.display());
+                return Err(Error::run(problem)
+                    .with_hint("give another --output, or --overwrite to draw in its place"));
+            }
         }
-        let of_base = of(true).filter(|path| !with_base && is_ours(path));
-        let stale: Vec<PathBuf> = of_base.collect();
-        if let (false, Some(first)) = (overwrite, earlier.iter().chain(&stale).next()) {
-            let problem = format!("--output: {} is there, drawn before", first.display());
-            return Err(
-                Error::run(problem).with_hint("give another --output, or --overwrite to draw in its place")
-            );
+        if overwrite && !with_base {
+            of(true).iter().filter(|path| is_ours(path)).try_for_each(|path| files::remove_file(path))?;
         }
-        stale.iter().try_for_each(|path| files::remove_file(path))?;
         for base in if with_base { &[false, true][..] } else { &[false] } {
             files::create_dir_all(&self.folder(*base))?;
         }
-        let own: HashSet<PathBuf> =
-            (0..prompts).flat_map(|p| (0..self.count).map(move |i| self.file(p, i, false))).collect();
-        let is_other = |path: &Path| {
-            path.extension().is_some_and(|e| e == "png") && !own.contains(path) && !path.ends_with("grid.png")
-        };
-        let others = files::list_dir(self.dir)?.iter().filter(|entry| is_other(&entry.path)).count();
-        if others > 0 {
-            eprintln!("note: {} holds {others} other pictures, which stay there", self.dir.display());
-        }
         Ok(())
+    }
+
+    /// One more than the largest number of a prompt that hra drew a picture of.
+    fn next_number(&self) -> Result<usize> {
+        let number = |name: &str| {
+            let (prompt, picture) = name.strip_suffix(".png")?.split_once('-')?;
+            let digits = |text: &str| text.len() >= 4 && text.bytes().all(|b| b.is_ascii_digit());
+            (digits(prompt) && digits(picture)).then(|| prompt.parse::<usize>().ok()).flatten()
+        };
+        let mut next = 0;
+        for folder in [self.folder(false), self.folder(true)].iter().filter(|folder| folder.is_dir()) {
+            let entries = files::list_dir(folder)?;
+            let pictures =
+                entries.iter().filter_map(|entry| Some((number(entry.name.to_str()?)?, &entry.path)));
+            let mut pictures: Vec<(usize, &PathBuf)> = pictures.collect();
+            pictures.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
+            let last = pictures.into_iter().find(|(_, path)| is_ours(path));
+            next = next.max(last.map_or(0, |(number, _)| number.saturating_add(1)));
+        }
+        Ok(next)
     }
 
     /// Refuses a path that is not to be written over.
@@ -78,10 +102,25 @@ impl Output<'_> {
         if base { self.dir.join("base") } else { self.dir.to_path_buf() }
     }
 
+    /// The paths of all pictures.
+    fn files(&self, prompts: usize, base: bool) -> Vec<PathBuf> {
+        let of_prompt = |prompt| (0..self.count).map(move |picture| self.file(prompt, picture, base));
+        (0..prompts).flat_map(of_prompt).collect()
+    }
+
+    /// The contact sheet's path.
+    pub fn sheet(&self) -> PathBuf {
+        match self.first {
+            0 => self.dir.join("grid.png"),
+            first => self.dir.join(format!("grid-{first:04}.png")),
+        }
+    }
+
     /// The picture's path.
     pub fn file(&self, prompt: usize, picture: usize, base: bool) -> PathBuf {
+        let number = self.first + prompt;
         let name = match &self.names {
-            None => format!("{prompt:04}-{picture:04}.png"),
+            None => format!("{number:04}-{picture:04}.png"),
             Some(names) if self.count == 1 => format!("{}.png", names[prompt]),
             Some(names) => format!("{}-{picture:04}.png", names[prompt]),
         };

@@ -74,11 +74,11 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
             parent.display()
         )));
     }
-    let output = Output { dir: &args.output, names, count: job.source.count() };
+    let mut output = Output::new(&args.output, names, job.source.count());
     let read = [args.start.files(), asked.files()].concat();
-    output.prepare((args.with_base, args.overwrite), job.prompts.len(), &read)?;
+    output.prepare((args.with_base, args.overwrite), job.prompts.len(), &read, observer)?;
     let drawn = job.draw(&mut session, &output, observer)?;
-    job.finish(&session, drawn)
+    job.finish(&session, &output, drawn)
 }
 
 fn check_flags(args: &SampleArgs) -> Result<()> {
@@ -224,7 +224,7 @@ impl Job<'_> {
     }
 
     /// Writes what holds all pictures, and says what was drawn.
-    fn finish(self, session: &Session, drawn: Drawn) -> Result<()> {
+    fn finish(self, session: &Session, output: &Output, drawn: Drawn) -> Result<()> {
         let Self { args, controlled, settings, source, prompts, .. } = self;
         let Drawn { rows, latents, pictures } = drawn;
         if prompts.len() > MAX_ROWS {
@@ -245,7 +245,7 @@ impl Job<'_> {
             all.to_text(Some(args.pictures.seed), &session.model().name(), &args.adapter.join(", "));
         args.start.add_to(&mut text);
         text.extend(controlled.iter().flat_map(Controlled::about));
-        let sheet = args.output.join("grid.png");
+        let sheet = output.sheet();
         png::save_png(&sheet, &grid.render(), &text)?;
         if args.json {
             return super::print_json(&json!({

@@ -40,7 +40,7 @@ pub struct SampleArgs {
     /// Folder for the pictures: PROMPT-PICTURE.png, counted from 0000-0000 (with --pairs, their own names), and grid.png
     #[arg(long, alias = "output-dir", value_name = "DIR")]
     pub output: PathBuf,
-    /// Replace pictures that hra drew into that folder before
+    /// Replace pictures that hra drew into that folder before, instead of counting on after them
     #[arg(long)]
     pub overwrite: bool,
     /// Draw each picture with the base model too, from the same noise: in base/, and beside the others in grid.png

@@ -5,6 +5,7 @@ mod batches;
 pub mod checkpoint;
 mod class_images;
 pub mod config;
+mod fit;
 pub mod loss;
 pub mod loss_scale;
 pub mod optim;

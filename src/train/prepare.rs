@@ -17,6 +17,7 @@ use crate::train::batches::Batches;
 use crate::train::checkpoint::{self, Loaded, Moving, Resume, TrainedPart};
 use crate::train::class_images::{self, ClassImages};
 use crate::train::config::{AdapterSection, TrainConfig};
+use crate::train::fit;
 use crate::train::loss_scale::LossScale;
 use crate::train::optim::{AdamW, Ema, LearningRate};
 use crate::train::pictures::Pictures;
@@ -24,6 +25,7 @@ use crate::train::preview::{HeldOut, Previews};
 use crate::train::run::{Metrics, RunFolder, Sums};
 use crate::train::setup::{self, find_checkpoint, trained_parts};
 use crate::train::totals::Totals;
+use crate::weights::source::Source;
 use tch::Kind;
 
 /// A run that can begin, or go on.
@@ -168,7 +170,10 @@ impl Inputs {
         let held_out =
             held_out.map(|dir| Pictures::read(&config, "held_out_data_dir", dir, observer)).transpose()?;
         let asked = base::request(&config.model, observer)?;
-        let mut model = StableDiffusion::open(&asked, compute.kind, compute.device)?;
+        let source = Source::open_as(&asked)?;
+        source.check_complete()?;
+        fit::check(&config, &source)?;
+        let mut model = StableDiffusion::from_source(source, compute.kind, compute.device)?;
         model.expect_text_to_image()?;
         model.notes.iter().for_each(|note| observer.note(note));
         device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;

@@ -27,7 +27,8 @@ fn asset(name: &str) -> String {
 
 fn run(scratch: &Scratch, out: &str, more: &[&str]) -> Finished {
     let model = case("sd15", "pipeline");
-    let own = ["sample", "--model", &model, "--steps", "3", "--guidance", "4", "--output", out];
+    let own =
+        ["sample", "--model", &model, "--steps", "3", "--guidance", "4", "--overwrite", "--output", out];
     scratch.run(&[&own[..], more].concat())
 }
 

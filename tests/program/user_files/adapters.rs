@@ -16,7 +16,7 @@ fn sample(scratch: &Scratch, adapters: &[&str], more: &[&str]) -> Finished {
     let model = case("pipeline");
     let mut args = vec!["sample", "--model", model.to_str().unwrap(), "--prompt", "a cat", "--steps", "1"];
     adapters.iter().for_each(|adapter| args.extend(["--adapter", adapter]));
-    args.extend(["--output", "drawn", "--save-latents", "latents.safetensors"]);
+    args.extend(["--overwrite", "--output", "drawn", "--save-latents", "latents.safetensors"]);
     args.extend(more);
     scratch.run(&args)
 }

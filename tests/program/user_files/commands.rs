@@ -1,5 +1,6 @@
 //! Command lines: words of other programs, seeds, pictures that are there already, checkpoints that broke.
 
+use super::{case, copy};
 use crate::support::scratch::Scratch;
 use crate::support::training::tiny_sd;
 use hra::data::image::png::read_png_text;
@@ -78,17 +79,47 @@ fn a_folder_with_pictures_of_an_earlier_drawing() {
     scratch.ok(&sample(model, "out", &flags));
     let bytes = |name: &str| std::fs::read(scratch.path("out").join(name)).unwrap();
     let before = ["0000-0000.png", "grid.png", "base/0000-0000.png"].map(bytes);
-    let again = ["--seed", "5"];
-    let done = scratch.run(&sample(model, "out", &again));
-    assert_eq!(done.code, 2);
-    assert!(done.err.contains("0000-0000.png is there") && done.err.contains("--overwrite"), "{}", done.err);
+    let again = scratch.ok(&sample(model, "out", &["--seed", "5"]));
+    assert!(
+        again.err.contains("note: out has pictures: the new ones are counted on from 0001"),
+        "{}",
+        again.err
+    );
     assert!(["0000-0000.png", "grid.png", "base/0000-0000.png"].map(bytes) == before);
+    assert!(bytes("0001-0000.png") != before[0] && scratch.path("out/grid-0001.png").exists());
     scratch.ok(&sample(model, "out", &["--seed", "5", "--overwrite"]));
     assert!(bytes("0000-0000.png") != before[0]);
     assert!(
         !scratch.path("out/base/0000-0000.png").exists(),
         "the base model's picture belongs to the old one"
     );
+}
+
+/// Told before the weights are loaded, which takes long for a real model: that the VAE is broken comes to light later.
+#[test]
+fn a_rank_that_no_layer_has_room_for() {
+    let scratch = Scratch::new();
+    copy(&case("pipeline"), &scratch.path("model"));
+    std::fs::write(scratch.path("model/vae/diffusion_pytorch_model.safetensors"), "broken").unwrap();
+    for (method, text_too, rank, largest) in [
+        ("hra", false, "4000", "12"),
+        ("lora", false, "4000", "12"),
+        ("oft", false, "64", "4"),
+        ("hra", true, "40", "12"),
+    ] {
+        let text_too = format!("--train_text_encoder={text_too}");
+        let more =
+            ["--pretrained_model_name_or_path", "model", "--method", method, "--rank", rank, &text_too];
+        let flags = scratch.train_flags("run", &more);
+        let done = scratch.run(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+        assert_eq!(done.code, 2);
+        let hint = format!("hint: the largest rank that fits every layer is {largest}\n");
+        assert!(
+            done.err.contains(&format!("found {rank}")) && done.err.contains(&hint),
+            "{method}: {}",
+            done.err
+        );
+    }
 }
 
 #[test]
