@@ -14,7 +14,7 @@ HALF_LIMIT = 0.05
 # Class pictures are drawn on each device, and a level of a pixel may be another one.
 DRAWN_LIMIT = 5e-3
 PREVIEW_LIMIT = 5e-3
-FORMATS = {"bf16": {"bfloat16"}, "f16": {"half"}, None: {"float"}}
+FORMATS = {"bf16": {"bf16"}, "f16": {"f16"}, None: {"f32"}}
 
 
 class Sizes:
@@ -84,7 +84,7 @@ def case_job(program, sizes, name, limit, flags):
         here = of_cpu(program.train(f"{folder}-beside", "cpu", **{**flags, "dtype": None}, max_train_steps=beside))
         there = program.train(folder, device, **flags, max_train_steps=sizes.steps)
         check_run(there, least)
-        formats = {"float"} if dtype == "f16" and device == "cpu" else FORMATS[dtype]
+        formats = {"f32"} if dtype == "f16" and device == "cpu" else FORMATS[dtype]
         if there.kind not in formats:
             raise Failure(f"computed in {there.kind or 'an unknown format'}, expected {' or '.join(formats)}")
         expected = dict(zip(here.steps, zip(here.losses, here.norms)))
