@@ -61,6 +61,9 @@ pub struct TrainArgs {
     json: bool,
 }
 
+/// Weights that moved by less on average, relative to themselves, draw what the base model draws (docs/first-subject.md).
+const BARELY_MOVED: f64 = 0.01;
+
 /// Runs `hra train`.
 pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
     let files: Vec<&Path> = args.config.iter().map(PathBuf::as_path).collect();
@@ -104,6 +107,13 @@ pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
         ));
     }
     let outcome = train::train(config.clone(), resume.as_ref(), observer)?;
+    if let Some(moved) = outcome.movement.filter(|moved| moved.mean < BARELY_MOVED) {
+        observer.note(&format!(
+            "the weights barely moved ({:.4} on average): pictures will be the base model's; raise --learning_rate or \
+             --max_train_steps",
+            moved.mean
+        ));
+    }
     if !args.json {
         report(&outcome, &config);
     }

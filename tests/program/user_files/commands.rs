@@ -95,6 +95,17 @@ fn a_folder_with_pictures_of_an_earlier_drawing() {
     );
 }
 
+#[test]
+fn a_training_at_the_default_rate_for_a_few_steps() {
+    let scratch = Scratch::new();
+    let said = |out: &str, rate: &str| {
+        let done = scratch.train(out, &["--learning_rate", rate, "--max_train_steps", "4"]);
+        done.err.contains("note: the weights barely moved") && done.err.contains("raise --learning_rate")
+    };
+    assert!(said("still", "1e-5"));
+    assert!(!said("moved", "1e-2"));
+}
+
 /// Told before the weights are loaded, which takes long for a real model: that the VAE is broken comes to light later.
 #[test]
 fn a_rank_that_no_layer_has_room_for() {
