@@ -23,7 +23,7 @@ pub struct StartArgs {
     #[arg(long, value_name = "S", allow_negative_numbers = true)]
     strength: Option<f64>,
     /// Colour behind the transparent parts of --image: white, black, grey or #rrggbb
-    #[arg(long, value_name = "COLOUR", default_value_t = Background::default())]
+    #[arg(long, value_name = "COLOUR", default_value_t = Background::default(), requires = "image")]
     background: Background,
 }
 

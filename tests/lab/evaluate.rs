@@ -5,6 +5,7 @@ use crate::support::base::root;
 use crate::support::finished::Finished;
 use crate::support::scratch::Scratch;
 use hra::data::image::{RgbImage, load_rgb, save_png};
+use image::{Rgba, RgbaImage};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -118,6 +119,17 @@ fn every_score_of_clip_is_pythons() {
         let diversity = bench.expected["diversity_clip"][&prompt.replace("sks ", "")].as_f64().unwrap();
         assert!((scored["scores"]["diversity_clip"].as_f64().unwrap() - diversity).abs() < 1e-4);
     }
+    // The same boxes in one colour on a transparent layer.
+    for i in 0..5 {
+        let mask = bench.path(&format!("masks/0{i}.bmp"));
+        let boxes = load_rgb(&mask).unwrap();
+        let layer = RgbaImage::from_fn(boxes.width(), boxes.height(), |x, y| {
+            Rgba([0, 0, 0, boxes.get_pixel(x, y).0[0]])
+        });
+        fs::remove_file(&mask).unwrap();
+        layer.save(mask.with_extension("png")).unwrap();
+    }
+    assert_eq!(bench.json(&words)["scores"], found["scores"]);
     // The token changes what CLIP reads.
     let with_token = bench.json(&words[..words.len() - 2]);
     let clip_t = |found: &Value| found["pictures"][0]["scores"]["clip_t"].as_f64().unwrap();

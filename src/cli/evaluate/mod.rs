@@ -5,6 +5,7 @@ mod report;
 
 use crate::cli::terminal;
 use crate::cli::towers::TowerFlags;
+use crate::data::image::decode::load_mask;
 use crate::data::image::{Background, RgbImage, load_rgb, read_png_text};
 use crate::data::{Image, ImageFolder};
 use crate::error::{Error, Result};
@@ -119,7 +120,7 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
     let files = FileScores::of(&args.conditions, observer)?;
     let real = args.real.as_deref().map(Known::read).transpose()?.unwrap_or_default();
     let look_alikes = args.look_alikes.as_deref().map(Known::read).transpose()?.unwrap_or_default();
-    let masks = args.masks.as_deref().map(|dir| masks(dir, &real.paths)).transpose()?;
+    let masks = args.masks.as_deref().map(|dir| masks(dir, &real.paths, observer)).transpose()?;
     let paths = args.towers.paths().resolved(observer)?;
     let towers = Towers::load(&paths, compute.device, observer)?;
     let references = References {
@@ -303,7 +304,7 @@ impl Known {
 }
 
 /// The mask of each real picture: the picture in `dir` with its name, whatever the ending.
-fn masks(dir: &Path, real: &[PathBuf]) -> Result<Vec<RgbImage>> {
+fn masks(dir: &Path, real: &[PathBuf], observer: &dyn Observer) -> Result<Vec<RgbImage>> {
     let folder = ImageFolder::scan(dir, Background::default())?;
     let (masks, _) = files::by_stem(folder.images(), |image| &image.path);
     let mask = |path: &PathBuf| {
@@ -315,7 +316,9 @@ fn masks(dir: &Path, real: &[PathBuf]) -> Result<Vec<RgbImage>> {
                 path.display()
             ))
         })?;
-        load_rgb(&found.path)
+        let (mask, note) = load_mask(&found.path)?;
+        note.into_iter().for_each(|note| observer.note(&format!("{}: {note}", found.path.display())));
+        Ok(mask)
     };
     real.iter().map(mask).collect()
 }

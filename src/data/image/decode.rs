@@ -56,18 +56,23 @@ pub fn load_mask(path: &Path) -> Result<(RgbImage, Option<&'static str>)> {
     let on = |background| decode(&bytes, background).map_err(|problem| Error::format(path, problem));
     let (light, dark) = (on(Background::WHITE)?, on(Background::BLACK)?);
     let (mut white, dark) = (light.pixels, dark.pixels);
-    // In front of white and of black a pixel differs by just what shows through: 255 - alpha.
-    let through = |light: &Rgb<u8>, dark: &Rgb<u8>| light.0[0] - dark.0[0];
-    let mut opaque = white.pixels().zip(dark.pixels()).filter(|(light, dark)| through(light, dark) == 0);
-    let first = opaque.next();
     if !light.transparent {
         return Ok((dark, None));
     }
-    if opaque.any(|(colour, _)| first.is_some_and(|(first, _)| first != colour)) {
+    // In front of white and of black a pixel differs by just what shows through: 255 - alpha.
+    let alpha = |light: &Rgb<u8>, dark: &Rgb<u8>| 255 - (light.0[0] - dark.0[0]);
+    let pixels = || white.pixels().zip(dark.pixels());
+    // In front of black a pixel of that colour is alpha times it, but for rounding, here and in the painting program.
+    let is = |colour: &Rgb<u8>, (light, dark): (&Rgb<u8>, &Rgb<u8>)| {
+        let alpha = u16::from(alpha(light, dark));
+        colour.0.iter().zip(dark.0).all(|(v, dark)| (u16::from(*v) * alpha / 255).abs_diff(dark.into()) <= 2)
+    };
+    let colour = pixels().find(|(light, dark)| alpha(light, dark) == u8::MAX).map(|(_, colour)| colour);
+    if colour.is_some_and(|colour| !pixels().all(|pixel| is(colour, pixel))) {
         return Ok((dark, Some("its transparent parts count as black")));
     }
     for (pixel, dark) in white.pixels_mut().zip(dark.pixels()) {
-        *pixel = Rgb([255 - through(pixel, dark); 3]);
+        *pixel = Rgb([alpha(pixel, dark); 3]);
     }
     Ok((white, Some("it has one colour: its opaque parts are the mask")))
 }

@@ -13,7 +13,8 @@ use ::png::{BitDepth, ColorType, Decoder, Limits, Transformations};
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::data::image::decode::{MAX_FILE_BYTES, MAX_PIXELS, load_rgb};
+use crate::data::image::background::Background;
+use crate::data::image::decode::{self, MAX_FILE_BYTES, MAX_PIXELS};
 use crate::data::image::mask::Mask;
 use crate::data::image::resize::nearest_covering;
 use crate::platform::files;
@@ -136,13 +137,13 @@ impl Palette {
 }
 
 impl MapFile {
-    /// Reads a map. Files that are not PNG hold colours.
+    /// Reads a map. Files that are not PNG hold colours; what is transparent is black, as what has no class is.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = files::read(path, MAX_FILE_BYTES)?;
         match bytes.starts_with(PNG_SIGNATURE).then(|| read_png(bytes)) {
             Some(Ok(Some(map))) => Ok(map),
             Some(Err(problem)) => Err(Error::format(path, problem)),
-            Some(Ok(None)) | None => Ok(Self::Colours(load_rgb(path)?)),
+            Some(Ok(None)) | None => Ok(Self::Colours(decode::load(path, Background::BLACK)?.pixels)),
         }
     }
 

@@ -270,7 +270,10 @@ impl Cell<'_> {
             .iter()
             .map(|set| {
                 let real = self.real_pictures(set.set.name())?;
-                let masks = if set.set == Set::Test { self.real_pictures("masks")? } else { Vec::new() };
+                let masks = match set.set {
+                    Set::Test => score::masks(&self.subject_folder().join("masks"), self.observer)?,
+                    _ => Vec::new(),
+                };
                 score::subject(towers, &real, if real.is_empty() { &[] } else { &look_alikes }, &masks)
             })
             .collect::<Result<Vec<_>>>()?;
@@ -350,8 +353,11 @@ impl Cell<'_> {
     }
 
     fn real_pictures(&self, kind: &str) -> Result<Vec<RgbImage>> {
-        let subject = self.comparison.join("subjects").join(&self.task.cell.subject);
-        score::pictures(&subject.join(kind), usize::MAX, self.config.data.background)
+        score::pictures(&self.subject_folder().join(kind), usize::MAX, self.config.data.background)
+    }
+
+    fn subject_folder(&self) -> PathBuf {
+        self.comparison.join("subjects").join(&self.task.cell.subject)
     }
 
     fn look_alikes(&self) -> Result<Vec<RgbImage>> {

@@ -1,7 +1,8 @@
 //! From drawn pictures to an [`Evaluation`].
 
-use crate::data::ImageFolder;
+use crate::data::image::decode::load_mask;
 use crate::data::image::{Background, RgbImage, load_rgb};
+use crate::data::{Image, ImageFolder};
 use crate::error::Result;
 use crate::lab::compare::draw::{SetDrawing, file_name};
 use crate::lab::compare::subject::Prompt;
@@ -18,6 +19,19 @@ pub fn pictures(folder: &Path, at_most: usize, background: Background) -> Result
     }
     let scanned = ImageFolder::scan(folder, background)?;
     (0..scanned.images().len().min(at_most)).map(|i| scanned.load(i)).collect()
+}
+
+/// The masks of a folder, in the order of their names, as [`load_mask`] reads them; none, where there is no folder.
+pub fn masks(folder: &Path, observer: &dyn Observer) -> Result<Vec<RgbImage>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mask = |image: &Image| {
+        let (mask, note) = load_mask(&image.path)?;
+        note.into_iter().for_each(|note| observer.note(&format!("{}: {note}", image.path.display())));
+        Ok(mask)
+    };
+    ImageFolder::scan(folder, Background::default())?.images().iter().map(mask).collect()
 }
 
 /// Embeds real pictures, look-alikes and masks of a subject.

@@ -55,9 +55,31 @@ fn a_mask_painted_in_one_colour_on_a_transparent_layer() {
         false if x < 32 => [0, 0, 0, 255],
         false => [255, 255, 255, 0],
     });
-    let (found, said) = drawn(&scratch, "both", &["--mask", "both.png"]);
-    assert!(said.contains("note: --mask: its transparent parts count as black"), "{said}");
-    assert!(found == expected);
+    // A brush that is not quite opaque leaves white all the same.
+    save(&scratch.path("soft.png"), |x, y| match in_circle(x, y) {
+        true => [255, 255, 255, 250],
+        false => [0, 0, 0, 255],
+    });
+    for name in ["both", "soft"] {
+        let (found, said) = drawn(&scratch, name, &["--mask", &format!("{name}.png")]);
+        assert!(said.contains("note: --mask: its transparent parts count as black"), "{name}: {said}");
+        assert!(found == expected, "{name}");
+    }
+    // Its edge is soft, and of the same colour.
+    save(&scratch.path("edge.png"), |x, y| {
+        let from_middle = (x as i32 - 30).pow(2) + (y as i32 - 34).pow(2);
+        [200, 30, 90, (255 - (from_middle - 200).clamp(0, 255)) as u8]
+    });
+    let (_, said) = drawn(&scratch, "edge", &["--mask", "edge.png"]);
+    assert!(said.contains("its opaque parts are the mask"), "{said}");
+}
+
+#[test]
+fn a_background_for_no_picture() {
+    let (scratch, model) = (Scratch::new(), tiny_sd());
+    let args = ["sample", "--model", model.to_str().unwrap(), "--prompt", "p", "--output", "out"];
+    let done = scratch.run(&[&args[..], &["--background", "black"]].concat());
+    assert!(done.code == 2 && done.err.contains("--image <FILE>"), "{}", done.err);
 }
 
 #[test]
