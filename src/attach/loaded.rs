@@ -9,7 +9,7 @@ use crate::model::control::{EncoderConfig, FILE_STEM, encoder_of};
 use crate::platform::adapter_layout::{AdapterForm, AdapterParts};
 use crate::platform::files;
 use crate::platform::host;
-use crate::weights::source::refuse_pickle;
+use crate::weights::pickle::refuse_pickle;
 use crate::weights::tensor_file::TensorFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -8,6 +8,7 @@ pub mod family;
 pub mod infer;
 pub mod ldm;
 pub mod part;
+pub mod pickle;
 pub mod prediction;
 pub mod python_json;
 pub mod request;

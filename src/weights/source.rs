@@ -6,7 +6,6 @@
 //! [`TEXT_FILES`], and no others.
 
 use crate::error::{Error, Result};
-use crate::platform::disguise::pickle_line;
 use crate::platform::files;
 use crate::weights::checkpoint::Checkpoint;
 use crate::weights::config::{TextConfig, UNetConfig, VaeConfig};
@@ -14,15 +13,15 @@ use crate::weights::family;
 use crate::weights::infer;
 use crate::weights::ldm::{LdmNames, LdmTextTower, VAE};
 use crate::weights::part::{Part, Text, read_below};
+use crate::weights::pickle::refuse_pickle;
 use crate::weights::prediction::{Prediction, SaidPrediction};
 use crate::weights::python_json;
 use crate::weights::request::ModelRequest;
-use crate::weights::tensor_file::{self, TensorFile};
+use crate::weights::tensor_file::TensorFile;
 use crate::weights::tensors::{Tensors, current_name};
 use crate::weights::vae_file::VaeFile;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Every text file of a model folder that says how pictures are drawn. (`model_index.json` lists parts; ours are fixed.)
@@ -308,30 +307,4 @@ fn vae_names(config: Option<&Text>) -> Result<LdmNames> {
 
 fn has_vae(file: &TensorFile) -> bool {
     file.names().iter().any(|name| name.starts_with(VAE))
-}
-
-/// Refuses PyTorch's own formats, by the file's ending and by its first bytes.
-pub fn refuse_pickle(path: &Path) -> Result<()> {
-    let ending = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
-    let mut first = Vec::new();
-    let file = std::fs::File::open(path).map_err(|e| Error::io("open", path, e))?;
-    if tensor_file::disguise_of(&file).is_some() {
-        // What it is in truth is told where it is opened.
-        return Ok(());
-    }
-    file.take(4).read_to_end(&mut first).map_err(|e| Error::io("read", path, e))?;
-    // A zip, or a pickle of protocol 2 to 5. The size with which a safetensors file begins may look like either.
-    let pickled = first.starts_with(b"PK\x03\x04") || matches!(first[..], [0x80, 2..=5, ..]);
-    let pickled = pickled && ending != "safetensors";
-    if !pickled && !["ckpt", "pt", "pth", "bin", "pkl"].contains(&ending.as_str()) {
-        return Ok(());
-    }
-    let problem = "expected a .safetensors file, found PyTorch's pickle format: to load it is to run code that is in it, so it \
-                   is not read";
-    let [from, to] =
-        [path, &path.with_extension("safetensors")].map(|path| files::shell_word(&path.to_string_lossy()));
-    Err(Error::format(path, problem).with_hint(format!(
-        "convert it with Python, which loads nothing but tensors here:\n  {}",
-        pickle_line(&from, &to)
-    )))
 }

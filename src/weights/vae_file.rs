@@ -5,6 +5,7 @@ use crate::weights::config::VaeConfig;
 use crate::weights::infer;
 use crate::weights::ldm::{LdmNames, VAE};
 use crate::weights::part::{Part, Text, read_below};
+use crate::weights::pickle::refuse_pickle;
 use crate::weights::tensor_file::{self, TensorFile};
 use crate::weights::tensors::{Tensors, current_name};
 use std::path::{Path, PathBuf};
@@ -98,6 +99,10 @@ fn of_folder(dir: &Path) -> Result<Text> {
 }
 
 fn of_file(path: &Path, own: Option<&Text>) -> Result<(VaeLayout, Text)> {
+    // A pipe is not opened: it would block for ever.
+    if path.is_file() {
+        refuse_pickle(path)?;
+    }
     let file = Arc::new(TensorFile::open(path)?);
     let names = file.names();
     let has = |start: &str| names.iter().any(|name| name.starts_with(start));

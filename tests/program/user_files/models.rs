@@ -366,6 +366,9 @@ fn a_vae_that_is_none_for_the_model_is_refused() {
         &["expected a VAE, encoder and decoder"],
     );
     refused(&with(&scratch.path("nowhere.safetensors")), &["expected a VAE, found nothing there"]);
+    let pickle = scratch.path("vae-ft-mse.pt");
+    fs::write(&pickle, b"PK\x03\x04").unwrap();
+    refused(&with(&pickle), &["PyTorch's pickle format", "weights_only=True", "vae-ft-mse.safetensors"]);
 }
 
 /// `LitEma` of latent-diffusion leaves the dots out.
