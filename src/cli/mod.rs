@@ -73,11 +73,16 @@ impl From<Error> for Early {
 
 /// The whole command line as clap knows it. A negative number is a value, and no flag.
 pub fn command() -> Command {
+    with_negative_numbers(Cli::command())
+}
+
+/// The same command and those below it, `hra prepare canny` too.
+fn with_negative_numbers(command: Command) -> Command {
     let takes_numbers = |arg: Arg| match arg.get_action() {
         ArgAction::Set | ArgAction::Append if !arg.is_positional() => arg.allow_negative_numbers(true),
         _ => arg,
     };
-    Cli::command().mut_subcommands(|verb| verb.mut_args(takes_numbers))
+    command.mut_args(takes_numbers).mut_subcommands(with_negative_numbers)
 }
 
 /// Parses and runs a command line; `args` begins with the program's name.

@@ -288,10 +288,22 @@ impl Loaded {
                 "the checkpoint's adapted layers are not those of this configuration",
             ));
         }
+        self.put_back(parts, parameters, optimizer, ema, loss_scale)
+            .map_err(|error| with_one_before(error, &self.dir))
+    }
+
+    /// The values themselves; its errors are damages.
+    fn put_back(
+        &self,
+        parts: &[TrainedPart],
+        parameters: &mut Parameters,
+        optimizer: &mut AdamW,
+        ema: Option<&mut Ema>,
+        loss_scale: Option<&mut LossScale>,
+    ) -> Result<()> {
         let mut rows = Vec::new();
         for (part, views) in parts.iter().zip(parameters.groups()) {
-            let opened = TensorFile::open(&part.weights(&self.dir));
-            let file = opened.map_err(|error| with_one_before(error, &self.dir))?;
+            let file = TensorFile::open(&part.weights(&self.dir))?;
             for (name, view) in views {
                 let tensor = file.read_as(&part.key(name), Kind::Float)?;
                 if tensor.size() != view.size() {
@@ -301,13 +313,17 @@ impl Loaded {
                         format!("`{name}`: expected shape {expected:?}, found {found:?}"),
                     ));
                 }
+                check_finite(&tensor, &file, name)?;
                 rows.push(tensor.reshape([-1]));
             }
         }
         let device = parameters.flat().device();
         let flat = host::to_device(&Tensor::cat(&rows, 0), device);
         let saved = |name: &str, like: &Tensor| {
-            optim::restore(self.optimizer.read_as(name, Kind::Float)?, like, name, device)
+            let tensor = self.optimizer.read_as(name, Kind::Float)?;
+            check_finite(&tensor, &self.optimizer, name)?;
+            optim::restore(tensor, like, name, device)
+                .map_err(|error| Error::format(self.optimizer.path(), error.kind.to_string()))
         };
         optimizer.exp_avg = saved("exp_avg", &flat)?;
         optimizer.exp_avg_sq = saved("exp_avg_sq", &flat)?;
@@ -325,6 +341,14 @@ impl Loaded {
         parameters.set(&flat);
         Ok(())
     }
+}
+
+/// Fails for numbers that no step leaves behind, and with which no other can be taken.
+fn check_finite(tensor: &Tensor, file: &TensorFile, name: &str) -> Result<()> {
+    if host::all_finite(tensor) {
+        return Ok(());
+    }
+    Err(Error::format(file.path(), format!("`{name}`: holds numbers that are not finite")))
 }
 
 impl TrainState {

@@ -4,6 +4,7 @@ use super::{case, copy};
 use crate::support::scratch::Scratch;
 use crate::support::training::tiny_sd;
 use hra::data::image::png::read_png_text;
+use hra::weights::tensor_file::{self, TensorFile};
 
 fn sample<'a>(model: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let mut args =
@@ -32,6 +33,8 @@ fn negative_numbers_without_an_equals_sign() {
     let done = scratch.run(&sample("none", "out", &["--guidance", "-3", "--timestep-spacing", "-1"]));
     // The number is read; it is the word after it that is wrong.
     assert!(done.err.contains("'-1'") && done.err.contains("--timestep-spacing"), "{}", done.err);
+    let done = scratch.run(&["prepare", "canny", "none", "--low", "-5"]);
+    assert!(done.err.contains("expected 0 <= low <= high, found -5"), "{}", done.err);
 }
 
 #[test]
@@ -152,6 +155,24 @@ fn a_newest_checkpoint_that_broke() {
         for part in [&format!("step-000002/{file}"), "hint: --resume 1 goes on from the checkpoint before"] {
             assert!(done.err.contains(part), "{file}: {}", done.err);
         }
+        std::fs::write(&path, whole).unwrap();
+    }
+    // Whole files with numbers that no step left there.
+    for (file, tensor) in [("adapter_model.safetensors", None), ("optimizer.safetensors", Some("exp_avg"))] {
+        let path = scratch.path("run/checkpoints/step-000002").join(file);
+        let (whole, opened) = (std::fs::read(&path).unwrap(), TensorFile::open(&path).unwrap());
+        let infinite = |name: String| {
+            let found = opened.read(&name).unwrap();
+            let damaged = tensor.is_none_or(|tensor| tensor == name);
+            (name, if damaged { found / 0.0 } else { found })
+        };
+        let tensors: Vec<_> = opened.names().into_iter().map(infinite).collect();
+        tensor_file::write(&path, &tensors, &[]).unwrap();
+        let done =
+            scratch.run(&["train", "--output_dir", "run", "--max_train_steps", "3", "--resume", "latest"]);
+        assert_eq!(done.code, 2, "{file}");
+        let said = [&format!("step-000002/{file}: `"), "not finite", "hint: --resume 1 goes on from"];
+        assert!(said.iter().all(|part| done.err.contains(part)), "{file}: {}", done.err);
         std::fs::write(&path, whole).unwrap();
     }
     let path = scratch.path("run/checkpoints/step-000002/adapter_model.safetensors");
