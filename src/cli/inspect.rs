@@ -10,6 +10,7 @@ use crate::platform::host;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
 use crate::weights::request::ModelRequest;
+use crate::weights::source::Source;
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -46,6 +47,9 @@ pub fn run(args: &InspectArgs, observer: &dyn Observer) -> Result<()> {
         None => (args.files.on(&path, observer)?, None),
         Some(model) => (ModelRequest::of(&path), Some(args.files.request(model, observer)?)),
     };
+    if args.model.is_none() && args.files.are_given() && Source::open_as(&asked).is_err() {
+        observer.note("--config, --vae and --prediction have no effect: they are about a model; --model names an adapter's");
+    }
     let mut model = model.map(|asked| StableDiffusion::open(&asked, Kind::Float, host::CPU)).transpose()?;
     model.iter().flat_map(|model| &model.notes).for_each(|note| observer.note(note));
     device::set_threads(None, usize::MAX)?;

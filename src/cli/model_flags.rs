@@ -24,6 +24,11 @@ pub struct ModelFlags {
 }
 
 impl ModelFlags {
+    /// Whether any of them was given.
+    pub fn are_given(&self) -> bool {
+        self.config.is_some() || self.vae.is_some() || self.prediction.is_some()
+    }
+
     /// The model at `model`, a path or hub id, as these flags ask for it; fetched where it is on the hub.
     pub fn request(&self, model: &Path, observer: &dyn Observer) -> Result<ModelRequest> {
         Ok(ModelRequest { path: hub::resolve(model, Wanted::Model, observer)?, ..self.on(model, observer)? })

@@ -19,7 +19,7 @@ use crate::platform::device;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::{Counter, Observer};
 use crate::weights::request::ModelRequest;
-use crate::weights::tensor_file;
+use crate::weights::tensor_file::{self, TensorFile};
 use serde_json::{Value, json};
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -73,6 +73,15 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
             "--save-latents: expected an existing folder, found no {}",
             parent.display()
         )));
+    }
+    if let Some(path) = args.exchange.save_latents.as_deref().filter(|path| path.exists()) {
+        TensorFile::open(path).map_err(|_| {
+            Error::run(format!(
+                "--save-latents: {} is no file of tensors, and is not written over",
+                path.display()
+            ))
+            .with_hint("give another name")
+        })?;
     }
     let mut output = Output::new(&args.output, names, job.source.count());
     let read = [args.start.files(), asked.files()].concat();

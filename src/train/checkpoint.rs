@@ -235,12 +235,16 @@ pub struct Loaded {
     dir: PathBuf,
 }
 
+/// The step that a checkpoint's folder is called by.
+fn step_of(dir: &Path) -> Option<i64> {
+    dir.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
+}
+
 /// What is damaged is not passed over in silence, but there may be a checkpoint before it.
 fn with_one_before(error: Error, dir: &Path) -> Error {
-    let step = |dir: &Path| dir.file_name()?.to_str()?.strip_prefix("step-")?.parse::<i64>().ok();
     let run = dir.parent().and_then(Path::parent);
     let steps = run.and_then(|run| list(run).ok()).unwrap_or_default();
-    let before = steps.into_iter().rfind(|before| step(dir).is_some_and(|step| *before < step));
+    let before = steps.into_iter().rfind(|before| step_of(dir).is_some_and(|step| *before < step));
     error.with_hint(match before {
         Some(before) => format!("--resume {before} goes on from the checkpoint before it"),
         None => "there is no checkpoint before it: start the run anew in another --output_dir".to_string(),
@@ -261,6 +265,12 @@ impl Loaded {
             return Err(Error::format(
                 &path,
                 format!("expected checkpoint format {FORMAT}, found {}", state.format),
+            ));
+        }
+        if step_of(dir).is_some_and(|step| step != state.step) {
+            return Err(Error::format(
+                &path,
+                format!("expected the state of the folder's step, found step {}", state.step),
             ));
         }
         if !(0..=MAX_STEP).contains(&state.step) {

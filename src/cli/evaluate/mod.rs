@@ -219,7 +219,7 @@ fn drawn(args: &EvaluateArgs) -> Result<Vec<DrawnFolder>> {
     let mut images: Vec<(PathBuf, bool)> = Vec::new();
     for path in &args.pictures {
         if files::kind(path) == Some(files::Kind::Folder) {
-            let folder = ImageFolder::scan(path, Background::default())?;
+            let folder = scan(path)?;
             for skipped in folder.skipped() {
                 let name = &skipped.name;
                 let beside = [".txt", ".json", ".jsonl", ".csv"].iter().any(|end| name.ends_with(end));
@@ -295,9 +295,23 @@ fn own_prompt(path: &Path, text: &BTreeMap<String, String>) -> Result<Option<Str
     Ok(prompt.filter(|prompt| !prompt.is_empty() && !prompt.contains('\0')))
 }
 
+/// The pictures of a folder; says of transparent ones that they are scored in front of white.
+fn scan(dir: &Path) -> Result<ImageFolder> {
+    let folder = ImageFolder::scan(dir, Background::WHITE)?;
+    let transparent = folder.images().iter().filter(|image| image.transparent).count();
+    if transparent > 0 {
+        let of = folder.images().len();
+        eprintln!(
+            "note: {}: {transparent} of {of} pictures have transparent parts, which are white here",
+            dir.display()
+        );
+    }
+    Ok(folder)
+}
+
 impl Known {
     fn read(dir: &Path) -> Result<Self> {
-        let folder = ImageFolder::scan(dir, Background::default())?;
+        let folder = scan(dir)?;
         let pictures = (0..folder.images().len()).map(|i| folder.load(i)).collect::<Result<_>>()?;
         Ok(Self { pictures, paths: folder.images().iter().map(|image| image.path.clone()).collect() })
     }

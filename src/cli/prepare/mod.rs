@@ -4,11 +4,11 @@ mod sources;
 
 use crate::cli::terminal;
 use crate::data;
-use crate::data::image::landmarks;
 use crate::data::image::{
-    Filter, LabelMap, Palette, RgbImage, Thresholds, canny, center_crop, load_rgb, read_png_text,
+    Background, Filter, LabelMap, Palette, RgbImage, Thresholds, canny, center_crop, read_png_text,
     resize_short_side, save_png,
 };
+use crate::data::image::{decode, landmarks};
 use crate::data::pairs::{POINT_FILES, VOID, same_aspect};
 use crate::error::{Error, Result};
 use crate::platform::files;
@@ -280,7 +280,12 @@ impl Maker {
     }
 
     fn make(&self, source: &PictureFile, resolution: Option<u32>) -> Result<MadeFile> {
-        let picture = source.picture.as_deref().map(load_rgb).transpose()?;
+        let picture =
+            source.picture.as_deref().map(|path| decode::load(path, Background::WHITE)).transpose()?;
+        if picture.as_ref().is_some_and(|picture| picture.transparent) {
+            eprintln!("note: {}: its transparent parts are white here", source.path.display());
+        }
+        let picture = picture.map(|picture| picture.pixels);
         let size = picture.as_ref().map(RgbImage::dimensions);
         let picture = match resolution.zip(picture.as_ref()) {
             Some((side, picture)) => Some(square(&source.path, picture, side)?),
