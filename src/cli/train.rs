@@ -61,7 +61,8 @@ pub struct TrainArgs {
     json: bool,
 }
 
-/// Weights that moved by less on average, relative to themselves, draw what the base model draws (docs/first-subject.md).
+/// Weights that moved by less on average, relative to themselves, draw what the base model draws: on the embedded model that ends
+/// at 0.02 (docs/first-subject.md); wider weights move by less for the same change.
 const BARELY_MOVED: f64 = 0.01;
 
 /// Runs `hra train`.

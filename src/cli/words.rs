@@ -34,7 +34,7 @@ const NOT_NEEDED: [(&str, bool); 23] = [
 ];
 
 /// Flags of diffusers' scripts that would change the result, and what to do instead.
-const NOT_THERE: [(&str, &str); 9] = [
+const NOT_THERE: [(&str, &str); 10] = [
     ("--revision", "write it behind the hub id: owner/name@revision"),
     ("--scale-lr", "give the learning rate that you want"),
     ("--num-train-epochs", "give --max-train-steps"),
@@ -43,6 +43,7 @@ const NOT_THERE: [(&str, &str); 9] = [
     ("--push-to-hub", "nothing is uploaded"),
     ("--offset-noise", "the noise is the model's own"),
     ("--with-offset-noise", "the noise is the model's own"),
+    ("--reg-data-dir", "give --class-data-dir and --with-prior-preservation"),
     ("--network-module", "give --method lora, or another of hra's methods"),
 ];
 

@@ -3,6 +3,7 @@
 //! Names of tensors: `comfy/model_detection.py` of ComfyUI and `loaders/single_file_utils.py` of diffusers look for the same ones.
 
 use crate::error::{Error, Result};
+use crate::platform::adapter_layout::PEFT_CONFIG;
 use crate::platform::files;
 use serde_json::Value;
 use std::path::Path;
@@ -155,7 +156,8 @@ pub fn of_folder(dir: &Path) -> Option<String> {
     if let Some(family) = classes.iter().flatten().find_map(of_class) {
         return Some(family);
     }
-    let has = |part: &str| dir.join(part).is_dir();
+    // Adapters of several networks lie in folders of the same names.
+    let has = |part: &str| dir.join(part).is_dir() && !dir.join(part).join(PEFT_CONFIG).is_file();
     if has("transformer") && !has("unet") {
         let named = classes.into_iter().flatten().next();
         return Some(named.unwrap_or_else(|| TRANSFORMER.into()));
