@@ -39,6 +39,7 @@ fn sample(
     let (out, file) = (out.to_str().unwrap(), latents.to_str().unwrap());
     let args = [
         "sample",
+        "--overwrite",
         "--model",
         model,
         "--prompt",
