@@ -84,7 +84,7 @@ pub struct EvaluateArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value_t = DeviceChoice::Auto, help_heading = "Output")]
     device: DeviceChoice,
-    /// CPU threads; those that wait for work are asleep, unless OMP_WAIT_POLICY says otherwise [default: libtorch's choice]
+    /// CPU threads; those that wait for work soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise [default: libtorch's choice]
     #[arg(long, help_heading = "Output")]
     threads: Option<i32>,
 }
