@@ -160,10 +160,8 @@ pub fn list(run: &Path) -> Result<Vec<i64>> {
     if !dir.is_dir() {
         return Ok(Vec::new());
     }
-    let mut steps: Vec<i64> = files::list_dir(&dir)?
-        .iter()
-        .filter_map(|entry| entry.name.to_str()?.strip_prefix("step-")?.parse().ok())
-        .collect();
+    let mut steps: Vec<i64> =
+        files::list_dir(&dir)?.iter().filter_map(|entry| step_of(&entry.path)).collect();
     steps.sort_unstable();
     Ok(steps)
 }

@@ -211,10 +211,11 @@ fn check_rank(rank: i64, d_in: i64) -> std::result::Result<(), String> {
 /// The vectors `(d_in, n)` of one layer's combination, n as small as it comes.
 fn combined(name: &str, chain: &[Link], how: How) -> Result<Tensor> {
     let unreachable = || {
-        Error::config(format!("{name}: an odd number of reflections (determinant -1) has no orthogonal matrix \
-                               between it and the base model")).with_hint("give it strength 1 and `--how chain`; \
-                                                                           `hra sample --adapter DIR=S` does the \
-                                                                           nearest thing")
+        Error::config(format!(
+            "{name}: an odd number of reflections (determinant -1) has no orthogonal matrix between it and the base \
+             model"
+        ))
+        .with_hint("give it strength 1 and `--how chain`; `hra sample --adapter DIR=S` does the nearest thing")
     };
     let factors: Vec<(&Hra, f64)> = chain.iter().map(|link| (link.get::<Hra>(), link.strength)).collect();
     if how == How::Geodesic {

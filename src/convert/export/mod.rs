@@ -261,8 +261,8 @@ fn write_lora(
 ) -> Result<Option<Approximation>> {
     if let Some(name) = goals.vectors.keys().next() {
         return Err(Error::config(format!(
-            "a LoRA changes weights of layers only, but the adapter has trained biases \
-                                          or norms, such as {name}"
+            "a LoRA changes weights of layers only, but the adapter has trained biases or norms, such as \
+             {name}"
         ))
         .with_hint("use --to merged or --to checkpoint"));
     }

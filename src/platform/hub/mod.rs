@@ -57,8 +57,8 @@ pub fn resolve(word: &Path, wanted: Wanted, observer: &dyn Observer) -> Result<P
             ),
         };
         return Err(Error::hub(format!(
-            "{}: expected {what}, found nothing there, nor is it a hub id of the form \
-                                       owner/name or owner/name@revision",
+            "{}: expected {what}, found nothing there, nor is it a hub id of the form owner/name or \
+             owner/name@revision",
             word.display()
         ))
         .with_hint(hint));
