@@ -6,6 +6,7 @@
 //! - [`method`]: what a method is, and what the rest of the program asks of it;
 //! - [`methods`]: the registry, and a file for each method;
 //! - [`blocks`]: the algebra of rotations of blocks of inputs, which OFT and BOFT share;
+//! - [`few_inputs`]: a layer whose inputs change within a few directions, which the kinds of HRA share;
 //! - [`reflections`]: the algebra of fixed products of reflections: strength, chains, how far they turn;
 //! - [`combine`], [`how`]: several adapters as one;
 //! - [`target`]: which layers are adapted, by PEFT's rules;
@@ -14,6 +15,7 @@
 
 pub mod blocks;
 pub mod combine;
+pub mod few_inputs;
 pub mod how;
 pub mod lora_file;
 pub mod method;

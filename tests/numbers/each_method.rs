@@ -8,6 +8,8 @@ use hra::adapter::combine::{How, combine};
 use hra::adapter::methods::boft::BoftConfig;
 use hra::adapter::methods::ether_plus::EtherPlusConfig;
 use hra::adapter::methods::hra::{HraConfig, HraInit};
+use hra::adapter::methods::hra_free::HraFreeConfig;
+use hra::adapter::methods::hra_magnitude::HraMagnitudeConfig;
 use hra::adapter::methods::lora::{LoraConfig, LoraInit};
 use hra::adapter::methods::oft::{Coft, OftConfig};
 use hra::adapter::peft::{self, AdapterFile};
@@ -182,6 +184,54 @@ fn ether_plus_is_the_papers_product_on_both_sides_and_its_change_is_bounded() {
     // and no block is further from the identity than the square root of 2
     let away = (h_in - Tensor::eye(12, F64)).norm().double_value(&[]);
     assert!(away <= 2.0 + 1e-12 && away > 0.1, "{away}");
+}
+
+/// `H_1 .. H_r` of raw vectors `(d, r)`, multiplied out as the paper writes it.
+fn reflected(vectors: &Tensor) -> Tensor {
+    let (d, r) = (vectors.size()[0], vectors.size()[1]);
+    (0..r).fold(Tensor::eye(d, F64), |product, i| {
+        let v = vectors.select(1, i).to_kind(Kind::Double);
+        let u = &v / v.norm();
+        product.matmul(&(Tensor::eye(d, F64) - u.outer(&u) * 2.0))
+    })
+}
+
+#[test]
+fn a_magnitude_is_the_length_of_each_row_over_its_old_one_because_reflections_keep_lengths() {
+    let weight = normal(1, &[8, 12]);
+    let method = Method::new(HraMagnitudeConfig(HraConfig { rank: 4, ..HraConfig::default() }));
+    let adapter = random(&method, &weight, 5);
+    let parameters = adapter.parameters();
+    let (vectors, magnitude) = (&parameters[0].1, parameters[1].1.to_kind(Kind::Double));
+    let wide = weight.to_kind(Kind::Double);
+    let expected = wide.matmul(&reflected(vectors)) * magnitude.unsqueeze(1);
+    let new = merged(&*adapter, &weight, 1.0);
+    assert!(distance(&new, &expected) < 1e-6);
+    let lengths = |w: &Tensor| w.norm_scalaropt_dim(2, [1], false);
+    assert!(distance(&(lengths(&new) / lengths(&wide)), &magnitude.abs()) < 1e-6);
+    assert!(distance(&magnitude, &magnitude.ones_like()) > 0.1, "magnitudes moved");
+    let start = method.start(&weight, 7).unwrap();
+    let starts = start.parameters().remove(1).1;
+    assert_eq!(starts, starts.ones_like());
+}
+
+#[test]
+fn hra_is_the_free_core_at_one_place() {
+    // H = I - U T U^T with T^-1 = I/2 + strictly_upper(U^T U): the compact WY form of Householder products
+    let (weight, vectors) = (normal(1, &[8, 12]), normal(2, &[12, 4]));
+    let u = vectors.to_kind(Kind::Double) / vectors.to_kind(Kind::Double).norm_scalaropt_dim(2, [0], true);
+    let inverse = Tensor::eye(4, F64) * 0.5 + u.tr().matmul(&u).triu(1);
+    let core = -inverse.inverse();
+    let mut adapter = Method::new(HraFreeConfig { rank: 4 }).start(&weight, 3).unwrap();
+    assert_eq!(adapter.parameters()[1].1, Tensor::zeros([4, 4], F32), "it starts at the base model");
+    let mut numbers = [vectors.shallow_clone(), core.to_kind(Kind::Float)].into_iter();
+    adapter.replace_parameters(&mut |_| numbers.next().unwrap());
+    let expected = weight.to_kind(Kind::Double).matmul(&reflected(&vectors));
+    assert!(distance(&merged(&*adapter, &weight, 1.0), &expected) < 1e-5);
+    // And elsewhere it is not orthogonal.
+    let half = merged(&*adapter, &Tensor::eye(12, F64), 0.5);
+    assert!(distance(&half.matmul(&half.tr()), &Tensor::eye(12, F64)) > 0.1);
+    assert_eq!(adapter.rotation(), None);
 }
 
 #[test]

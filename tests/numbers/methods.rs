@@ -7,6 +7,8 @@ use hra::adapter::methods::dora::DoraConfig;
 use hra::adapter::methods::ether_plus::EtherPlusConfig;
 use hra::adapter::methods::full::FullConfig;
 use hra::adapter::methods::hra::{HraConfig, HraInit};
+use hra::adapter::methods::hra_free::HraFreeConfig;
+use hra::adapter::methods::hra_magnitude::HraMagnitudeConfig;
 use hra::adapter::methods::ia3::Ia3Config;
 use hra::adapter::methods::lora::{LoraConfig, LoraInit};
 use hra::adapter::methods::oft::{Coft, OftConfig};
@@ -36,6 +38,8 @@ fn methods(b: i64) -> Vec<Method> {
         HraConfig { rank: 2, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 };
     vec![
         Method::new(hra),
+        Method::new(HraMagnitudeConfig(hra)),
+        Method::new(HraFreeConfig { rank: 2 }),
         Method::new(lora.clone()),
         Method::new(LoraConfig { rslora: true, init: LoraInit::Kaiming, ..lora.clone() }),
         Method::new(DoraConfig(lora)),

@@ -61,6 +61,13 @@ fn lora_and_dora() {
 }
 
 #[test]
+fn relatives_of_hra() {
+    let words = ["--method", "hra-magnitude", "--rank", "4", "--hra_lambda", "1e-3"];
+    trains_and_resumes(&words, &ADAPTER);
+    trains_and_resumes(&["--method", "hra-free", "--rank", "3"], &ADAPTER);
+}
+
+#[test]
 fn rotations_of_blocks() {
     trains_and_resumes(&["--method", "oft", "--rank", "4"], &ADAPTER);
     trains_and_resumes(&["--method", "boft", "--block_size", "8"], &ADAPTER);

@@ -11,13 +11,15 @@
 //! The Gram-Schmidt variant (paper section 3.3, lambda = infinity) is `H = I - 2 Q Q^T` with orthonormal `Q`.
 //! Raw vectors, norms and `T` are f32; products with activations are in the activations' dtype.
 
+use crate::adapter::few_inputs::{unit_columns, within};
 use crate::adapter::how::ELSEWHERE;
 use crate::adapter::method::{
     Combined, How, LayerChain, Link, Method, MethodSettings, OwnSection, OwnSettings, Parts, PeftReader,
     RegisteredMethod,
 };
+use crate::adapter::peft_fields::Fields;
 use crate::adapter::reflections::{Reflections, wy_factor};
-use crate::adapter::{Adapter, Change, Form, Frozen, Geometry, Rotation, check_stored_rank, matrix_shape};
+use crate::adapter::{Adapter, Change, Form, Frozen, Rotation, check_stored_rank, matrix_shape};
 use crate::error::{Error, Result};
 use crate::platform::choice::{Choice, Named, named};
 use crate::platform::host;
@@ -92,17 +94,33 @@ pub const METHOD: RegisteredMethod = RegisteredMethod {
     reader: Some(PeftReader {
         peft_type: "HRA",
         prefix: "hra_",
-        read: |fields| {
-            Some(Box::new(HraConfig {
-                rank: fields.positive("r"),
-                gram_schmidt: fields.flag("apply_GS", false),
-                init: HraInit::Peft,
-                allow_odd_rank: true,
-                lambda: 0.0,
-            }))
-        },
+        read: |fields| Some(Box::new(HraConfig::read(fields))),
     }),
 };
+
+/// Name of the raw vectors.
+pub(super) const VECTORS: &str = "hra_u";
+/// Of the draw of raw vectors: it sets the angle of the first Adam steps ([`Hra::new`]).
+pub(super) const BOUND: f64 = 0.5;
+
+impl HraConfig {
+    /// From PEFT's config, with what is wrong left in the fields.
+    pub(super) fn read(fields: &mut Fields) -> Self {
+        Self {
+            rank: fields.positive("r"),
+            gram_schmidt: fields.flag("apply_GS", false),
+            init: HraInit::Peft,
+            allow_odd_rank: true,
+            lambda: 0.0,
+        }
+    }
+
+    /// The reflections of one layer of a file.
+    pub(super) fn hra(&self, parts: &mut Parts) -> std::result::Result<Hra, String> {
+        check_stored_rank(self.rank)?;
+        Ok(Hra::from_vectors(stored_vectors(parts, self.rank)?, self.gram_schmidt))
+    }
+}
 
 impl MethodSettings for HraConfig {
     fn name(&self) -> &'static str {
@@ -149,7 +167,7 @@ impl MethodSettings for HraConfig {
     }
 
     fn tensor_names(&self) -> &'static [&'static str] {
-        &["hra_u"]
+        &[VECTORS]
     }
 
     fn regulariser_weight(&self) -> f64 {
@@ -161,17 +179,7 @@ impl MethodSettings for HraConfig {
     }
 
     fn adapter(&self, mut parts: Parts) -> std::result::Result<Box<dyn Adapter>, String> {
-        let hra_u = parts.take("hra_u")?;
-        let shape = hra_u.size();
-        if shape.len() != 2 || shape[0] < 1 || shape[1] != self.rank {
-            return Err(format!("hra_u: expected shape (d_in, {}), found {shape:?}", self.rank));
-        }
-        check_stored_rank(self.rank)?;
-        // HRA divides by the vectors' norms.
-        if host::number(&hra_u.norm_scalaropt_dim(2, [0], false).min()) == 0.0 {
-            return Err("hra_u: holds a vector of length zero, which has no direction".into());
-        }
-        Ok(Box::new(Hra::from_vectors(hra_u, self.gram_schmidt)))
+        Ok(Box::new(self.hra(&mut parts)?))
     }
 
     /// A product of reflections, written as reflections.
@@ -195,13 +203,36 @@ impl MethodSettings for HraConfig {
             }
             // Pairs of equal vectors cancel.
             let pairs = vectors.new_ones([vectors.size()[0], missing], (vectors.kind(), vectors.device()));
-            tensors.push((format!("{name}.hra_u"), Tensor::cat(&[vectors, pairs], 1)));
+            tensors.push((format!("{name}.{VECTORS}"), Tensor::cat(&[vectors, pairs], 1)));
         }
         Ok((Method::new(Self { rank, gram_schmidt: false, ..*self }), tensors))
     }
 }
 
-fn check_rank(rank: i64, d_in: i64) -> std::result::Result<(), String> {
+/// The raw vectors `(d_in, rank)` of one layer of a file.
+pub(super) fn stored_vectors(parts: &mut Parts, rank: i64) -> std::result::Result<Tensor, String> {
+    let vectors = parts.take(VECTORS)?;
+    let shape = vectors.size();
+    if shape.len() != 2 || shape[0] < 1 || shape[1] != rank {
+        return Err(format!("{VECTORS}: expected shape (d_in, {rank}), found {shape:?}"));
+    }
+    // They are divided by their norms.
+    if host::number(&vectors.norm_scalaropt_dim(2, [0], false).min()) == 0.0 {
+        return Err(format!("{VECTORS}: holds a vector of length zero, which has no direction"));
+    }
+    Ok(vectors)
+}
+
+/// Refuses vectors of another model.
+pub(super) fn check_inputs(vectors: &Tensor, weight: &[i64]) -> std::result::Result<(), String> {
+    let (expected, found) = (matrix_shape(weight).1, vectors.size()[0]);
+    if expected == found {
+        return Ok(());
+    }
+    Err(format!("{VECTORS}: expected {expected} rows for this model, found {found}"))
+}
+
+pub(super) fn check_rank(rank: i64, d_in: i64) -> std::result::Result<(), String> {
     if rank <= d_in {
         return Ok(());
     }
@@ -262,15 +293,6 @@ impl Factors {
     }
 }
 
-/// Which side of the frozen product the reflections are applied to; both are exact.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Side {
-    /// `y = (x - (x U) (U T)^T) W^T + b`
-    Input,
-    /// `y = x W^T + b - (x U) (W (U T))^T`
-    Output,
-}
-
 impl Hra {
     /// An adapter with the given raw vectors `(d_in, r)`.
     pub fn from_vectors(v: Tensor, gram_schmidt: bool) -> Self {
@@ -296,7 +318,7 @@ impl Hra {
             let paired = r % 2 == 0 && !config.gram_schmidt;
             let columns = if paired { r / 2 } else { r };
             let bound = match config.init {
-                HraInit::Auto => 0.5,
+                HraInit::Auto => BOUND,
                 // kaiming_uniform(a = sqrt 5) of a (d_in, columns) tensor, whose fan-in torch takes to be `columns`
                 HraInit::Peft => 1.0 / (columns as f64).sqrt(),
             };
@@ -325,64 +347,18 @@ impl Hra {
         }
     }
 
-    /// The raw vectors `(n, d_in, r)` of adapters of this type and size.
-    fn stacked(alike: &[&dyn Adapter]) -> Tensor {
-        Tensor::stack(&alike.iter().map(|adapter| &Self::of(*adapter).v).collect::<Vec<_>>(), 0)
-    }
-
-    fn of(adapter: &dyn Adapter) -> &Self {
-        (adapter as &dyn Any).downcast_ref().expect("adapters that are alike are of one type")
-    }
-}
-
-impl Adapter for Hra {
-    fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor {
-        let kind = x.kind();
-        let prepared = self.prepared.borrow();
-        let usable = prepared.as_ref().filter(|factors| factors.u.kind() == kind);
-        let Factors { u, ut } = usable.map(Factors::shallow_clone).unwrap_or_else(|| {
-            let (u, ut) = Self::factors(&self.v, self.gram_schmidt);
-            Factors { u: u.to_kind(kind), ut: ut.to_kind(kind) }
-        });
-        match choose_side(frozen, x, u.size()[1]) {
-            Side::Input => {
-                let x = x - x.matmul(&u).matmul(&ut.tr()); // [.., d_in]
-                frozen.forward(&x)
-            }
-            Side::Output => {
-                let up = frozen.matrix().matmul(&ut); // [d_out, r]
-                frozen.forward(x) - frozen.low_rank(x, &u.tr(), &up)
-            }
-        }
-    }
-
-    fn prepare(&self, alike: &[&dyn Adapter], kind: Kind) {
+    /// [`Adapter::prepare`] of reflections of one size.
+    pub(super) fn prepare_all(&self, alike: &[&Self], kind: Kind) {
         let (u, ut) = Self::factors(&Self::stacked(alike), self.gram_schmidt);
         let (u, ut) = (u.to_kind(kind).unbind(0), ut.to_kind(kind).unbind(0));
-        for ((adapter, u), ut) in alike.iter().zip(u).zip(ut) {
-            Self::of(*adapter).prepared.replace(Some(Factors { u, ut }));
+        for ((hra, u), ut) in alike.iter().zip(u).zip(ut) {
+            hra.prepared.replace(Some(Factors { u, ut }));
         }
     }
 
-    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![("hra_u", self.v.shallow_clone())]
-    }
-
-    fn replace_parameters(&mut self, replace: &mut dyn FnMut(&Tensor) -> Tensor) {
-        self.prepared.take();
-        self.v = replace(&self.v);
-    }
-
-    fn size(&self) -> (i64, i64) {
-        (self.v.size()[0], 0)
-    }
-
-    fn project(&self) {
-        self.prepared.take();
-    }
-
-    /// `||I - U^T U||_F^2` on unit columns (paper eq. 6); nothing for the Gram-Schmidt variant, where it is zero.
-    fn regulariser(&self, alike: &[&dyn Adapter]) -> Option<Tensor> {
+    /// `||I - U^T U||_F^2` on unit columns (paper eq. 6) of reflections of one size; nothing for the Gram-Schmidt variant,
+    /// where it is zero.
+    pub(super) fn regulariser_of(&self, alike: &[&Self]) -> Option<Tensor> {
         if self.gram_schmidt {
             return None;
         }
@@ -392,16 +368,8 @@ impl Adapter for Hra {
         Some((eye - gram).square().sum(Kind::Float))
     }
 
-    fn check(&self, weight: &[i64]) -> std::result::Result<(), String> {
-        let (expected, found) = (matrix_shape(weight).1, self.v.size()[0]);
-        if expected == found {
-            return Ok(());
-        }
-        Err(format!("hra_u: expected {expected} rows for this model, found {found}"))
-    }
-
-    /// `W H^s`.
-    fn change(&self, weight: &Tensor, strength: f64) -> Change {
+    /// `W H^strength` as `W + up down`, `(down, up)` for `weight` f64, and what a user should know of it.
+    pub(super) fn turned(&self, weight: &Tensor, strength: f64) -> (Tensor, Tensor, Vec<&'static str>) {
         let mut notes = Vec::new();
         if self.gram_schmidt && nearly_equal_columns(&self.v) {
             notes.push(
@@ -421,6 +389,67 @@ impl Adapter for Hra {
             }
         }
         let (down, up) = h.low_rank(weight);
+        (down, up, notes)
+    }
+
+    /// The raw vectors `(n, d_in, r)` of adapters of one size.
+    fn stacked(alike: &[&Self]) -> Tensor {
+        Tensor::stack(&alike.iter().map(|hra| &hra.v).collect::<Vec<_>>(), 0)
+    }
+
+    fn all<'a>(alike: &[&'a dyn Adapter]) -> Vec<&'a Self> {
+        let of = |adapter: &&'a dyn Adapter| -> &'a Self {
+            let adapter: &'a dyn Any = *adapter;
+            adapter.downcast_ref().expect("adapters that are alike are of one type")
+        };
+        alike.iter().map(of).collect()
+    }
+}
+
+impl Adapter for Hra {
+    fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor {
+        let kind = x.kind();
+        let prepared = self.prepared.borrow();
+        let usable = prepared.as_ref().filter(|factors| factors.u.kind() == kind);
+        let Factors { u, ut } = usable.map(Factors::shallow_clone).unwrap_or_else(|| {
+            let (u, ut) = Self::factors(&self.v, self.gram_schmidt);
+            Factors { u: u.to_kind(kind), ut: ut.to_kind(kind) }
+        });
+        within(frozen, x, &u, &ut)
+    }
+
+    fn prepare(&self, alike: &[&dyn Adapter], kind: Kind) {
+        self.prepare_all(&Self::all(alike), kind);
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![(VECTORS, self.v.shallow_clone())]
+    }
+
+    fn replace_parameters(&mut self, replace: &mut dyn FnMut(&Tensor) -> Tensor) {
+        self.prepared.take();
+        self.v = replace(&self.v);
+    }
+
+    fn size(&self) -> (i64, i64) {
+        (self.v.size()[0], 0)
+    }
+
+    fn project(&self) {
+        self.prepared.take();
+    }
+
+    fn regulariser(&self, alike: &[&dyn Adapter]) -> Option<Tensor> {
+        self.regulariser_of(&Self::all(alike))
+    }
+
+    fn check(&self, weight: &[i64]) -> std::result::Result<(), String> {
+        check_inputs(&self.v, weight)
+    }
+
+    /// `W H^s`.
+    fn change(&self, weight: &Tensor, strength: f64) -> Change {
+        let (down, up, notes) = self.turned(weight, strength);
         Change { form: Form::LowRank { down, up }, notes }
     }
 
@@ -434,29 +463,6 @@ impl Adapter for Hra {
 fn nearly_equal_columns(v: &Tensor) -> bool {
     let u = unit_columns(&v.detach());
     host::number(&u.tr().matmul(&u).triu(1).abs().max()) > 0.999
-}
-
-/// The columns of `v` `(.., d, r)` divided by their norms, without an epsilon, as PEFT divides them.
-fn unit_columns(v: &Tensor) -> Tensor {
-    v / v.norm_scalaropt_dim(2, [-2], true)
-}
-
-/// The cheaper exact form for this call, by multiplications, forward and backward.
-///
-/// On the input side the gradient of the vectors needs `grad_y W`, which is free only if `x` wants a gradient anyway;
-/// on the output side `W U` and its backward cost `4 d_out d_in r` whatever the number of tokens.
-fn choose_side(frozen: &Frozen, x: &Tensor, rank: i64) -> Side {
-    if frozen.geometry != Geometry::Linear {
-        return Side::Output;
-    }
-    let size = frozen.weight.size();
-    let (d_out, d_in) = (size[0] as f64, size[1] as f64);
-    let r = rank as f64;
-    let tokens = x.numel() as f64 / d_in;
-    let through_weight = if x.requires_grad() { 0.0 } else { tokens * d_in * d_out };
-    let input = 6.0 * tokens * d_in * r + through_weight;
-    let output = 3.0 * tokens * (d_in + d_out) * r + 2.0 * d_out * d_in * r;
-    if input <= output { Side::Input } else { Side::Output }
 }
 
 /// The `r` right-singular vectors of `weight` with the smallest singular values, `(d_in, r)`: reflecting these disturbs

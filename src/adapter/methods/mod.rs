@@ -5,6 +5,8 @@ pub mod dora;
 pub mod ether_plus;
 pub mod full;
 pub mod hra;
+pub mod hra_free;
+pub mod hra_magnitude;
 pub mod ia3;
 pub mod lora;
 pub mod oft;
@@ -15,6 +17,8 @@ use crate::adapter::method::{PeftReader, RegisteredMethod};
 #[rustfmt::skip]
 pub const METHODS: &[RegisteredMethod] = &[
     hra::METHOD,
+    hra_magnitude::METHOD,
+    hra_free::METHOD,
     lora::METHOD,
     dora::METHOD,
     oft::METHOD,
