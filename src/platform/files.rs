@@ -134,6 +134,24 @@ pub fn create_dir_all(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(|e| Error::io("make the folder", path, e))
 }
 
+/// Makes the folder in one that must be there; fine if it is there already.
+pub fn create_dir(path: &Path) -> Result<()> {
+    match fs::create_dir(path) {
+        Err(e) if !path.is_dir() => Err(Error::io("make the folder", path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Fails if nothing could be written into the folder `dir`, which need not be there yet: then nothing could be made in the
+/// nearest one above it. Leaves nothing behind; for the start of what takes long.
+pub fn check_writable(dir: &Path) -> Result<()> {
+    let dir = std::path::absolute(dir).map_err(|e| Error::io("find", dir, e))?;
+    let there = dir.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).unwrap_or(&dir);
+    Scratch::beside(&there.join("probe"), |temp| OpenOptions::new().write(true).create_new(true).open(temp))
+        .map(drop)
+        .map_err(|e| Error::io("write into", there, e))
+}
+
 /// Fails if anything is at `path`, which a command is asked to make.
 pub fn refuse_existing(path: &Path) -> Result<()> {
     match kind(path) {

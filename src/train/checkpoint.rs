@@ -176,7 +176,7 @@ pub fn save(
     limit: Option<usize>,
 ) -> Result<PathBuf> {
     let dir = folder(run, state.step);
-    files::create_dir_all(&run.join("checkpoints"))?;
+    files::create_dir(&run.join("checkpoints"))?;
     files::stage_dir(&dir, |dir| {
         write_trained(dir, parts, parameters, state)?;
         tensor_file::write(&dir.join(OPTIMIZER_FILE), &moving.tensors(state.step), &[])?;

@@ -1,6 +1,7 @@
 //! Class pictures for prior preservation: the user's own, or made by the base model.
 //!
-//! Pictures that we make are seeded one by one, so an interrupted set is finished later and a larger one extends it. A
+//! Pictures that we make are seeded one by one, so an interrupted set is finished later and a larger one extends it. What is
+//! missing is drawn with the neighbours that it would have had, because a picture's last bits depend on the batch. A
 //! manifest beside them says from what they were made; a folder whose manifest says otherwise is refused, not mixed.
 
 use crate::data::ImageFolder;
@@ -101,16 +102,16 @@ impl ClassImages {
         let json = serde_json::to_string_pretty(manifest).map_err(|e| Error::data(e.to_string()))?;
         files::write_atomic(&self.dir.join(MANIFEST_FILE), json.as_bytes())?;
         let total = config.prior.num_class_images;
-        let missing: Vec<usize> = (0..total).filter(|i| !self.file(*i).is_file()).collect();
-        if missing.is_empty() {
+        let missing = (0..total).filter(|i| self.is_missing(*i)).count();
+        if missing == 0 {
             return Ok(format!("class pictures: {total} made before, in {dir}"));
         }
-        self.generate(model, config, manifest.seed, &missing, observer)?;
-        Ok(format!(
-            "class pictures: {} made, {} there before, in {dir}",
-            missing.len(),
-            total - missing.len()
-        ))
+        self.generate(model, config, manifest.seed, missing, observer)?;
+        Ok(format!("class pictures: {missing} made, {} there before, in {dir}", total - missing))
+    }
+
+    fn is_missing(&self, index: usize) -> bool {
+        !self.file(index).is_file()
     }
 
     fn file(&self, index: usize) -> PathBuf {
@@ -122,14 +123,19 @@ impl ClassImages {
         model: &StableDiffusion,
         config: &TrainConfig,
         seed: u64,
-        missing: &[usize],
+        missing: usize,
         observer: &dyn Observer,
     ) -> Result<()> {
         let name = model.name();
         let mut session: Session<_, Control> = Session::over(model, None);
-        let progress = Counter::new(observer, "class pictures", 0, missing.len() as u64);
+        let progress = Counter::new(observer, "class pictures", 0, missing as u64);
         let mut done = 0u64;
-        for indices in missing.chunks(config.prior.sample_batch_size) {
+        let all: Vec<usize> = (0..config.prior.num_class_images).collect();
+        for indices in all.chunks(config.prior.sample_batch_size) {
+            let missing_here: Vec<usize> = indices.iter().copied().filter(|i| self.is_missing(*i)).collect();
+            if missing_here.is_empty() {
+                continue;
+            }
             let seeds: Vec<u64> =
                 indices.iter().map(|i| seed::derive(seed, "class image", *i as u64)).collect();
             let request = Request::new(&self.settings, &seeds, seeds.len());
@@ -143,17 +149,18 @@ impl ClassImages {
             let pictures = drawn.map_err(|e| match e.kind {
                 ErrorKind::Interrupted(_) => {
                     let folder = files::shell_word(&config.output_dir.to_string_lossy());
-                    Error::interrupted(format!("stopped after {done} of {} class pictures", missing.len()))
+                    Error::interrupted(format!("stopped after {done} of {missing} class pictures"))
                         .with_hint(format!("go on with `hra train --resume latest --output_dir {folder}`"))
                 }
                 _ => e,
             })?;
-            for ((index, seed), picture) in indices.iter().zip(&seeds).zip(&pictures) {
+            let drawn = indices.iter().zip(&seeds).zip(&pictures);
+            for ((index, seed), picture) in drawn.filter(|((index, _), _)| missing_here.contains(index)) {
                 let text = self.settings.to_text(Some(*seed), &name, "");
                 png::save_png(&self.file(*index), &picture.image, &text)?;
                 observer.tell(Event::Picture(&self.file(*index)));
             }
-            done += indices.len() as u64;
+            done += missing_here.len() as u64;
             progress.set(done, "");
         }
         Ok(())

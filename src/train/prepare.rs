@@ -124,6 +124,7 @@ pub(super) fn prepare(
     let class = class_images
         .map(|images| make_class(&images, &mut model, &config, resolution, &mut report, observer))
         .transpose()?;
+    folder.check_there()?; // class pictures take long
     files::write_atomic(&folder.path().join("dataset.txt"), report.as_bytes())?;
 
     let batches = Batches::new(&model, &config, resolution, (instance, class), observer)?;

@@ -28,6 +28,13 @@ const HELD_OUT_PAIRS: usize = 32;
 /// So many held-out pairs are drawn where no validation prompts are given.
 const PREVIEWED_PAIRS: usize = 4;
 
+/// Previews in a run's folder.
+const FOLDER: &str = "samples";
+
+fn folder(run: &Path, step: i64) -> PathBuf {
+    run.join(FOLDER).join(format!("step-{step:06}"))
+}
+
 /// What previews are drawn from.
 pub struct Previews {
     rows: Vec<(SampleSettings, Option<RgbImage>)>,
@@ -85,6 +92,11 @@ impl Previews {
         self.rows.is_empty()
     }
 
+    /// Whether those of a step are to be drawn still: a run may have been stopped between its checkpoint and them.
+    pub fn are_missing(&self, run: &Path, step: i64) -> bool {
+        !self.is_empty() && !folder(run, step).join(GRID_FILE).is_file()
+    }
+
     /// Draws them into `samples/step-NNNNNN/` of the run: one PNG a picture, and a grid, with the conditions beside.
     pub fn draw(
         &self,
@@ -94,8 +106,8 @@ impl Previews {
         (run, step): (&Path, i64),
         observer: &dyn Observer,
     ) -> Result<PathBuf> {
-        let place = run.join("samples").join(format!("step-{step:06}"));
-        files::create_dir_all(&run.join("samples"))?;
+        let place = folder(run, step);
+        files::create_dir(&run.join(FOLDER))?;
         files::stage_dir(&place, |dir| self.draw_into(dir, model, control, config, step, observer))?;
         observer.tell(Event::Picture(&place.join(GRID_FILE)));
         Ok(place)

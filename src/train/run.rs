@@ -6,6 +6,7 @@ use crate::train::tensorboard::EventWriter;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -20,6 +21,8 @@ const MAX_METRICS: u64 = 1 << 30;
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
+    /// The folder itself, whatever is at its path; no other folder gets its number as long as it is held.
+    folder: File,
     /// Held as long as the run lasts; the system lets go of it even after kill -9.
     _lock: File,
 }
@@ -57,11 +60,8 @@ impl RunFolder {
     pub fn open(path: &Path, config: &str) -> Result<Self> {
         Self::check_run(path)?;
         let run = Self::lock(path)?;
-        for dir in
-            ["", "checkpoints", "class_images"].map(|name| path.join(name)).iter().filter(|dir| dir.is_dir())
-        {
-            files::remove_leftovers(dir)?;
-        }
+        let written = ["", "checkpoints", "class_images", "samples"].map(|name| path.join(name));
+        written.iter().filter(|dir| dir.is_dir()).try_for_each(|dir| files::remove_leftovers(dir))?;
         run.write_config(config)?;
         Ok(run)
     }
@@ -84,11 +84,30 @@ impl RunFolder {
         &self.path
     }
 
+    /// Fails if the folder was removed, renamed or replaced, or its settings were removed, since the run began: what would be
+    /// written then could not be gone on with.
+    pub fn check_there(&self) -> Result<()> {
+        let same = match (self.folder.metadata(), std::fs::metadata(&self.path)) {
+            (Ok(held), Ok(found)) => (held.dev(), held.ino()) == (found.dev(), found.ino()),
+            _ => false,
+        };
+        if same && self.path.join(CONFIG_FILE).is_file() {
+            return Ok(());
+        }
+        let what = if same { format!("its {CONFIG_FILE} was") } else { "the run folder was".to_string() };
+        Err(Error::run(format!(
+            "{}: {what} removed, renamed or replaced while the training ran; it stops, and writes nothing more",
+            self.path.display()
+        ))
+        .with_hint("what was trained since is lost: start the run anew, in a folder that stays"))
+    }
+
     fn lock(path: &Path) -> Result<Self> {
+        let folder = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let lock = path.join(LOCK_FILE);
         let file = files::open_append(&lock)?;
         match file.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_path_buf(), _lock: file }),
+            Ok(()) => Ok(Self { path: path.to_path_buf(), folder, _lock: file }),
             Err(std::fs::TryLockError::WouldBlock) => {
                 Err(Error::run(format!("{}: another process is training in this folder", path.display())))
             }

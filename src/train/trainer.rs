@@ -65,6 +65,12 @@ impl<'a> Trainer<'a> {
         let (first, total) = (self.run.taken, self.config.schedule.max_train_steps);
         let accumulation = self.config.schedule.gradient_accumulation_steps as u64;
         self.announce(first, total);
+        if first > 0
+            && self.is_due(first, self.config.previews.validation_steps)
+            && self.data.previews.are_missing(self.run.folder.path(), first)
+        {
+            self.draw_previews(first)?;
+        }
         let progress = Counter::new(self.observer, "training", first as u64, total.max(first) as u64);
         let mut last = None;
         for step in first + 1..=total {
@@ -81,12 +87,11 @@ impl<'a> Trainer<'a> {
                 loss.backward();
             }
             self.update(step)?;
-            let due = |every: i64| step % every == 0 || step == total;
-            let look = due(self.config.previews.validation_steps);
-            if look || due(self.config.checkpoints.log_every) {
+            let look = self.is_due(step, self.config.previews.validation_steps);
+            if look || self.is_due(step, self.config.checkpoints.log_every) {
                 last = self.record(step, look)?.or(last);
             }
-            if due(self.config.checkpoints.checkpointing_steps) {
+            if self.is_due(step, self.config.checkpoints.checkpointing_steps) {
                 self.save(step)?;
             }
             if look {
@@ -99,6 +104,11 @@ impl<'a> Trainer<'a> {
         }
         drop(progress);
         self.finish(total.max(first), last)
+    }
+
+    /// Whether what is done at every so many steps, and at the end, is done after `step`.
+    fn is_due(&self, step: i64, every: i64) -> bool {
+        step % every == 0 || step == self.config.schedule.max_train_steps
     }
 
     /// What the gradient is taken of: the loss with the method's regulariser, as a share of the step. Nothing is waited for:
@@ -174,6 +184,7 @@ impl<'a> Trainer<'a> {
         if self.data.previews.is_empty() {
             return Ok(());
         }
+        self.run.folder.check_there()?;
         let drawn = self.with_average(|t| {
             let (place, networks) = ((t.run.folder.path(), step), &t.networks);
             t.data.previews.draw(&networks.model, networks.control.as_ref(), &t.config, place, t.observer)
@@ -191,6 +202,7 @@ impl<'a> Trainer<'a> {
     /// Writes what was trained.
     fn finish(&mut self, step: i64, last: Option<Record>) -> Result<Outcome> {
         let state = self.state(step)?;
+        self.run.folder.check_there()?;
         let Optimisation { parameters, parts, ema, .. } = &mut self.optimisation;
         if let Some(ema) = ema {
             // The last checkpoint, if there is one, keeps the values that training would go on with.
@@ -248,6 +260,7 @@ impl<'a> Trainer<'a> {
             };
             record.held_out_loss = self.with_average(|t| Ok(t.data.held_out.as_ref().map(|h| look(h, t))))?;
         }
+        self.run.folder.check_there()?;
         let written = self.run.metrics.write(&record)?;
         self.observer.tell(Event::Metrics(&written));
         Ok(Some(record))
@@ -294,6 +307,7 @@ impl<'a> Trainer<'a> {
 
     fn save(&mut self, step: i64) -> Result<PathBuf> {
         let state = self.state(step)?;
+        self.run.folder.check_there()?;
         checkpoint::save(
             self.run.folder.path(),
             &state,
