@@ -8,6 +8,7 @@ use crate::convert::export::{self, ExportForm, ExportRequest};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::device::{self, Precision};
+use crate::platform::files;
 use crate::platform::host;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
@@ -60,17 +61,19 @@ pub fn run(args: &ExportArgs, observer: &dyn Observer) -> Result<()> {
             "--strength: an adapter's strength stands beside it: --adapter DIR={strength}"
         )));
     }
-    let mut adapters: Vec<(PathBuf, f64)> =
-        args.adapter.iter().map(|a| adapter_with_strength(a)).collect::<Result<_>>()?;
-    for (word, _) in &mut adapters {
-        *word = hub::resolve(word, Wanted::Adapter, observer)?;
-    }
     let file = matches!(args.to, ExportForm::KohyaLora | ExportForm::Checkpoint);
     if file && args.output.extension().is_none_or(|e| e != "safetensors") {
         return Err(Error::config(format!(
             "--output: expected a file name that ends with .safetensors, found {}",
             args.output.display()
         )));
+    }
+    files::refuse_existing(&args.output)?;
+    files::check_place_writable(&args.output)?;
+    let mut adapters: Vec<(PathBuf, f64)> =
+        args.adapter.iter().map(|a| adapter_with_strength(a)).collect::<Result<_>>()?;
+    for (word, _) in &mut adapters {
+        *word = hub::resolve(word, Wanted::Adapter, observer)?;
     }
     let request = ExportRequest {
         adapters,

@@ -16,6 +16,7 @@ use crate::diffusion::sampler::SamplerKind;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::device;
+use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::{Counter, Observer};
 use crate::weights::request::ModelRequest;
@@ -23,7 +24,7 @@ use crate::weights::tensor_file::{self, TensorFile};
 use serde_json::{Value, json};
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use tch::Tensor;
 
 /// Rows of the contact sheet: a sheet of thousands of pictures is of no use, and does not fit into memory.
@@ -38,6 +39,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
         .map(|path| read_noise(path, args.exchange.step_noise.as_deref()))
         .transpose()?;
     check_flags(args)?;
+    check_outputs(args)?;
     let pictures = args.start.read(observer)?;
     let compute = device::resolve(args.machine.device, Some(args.machine.dtype))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
@@ -65,24 +67,6 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
     let source = NoiseSource::new(args.pictures.num_images.unwrap_or(1), args.pictures.seed, given);
     let mut job = Job { args, controlled, settings, start, source, prompts };
     job.check(&mut session, observer)?;
-    if let Some(parent) = args.exchange.save_latents.as_deref().and_then(Path::parent)
-        && !parent.as_os_str().is_empty()
-        && !parent.is_dir()
-    {
-        return Err(Error::config(format!(
-            "--save-latents: expected an existing folder, found no {}",
-            parent.display()
-        )));
-    }
-    if let Some(path) = args.exchange.save_latents.as_deref().filter(|path| path.exists()) {
-        TensorFile::open(path).map_err(|_| {
-            Error::run(format!(
-                "--save-latents: {} is no file of tensors, and is not written over",
-                path.display()
-            ))
-            .with_hint("give another name")
-        })?;
-    }
     let mut output = Output::new(&args.output, names, job.source.count());
     let read = [args.start.files(), asked.files()].concat();
     output.prepare((args.with_base, args.overwrite), job.prompts.len(), &read, observer)?;
@@ -102,6 +86,28 @@ fn check_flags(args: &SampleArgs) -> Result<()> {
         return Err(Error::config("--with-base compares an adapter with the base model: give an --adapter"));
     }
     Ok(())
+}
+
+/// Refuses to draw what could not be written, before the model is loaded.
+fn check_outputs(args: &SampleArgs) -> Result<()> {
+    files::check_folder_writable(&args.output)?;
+    let Some(path) = args.exchange.save_latents.as_deref() else { return Ok(()) };
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty() && !parent.is_dir()) {
+        return Err(Error::config(format!(
+            "--save-latents: expected an existing folder, found no {}",
+            parent.display()
+        )));
+    }
+    if path.exists() {
+        TensorFile::open(path).map_err(|_| {
+            Error::run(format!(
+                "--save-latents: {} is no file of tensors, and is not written over",
+                path.display()
+            ))
+            .with_hint("give another name")
+        })?;
+    }
+    files::check_place_writable(path)
 }
 
 /// The model with its adapters; says what putting them on did.

@@ -98,7 +98,7 @@ pub struct SamplingArgs {
     /// Classifier-free guidance; 1 is none
     #[arg(long, aliases = ["guidance-scale", "cfg", "cfg-scale"], default_value_t = 7.5, help_heading = "Sampling")]
     pub guidance: f64,
-    /// Pictures drawn at once; the pictures do not depend on it
+    /// Pictures drawn at once; in a batch of another size pixels may be off by a level of 255
     #[arg(long, default_value_t = 4, help_heading = "Sampling")]
     pub batch_size: usize,
 }

@@ -142,14 +142,22 @@ pub fn create_dir(path: &Path) -> Result<()> {
     }
 }
 
-/// Fails if nothing could be written into the folder `dir`, which need not be there yet: then nothing could be made in the
-/// nearest one above it. Leaves nothing behind; for the start of what takes long.
-pub fn check_writable(dir: &Path) -> Result<()> {
+/// Fails if nothing could be written into the folder `dir`; where it is not there yet, into the nearest one above it. Leaves
+/// nothing behind. For the start of what takes long.
+pub fn check_folder_writable(dir: &Path) -> Result<()> {
     let dir = std::path::absolute(dir).map_err(|e| Error::io("find", dir, e))?;
     let there = dir.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).unwrap_or(&dir);
-    Scratch::beside(&there.join("probe"), |temp| OpenOptions::new().write(true).create_new(true).open(temp))
-        .map(drop)
-        .map_err(|e| Error::io("write into", there, e))
+    probe(&there.join("probe")).map_err(|e| Error::io("write into", there, e))
+}
+
+/// Fails if no file or folder could be written at `path`, whose folder must be there, as [`check_folder_writable`].
+pub fn check_place_writable(path: &Path) -> Result<()> {
+    probe(path).map_err(|e| Error::io("write", path, e))
+}
+
+/// Makes a hidden file beside `path` and removes it.
+fn probe(path: &Path) -> io::Result<()> {
+    Scratch::beside(path, |temp| OpenOptions::new().write(true).create_new(true).open(temp)).map(drop)
 }
 
 /// Fails if anything is at `path`, which a command is asked to make.

@@ -101,6 +101,7 @@ pub(super) fn prepare(
         None => RunFolder::check_new(&config.output_dir).map(|()| None)?,
         Some(resume) => find_checkpoint(&config, resume, observer)?,
     };
+    files::check_folder_writable(&config.output_dir)?;
     let inputs = Inputs::read(config, observer)?;
     let fingerprint = inputs.model.fingerprint()?;
     let Inputs { config, resolution, mut model, schedule, instance, held_out, mut report } = inputs;
@@ -124,8 +125,8 @@ pub(super) fn prepare(
     let class = class_images
         .map(|images| make_class(&images, &mut model, &config, resolution, &mut report, observer))
         .transpose()?;
-    folder.check_there()?; // class pictures take long
-    files::write_atomic(&folder.path().join("dataset.txt"), report.as_bytes())?;
+    // Class pictures take long.
+    folder.write(|run| files::write_atomic(&run.join("dataset.txt"), report.as_bytes()))?;
 
     let batches = Batches::new(&model, &config, resolution, (instance, class), observer)?;
     let held_out = held_out.map(|f| HeldOut::new(&model, &config, resolution, &f)).transpose()?;

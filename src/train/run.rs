@@ -84,9 +84,15 @@ impl RunFolder {
         &self.path
     }
 
+    /// Writes something into the folder, which must be the one that the run began with, before and meanwhile: `check_there`.
+    pub fn write<T>(&self, write: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+        self.check_there()?;
+        write(&self.path).map_err(|error| self.check_there().err().unwrap_or(error))
+    }
+
     /// Fails if the folder was removed, renamed or replaced, or its settings were removed, since the run began: what would be
     /// written then could not be gone on with.
-    pub fn check_there(&self) -> Result<()> {
+    fn check_there(&self) -> Result<()> {
         let same = match (self.folder.metadata(), std::fs::metadata(&self.path)) {
             (Ok(held), Ok(found)) => (held.dev(), held.ino()) == (found.dev(), found.ino()),
             _ => false,

@@ -184,10 +184,11 @@ impl<'a> Trainer<'a> {
         if self.data.previews.is_empty() {
             return Ok(());
         }
-        self.run.folder.check_there()?;
         let drawn = self.with_average(|t| {
-            let (place, networks) = ((t.run.folder.path(), step), &t.networks);
-            t.data.previews.draw(&networks.model, networks.control.as_ref(), &t.config, place, t.observer)
+            let Networks { model, control, .. } = &t.networks;
+            t.run.folder.write(|run| {
+                t.data.previews.draw(model, control.as_ref(), &t.config, (run, step), t.observer)
+            })
         });
         match drawn {
             Ok(folder) => {
@@ -202,13 +203,12 @@ impl<'a> Trainer<'a> {
     /// Writes what was trained.
     fn finish(&mut self, step: i64, last: Option<Record>) -> Result<Outcome> {
         let state = self.state(step)?;
-        self.run.folder.check_there()?;
         let Optimisation { parameters, parts, ema, .. } = &mut self.optimisation;
         if let Some(ema) = ema {
             // The last checkpoint, if there is one, keeps the values that training would go on with.
             parameters.set(&ema.average);
         }
-        checkpoint::write_trained(self.run.folder.path(), parts, parameters, &state)?;
+        self.run.folder.write(|run| checkpoint::write_trained(run, parts, parameters, &state))?;
         Ok(Outcome {
             folder: self.run.folder.path().to_path_buf(),
             steps: state.step,
@@ -260,8 +260,8 @@ impl<'a> Trainer<'a> {
             };
             record.held_out_loss = self.with_average(|t| Ok(t.data.held_out.as_ref().map(|h| look(h, t))))?;
         }
-        self.run.folder.check_there()?;
-        let written = self.run.metrics.write(&record)?;
+        let Run { folder, metrics, .. } = &mut self.run;
+        let written = folder.write(|_| metrics.write(&record))?;
         self.observer.tell(Event::Metrics(&written));
         Ok(Some(record))
     }
@@ -307,15 +307,9 @@ impl<'a> Trainer<'a> {
 
     fn save(&mut self, step: i64) -> Result<PathBuf> {
         let state = self.state(step)?;
-        self.run.folder.check_there()?;
-        checkpoint::save(
-            self.run.folder.path(),
-            &state,
-            &self.optimisation.parts,
-            &self.optimisation.parameters,
-            &self.optimisation.moving(),
-            self.config.checkpoints.checkpoints_total_limit,
-        )
+        let Optimisation { parts, parameters, .. } = &self.optimisation;
+        let (moving, limit) = (self.optimisation.moving(), self.config.checkpoints.checkpoints_total_limit);
+        self.run.folder.write(|run| checkpoint::save(run, &state, parts, parameters, &moving, limit))
     }
 
     /// Saves after a request to stop; what to tell the user.

@@ -12,7 +12,7 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 /// Two methods and two subjects on the embedded model, of a few steps; `extra` goes before the tables.
-fn config(extra: &str, search: &str, methods: &str) -> String {
+pub fn config(extra: &str, search: &str, methods: &str) -> String {
     let assets = root().join("assets");
     let assets = assets.display();
     format!(
@@ -68,7 +68,7 @@ class_prompt = "a fluent 3d emoji of a {{class}}"
     )
 }
 
-const METHODS: &str = r#"
+pub const METHODS: &str = r#"
 [[method]]
 label = "HRA"
 adapter = { method = "hra", rank = 4 }

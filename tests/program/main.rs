@@ -23,6 +23,7 @@ mod observer;
 mod run_folder;
 mod sample;
 mod session;
+mod stopped;
 mod terminal;
 mod threads;
 mod train;

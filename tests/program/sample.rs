@@ -38,7 +38,7 @@ fn largest_difference(a: &Path, b: &Path) -> u8 {
 }
 
 #[test]
-fn one_seed_gives_one_picture_whatever_the_batch() {
+fn a_seed_gives_its_picture_to_a_level_in_any_batch_and_to_the_bit_alone() {
     let scratch = Scratch::new();
     let prompts =
         ["--prompt", "a cat face", "--prompt", "a red apple", "--scheduler", "euler-a", "--seed", "5"];
@@ -61,7 +61,10 @@ fn one_seed_gives_one_picture_whatever_the_batch() {
         }
     }
     // Picture 2 of seed 5 is picture 0 of seed 7.
-    sample(&scratch, "alone", &["--prompt", "a cat face", "--scheduler", "euler-a", "--seed", "7"]);
+    let seventh = ["--prompt", "a cat face", "--scheduler", "euler-a", "--seed", "7"];
+    let file = ["--batch-size", "1", "--save-latents", "alone.safetensors"];
+    sample(&scratch, "alone", &[&seventh[..], &file].concat());
+    assert_eq!(latents(&scratch.path("alone.safetensors")), apart.narrow(0, 2, 1));
     let again = scratch.path("alone/0000-0000.png");
     assert!(largest_difference(&again, &scratch.path("together/0000-0002.png")) <= 1);
     assert!(largest_difference(&again, &scratch.path("together/0000-0001.png")) > 20);

@@ -110,6 +110,7 @@ pub fn run(args: &EvaluateArgs, observer: &dyn Observer) -> Result<()> {
              for drift, or --edges-of DIR, --subject-masks DIR .. for conditions",
         ));
     }
+    args.csv.as_deref().map_or(Ok(()), files::check_place_writable)?;
     let compute = device::resolve(args.device, Some(Precision::F32))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.threads, usize::MAX)?;

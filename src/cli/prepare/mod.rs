@@ -173,6 +173,7 @@ pub fn run(args: &PrepareArgs, observer: &dyn Observer) -> Result<()> {
         }
     }
     output.check_metadata()?;
+    files::check_folder_writable(&output.dir)?;
 
     let progress = Counter::new(observer, kind, 0, jobs.len() as u64);
     let mut made = Vec::new();

@@ -37,7 +37,7 @@ pub struct Request<'a> {
     pub start: Option<&'a Start>,
     /// Conditions, which the session's control reads.
     pub steering: Option<Steering>,
-    /// Pictures drawn at once.
+    /// Pictures drawn at once; their last bits depend on it, as libtorch chooses its kernels and sums by it.
     pub batch_size: usize,
     /// Called after every call of the denoiser.
     pub tick: Option<&'a dyn Fn()>,

@@ -137,15 +137,7 @@ fn one(comparison: &Path, task: &Task, jobs: usize, observer: &dyn Observer) -> 
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         command.env("OMP_NUM_THREADS", (cores / jobs).max(1).to_string());
     }
-    #[cfg(target_os = "linux")]
-    // SAFETY: prctl is safe to call between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            // Without us nobody would wait for the cell.
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
-            Ok(())
-        });
-    }
+    end_with_us(&mut command);
     let mut child = command.spawn().map_err(|e| Error::io("start", &program, e))?;
     let status = wait(&mut child, observer).map_err(|e| Error::io("wait for", &program, e))?;
     if status.success() || observer.asks_to_stop() {
@@ -160,6 +152,26 @@ fn one(comparison: &Path, task: &Task, jobs: usize, observer: &dyn Observer) -> 
         (None, None) => format!("{status}"),
     };
     Ok(Some(format!("{how}; the log is {}", log_path.display())))
+}
+
+/// Tells the process that is started to stop when this one ends, however it ends: nobody would wait for it. Elsewhere than on
+/// Linux it goes on to the end of its cell.
+fn end_with_us(command: &mut Command) {
+    #[cfg(target_os = "linux")]
+    {
+        let us = std::process::id();
+        let before_exec = move || {
+            // SAFETY: both are system calls that may be made between fork and exec (signal-safety(7)).
+            let parent = unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
+                libc::getppid()
+            };
+            // Whoever ended before the first call is not told of any more.
+            if parent as u32 == us { Ok(()) } else { Err(std::io::ErrorKind::BrokenPipe.into()) }
+        };
+        // SAFETY: as above; nothing is allocated.
+        unsafe { command.pre_exec(before_exec) };
+    }
 }
 
 /// Waits for a process, and hands on a request to stop.

@@ -282,7 +282,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
             key(Section::Prior, "class_data_dir", "DIR", File, "Folder of class pictures: your own, or empty to be filled").unset("class_images in the run folder").of_comparison(),
             key(Section::Prior, "num_class_images", "", Count, "Number of class pictures that the model makes"),
             key(Section::Prior, "prior_loss_weight", "", Number, "Weight of the class pictures' loss"),
-            key(Section::Prior, "sample_batch_size", "", Count, "Pictures drawn at once, class pictures and previews"),
+            key(Section::Prior, "sample_batch_size", "", Count, "Pictures drawn at once, class pictures and previews; in a batch of another size pixels may be off by a level of 255"),
             key(Section::Prior, "class_steps", "", Count, "Steps for a class picture"),
             key(Section::Prior, "class_guidance", "", Number, "Guidance for a class picture; nearer to 1 is nearer to what the model knows of the class"),
             key(Section::Prior, "class_scheduler", "", Words(words::<SamplerKind>), "Scheduler for class pictures").unset("the model's"),
