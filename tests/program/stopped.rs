@@ -117,10 +117,11 @@ fn previews_that_a_stop_took_are_drawn_on_resuming() {
 
 #[test]
 fn a_run_whose_folder_is_taken_away_stops_and_makes_nothing_anew() {
-    for another_in_its_place in [false, true] {
+    // Taken away between two checkpoints, and where one is likely to be on its way.
+    for (another_in_its_place, checkpoints) in [(false, "40"), (true, "2")] {
         let scratch = Scratch::new();
         let run = scratch.path("run");
-        let more = ["--max_train_steps", "80", "--checkpointing_steps", "2"];
+        let more = ["--max_train_steps", "80", "--checkpointing_steps", checkpoints];
         let take_away = |_: &Child| {
             // At once, as a removal is not: then nothing is written into the folder while it goes.
             std::fs::rename(&run, scratch.path("gone")).unwrap();
