@@ -145,9 +145,10 @@ pub fn create_dir(path: &Path) -> Result<()> {
 /// Fails if nothing could be written into the folder `dir`; where it is not there yet, into the nearest one above it. Leaves
 /// nothing behind. For the start of what takes long.
 pub fn check_folder_writable(dir: &Path) -> Result<()> {
-    let dir = std::path::absolute(dir).map_err(|e| Error::io("find", dir, e))?;
-    let there = dir.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).unwrap_or(&dir);
-    probe(&there.join("probe")).map_err(|e| Error::io("write into", there, e))
+    let whole = std::path::absolute(dir).map_err(|e| Error::io("find", dir, e))?;
+    let there = whole.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).unwrap_or(&whole);
+    let what = if there == whole { "write into" } else { "make the folder" };
+    probe(&there.join("probe")).map_err(|e| Error::io(what, dir, e))
 }
 
 /// Fails if no file or folder could be written at `path`, whose folder must be there, as [`check_folder_writable`].

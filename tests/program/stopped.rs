@@ -159,7 +159,7 @@ fn a_place_that_cannot_be_written_is_told_before_anything_is_read() {
     let csv = ["evaluate", "pictures", "--clip", "tower", "--real", "photos", "--csv", "/proc/scores.csv"];
     for (args, place) in [
         (&["sample", "--model", "m", "--prompt", "x", "--output", "/proc"][..], "write into /proc:"),
-        (&["sample", "--model", "m", "--prompt", "x", "--output", "/proc/out"], "write into /proc:"),
+        (&["sample", "--model", "m", "--prompt", "x", "--output", "/proc/out"], "make the folder /proc/out:"),
         (
             &["sample", "--model", "m", "--prompt", "x", "--output", "out", "--save-latents", "/proc/l"],
             "write /proc/l:",
@@ -169,9 +169,9 @@ fn a_place_that_cannot_be_written_is_told_before_anything_is_read() {
             "write /proc/merged:",
         ),
         (&["merge", "a", "b", "--output", "/proc/both"], "write /proc/both:"),
-        (&[&train[..], &["--pretrained_model_name_or_path", "m"]].concat(), "write into /proc:"),
+        (&[&train[..], &["--pretrained_model_name_or_path", "m"]].concat(), "make the folder /proc/run:"),
         (&csv, "write /proc/scores.csv:"),
-        (&["prepare", "canny", photos, "--output", "/proc/edges"], "write into /proc:"),
+        (&["prepare", "canny", photos, "--output", "/proc/edges"], "make the folder /proc/edges:"),
     ] {
         let done = scratch.run(args);
         assert!(done.code == 2 && done.err.contains(&format!("cannot {place}")), "{args:?}: {}", done.err);
