@@ -336,6 +336,24 @@ fn every_checkpoint_of_a_run_is_scored_after_the_training() {
 }
 
 #[test]
+fn a_run_at_a_rate_that_destroys_the_model_says_that_it_is_lost() {
+    let scratch = Scratch::new();
+    let words = ["--method", "lora", "--rank", "4", "--max_train_steps", "2", "--score"];
+    let prompts = ["--validation-prompt", "a cat face", "--drift-prompt", "a noto emoji of a dog face"];
+    let few = ["--validation_inference_steps", "2", "--num_validation_images", "2"];
+    let train = |name: &str, rate: &str| {
+        let told = scratch.train(name, &[&words[..], &prompts, &few, &["--learning_rate", rate]].concat());
+        let file = std::fs::read(scratch.path(name).join("scores/scores.json")).unwrap();
+        (told.err, serde_json::from_slice::<Value>(&file).unwrap()["lost"].clone())
+    };
+    let (told, lost) = train("wild", "1e-1");
+    assert!(told.contains("the model is lost from step 2 on") && told.contains("--learning_rate"), "{told}");
+    assert_eq!(lost, serde_json::json!([2]));
+    let (told, lost) = train("mild", "1e-4");
+    assert!(!told.contains("lost") && lost == serde_json::json!([]), "{told}");
+}
+
+#[test]
 fn a_dry_run_tells_the_plan_and_writes_nothing() {
     let scratch = scratch(&config("seeds = [0, 1]", "", METHODS));
     let told = scratch.ok(&["compare", "c.toml", "--dry-run"]).out;

@@ -177,7 +177,10 @@ fn config_files_with_mistakes_name_the_file_and_the_key() {
             "[optimizer]\nlearning_rate = 'fast'",
             "[optimizer] learning_rate: expected a number, found \"fast\"",
         ),
-        ("[adapter]\nmethod = 'lora'\ngram_schmidt = true", "[adapter] gram_schmidt: only method hra has it"),
+        (
+            "[adapter]\nmethod = 'lora'\ngram_schmidt = true",
+            "[adapter] gram_schmidt: only the methods hra, hra-magnitude have it",
+        ),
         (
             "[adapter]\nmethod = 'hra'\nlora_alpha = 2.0",
             "[adapter] lora_alpha: only the methods lora, dora have it",

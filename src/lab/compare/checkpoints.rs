@@ -38,6 +38,8 @@ pub struct Scored {
     pub evaluations: Vec<Evaluation>,
     /// The step with the largest sum of picture and text similarity; `None` where neither is measured.
     pub best: Option<i64>,
+    /// Steps whose pictures of `--drift-prompt` are further from the base model's than those are from each other.
+    pub lost: Vec<i64>,
 }
 
 /// Similarities that the best step is chosen by, each the first that is there.
@@ -131,13 +133,30 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
         evaluations.push(score::evaluation(step, Set::Validation, prompts, drifts));
     }
     let best = best_step(&evaluations, &objective(&evaluations));
+    let spread = score::spread(&drift, &base_drift)?;
+    let lost = lost(&evaluations, spread, observer);
     results::write_json(
         &folder.join("scores.json"),
-        &serde_json::json!({"best": best, "evaluations": evaluations}),
+        &serde_json::json!({"best": best, "lost": lost, "base_spread": spread, "evaluations": evaluations}),
     )?;
     let title = run.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     files::write_atomic(&folder.join("scores.svg"), steps_plot(&title, &evaluations, best).as_bytes())?;
-    Ok(Scored { folder, evaluations, best })
+    Ok(Scored { folder, evaluations, best, lost })
+}
+
+/// The steps at which nothing of the base model is left in pictures of other things, and says so. Drift of trainings that went
+/// well stays below 0.8 of `spread` (`docs/troubleshooting.md`).
+fn lost(evaluations: &[Evaluation], spread: Option<f64>, observer: &dyn Observer) -> Vec<i64> {
+    let Some(spread) = spread else { return Vec::new() };
+    let drift = |e: &Evaluation| e.scores.get("drift").copied().filter(|drift| *drift > spread);
+    let lost: Vec<(i64, f64)> = evaluations.iter().filter_map(|e| Some((e.step, drift(e)?))).collect();
+    if let Some((step, drift)) = lost.first() {
+        observer.note(&format!(
+            "the model is lost from step {step} on: pictures of --drift-prompt differ from the base model's by {drift:.1}, more than \
+             the base model's own differ from each other ({spread:.1}); lower --learning_rate, or train fewer steps"
+        ));
+    }
+    lost.into_iter().map(|(step, _)| step).collect()
 }
 
 /// Steps with what was trained up to them, the end last.

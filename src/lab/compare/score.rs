@@ -12,6 +12,9 @@ use crate::lab::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
 use crate::platform::observer::Observer;
 use std::path::{Path, PathBuf};
 
+/// Pictures that [`spread`] compares, each with each.
+const MOST_SPREAD: usize = 32;
+
 /// The pictures of a folder, in the order of their names; none, where there is no folder.
 pub fn pictures(folder: &Path, at_most: usize, background: Background) -> Result<Vec<RgbImage>> {
     if !folder.is_dir() {
@@ -81,6 +84,23 @@ pub fn drift(
         all.push(prompt_scores(drawing, p, Scores::new(), each, folder, root));
     }
     Ok(all)
+}
+
+/// How far pictures in `folder` are from each other, of any prompt and noise: what drift is compared with. `None` of one picture.
+pub fn spread(drawing: &SetDrawing, folder: &Path) -> Result<Option<f64>> {
+    let mut pictures = Vec::new();
+    for p in 0..drawing.prompts.len() {
+        pictures.extend(drawn(drawing, folder, p)?);
+    }
+    pictures.truncate(MOST_SPREAD);
+    let (mut sum, mut pairs) = (0.0, 0.0);
+    for (i, a) in pictures.iter().enumerate() {
+        for b in &pictures[..i] {
+            sum += scores::pixel_difference(a, b)?;
+            pairs += 1.0;
+        }
+    }
+    Ok((pairs > 0.0).then(|| sum / pairs))
 }
 
 /// Puts an evaluation together, with its means.
