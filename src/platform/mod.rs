@@ -13,3 +13,4 @@ pub mod hub;
 pub mod observer;
 pub mod random;
 pub mod seed;
+pub mod spreadsheet;

@@ -220,6 +220,23 @@ fn the_table_and_the_csv_file_say_what_the_json_says() {
 }
 
 #[test]
+fn a_prompt_and_a_file_that_begin_like_formulas_are_text_in_the_csv_file() {
+    let bench = Bench::new();
+    for name in ["=1+1.png", "@2.png"] {
+        fs::copy(bench.path("drawn/00.png"), bench.path(name)).unwrap();
+    }
+    fs::write(bench.path("prompts"), "=HYPERLINK(\"https://example.org\";\"cat\")\n-1 cat\n").unwrap();
+    let done = bench.run(&["=1+1.png", "@2.png", "--prompt-file", "prompts", "--csv", "scores.csv"]);
+    assert_eq!(done.code, 0, "{}", done.err);
+    let mut reader = csv::Reader::from_path(bench.path("scores.csv")).unwrap();
+    let rows: Vec<csv::StringRecord> = reader.records().map(|row| row.unwrap()).collect();
+    let texts = |row: &csv::StringRecord| [row[0].to_string(), row[1].to_string()];
+    assert_eq!(texts(&rows[0]), ["'=1+1.png", "'=HYPERLINK(\"https://example.org\";\"cat\")"]);
+    assert_eq!(texts(&rows[1]), ["'@2.png", "'-1 cat"]);
+    assert!(rows.iter().all(|row| row[2].parse::<f64>().is_ok()), "scores stay numbers");
+}
+
+#[test]
 fn real_pictures_that_were_drawn_from_are_told() {
     let bench = Bench::new();
     let (train, held_out) = (asset("subjects/cat/train"), asset("subjects/cat/held_out"));

@@ -319,6 +319,42 @@ fn names_and_prompts_are_text_and_nothing_else() {
     assert!(csv.contains("\"<script>alert(\"\"1\"\")</script>'|\n`x`&amp;\""), "quoted as RFC 4180 says");
 }
 
+/// A spreadsheet runs a cell that begins with one of these; with an apostrophe before it, it shows the text.
+#[test]
+fn prompts_and_names_that_begin_like_formulas_are_shown_by_spreadsheets_and_not_run() {
+    let mut comparison = Comparison::new(&Shape::small());
+    let (prompt, label) = ("=HYPERLINK(\"https://example.org\")", "+HRA");
+    comparison.plan.methods[0].label = label.into();
+    for cell in comparison.plan.cells.iter_mut().filter(|c| c.method() == "HRA") {
+        rename(cell, label);
+    }
+    for record in &mut comparison.records {
+        if record.cell.method() == "HRA" {
+            rename(&mut record.cell, label);
+        }
+        record.environment.device = "@cpu".into();
+        let evaluation = &mut record.evaluations[0];
+        evaluation.prompts[0].prompt = prompt.into();
+        evaluation.scores.insert("-key".into(), 1.0);
+        evaluation.prompts[0].pictures[0].scores.insert("-key".into(), -0.5);
+    }
+    let written = Written::new(&comparison);
+    for (file, texts) in [("report.csv", &[prompt, label][..]), ("report-cells.csv", &["@cpu", label][..])] {
+        let text = written.text(file);
+        let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(text.as_bytes());
+        let mut fields = Vec::new();
+        for row in reader.records() {
+            fields.extend(row.unwrap().iter().map(str::to_string));
+        }
+        for text in texts {
+            assert!(fields.contains(&format!("'{text}")), "{text} in {file}");
+        }
+        let run = |field: &&String| field.starts_with(['=', '+', '-', '@']) && field.parse::<f64>().is_err();
+        assert_eq!(fields.iter().find(run), None, "{file}");
+    }
+    assert!(written.text("report.csv").contains(",-0.5\n"), "numbers stay numbers");
+}
+
 #[test]
 fn folders_that_are_no_comparison_are_refused() {
     let dir = tempfile::tempdir().unwrap();

@@ -7,6 +7,7 @@ use crate::lab::report::statistics::Bootstrap;
 use crate::lab::results::{Better, Evaluation, OF_CONDITIONS, SCORES};
 use crate::platform::columns::{self, left, right};
 use crate::platform::device;
+use crate::platform::spreadsheet::text_cell;
 use serde_json::json;
 use std::collections::BTreeMap;
 use tch::Device;
@@ -124,11 +125,12 @@ fn table(
     columns::lines(&[left(18), right(10), left(13).after(2), left(8), left(0).after(2)], &rows)
 }
 
-/// A row for each picture: file, prompt, and every score that any of them has.
+/// A row for each picture: file, prompt, and every score that any of them has. Spreadsheets show the texts and run none.
 pub fn csv(found: &Evaluation) -> String {
     let cell = |text: &str| {
+        let text = text_cell(text);
         let quoted = text.contains(['"', ',', '\n', '\r']);
-        if quoted { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.to_string() }
+        if quoted { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.into_owned() }
     };
     let keys: Vec<&str> =
         SCORES.iter().map(|kind| kind.key).filter(|key| found.scores.contains_key(*key)).collect();

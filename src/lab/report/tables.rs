@@ -1,12 +1,14 @@
 //! The raw records as tables: `report.csv`, a row for each scored picture, and `report-cells.csv`, a row for each cell, step
-//! and set.
+//! and set. Names, prompts and paths are cells that no spreadsheet runs.
 
 use crate::error::{Error, Result};
 use crate::lab::report::statistics::prompt_value;
 use crate::lab::report::table::Analysis;
 use crate::lab::report::values::ScoreColumn;
 use crate::lab::results::{CellRecord, Evaluation, PlannedCell, PromptScores, Set};
+use crate::platform::spreadsheet::text_cell;
 use csv::Writer;
+use std::borrow::Cow;
 use std::path::Path;
 
 /// `report.csv`. Scores that the pictures of a prompt have only together are repeated on each of them.
@@ -27,8 +29,8 @@ pub fn pictures(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
         "file",
     ];
     let mut writer = Writer::from_writer(Vec::new());
-    let headings = head.into_iter().chain(a.columns.iter().map(|c| c.key.as_str()));
-    writer.write_record(headings).map_err(|e| fail(path, &e))?;
+    let headings = head.into_iter().map(Cow::from).chain(a.columns.iter().map(|c| text_cell(&c.key)));
+    writer.write_record(headings.map(Cow::into_owned)).map_err(|e| fail(path, &e))?;
     for record in a.records {
         for evaluation in &record.evaluations {
             let kind = if a.control { "pair" } else { "subject" };
@@ -49,9 +51,9 @@ pub fn pictures(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
             let cell = &record.cell;
             let empty = String::new;
             let mut row =
-                vec![cell.id.clone(), "real".into(), cell.subject.clone(), empty(), empty(), empty()];
-            row.extend([Set::Test.name().into(), "real".into(), number.to_string(), caption]);
-            row.extend(["0".into(), empty(), picture.file.clone()]);
+                vec![shown(&cell.id), "real".into(), shown(&cell.subject), empty(), empty(), empty()];
+            row.extend([Set::Test.name().into(), "real".into(), number.to_string(), shown(&caption)]);
+            row.extend(["0".into(), empty(), shown(&picture.file)]);
             row.extend(a.columns.iter().map(|column| text(picture.scores.get(&column.key))));
             writer.write_record(&row).map_err(|e| fail(path, &e))?;
         }
@@ -74,7 +76,7 @@ fn prompt_rows(
             let kind = if kind == "pair" && index > 0 { "shuffled" } else { kind };
             let mut row = of_cell(&record.cell, evaluation);
             let file = format!("cells/{}/{}", record.cell.id, picture.file);
-            row.extend([kind.into(), number.to_string(), prompt.prompt.clone()]);
+            row.extend([kind.into(), number.to_string(), shown(&prompt.prompt)]);
             row.extend([index.to_string(), picture.seed.to_string(), file]);
             row.extend(columns.iter().map(|column| {
                 let value = picture.scores.get(&column.key).or_else(|| prompt.scores.get(&column.key));
@@ -104,8 +106,9 @@ pub fn cells(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
         "jobs",
     ];
     let mut writer = Writer::from_writer(Vec::new());
-    let keys = a.columns.iter().map(|c| c.key.as_str());
-    writer.write_record(head.into_iter().chain(keys).chain(budget)).map_err(|e| fail(path, &e))?;
+    let keys = a.columns.iter().map(|c| text_cell(&c.key));
+    let headings = head.into_iter().map(Cow::from).chain(keys).chain(budget.into_iter().map(Cow::from));
+    writer.write_record(headings.map(Cow::into_owned)).map_err(|e| fail(path, &e))?;
     for record in a.records {
         for evaluation in &record.evaluations {
             let mut row = of_cell(&record.cell, evaluation);
@@ -127,9 +130,9 @@ fn evaluation_value(evaluation: &Evaluation, key: &str) -> Option<f64> {
 
 fn of_cell(cell: &PlannedCell, evaluation: &Evaluation) -> Vec<String> {
     vec![
-        cell.id.clone(),
-        cell.method().to_string(),
-        cell.subject.clone(),
+        shown(&cell.id),
+        shown(cell.method()),
+        shown(&cell.subject),
         cell.seed().to_string(),
         text(cell.learning_rate()),
         evaluation.step.to_string(),
@@ -149,12 +152,17 @@ fn of_budget(record: &CellRecord) -> Vec<String> {
         text(budget.and_then(|b| b.peak_memory)),
         text(budget.and_then(|b| b.peak_device_memory)),
         text(budget.map(|b| b.interrupted)),
-        environment.version.clone(),
-        environment.device.clone(),
-        environment.dtype.clone(),
+        shown(&environment.version),
+        shown(&environment.device),
+        shown(&environment.dtype),
         environment.threads.to_string(),
         environment.jobs.to_string(),
     ]
+}
+
+/// A field of text, which a spreadsheet shows as it is.
+fn shown(text: &str) -> String {
+    text_cell(text).into_owned()
 }
 
 /// An empty field for what is not there.
