@@ -42,6 +42,9 @@ pub struct CompareArgs {
     /// Number of shares, where the environment does not say
     #[arg(long, value_name = "N")]
     shard_count: Option<usize>,
+    /// Refuse pairs whose files lie outside the folder of their table, in every [[control]]
+    #[arg(long)]
+    strict_paths: bool,
     /// Print what came out as JSON
     #[arg(long)]
     json: bool,
@@ -88,6 +91,9 @@ pub fn run(args: &CompareArgs, observer: &dyn Observer) -> Result<()> {
     }
     if let Some(jobs) = args.jobs {
         config.jobs = jobs;
+    }
+    if args.strict_paths {
+        config.refuse_outside_paths()?;
     }
     config.validate()?;
     let shard = Shard::from_flags(args.shard.as_deref(), args.shard_count, |name| std::env::var(name).ok())?;

@@ -66,6 +66,9 @@ pub struct ControlArgs {
     /// Column of the conditions
     #[arg(long, default_value = "conditioning_image", value_name = "NAME")]
     conditioning_image_column: String,
+    /// Refuse --pairs whose files lie outside the folder of their table (absolute paths, `..`, links)
+    #[arg(long)]
+    strict_paths: bool,
     /// What the control adds is multiplied by this
     #[arg(
         long,
@@ -153,6 +156,7 @@ impl ControlArgs {
             make_conditions: self.make_conditions,
             thresholds: self.thresholds(encoders.first())?,
             palette: self.palette.clone().or(own),
+            strict_paths: self.strict_paths,
             ..PairSettings::default()
         };
         let pairs =
@@ -162,8 +166,11 @@ impl ControlArgs {
 
     /// clap's own `requires` does not hold for what conflicts with a flag that is there.
     fn refuse_idle_flags(&self) -> Result<()> {
-        if self.pairs.is_none() && (self.num_pairs.is_some() || self.shuffle_conditions) {
-            return Err(Error::config("--num-pairs and --shuffle-conditions: only with --pairs"));
+        let of_pairs = self.num_pairs.is_some() || self.shuffle_conditions || self.strict_paths;
+        if self.pairs.is_none() && of_pairs {
+            return Err(Error::config(
+                "--num-pairs, --shuffle-conditions and --strict-paths: only with --pairs",
+            ));
         }
         let plain = Strength::default() == self.strength()
             && !self.make_conditions

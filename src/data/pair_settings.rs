@@ -73,6 +73,8 @@ pub struct PairSettings {
     pub palette: Option<PathBuf>,
     /// Behind pictures with transparent parts.
     pub background: Background,
+    /// Whether files outside the folder of the table are refused.
+    pub strict_paths: bool,
 }
 
 impl Default for PairSettings {
@@ -88,6 +90,7 @@ impl Default for PairSettings {
             thresholds: Thresholds::default(),
             palette: None,
             background: Background::default(),
+            strict_paths: false,
         }
     }
 }

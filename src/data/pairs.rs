@@ -72,11 +72,12 @@ impl PairFolder {
     /// Reads the table of the folder at `path`, or the table at `path`, and decodes every file that it names, which is the
     /// only way to know that it is whole.
     ///
-    /// An [`ErrorKind::Data`] with the reasons if not one pair can be used, an [`ErrorKind::Format`] if the table cannot be read, an
+    /// An [`ErrorKind::Data`] with the reasons if not one pair can be used, or for files that the settings refuse, an [`ErrorKind::Format`] if the table cannot be read, an
     /// [`ErrorKind::Config`] for settings that contradict each other.
     pub fn read(path: &Path, settings: &PairSettings, observer: &dyn Observer) -> Result<Self> {
         let conditions = Conditions::new(settings)?;
         let table = table::read(path, settings)?;
+        table.confine(settings.strict_paths, !settings.make_conditions, observer)?;
         let (mut pairs, mut bad) = (Vec::new(), Vec::new());
         for found in look_at_all(&table.rows, table.root(), &conditions, observer)? {
             match found {

@@ -3,11 +3,11 @@
 //! Read are `metadata.jsonl` and `metadata.csv` of a Hugging Face image folder (`file_name`, `text`,
 //! `conditioning_image`), and JSON lines or one JSON array of ControlNet's `{source, target, prompt}` (`source` is the
 //! condition) and of CelebA's `{image, prompt}`, in which OFT's and HRA's data sets are given. Paths are relative to the
-//! folder of the table.
+//! folder of the table; those that lead out of it are told, or refused.
 
 use std::fmt;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::data::pair_settings::{COLUMNS, PairSettings};
 use crate::platform::files::{self, Kind};
+use crate::platform::observer::Observer;
 use crate::{Error, Result};
 
 /// The tables that are looked for in a folder.
@@ -55,6 +56,52 @@ impl Table {
     pub fn root(&self) -> &Path {
         self.file.parent().unwrap_or(Path::new(""))
     }
+
+    /// Says once how many pictures, and `conditions` where they are read, lie outside the table's folder; where `strict`, that is
+    /// an [`ErrorKind::Data`](crate::ErrorKind::Data). A table from elsewhere can so name any file that its reader may read.
+    pub fn confine(&self, strict: bool, conditions: bool, observer: &dyn Observer) -> Result<()> {
+        let root = if self.root().as_os_str().is_empty() { Path::new(".") } else { self.root() };
+        let whole = root.canonicalize().map_err(|e| Error::io("find", root, e))?;
+        let named = self.rows.iter().filter_map(|row| Some((&row.place, row.entry.as_ref().ok()?)));
+        let paths = named.flat_map(|(place, entry)| {
+            let condition = entry.condition.as_ref().filter(|_| conditions);
+            std::iter::once(&entry.image).chain(condition).map(move |path| (place, path))
+        });
+        let mut outside = paths.filter(|(_, path)| leads_out(path, root, &whole));
+        let Some((place, first)) = outside.next() else { return Ok(()) };
+        let (more, table) = (outside.count(), self.file.display());
+        let one = format!("{place} names `{first}`");
+        let found = if more == 0 { one } else { format!("{one}, and {more} more do so") };
+        if strict {
+            let problem =
+                format!("{table}: expected files in the folder of the table, found others: {found}");
+            let hint = "leave strict_paths out if you trust the table, or put the files into its folder";
+            return Err(Error::data(problem).with_hint(hint));
+        }
+        observer.note(&format!(
+            "{table}: files outside the folder of the table are read: {found} (strict_paths refuses that)"
+        ));
+        Ok(())
+    }
+}
+
+/// Whether a table in the folder `root`, which is at `whole`, names a file outside of it by `path`: an absolute one, by `..`, or
+/// through a link.
+fn leads_out(path: &str, root: &Path, whole: &Path) -> bool {
+    if let Ok(found) = root.join(path).canonicalize() {
+        return !found.starts_with(whole);
+    }
+    // Nothing is there yet that could be followed.
+    let mut depth = 0;
+    Path::new(path).components().any(|part| {
+        depth += match part {
+            Component::Normal(_) => 1,
+            Component::ParentDir => -1,
+            Component::CurDir => 0,
+            Component::RootDir | Component::Prefix(_) => return true,
+        };
+        depth < 0
+    })
 }
 
 /// The table of a folder of pictures, by the usual columns; `None` where the folder has none.

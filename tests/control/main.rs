@@ -13,6 +13,7 @@ mod support {
 mod compare;
 mod conditions;
 mod networks;
+mod outside;
 mod pairs;
 mod prepare;
 mod sampling;

@@ -15,7 +15,7 @@ use crate::platform::files;
 use crate::platform::observer::{Counter, Observer};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use sources::{Bad, PictureFile, Sources, is_picture};
+use sources::{Bad, PictureFile, Tables, is_picture};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -112,6 +112,9 @@ struct Common {
     /// First resize the shorter side to this and cut out the middle square
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(8..=8192))]
     resolution: Option<u32>,
+    /// Refuse a table of the pictures that names files outside its folder (absolute paths, `..`, links)
+    #[arg(long)]
+    strict_paths: bool,
     /// Print what was made as JSON
     #[arg(long)]
     json: bool,
@@ -139,11 +142,12 @@ pub fn run(args: &PrepareArgs, observer: &dyn Observer) -> Result<()> {
     };
     let maker = Maker::new(&args.what)?;
     terminal::listen()?;
+    let tables = Tables { strict_paths: common.strict_paths, observer };
     let sources = match &args.what {
-        What::Canny(args) => Sources::of_pictures(&args.dir)?,
-        What::Segmentation(args) => Sources::beside(dir, args.pictures.as_deref(), is_picture)?,
+        What::Canny(args) => tables.of_pictures(&args.dir)?,
+        What::Segmentation(args) => tables.beside(dir, args.pictures.as_deref(), is_picture)?,
         What::Landmarks(args) => {
-            Sources::beside(dir, Some(&args.pictures), |ending| POINT_FILES.contains(&ending))?
+            tables.beside(dir, Some(&args.pictures), |ending| POINT_FILES.contains(&ending))?
         }
     };
     let output = PreparedOutput { dir: common.output.clone().unwrap_or_else(|| dir.join(kind)) };

@@ -3,6 +3,7 @@
 use crate::data::table::{self, Row};
 use crate::error::Result;
 use crate::platform::files;
+use crate::platform::observer::Observer;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt;
@@ -55,11 +56,19 @@ pub struct Sources {
     pub bad: Vec<Bad>,
 }
 
-impl Sources {
+/// How the tables of pictures are taken.
+pub struct Tables<'a> {
+    /// Whether files outside their folders are refused.
+    pub strict_paths: bool,
+    pub observer: &'a dyn Observer,
+}
+
+impl Tables<'_> {
     /// The pictures of a folder: those that its metadata names, or else all.
-    pub fn of_pictures(dir: &Path) -> Result<Self> {
-        let mut found = Self::default();
+    pub fn of_pictures(&self, dir: &Path) -> Result<Sources> {
+        let mut found = Sources::default();
         if let Some(table) = table::of_pictures(dir)? {
+            table.confine(self.strict_paths, false, self.observer)?;
             for Row { place, entry } in table.rows {
                 match entry {
                     Err(problem) => found.bad.push(Bad::new(&table.file, format!("{place}: {problem}"))),
@@ -93,17 +102,22 @@ impl Sources {
 
     /// The files of `dir`, maps or points as `wanted` says of their endings, each with the picture of its name; a folder in the
     /// picture's name is one of `dir` where that has it.
-    pub fn beside(dir: &Path, pictures: Option<&Path>, wanted: impl Fn(&str) -> bool) -> Result<Self> {
+    pub fn beside(
+        &self,
+        dir: &Path,
+        pictures: Option<&Path>,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<Sources> {
         let listed = |dir: &Path| files::list_files(dir, &wanted);
         let Some(pictures) = pictures else {
             let source = |path: PathBuf| {
                 let name = inside(Path::new(path.file_name().unwrap_or_default()));
                 PictureFile { name, path, picture: None, caption: None }
             };
-            return Ok(Self { sources: listed(dir)?.into_iter().map(source).collect(), bad: Vec::new() });
+            return Ok(Sources { sources: listed(dir)?.into_iter().map(source).collect(), bad: Vec::new() });
         };
-        let of_pictures = Self::of_pictures(pictures)?;
-        let mut found = Self { sources: Vec::new(), bad: of_pictures.bad };
+        let of_pictures = self.of_pictures(pictures)?;
+        let mut found = Sources { sources: Vec::new(), bad: of_pictures.bad };
         let mut folders: BTreeMap<PathBuf, BTreeMap<OsString, PathBuf>> = BTreeMap::new();
         let mut used = BTreeSet::new();
         for picture in of_pictures.sources {

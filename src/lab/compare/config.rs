@@ -289,6 +289,17 @@ impl CompareConfig {
         Ok(config)
     }
 
+    /// Sets `strict_paths` of every set of pairs; an error where there are none.
+    pub fn refuse_outside_paths(&mut self) -> Result<()> {
+        let Topic::Control(entries) = &mut self.topic else {
+            return Err(Error::config(
+                "--strict-paths: only with [[control]], whose pairs are named by tables",
+            ));
+        };
+        entries.iter_mut().for_each(|entry| entry.strict_paths = true);
+        Ok(())
+    }
+
     /// The settings of one training, without what depends on subject and seed.
     pub fn train_config(&self, method: &MethodEntry) -> Result<TrainConfig> {
         TrainConfig::from_tables(&[&self.train, &method.settings])

@@ -299,8 +299,9 @@ impl Planner<'_> {
                     Material::Pictures(pictures) => pictures.train.iter().map(|p| p.hash.as_str()).collect(),
                     Material::Pairs(pairs) => vec![&pairs.train_hash],
                 };
-                // Where it runs is not what it is.
-                let what = TrainConfig { device: DeviceChoice::Auto, threads: None, ..train.clone() };
+                // Where it runs is not what it is, nor is what it would have refused.
+                let data = DataSection { strict_paths: false, ..train.data.clone() };
+                let what = TrainConfig { device: DeviceChoice::Auto, threads: None, data, ..train.clone() };
                 let key = serde_json::to_string(&(method, what, &self.model, pictures, self.steps));
                 let key = key.map_err(|e| Error::config(format!("method `{method}`: {e}")))?;
                 format!("{}-lr{rate:e}-{}-s{seed}-{}", slug(method), subject.name, short(&key))

@@ -269,6 +269,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
             key(Section::Data, "image_column", "", Text, "Column of the pictures").of_pairs(),
             key(Section::Data, "caption_column", "", Text, "Column of the captions").of_pairs(),
             key(Section::Data, "conditioning_image_column", "", Text, "Column of the conditions").of_pairs(),
+            key(Section::Data, "strict_paths", "", Switch, "Refuse pairs whose files lie outside the folder of their table (absolute paths, `..`, links)").of_pairs(),
             key(Section::Data, "proportion_empty_prompts", "SHARE", Number, "Share of captions that are left out, so that the condition alone must do"),
             key(Section::Optimizer, "control_lr", "", Number, "Peak learning rate of the control encoder").unset("that of the UNet").of_method(),
             key(Section::Previews, "validation_image", "IMAGE", Files, "Condition of a preview: one for each validation prompt, or one for all [default: the first held-out pairs]").of_comparison(),

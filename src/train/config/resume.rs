@@ -35,7 +35,7 @@ impl TrainConfig {
             output_dir: free.output_dir,
             device: free.device,
             threads: free.threads,
-            data: DataSection { held_out_data_dir: None, ..self.data.clone() },
+            data: DataSection { held_out_data_dir: None, strict_paths: false, ..self.data.clone() },
             prior: PriorSection { sample_batch_size: free.prior.sample_batch_size, ..self.prior.clone() },
             schedule: ScheduleSection {
                 max_train_steps: free.schedule.max_train_steps,

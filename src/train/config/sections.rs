@@ -78,6 +78,8 @@ pub struct DataSection {
     pub caption_column: String,
     /// Column of the conditions.
     pub conditioning_image_column: String,
+    /// Refuse pairs whose files lie outside the folder of their table.
+    pub strict_paths: bool,
     /// Share of captions that are left out, so that the condition alone must do.
     pub proportion_empty_prompts: f64,
 }
@@ -101,6 +103,7 @@ impl Default for DataSection {
             image_column: pairs.image_column,
             caption_column: pairs.caption_column,
             conditioning_image_column: pairs.conditioning_image_column,
+            strict_paths: pairs.strict_paths,
             proportion_empty_prompts: 0.0,
         }
     }
@@ -118,6 +121,7 @@ impl DataSection {
             thresholds: Thresholds { low: self.canny_low, high: self.canny_high },
             palette: self.palette.clone(),
             background: self.background,
+            strict_paths: self.strict_paths,
         }
     }
 }

@@ -121,11 +121,12 @@ impl TrainConfig {
             && self.data.proportion_empty_prompts == 0.0
             && self.data.palette.is_none()
             && !self.data.make_conditions
+            && !self.data.strict_paths
             && self.data.condition == ConditionKind::Other;
         problems.require(
             idle && self.adapter.method != MethodName::NONE,
-            "condition, make_conditions, palette, proportion_empty_prompts, control_lr, validation_image and method none: only with \
-             train_data_dir",
+            "condition, make_conditions, palette, strict_paths, proportion_empty_prompts, control_lr, validation_image and method \
+             none: only with train_data_dir",
         );
     }
 

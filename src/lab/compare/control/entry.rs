@@ -45,6 +45,9 @@ pub struct ControlEntry {
     /// Column of the conditions.
     #[serde(default = "conditioning_image_column")]
     pub conditioning_image_column: String,
+    /// Refuse pairs whose files lie outside the folder of their table.
+    #[serde(default)]
+    pub strict_paths: bool,
     /// What a reader must know of it.
     #[serde(default)]
     pub notes: Vec<String>,
@@ -93,6 +96,7 @@ impl ControlEntry {
             image_column: self.image_column.clone(),
             caption_column: self.caption_column.clone(),
             conditioning_image_column: self.conditioning_image_column.clone(),
+            strict_paths: self.strict_paths,
             ..train.data
         };
         TrainConfig { data, ..train }
