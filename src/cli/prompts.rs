@@ -1,16 +1,29 @@
 //! Prompts as a user writes them: one on each line of a file, perhaps with the syntax of another program.
 
-use crate::error::Result;
+use crate::data::caption::bounded;
+use crate::error::{Error, Result};
 use crate::platform::files;
 use crate::platform::observer::Observer;
 use regex::Regex;
 use std::path::Path;
 
-/// The prompts of a file; empty lines and lines that begin with # are passed over.
+/// Most prompts of a file: more than are drawn or scored in months.
+const MAX_PROMPTS: usize = 1_000_000;
+
+/// The prompts of a file; empty lines and lines that begin with # are passed over. Errors: a longer line than a prompt may be, more
+/// than [`MAX_PROMPTS`].
 pub fn read(path: &Path) -> Result<Vec<String>> {
     let text = files::read_to_string(path)?;
-    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
-    Ok(lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_string).collect())
+    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim).zip(1..);
+    let mut prompts = Vec::new();
+    for (line, number) in lines.filter(|(line, _)| !line.is_empty() && !line.starts_with('#')) {
+        bounded(line).map_err(|problem| Error::format(path, format!("line {number}: {problem}")))?;
+        if prompts.len() == MAX_PROMPTS {
+            return Err(Error::format(path, format!("expected at most {MAX_PROMPTS} prompts, found more")));
+        }
+        prompts.push(line.to_string());
+    }
+    Ok(prompts)
 }
 
 /// What A1111 and ComfyUI read as weights of words and as names of files; here, as in diffusers, it is text like any other.

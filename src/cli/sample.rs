@@ -40,6 +40,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
         .transpose()?;
     check_flags(args)?;
     check_outputs(args)?;
+    device::set_threads(args.machine.threads, usize::MAX)?;
     let pictures = args.start.read(observer)?;
     let compute = device::resolve(args.machine.device, Some(args.machine.dtype))?;
     compute.notes.iter().for_each(|note| eprintln!("note: {note}"));

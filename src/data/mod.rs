@@ -7,6 +7,7 @@
 //! Pairs of picture and condition, which control trains on, are in [`pairs`].
 
 mod cache;
+pub mod caption;
 pub mod condition;
 pub mod image;
 pub mod pair_settings;
@@ -22,7 +23,7 @@ use sha2::{Digest, Sha256};
 
 use cache::Cache;
 
-use crate::data::image::decode::{self, DecodedPicture, MAX_FILE_BYTES};
+use crate::data::image::decode::{self, DecodedPicture};
 use crate::data::image::resize::{center_offset, short_side_size};
 use crate::data::image::{Background, Filter, RgbImage, crop, resize};
 use crate::platform::columns::{self, left};
@@ -272,7 +273,7 @@ fn look(
 
 /// The picture of a file, or why it cannot be trained on.
 fn load_usable(path: &Path, background: Background) -> std::result::Result<DecodedPicture, String> {
-    let bytes = files::read(path, MAX_FILE_BYTES).map_err(|e| e.reason())?;
+    let bytes = decode::read(path).map_err(|e| e.reason())?;
     let picture = decode::decode(&bytes, background)?;
     let (width, height) = picture.pixels.dimensions();
     no_strip((width, height))?;

@@ -21,6 +21,7 @@ use crate::data::image::{Filter, RgbImage, crop, landmarks, resize};
 pub use crate::data::pair_settings::{ConditionKind, PairSettings};
 use crate::data::table::{self, Row, TableEntry};
 use crate::data::{Crop, MAX_REASONS, Skipped, Window, load_unchanged, load_usable, windows};
+use crate::platform::device;
 use crate::platform::observer::{Counter, Observer};
 use crate::{Error, Result};
 
@@ -271,7 +272,7 @@ fn look_at_all(
     conditions: &Conditions,
     observer: &dyn Observer,
 ) -> Result<Vec<Found>> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
+    let threads = device::own_threads().min(MAX_THREADS);
     let next = AtomicUsize::new(0);
     let work = |progress: Option<Counter>| {
         let mut found = Vec::new();
@@ -313,7 +314,9 @@ fn look(row: &Row, root: &Path, conditions: &Conditions) -> Found {
     };
     let image = root.join(name);
     let picture = load_usable(&image, conditions.background).map_err(|reason| bad("picture", reason))?;
-    let (width, height) = picture.pixels.dimensions();
+    let ((width, height), transparent) = (picture.pixels.dimensions(), picture.transparent);
+    // Before the condition is read, which may be as large.
+    drop(picture);
     let path = condition.as_ref().map(|path| root.join(path));
     let what = condition.as_ref().map_or("condition".to_string(), |path| format!("condition {path}"));
     let condition = conditions.look(path, (width, height)).map_err(|reason| bad(&what, reason))?;
@@ -325,6 +328,6 @@ fn look(row: &Row, root: &Path, conditions: &Conditions) -> Found {
         condition,
         width,
         height,
-        transparent: picture.transparent,
+        transparent,
     })
 }

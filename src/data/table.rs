@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
+use crate::data::caption::bounded;
 use crate::data::pair_settings::{COLUMNS, PairSettings};
 use crate::platform::files::{self, Kind};
 use crate::platform::observer::Observer;
@@ -243,17 +244,23 @@ impl<'a> Columns<'a> {
 fn caption_of(value: Value) -> std::result::Result<(String, bool), String> {
     match value {
         Value::Null => Ok((String::new(), false)),
-        Value::String(text) => Ok((text.trim().to_string(), false)),
+        Value::String(text) => Ok((caption(&text)?, false)),
         Value::Array(texts) => {
             let several = texts.len() > 1;
             match texts.into_iter().next() {
                 None => Ok((String::new(), false)),
-                Some(Value::String(text)) => Ok((text.trim().to_string(), several)),
+                Some(Value::String(text)) => Ok((caption(&text)?, several)),
                 Some(other) => Err(format!("expected texts as captions, found {}", kind_of(&other))),
             }
         }
         other => Err(format!("expected a text as caption, found {}", kind_of(&other))),
     }
+}
+
+/// A caption without the space around it; an error for one that no model reads.
+fn caption(text: &str) -> std::result::Result<String, String> {
+    let text = text.trim();
+    bounded(text).map(|()| text.to_string())
 }
 
 fn kind_of(value: &Value) -> &'static str {

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
@@ -260,22 +261,50 @@ fn keep_freed_memory() {}
 /// there, and a picture then does not depend on the number of cores, whose sums are rounded in another order.
 const ONE_THREAD_BELOW: usize = 4_000_000;
 
-/// Sets how many threads libtorch computes with on the CPU, for a network of `values` weights. `None` leaves the choice to
-/// OMP_NUM_THREADS, or to libtorch, which takes the number of cores, except for very small networks.
+/// Most threads that may be asked for: more than any machine has cores. With tens of thousands libtorch never comes back.
+pub const MAX_THREADS: i32 = 512;
+
+/// What [`set_threads`] was last asked for; 0 where nobody said.
+static ASKED_THREADS: AtomicUsize = AtomicUsize::new(0);
+
+/// Sets how many threads this process works with on the CPU: libtorch's, for a network of `values` weights, and
+/// [`own_threads`]. `None` leaves libtorch's to OMP_NUM_THREADS, or to libtorch, which takes the number of cores, except for very
+/// small networks. Call it with `usize::MAX` before pictures are read, and again when the network is known.
 ///
 /// # Errors
-/// [`ErrorKind::Config`] for a number below 1.
+/// [`ErrorKind::Config`] for a number below 1 or above [`MAX_THREADS`].
 pub fn set_threads(threads: Option<i32>, values: usize) -> Result<()> {
     let small = values < ONE_THREAD_BELOW && std::env::var_os("OMP_NUM_THREADS").is_none();
     match threads {
-        Some(count) if count < 1 => {
-            return Err(Error::config(format!("threads: expected 1 or more, found {count}")));
+        Some(count) if !(1..=MAX_THREADS).contains(&count) => {
+            let cores = cores();
+            let machine = format!("this machine has {cores} core{}", if cores == 1 { "" } else { "s" });
+            let problem = format!("threads: expected 1 to {MAX_THREADS}, found {count}; {machine}");
+            return Err(Error::config(problem));
         }
-        Some(count) => tch::set_num_threads(count),
+        Some(count) => {
+            ASKED_THREADS.store(count as usize, Ordering::Relaxed);
+            tch::set_num_threads(count);
+        }
         None if small => tch::set_num_threads(1),
         None => {}
     }
     Ok(())
+}
+
+/// How many threads the program's own work has, such as reading pictures: what [`set_threads`] was asked for, else OMP_NUM_THREADS,
+/// else the number of cores.
+pub fn own_threads() -> usize {
+    let of_omp = || std::env::var("OMP_NUM_THREADS").ok()?.trim().parse().ok().filter(|count| *count > 0);
+    match ASKED_THREADS.load(Ordering::Relaxed) {
+        0 => of_omp().unwrap_or_else(cores),
+        asked => asked,
+    }
+}
+
+/// Cores that this process may use.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// The most GPU memory that this process has used, in bytes.
@@ -402,11 +431,12 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_count_below_one_is_refused() {
-        assert_eq!(
-            set_threads(Some(0), 0).expect_err("0 threads").to_string(),
-            "threads: expected 1 or more, found 0"
-        );
+    fn thread_counts_that_no_machine_has_are_refused() {
+        for count in [0, -1, MAX_THREADS + 1, i32::MAX] {
+            let told = set_threads(Some(count), 0).expect_err("no such count").to_string();
+            let expected = format!("threads: expected 1 to {MAX_THREADS}, found {count}; this machine has ");
+            assert!(told.starts_with(&expected), "{told}");
+        }
     }
 
     #[test]

@@ -56,7 +56,12 @@ pub fn kind(path: &Path) -> Option<Kind> {
 
 /// The whole file as text; an [`ErrorKind::Format`] if it is not UTF-8, or larger than any config or vocabulary.
 pub fn read_to_string(path: &Path) -> Result<String> {
-    String::from_utf8(read(path, MAX_TEXT)?).map_err(|e| {
+    read_text(path, MAX_TEXT)
+}
+
+/// As [`read_to_string`], of a file of at most `max_bytes`.
+pub fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
+    String::from_utf8(read(path, max_bytes)?).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         Error::format(path, format!("expected UTF-8 text, found another byte at offset {at}"))
     })

@@ -163,6 +163,7 @@ impl Inputs {
     fn read(config: TrainConfig, observer: &dyn Observer) -> Result<Self> {
         let compute = device::resolve(config.device, Some(config.model.dtype))?;
         compute.notes.iter().for_each(|note| observer.note(note));
+        device::set_threads(config.threads, usize::MAX)?;
         let (setting, path) = match &config.data.train_data_dir {
             Some(path) => ("train_data_dir", path),
             None => ("instance_data_dir", &config.data.instance_data_dir),

@@ -10,6 +10,7 @@
 
 use crate::support::base::root;
 use crate::support::finished::Finished;
+use crate::support::memory;
 use crate::support::records::records;
 use crate::support::scratch::Scratch;
 use crate::support::training::tiny_sd;
@@ -21,9 +22,7 @@ use hra::weights::source::Source;
 use hra::weights::tensor_file::{self, TensorFile};
 use hra::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
@@ -274,28 +273,11 @@ fn text(path: &Path) -> String {
 
 /// Runs the program on all cores, expects success, and prints how long it took and the most memory it held.
 fn measured(scratch: &Scratch, what: &str, args: &[&str]) -> Finished {
-    // Into files: `wait4`, which alone tells the memory of one child, reads no pipes meanwhile.
-    let [out, err] = ["stdout.txt", "stderr.txt"].map(|name| scratch.path(name));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hra"));
-    command.args(args).stdin(Stdio::null());
-    command.stdout(std::fs::File::create(&out).unwrap()).stderr(std::fs::File::create(&err).unwrap());
     let started = Instant::now();
-    #[allow(clippy::zombie_processes)] // wait4 below waits for it
-    let child = command.spawn().unwrap();
-    let mut status = 0;
-    // SAFETY: `rusage` is plain numbers, for which zeros are a value.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: waits for our own child, which nothing else waits for, and writes to two live locals.
-    let waited = unsafe { libc::wait4(child.id() as i32, &mut status, 0, &mut usage) };
-    assert_eq!(waited, child.id() as i32);
-    let status = ExitStatus::from_raw(status);
-    let read = |path: &Path| String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned();
-    let done = Finished { code: status.code().unwrap_or(-1), out: read(&out), err: read(&err) };
-    assert!(status.success(), "{what}: {status}\n{}", done.err);
-    println!(
-        "{what}: {:.0} s, peak memory {:.2} GB",
-        started.elapsed().as_secs_f64(),
-        usage.ru_maxrss as f64 * 1024.0 / 1e9
-    );
+    let mut command = scratch.command(args);
+    command.env_remove("OMP_NUM_THREADS");
+    let (done, bytes) = memory::measured(scratch, command);
+    assert_eq!(done.code, 0, "{what}: {}", done.err);
+    println!("{what}: {:.0} s, peak memory {:.2} GB", started.elapsed().as_secs_f64(), bytes as f64 / 1e9);
     done
 }

@@ -7,12 +7,14 @@ mod support {
     pub mod base;
     pub mod error;
     pub mod finished;
+    pub mod memory;
     pub mod process;
     pub mod records;
     pub mod scratch;
     pub mod training;
 }
 
+mod bounds;
 mod cli;
 mod examples;
 mod img2img;

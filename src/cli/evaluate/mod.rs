@@ -5,6 +5,7 @@ mod report;
 
 use crate::cli::terminal;
 use crate::cli::towers::TowerFlags;
+use crate::data::caption::{MAX_CAPTION_BYTES, bounded};
 use crate::data::image::decode::load_mask;
 use crate::data::image::{Background, RgbImage, load_rgb, read_png_text};
 use crate::data::{Image, ImageFolder};
@@ -84,7 +85,7 @@ pub struct EvaluateArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value_t = DeviceChoice::Auto, help_heading = "Output")]
     device: DeviceChoice,
-    /// CPU threads; those that wait for work soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise [default: libtorch's choice]
+    /// CPU threads, 512 at most, also for reading pictures; those that wait for work soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise [default: libtorch's choice]
     #[arg(long, help_heading = "Output")]
     threads: Option<i32>,
 }
@@ -289,8 +290,9 @@ fn own_prompt(path: &Path, text: &BTreeMap<String, String>) -> Result<Option<Str
     let inside = text.get("prompt").cloned().or_else(|| text.get("parameters").map(first));
     let beside = path.with_extension("txt");
     let prompt = match inside {
-        None if beside.is_file() => Some(files::read_to_string(&beside)?),
-        inside => inside,
+        None if beside.is_file() => Some(files::read_text(&beside, MAX_CAPTION_BYTES as u64)?),
+        Some(text) => bounded(&text).map(|()| Some(text)).map_err(|problem| Error::format(path, problem))?,
+        None => None,
     };
     let prompt = prompt.map(|prompt| prompt.trim_start_matches('\u{feff}').trim().to_string());
     Ok(prompt.filter(|prompt| !prompt.is_empty() && !prompt.contains('\0')))

@@ -6,23 +6,34 @@
 //! A file cannot make us take more memory than the constants below allow.
 
 use std::io::Cursor;
+use std::ops::Deref;
 use std::path::Path;
 
 use ::image::metadata::Orientation;
 use ::image::{
-    DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, Rgb, RgbImage, guess_format,
+    ColorType, DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, Rgb, RgbImage,
+    guess_format,
 };
 
 use crate::data::image::background::Background;
+use crate::data::image::budget::{Budget, Part};
 use crate::platform::files;
 use crate::{Error, Result};
 
 /// Largest number of pixels: twice what Pillow warns at, where it refuses too.
 pub const MAX_PIXELS: u64 = 178_956_970;
-/// Most memory that decoded pixels may take, in bytes.
+/// Most memory that one picture may take while it is read, in bytes; so much takes a JPEG of [`MAX_PIXELS`].
 pub const MAX_DECODED_BYTES: u64 = 3 << 29;
 /// Largest file, in bytes.
 pub const MAX_FILE_BYTES: u64 = 1 << 29;
+/// Most memory that what stands beside the pixels of a PNG may take (colour profile, texts), unpacked. None of it is used but the
+/// way up, and a profile that is longer is passed over.
+pub(super) const MAX_METADATA_BYTES: u64 = 1 << 26;
+
+/// What pictures that are read at once may take together; [`memory`] says what each does.
+pub(super) static PIXELS: Budget = Budget::new(1 << 31);
+/// What their files may take. Taken before [`PIXELS`], never after.
+static FILES: Budget = Budget::new(MAX_FILE_BYTES);
 
 /// A decoded picture and what its file said.
 #[derive(Debug, Clone)]
@@ -43,16 +54,37 @@ pub fn load_rgb(path: &Path) -> Result<RgbImage> {
     Ok(load(path, Background::WHITE)?.pixels)
 }
 
+/// The bytes of a picture's file; others wait to read theirs where too many are held.
+pub struct FileBytes {
+    bytes: Vec<u8>,
+    _room: Part,
+}
+
+impl Deref for FileBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// Reads a picture's file. Whoever holds one must read no other.
+pub fn read(path: &Path) -> Result<FileBytes> {
+    let size = std::fs::metadata(path).map_or(0, |meta| meta.len());
+    let _room = FILES.take(size);
+    Ok(FileBytes { bytes: files::read(path, MAX_FILE_BYTES)?, _room })
+}
+
 /// The picture in an image file in front of `background`.
 pub fn load(path: &Path, background: Background) -> Result<DecodedPicture> {
-    let bytes = files::read(path, MAX_FILE_BYTES)?;
+    let bytes = read(path)?;
     decode(&bytes, background).map_err(|problem| Error::format(path, problem))
 }
 
 /// A picture that is white where a mask is, and what a user must know of how it was read. Painting programs write a shape of one
 /// colour on a transparent layer: what is opaque there is white here. Other transparent parts are black.
 pub fn load_mask(path: &Path) -> Result<(RgbImage, Option<&'static str>)> {
-    let bytes = files::read(path, MAX_FILE_BYTES)?;
+    let bytes = read(path)?;
     let on = |background| decode(&bytes, background).map_err(|problem| Error::format(path, problem));
     let (light, dark) = (on(Background::WHITE)?, on(Background::BLACK)?);
     let (mut white, dark) = (light.pixels, dark.pixels);
@@ -83,7 +115,7 @@ pub fn decode(bytes: &[u8], background: Background) -> std::result::Result<Decod
         .ok_or_else(|| format!("expected a PNG, JPEG, WebP, BMP or TIFF image, found {}", describe(bytes)))?;
     let explain = |e: ImageError| explain(name, &e);
     let mut limits = Limits::no_limits();
-    limits.max_alloc = Some(MAX_DECODED_BYTES);
+    limits.max_alloc = Some(if format == ImageFormat::Png { MAX_METADATA_BYTES } else { MAX_DECODED_BYTES });
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     reader.limits(limits);
     let mut decoder = reader.into_decoder().map_err(explain)?;
@@ -91,7 +123,7 @@ pub fn decode(bytes: &[u8], background: Background) -> std::result::Result<Decod
     if width == 0 || height == 0 {
         return Err(format!("expected pixels, found a {name} image of {width}x{height}"));
     }
-    if u64::from(width) * u64::from(height) > MAX_PIXELS || decoder.total_bytes() > MAX_DECODED_BYTES {
+    if u64::from(width) * u64::from(height) > MAX_PIXELS {
         return Err(format!(
             "expected at most {MAX_PIXELS} pixels, found a {name} image of {width}x{height}"
         ));
@@ -101,6 +133,15 @@ pub fn decode(bytes: &[u8], background: Background) -> std::result::Result<Decod
     }
     // Damaged metadata is no reason to refuse the pixels.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let needed = memory(format, &decoder, orientation);
+    if needed > MAX_DECODED_BYTES {
+        let (most, needed) = (MAX_DECODED_BYTES >> 20, needed >> 20);
+        return Err(format!(
+            "expected an image that takes at most {most} MiB while it is read, found a {name} image of {width}x{height} that \
+             takes {needed}"
+        ));
+    }
+    let _room = PIXELS.take(needed);
     let image = DynamicImage::from_decoder(decoder).map_err(explain)?;
     let (pixels, transparent) = background
         .behind(image)
@@ -108,6 +149,25 @@ pub fn decode(bytes: &[u8], background: Background) -> std::result::Result<Decod
     let mut upright = DynamicImage::ImageRgb8(pixels);
     upright.apply_orientation(orientation);
     Ok(DecodedPicture { pixels: upright.into_rgb8(), format: name, transparent, turned: turned(orientation) })
+}
+
+/// Bytes that are held at once, at most, while a picture is decoded, put in front of its background and turned.
+fn memory(format: ImageFormat, decoder: &impl ImageDecoder, orientation: Orientation) -> u64 {
+    let (width, height) = decoder.dimensions();
+    let pixels = u64::from(width) * u64::from(height);
+    let (decoded, rgb) = (decoder.total_bytes(), 3 * pixels);
+    let own = match format {
+        // Coefficients of a progressive file, 16 bits each.
+        ImageFormat::Jpeg => 2 * rgb,
+        // Planes of four channels.
+        ImageFormat::WebP => 4 * pixels,
+        // A strip or tile may hold all of it.
+        ImageFormat::Tiff => decoded,
+        _ => 0,
+    };
+    let blended = if decoder.color_type() == ColorType::Rgb8 { 0 } else { rgb };
+    let turned = if orientation == Orientation::NoTransforms { 0 } else { rgb };
+    decoded + own.max(blended).max(turned)
 }
 
 fn accepted(bytes: &[u8]) -> Option<(ImageFormat, &'static str)> {
@@ -139,8 +199,9 @@ fn turned(orientation: Orientation) -> Option<&'static str> {
 fn explain(name: &str, error: &ImageError) -> String {
     match error {
         ImageError::Limits(_) => {
+            let most = MAX_DECODED_BYTES >> 20;
             format!(
-                "expected a {name} image of at most {MAX_PIXELS} pixels, found one that needs too much memory"
+                "expected a {name} image that takes at most {most} MiB while it is read, found one that takes more"
             )
         }
         ImageError::Unsupported(e) => format!("a kind of {name} image that cannot be read: {e}"),

@@ -43,13 +43,18 @@ impl Default for Thresholds {
     }
 }
 
-/// Gradient of the picture's brightness at one pixel.
+/// Gradient of the picture's brightness at one pixel. Each part is at most 4 x 255, and a picture may have many pixels.
 #[derive(Clone, Copy, Default)]
 struct Gradient {
-    dx: i32,
-    dy: i32,
+    dx: i16,
+    dy: i16,
+}
+
+impl Gradient {
     /// |dx| + |dy|.
-    magnitude: i32,
+    fn magnitude(self) -> i32 {
+        i32::from(self.dx.abs()) + i32::from(self.dy.abs())
+    }
 }
 
 /// What is known of a pixel.
@@ -78,12 +83,12 @@ pub fn canny(image: &RgbImage, thresholds: Thresholds) -> Mask {
             let magnitude = |dx: isize, dy: isize| {
                 let (x, y) = (x.checked_add_signed(dx), y.checked_add_signed(dy));
                 let inside = x.filter(|x| *x < width).zip(y.filter(|y| *y < height));
-                inside.map_or(0, |(x, y)| gradients[y * width + x].magnitude)
+                inside.map_or(0, |(x, y)| gradients[y * width + x].magnitude())
             };
-            if gradient.magnitude <= low || !is_ridge(gradient, magnitude) {
+            if gradient.magnitude() <= low || !is_ridge(gradient, magnitude) {
                 continue;
             }
-            if gradient.magnitude > high {
+            if gradient.magnitude() > high {
                 states[at] = EdgeState::Edge;
                 strong.push(at);
             } else {
@@ -91,6 +96,7 @@ pub fn canny(image: &RgbImage, thresholds: Thresholds) -> Mask {
             }
         }
     }
+    drop(gradients);
     while let Some(at) = strong.pop() {
         let (x, y) = (at % width, at / width);
         for y in y.saturating_sub(1)..(y + 2).min(height) {
@@ -110,7 +116,7 @@ pub fn canny(image: &RgbImage, thresholds: Thresholds) -> Mask {
 /// Whether the magnitude is the largest of the three across the edge; `neighbour` gives that of the pixel so many columns and
 /// rows away. Of two equal ones beside each other the left or upper one is kept, on a diagonal none, as in OpenCV.
 fn is_ridge(gradient: Gradient, neighbour: impl Fn(isize, isize) -> i32) -> bool {
-    let Gradient { dx, dy, magnitude } = gradient;
+    let (dx, dy, magnitude) = (i32::from(gradient.dx), i32::from(gradient.dy), gradient.magnitude());
     let y = dy.abs() << TAN_BITS;
     let tan_22_x = dx.abs() * TAN_22;
     // tan 67.5 = tan 22.5 + 2.
@@ -143,8 +149,8 @@ fn gradients(image: &RgbImage) -> Vec<Gradient> {
                 let row = |r: usize| value(r, 0) + 2 * value(r, 1) + value(r, 2);
                 let (dx, dy) = (column(2) - column(0), row(2) - row(0));
                 let magnitude = dx.abs() + dy.abs();
-                if magnitude > steepest.magnitude {
-                    steepest = Gradient { dx, dy, magnitude };
+                if magnitude > steepest.magnitude() {
+                    steepest = Gradient { dx: dx as i16, dy: dy as i16 };
                 }
             }
             gradients.push(steepest);

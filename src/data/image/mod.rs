@@ -5,6 +5,7 @@
 //! only lossy decoders differ in rounding (JPEG: by 0.02 to 0.15 levels on average, 5 at most).
 
 pub mod background;
+mod budget;
 pub mod decode;
 pub mod edges;
 pub mod grid;

@@ -14,7 +14,7 @@ use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::data::image::background::Background;
-use crate::data::image::decode::{self, MAX_FILE_BYTES, MAX_PIXELS};
+use crate::data::image::decode::{self, MAX_METADATA_BYTES, MAX_PIXELS, PIXELS};
 use crate::data::image::mask::Mask;
 use crate::data::image::resize::nearest_covering;
 use crate::platform::files;
@@ -139,8 +139,10 @@ impl Palette {
 impl MapFile {
     /// Reads a map. Files that are not PNG hold colours; what is transparent is black, as what has no class is.
     pub fn read(path: &Path) -> Result<Self> {
-        let bytes = files::read(path, MAX_FILE_BYTES)?;
-        match bytes.starts_with(PNG_SIGNATURE).then(|| read_png(bytes)) {
+        // Let go of before it is read anew.
+        let map =
+            decode::read(path).map(|bytes| bytes.starts_with(PNG_SIGNATURE).then(|| read_png(&bytes)))?;
+        match map {
             Some(Ok(Some(map))) => Ok(map),
             Some(Err(problem)) => Err(Error::format(path, problem)),
             Some(Ok(None)) | None => Ok(Self::Colours(decode::load(path, Background::BLACK)?.pixels)),
@@ -233,11 +235,12 @@ impl LabelMap {
 }
 
 /// The map in a PNG file; `None` where it holds colours.
-fn read_png(bytes: Vec<u8>) -> std::result::Result<Option<MapFile>, String> {
+fn read_png(bytes: &[u8]) -> std::result::Result<Option<MapFile>, String> {
     let broken = |e: ::png::DecodingError| format!("broken or truncated PNG image: {e}");
-    let limit = Limits { bytes: 2 * MAX_PIXELS as usize };
+    let limit = Limits { bytes: MAX_METADATA_BYTES as usize };
     let mut decoder = Decoder::new_with_limits(Cursor::new(bytes), limit);
     decoder.set_transformations(Transformations::IDENTITY);
+    decoder.set_ignore_iccp_chunk(true);
     let mut reader = decoder.read_info().map_err(broken)?;
     let info = reader.info();
     let (width, height, depth) = (info.width, info.height, info.bit_depth);
@@ -250,6 +253,7 @@ fn read_png(bytes: Vec<u8>) -> std::result::Result<Option<MapFile>, String> {
     let own = (info.color_type == ColorType::Indexed).then(|| info.palette.clone().unwrap_or_default());
     let size =
         reader.output_buffer_size().ok_or_else(|| format!("a PNG image too large: {width}x{height}"))?;
+    let _room = PIXELS.take(size as u64 + 2 * u64::from(width) * u64::from(height));
     let mut data = vec![0; size];
     let frame = reader.next_frame(&mut data).map_err(broken)?;
     let mut labels = Vec::with_capacity(width as usize * height as usize);

@@ -57,7 +57,9 @@ fn encode(image: &RgbImage, text: &[(String, String)]) -> std::result::Result<Ve
 pub fn read_png_text(path: &Path) -> Result<Vec<(String, String)>> {
     let bytes = files::read(path, MAX_FILE_BYTES)?;
     let broken = |e: ::png::DecodingError| Error::format(path, format!("expected a PNG image: {e}"));
-    let mut reader = Decoder::new(Cursor::new(bytes)).read_info().map_err(broken)?;
+    let mut decoder = Decoder::new(Cursor::new(bytes));
+    decoder.set_ignore_iccp_chunk(true);
+    let mut reader = decoder.read_info().map_err(broken)?;
     reader.finish().map_err(broken)?;
     let info = reader.info();
     let plain = info.uncompressed_latin1_text.iter().map(|c| Ok((c.keyword.clone(), c.text.clone())));

@@ -14,6 +14,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+/// Most trainings of a comparison: years of a machine. All are planned before the first begins.
+pub const MAX_TRAININGS: usize = 100_000;
+
 /// A whole comparison.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -298,6 +301,27 @@ impl CompareConfig {
         };
         entries.iter_mut().for_each(|entry| entry.strict_paths = true);
         Ok(())
+    }
+
+    /// Refuses more trainings than [`MAX_TRAININGS`] for so many subjects.
+    pub fn check_size(&self, subjects: usize) -> Result<()> {
+        let search = self.search.as_ref();
+        let (mut searched, tables) = (0, if search.is_some_and(|s| s.only) { 0 } else { self.seeds.len() });
+        if let Some(search) = search {
+            let rates = search.learning_rates.len() + search.factors.len();
+            searched = rates.saturating_mul(search.seeds.len());
+        }
+        let each = searched.saturating_add(tables);
+        let found = each.saturating_mul(subjects).saturating_mul(self.methods.len());
+        if found <= MAX_TRAININGS {
+            return Ok(());
+        }
+        let methods = self.methods.len();
+        Err(Error::config(format!(
+            "expected a comparison of at most {MAX_TRAININGS} trainings, found {found}: methods {methods}, subjects {subjects}, seeds \
+             and rates {each}"
+        ))
+        .with_hint("compare fewer seeds, rates or methods, or in several comparisons"))
     }
 
     /// The settings of one training, without what depends on subject and seed.

@@ -14,6 +14,7 @@ use crate::platform::host;
 use crate::platform::observer::Observer;
 use crate::train::base;
 use crate::train::config::TrainConfig;
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Instant;
 use tch::{Kind, Tensor};
@@ -69,7 +70,12 @@ impl Estimate {
             return Ok(estimate);
         }
         let call = Probe::measure(&todo[0].train, config, observer)?;
-        let step = |task: &Task| seen(folder, tasks, task).unwrap_or_else(|| call.step(task));
+        let mut known: HashMap<String, Option<f64>> = HashMap::new();
+        let mut step = |task: &Task| {
+            let method = task.cell.method();
+            let of_method = known.entry(method.to_string()).or_insert_with(|| seen(folder, tasks, method));
+            of_method.unwrap_or_else(|| call.step(task))
+        };
         let training: f64 = todo.iter().map(|t| step(t) * t.train.schedule.max_train_steps as f64).sum();
         let drawing = call.picture(config.draw.steps, config.draw.guidance) * drawn as f64
             + todo
@@ -92,9 +98,9 @@ fn pictures(task: &Task) -> usize {
     (sets + task.drift_prompts.len() * task.num_drift_images) * task.steps.len()
 }
 
-/// Seconds of a step of the same method, from a cell that is done.
-fn seen(folder: &Path, tasks: &[Task], task: &Task) -> Option<f64> {
-    let same = tasks.iter().filter(|t| t.cell.method() == task.cell.method());
+/// Seconds of a step of a method, from a cell that is done.
+fn seen(folder: &Path, tasks: &[Task], method: &str) -> Option<f64> {
+    let same = tasks.iter().filter(|t| t.cell.method() == method);
     let record =
         |t: &Task| CellRecord::read(&results::cell_folder(folder, &t.cell.id).join(RECORD_FILE)).ok();
     same.filter_map(record).find_map(|r| r.budget?.seconds_per_step)
@@ -111,7 +117,7 @@ impl Probe {
         let asked = base::request(&train.model, observer)?;
         let mut model = StableDiffusion::open(&asked, compute.kind, compute.device)?;
         model.expect_text_to_image()?;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = device::cores();
         let threads = train.threads.unwrap_or((cores / config.jobs).max(1) as i32);
         device::set_threads(Some(threads), attach::weight_count(&mut model.unet))?;
         let size = train.data.resolution.unwrap_or(model.native_size() as u32);

@@ -28,10 +28,12 @@ pub use shard::Shard;
 use crate::error::{Error, Result};
 use crate::lab::report::best_rates;
 use crate::lab::results::{self, CellRecord, PLAN_FILE, Plan};
-use crate::platform::files;
 use crate::platform::observer::Observer;
+use crate::platform::{device, files};
+use crate::train::config::TrainConfig;
 use plan::{PlannedTasks, Stage};
 use std::path::Path;
+use subject::Subject;
 use task::Task;
 
 /// How a comparison ended.
@@ -49,7 +51,7 @@ pub struct ComparisonOutcome {
 pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Result<ComparisonOutcome> {
     let folder =
         std::path::absolute(&config.output_dir).map_err(|e| Error::io("find", &config.output_dir, e))?;
-    let (subjects, notes) = subjects::resolve(config, observer)?;
+    let (subjects, notes) = looked_at(config, observer)?;
     check_folder(&folder, config)?;
     files::create_dir_all(&folder)?;
     let planned = plan::plan(config, &subjects, &notes, &Stage::First, observer)?;
@@ -81,13 +83,21 @@ pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Res
     Ok(outcome)
 }
 
+/// The subjects with their pictures, and what is to be said of them; not more than can be compared.
+fn looked_at(config: &CompareConfig, observer: &dyn Observer) -> Result<(Vec<Subject>, Vec<String>)> {
+    device::set_threads(TrainConfig::common(&config.train)?.threads, usize::MAX)?;
+    let (subjects, notes) = subjects::resolve(config, observer)?;
+    config.check_size(subjects.len())?;
+    Ok((subjects, notes))
+}
+
 fn is_complete(folder: &Path, planned: &PlannedTasks) -> bool {
     planned.tasks.iter().all(|task| cell::is_done(folder, task))
 }
 
 /// The plan without doing any of it, and how long it may take.
 pub fn dry_run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Result<(Plan, Estimate)> {
-    let (subjects, notes) = subjects::resolve(config, observer)?;
+    let (subjects, notes) = looked_at(config, observer)?;
     let planned = plan::plan(config, &subjects, &notes, &Stage::First, observer)?;
     let estimate = Estimate::of(config, &planned.tasks, shard, observer)?;
     Ok((planned.plan, estimate))

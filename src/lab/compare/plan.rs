@@ -20,7 +20,8 @@ use crate::train::config::{
     CheckpointsSection, DataSection, PreviewsSection, PriorSection, ScheduleSection, TrainConfig,
 };
 use crate::weights::source::Source;
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 /// Held-out losses are measured so many times in a training.
@@ -120,13 +121,17 @@ impl Planner<'_> {
     /// Every cell: the base model's, those of a search, and those of the tables, with the rates that a search has chosen.
     fn tasks(&self, chosen: Option<&BTreeMap<String, f64>>, tables: bool) -> Result<Vec<Task>> {
         let mut tasks: Vec<Task> = Vec::new();
-        let mut add = |task: Task| {
+        let mut places: HashMap<String, usize> = HashMap::new();
+        let mut add = |task: Task| match places.entry(task.cell.id.clone()) {
+            Entry::Vacant(place) => {
+                place.insert(tasks.len());
+                tasks.push(task);
+            }
             // A training that serves the search and the tables is one cell with both sets.
-            if let Some(known) = tasks.iter_mut().find(|t| t.cell.id == task.cell.id) {
+            Entry::Occupied(place) => {
+                let known = &mut tasks[*place.get()];
                 known.sets.extend(task.sets);
                 known.sets.sort_by_key(|s| s.set);
-            } else {
-                tasks.push(task);
             }
         };
         for subject in self.subjects {

@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use crate::lab::compare::task::Task;
 use crate::lab::results;
-use crate::platform::files;
 use crate::platform::observer::Observer;
+use crate::platform::{device, files};
 use std::collections::VecDeque;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -134,8 +134,7 @@ fn one(comparison: &Path, task: &Task, jobs: usize, observer: &dyn Observer) -> 
         // A terminal's Ctrl-C comes to us alone; a second one would end a cell before it has saved.
         .process_group(0);
     if std::env::var_os("OMP_NUM_THREADS").is_none() {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        command.env("OMP_NUM_THREADS", (cores / jobs).max(1).to_string());
+        command.env("OMP_NUM_THREADS", (device::cores() / jobs).max(1).to_string());
     }
     end_with_us(&mut command);
     let mut child = command.spawn().map_err(|e| Error::io("start", &program, e))?;

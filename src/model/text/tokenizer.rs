@@ -3,6 +3,7 @@
 //! Special tokens come from `special_tokens_map.json`, `tokenizer_config.json` and `added_tokens.json`; the padding token
 //! may be an ordinary character (`!` in Stable Diffusion 2.x), which then splits before the merges, as in transformers.
 
+use crate::data::caption::bounded;
 use crate::error::{Error, Result};
 use crate::model::text::tokenizer_json::{self, MAX_ID};
 use crate::weights::part::Text;
@@ -25,6 +26,9 @@ const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 /// Longest special token or added word, in bytes. The search for them takes minutes to set up for one of 100 000.
 const MAX_TOKEN: usize = 1024;
+
+/// So many characters of a prompt that is too long are told.
+const SHOWN: usize = 40;
 
 /// Prompts in, padded token ids out.
 pub struct Tokenizer {
@@ -90,7 +94,14 @@ impl Tokenizer {
     }
 
     /// Ids of one prompt: start, tokens, end, padding. Also how many tokens did not fit and were left out.
+    ///
+    /// An [`ErrorKind::Data`](crate::ErrorKind::Data) for a prompt of more than
+    /// [`MAX_CAPTION_BYTES`](crate::data::caption::MAX_CAPTION_BYTES).
     pub fn encode(&self, prompt: &str) -> Result<(Vec<i64>, usize)> {
+        bounded(prompt).map_err(|problem| {
+            let start: String = prompt.chars().take(SHOWN).collect();
+            Error::data(format!("prompt `{start}..`: {problem}"))
+        })?;
         let encoding = self
             .inner
             .encode(prompt, false)

@@ -154,7 +154,7 @@ fn cpu() -> Cpu {
     let flags: Vec<_> = cpuinfo(&info, "flags").unwrap_or_default().split(' ').collect();
     Cpu {
         model: cpu_model(),
-        cores: std::thread::available_parallelism().map_or(1, usize::from),
+        cores: device::cores(),
         threads: tch::get_num_threads(),
         features: ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
             .into_iter()
