@@ -4,20 +4,20 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 /// A number of bytes of which each reader takes its part.
 #[derive(Debug)]
-pub(super) struct Budget {
+pub(super) struct MemoryBudget {
     total: u64,
     free: Mutex<u64>,
     freed: Condvar,
 }
 
-/// A part of a [`Budget`], given back when dropped.
+/// A part of a [`MemoryBudget`], given back when dropped.
 #[derive(Debug)]
-pub(super) struct Part {
-    of: &'static Budget,
+pub(super) struct MemoryShare {
+    of: &'static MemoryBudget,
     bytes: u64,
 }
 
-impl Budget {
+impl MemoryBudget {
     pub(super) const fn new(total: u64) -> Self {
         Self { total, free: Mutex::new(total), freed: Condvar::new() }
     }
@@ -25,17 +25,17 @@ impl Budget {
     /// Waits until so many bytes are free and takes them; for more than there are in all, until nobody else has any.
     ///
     /// Whoever holds a part must take no other of the same budget, or two may wait for each other.
-    pub(super) fn take(&'static self, bytes: u64) -> Part {
+    pub(super) fn take(&'static self, bytes: u64) -> MemoryShare {
         let bytes = bytes.min(self.total);
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let too_few = |free: &mut u64| *free < bytes;
         let mut free = self.freed.wait_while(free, too_few).unwrap_or_else(PoisonError::into_inner);
         *free -= bytes;
-        Part { of: self, bytes }
+        MemoryShare { of: self, bytes }
     }
 }
 
-impl Drop for Part {
+impl Drop for MemoryShare {
     fn drop(&mut self) {
         *self.of.free.lock().unwrap_or_else(PoisonError::into_inner) += self.bytes;
         self.of.freed.notify_all();
@@ -49,7 +49,7 @@ mod tests {
 
     #[test]
     fn threads_together_never_hold_more_than_there_is_and_all_come_to_their_turn() {
-        static BUDGET: Budget = Budget::new(100);
+        static BUDGET: MemoryBudget = MemoryBudget::new(100);
         let (held, most, turns) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
         std::thread::scope(|scope| {
             for bytes in [30, 40, 60, 100, 1000, 1] {

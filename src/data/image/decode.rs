@@ -16,7 +16,7 @@ use ::image::{
 };
 
 use crate::data::image::background::Background;
-use crate::data::image::budget::{Budget, Part};
+use crate::data::image::budget::{MemoryBudget, MemoryShare};
 use crate::platform::files;
 use crate::{Error, Result};
 
@@ -31,9 +31,9 @@ pub const MAX_FILE_BYTES: u64 = 1 << 29;
 pub(super) const MAX_METADATA_BYTES: u64 = 1 << 26;
 
 /// What pictures that are read at once may take together; [`memory`] says what each does.
-pub(super) static PIXELS: Budget = Budget::new(1 << 31);
+pub(super) static PIXELS: MemoryBudget = MemoryBudget::new(1 << 31);
 /// What their files may take. Taken before [`PIXELS`], never after.
-static FILES: Budget = Budget::new(MAX_FILE_BYTES);
+static FILES: MemoryBudget = MemoryBudget::new(MAX_FILE_BYTES);
 
 /// A decoded picture and what its file said.
 #[derive(Debug, Clone)]
@@ -57,7 +57,7 @@ pub fn load_rgb(path: &Path) -> Result<RgbImage> {
 /// The bytes of a picture's file; others wait to read theirs where too many are held.
 pub struct FileBytes {
     bytes: Vec<u8>,
-    _room: Part,
+    _room: MemoryShare,
 }
 
 impl Deref for FileBytes {

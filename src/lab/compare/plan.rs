@@ -63,7 +63,9 @@ pub fn plan(
     // Of the VAE too, where it is not the model's own: all pictures depend on it.
     let model = [Some(source.fingerprint()?), source.vae_fingerprint()?];
     let model = model.into_iter().flatten().collect::<Vec<_>>().join(" ");
-    let planner = Planner { config, subjects, steps: &steps, towers, identity, train, model };
+    let of_method = |method: &MethodEntry| Ok((method.label.clone(), config.train_config(method)?));
+    let configs = config.methods.iter().map(of_method).collect::<Result<_>>()?;
+    let planner = Planner { config, subjects, steps: &steps, towers, identity, train, configs, model };
     let chosen = match stage {
         Stage::Tables(chosen) => Some(*chosen),
         Stage::First => None,
@@ -113,6 +115,8 @@ struct Planner<'a> {
     identity: String,
     /// The settings of `[train]`.
     train: TrainConfig,
+    /// Those of each method, by its label.
+    configs: BTreeMap<String, TrainConfig>,
     /// The base model's fingerprint.
     model: String,
 }
@@ -162,7 +166,7 @@ impl Planner<'_> {
                 for subject in self.subjects {
                     for method in &self.config.methods {
                         let rate = match chosen {
-                            None => self.train_config(method)?.optimizer.learning_rate,
+                            None => self.train_config(method).optimizer.learning_rate,
                             Some(chosen) => *chosen.get(&method.label).ok_or_else(|| {
                                 Error::run(format!(
                                     "search: no learning rate of `{}` gave a score",
@@ -179,8 +183,8 @@ impl Planner<'_> {
         Ok(tasks)
     }
 
-    fn train_config(&self, method: &MethodEntry) -> Result<TrainConfig> {
-        self.config.train_config(method)
+    fn train_config(&self, method: &MethodEntry) -> &TrainConfig {
+        &self.configs[&method.label]
     }
 
     fn method(&self, method: &MethodEntry) -> Result<PlannedMethod> {
@@ -222,7 +226,7 @@ impl Planner<'_> {
         }
         let mut targets = Vec::new();
         for method in &self.config.methods {
-            targets.push(self.train_config(method)?.adapter.target_modules);
+            targets.push(self.train_config(method).adapter.target_modules.clone());
         }
         if targets.iter().all(|words| *words == train.adapter.target_modules) {
             common.push(("target modules of adapters".into(), train.adapter.target_modules.join(", ")));
@@ -262,7 +266,7 @@ impl Planner<'_> {
         rate: f64,
         set: Set,
     ) -> Result<Task> {
-        let mut train = TrainConfig { seed, ..self.train_config(method)? };
+        let mut train = TrainConfig { seed, ..self.train_config(method).clone() };
         train.optimizer.learning_rate = rate;
         self.task(subject, &method.label, train, seed, Some(rate), &[set])
     }
