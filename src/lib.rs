@@ -24,7 +24,7 @@
 
 pub mod adapter;
 pub mod attach;
-#[allow(clippy::print_stdout, clippy::print_stderr)]
+#[allow(clippy::print_stderr)]
 pub mod cli;
 pub mod convert;
 pub mod data;

@@ -1,8 +1,9 @@
 //! The `hra` program: start-up, the command line, and how it ends: 0 done, 2 error, 130 stopped by the user.
 
-use hra::cli::{self, Early, terminal};
-use hra::error::ErrorKind;
+use hra::cli::{self, Early, stdout, terminal};
+use hra::error::{Error, ErrorKind};
 use hra::platform::device;
+use std::io::Write;
 use std::process::ExitCode;
 
 #[cfg(target_os = "linux")]
@@ -21,20 +22,27 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(Early::Clap(error)) => {
-            // A closed pipe is no error of ours.
-            let _ = error.print();
-            ExitCode::from(if error.use_stderr() { ERROR } else { 0 })
-        }
-        Err(Early::Error(error)) => {
-            if let ErrorKind::Interrupted(_) = error.kind {
-                eprintln!("{error}");
-                return ExitCode::from(terminal::EXIT_CODE);
-            }
-            eprintln!("error: {error}");
-            ExitCode::from(ERROR)
-        }
+        Err(Early::Clap(said)) => match stdout::print_clap(&said) {
+            Ok(()) => ExitCode::from(if said.use_stderr() { ERROR } else { 0 }),
+            Err(error) => ExitCode::from(end(&error)),
+        },
+        Err(Early::Error(error)) => ExitCode::from(end(&error)),
     }
+}
+
+/// Says what the error is; the exit code.
+fn end(error: &Error) -> u8 {
+    if let ErrorKind::Interrupted(_) = error.kind {
+        say(&error.to_string());
+        return terminal::EXIT_CODE;
+    }
+    say(&format!("error: {error}"));
+    ERROR
+}
+
+/// A line on the standard error; where that takes none, there is nobody to tell.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Says in a line or two what a panic was about; the exit code.
@@ -42,15 +50,11 @@ fn tell(cause: &(dyn std::any::Any + Send)) -> u8 {
     let text =
         cause.downcast_ref::<String>().map(String::as_str).or_else(|| cause.downcast_ref::<&str>().copied());
     let text = text.unwrap_or("unknown cause");
-    // Whoever read our output has read enough.
-    if text.contains("failed printing to stdout") {
-        return 0;
-    }
     // tch puts libtorch's message between quotes, with the backtrace behind escaped line ends.
     let line = text.split("\\n").next().unwrap_or(text).lines().next().unwrap_or(text);
     let (by, line) = line.split_once("Torch(\"").map_or(("", line), |(_, said)| ("libtorch: ", said));
-    eprintln!("error: {by}{line}");
+    say(&format!("error: {by}{line}"));
     let defect = "this is a defect of hra; please report it with the command that led here";
-    eprintln!("hint: {}", hra::error::hint(text).unwrap_or(defect));
+    say(&format!("hint: {}", hra::error::hint(text).unwrap_or(defect)));
     ERROR
 }

@@ -1,5 +1,6 @@
 //! `hra compare`.
 
+use crate::cli::stdout::{self, print_line};
 use crate::cli::terminal;
 use crate::error::{Error, Result};
 use crate::lab::compare::{self, CompareConfig, ComparisonOutcome, Estimate, Shard, duration};
@@ -113,17 +114,17 @@ fn finish(config: &CompareConfig, outcome: &ComparisonOutcome, json: bool) -> Re
         if json {
             return super::print_json(&json!({"folder": folder, "cells_of_other_shares": outcome.missing}));
         }
-        println!("this share is done; of other shares {} to come", results::cell_count(outcome.missing));
+        print_line!("this share is done; of other shares {} to come", results::cell_count(outcome.missing))?;
         if outcome.searching {
-            println!(
+            print_line!(
                 "when they are, the same command trains for the tables with the rates that the search chose"
-            );
+            )?;
             return Ok(());
         }
-        println!(
+        print_line!(
             "when they are: hra compare report {}",
             crate::platform::files::shell_word(&folder.to_string_lossy())
-        );
+        )?;
         return Ok(());
     }
     report(folder, json)?;
@@ -140,8 +141,8 @@ fn report(folder: &Path, json: bool) -> Result<()> {
     if json {
         return super::print_json(&summary);
     }
-    print!("{}", summary.text);
-    println!("report: {}", summary.page.display());
+    stdout::write(format_args!("{}", summary.text))?;
+    print_line!("report: {}", summary.page.display())?;
     Ok(())
 }
 
@@ -158,24 +159,24 @@ fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: boo
         });
         return super::print_json(&value);
     }
-    println!("{}\n  into {}", plan.title, config.output_dir.display());
+    print_line!("{}\n  into {}", plan.title, config.output_dir.display())?;
     for method in &plan.methods {
         let rates: Vec<String> = method.learning_rates.iter().map(|rate| format!("{rate:e}")).collect();
-        println!("  {}: learning rate {}", method.label, rates.join(", "));
+        print_line!("  {}: learning rate {}", method.label, rates.join(", "))?;
     }
     for subject in &plan.subjects {
         if let Some(control) = &subject.control {
-            println!(
+            print_line!(
                 "  {}: condition {}; {} pairs trained on, {} for validation, {} for the tables",
                 subject.name,
                 control.condition,
                 control.trained_pairs,
                 control.validation.pictures.len(),
                 control.test.pictures.len()
-            );
+            )?;
             continue;
         }
-        println!(
+        print_line!(
             "  {}: {} pictures trained on, {} for validation, {} for the tables; {} prompts, {} validation prompts",
             subject.name,
             subject.train_pictures.len(),
@@ -183,23 +184,26 @@ fn show_plan(config: &CompareConfig, plan: &Plan, estimate: &Estimate, json: boo
             subject.test_pictures.len(),
             subject.prompts.len(),
             subject.validation_prompts.len()
-        );
+        )?;
     }
-    println!("  seeds {:?}, scored after steps {:?}", plan.seeds, plan.steps);
+    print_line!("  seeds {:?}, scored after steps {:?}", plan.seeds, plan.steps)?;
     if config.search.as_ref().is_some_and(|s| !s.only) {
         let tables = plan.seeds.len() * plan.subjects.len() * plan.methods.len();
-        println!(
+        print_line!(
             "  first the search, which is what is counted below; then up to {tables} trainings for the tables with \
              its rates"
-        );
+        )?;
     }
     for note in plan.notes.iter().chain(plan.subjects.iter().flat_map(|s| &s.notes)) {
-        println!("  note: {note}");
+        print_line!("  note: {note}")?;
     }
-    println!(
+    print_line!(
         "{trainings} trainings planned; of this share {} are done, {} are left: {} steps, {} pictures",
-        estimate.done, estimate.trainings, estimate.steps, estimate.pictures
-    );
-    println!("about {} ({})", duration(estimate.seconds), estimate.from);
+        estimate.done,
+        estimate.trainings,
+        estimate.steps,
+        estimate.pictures
+    )?;
+    print_line!("about {} ({})", duration(estimate.seconds), estimate.from)?;
     Ok(())
 }

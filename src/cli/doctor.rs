@@ -1,10 +1,9 @@
 //! `hra doctor`.
 
+use crate::cli::stdout;
 use crate::error::{Error, Result};
 use crate::platform::doctor;
 use clap::Args;
-use std::io::Write;
-use std::path::Path;
 
 /// Flags of `hra doctor`.
 #[derive(Debug, Args)]
@@ -24,12 +23,6 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     } else {
         report.to_string()
     };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // `hra doctor | head` is no failure.
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            return Err(Error::io("write to", Path::new("standard output"), error));
-        }
-        _ => {}
-    }
+    stdout::write(format_args!("{text}"))?;
     report.verdict()
 }

@@ -4,6 +4,7 @@ use crate::attach;
 use crate::cli::adapter_with_strength;
 use crate::cli::choice::choice;
 use crate::cli::model_flags::ModelFlags;
+use crate::cli::stdout::print_line;
 use crate::convert::export::{self, ExportForm, ExportRequest};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
@@ -91,6 +92,6 @@ pub fn run(args: &ExportArgs, observer: &dyn Observer) -> Result<()> {
     if args.json {
         return super::print_json(&written);
     }
-    println!("{written}");
+    print_line!("{written}")?;
     Ok(())
 }

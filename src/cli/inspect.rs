@@ -1,6 +1,7 @@
 //! `hra inspect`.
 
 use crate::cli::model_flags::ModelFlags;
+use crate::cli::stdout::print_line;
 use crate::convert::inspect::{self, FileReport, LayerReport};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
@@ -57,28 +58,28 @@ pub fn run(args: &InspectArgs, observer: &dyn Observer) -> Result<()> {
     if args.json {
         super::print_json(&json!({"path": args.path, "parts": reports}))?;
     } else {
-        reports.iter().for_each(print);
+        reports.iter().try_for_each(print)?;
     }
     Ok(())
 }
 
-fn print(report: &FileReport) {
-    println!("{}: {}", report.path, report.what);
+fn print(report: &FileReport) -> Result<()> {
+    print_line!("{}: {}", report.path, report.what)?;
     for (name, value) in &report.facts {
-        println!("  {name}: {value}");
+        print_line!("  {name}: {value}")?;
     }
     let bytes: Vec<String> =
         report.bytes.iter().map(|(kind, n)| format!("{:.2} MB in {kind}", *n as f64 / 1e6)).collect();
-    println!("  values: {} ({})", report.parameters, bytes.join(", "));
-    print_layers(&report.layers);
+    print_line!("  values: {} ({})", report.parameters, bytes.join(", "))?;
+    print_layers(&report.layers)?;
     match &report.odd[..] {
-        [] => println!("  nothing odd"),
-        odd => odd.iter().for_each(|line| println!("  odd: {line}")),
+        [] => print_line!("  nothing odd"),
+        odd => odd.iter().try_for_each(|line| print_line!("  odd: {line}")),
     }
 }
 
 /// A table with the columns that any layer has.
-fn print_layers(layers: &[LayerReport]) {
+fn print_layers(layers: &[LayerReport]) -> Result<()> {
     type Value = (&'static str, fn(&LayerReport) -> Option<String>);
     const COLUMNS: [Value; 7] = [
         ("values", |l| Some(l.parameters.to_string())),
@@ -92,7 +93,7 @@ fn print_layers(layers: &[LayerReport]) {
     let shown: Vec<&Value> =
         COLUMNS.iter().filter(|(_, value)| layers.iter().any(|l| value(l).is_some())).collect();
     if layers.is_empty() {
-        return;
+        return Ok(());
     }
     let row = |first: &str, cell: &dyn Fn(&Value) -> String| {
         [first.to_string()].into_iter().chain(shown.iter().map(|value| cell(value))).collect::<Vec<_>>()
@@ -101,6 +102,7 @@ fn print_layers(layers: &[LayerReport]) {
     rows.extend(layers.iter().map(|layer| row(&layer.name, &|(_, value)| value(layer).unwrap_or_default())));
     let all: Vec<Column> = [left(0).after(2)].into_iter().chain(shown.iter().map(|_| right(10))).collect();
     for line in columns::lines(&all, &rows) {
-        println!("{line}");
+        print_line!("{line}")?;
     }
+    Ok(())
 }

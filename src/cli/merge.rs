@@ -5,6 +5,7 @@ use crate::adapter::peft::{self, AdapterFile};
 use crate::attach::loaded::{HOMES, PeftFiles, peft_files};
 use crate::cli::adapter_with_strength;
 use crate::cli::choice::choice;
+use crate::cli::stdout::print_line;
 use crate::error::Result;
 use crate::platform::files;
 use crate::platform::hub::{self, Wanted};
@@ -74,9 +75,9 @@ pub fn run(args: &MergeArgs, observer: &dyn Observer) -> Result<()> {
         return super::print_json(&json!({"path": args.output, "parts": written}));
     }
     for Merged { network, method, values } in &written {
-        println!("{network}: {method}, {values} values");
+        print_line!("{network}: {method}, {values} values")?;
     }
-    println!("adapter: {}", args.output.display());
+    print_line!("adapter: {}", args.output.display())?;
     Ok(())
 }
 

@@ -16,12 +16,14 @@ mod prompts;
 mod sample;
 mod sample_flags;
 mod start;
+pub mod stdout;
 pub mod terminal;
 mod towers;
 mod train;
 mod train_flags;
 mod words;
 
+use crate::cli::stdout::print_line;
 use crate::error::{Error, Result};
 use crate::platform::observer::Observer;
 use clap::{Arg, ArgAction, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -138,6 +140,5 @@ fn note_control_left_out<'a>(
 /// Prints one JSON object, what `--json` gives in place of text.
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|e| Error::config(e.to_string()))?;
-    println!("{text}");
-    Ok(())
+    print_line!("{text}")
 }

@@ -8,6 +8,7 @@ use crate::cli::output::Output;
 use crate::cli::prompts;
 use crate::cli::sample_flags::SampleArgs;
 use crate::cli::start::StartPictures;
+use crate::cli::stdout::print_line;
 use crate::cli::terminal;
 use crate::data::image::grid::{Grid, GridRow};
 use crate::data::image::{RgbImage, png};
@@ -272,7 +273,11 @@ impl Job<'_> {
         }
         let base =
             if args.with_base { format!(", and {total} of the base model in base/") } else { String::new() };
-        println!("{total} picture{} in {}{base}", if total == 1 { "" } else { "s" }, args.output.display());
+        print_line!(
+            "{total} picture{} in {}{base}",
+            if total == 1 { "" } else { "s" },
+            args.output.display()
+        )?;
         Ok(())
     }
 }

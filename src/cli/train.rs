@@ -1,5 +1,6 @@
 //! `hra train`.
 
+use crate::cli::stdout::{self, print_line};
 use crate::cli::terminal;
 use crate::cli::towers::TowerFlags;
 use crate::cli::train_flags::Typed;
@@ -91,8 +92,7 @@ pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
     };
     if args.print_config {
         config.validate_values()?;
-        print!("{}", config.to_toml()?);
-        return Ok(());
+        return stdout::write(format_args!("{}", config.to_toml()?));
     }
     terminal::listen()?;
     let judges = Judges {
@@ -116,18 +116,18 @@ pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
         ));
     }
     if !args.json {
-        report(&outcome, &config);
+        report(&outcome, &config)?;
     }
     let scored = args.score.then(|| checkpoints::score(&config, &judges, observer)).transpose()?;
     match &scored {
         _ if args.json => return super::print_json(&json(&outcome, &config, scored.as_ref())),
-        Some(scored) => report_scores(scored),
+        Some(scored) => report_scores(scored)?,
         None => {}
     }
     Ok(())
 }
 
-fn report_scores(scored: &Scored) {
+fn report_scores(scored: &Scored) -> Result<()> {
     let keys: BTreeSet<&String> = scored.evaluations.iter().flat_map(|e| e.scores.keys()).collect();
     let kinds: Vec<&ScoreKind> =
         SCORES.iter().filter(|kind| keys.iter().any(|key| *key == kind.key)).collect();
@@ -144,8 +144,8 @@ fn report_scores(scored: &Scored) {
     }
     let scores = kinds.iter().map(|_| right(14).after(2));
     let all: Vec<Column> = [right(8)].into_iter().chain(scores).chain([left(0).after(2)]).collect();
-    println!("scores of the validation prompts:\n{}", columns::lines(&all, &rows).join("\n"));
-    println!("{}: scores.json, scores.svg and the pictures", scored.folder.display());
+    print_line!("scores of the validation prompts:\n{}", columns::lines(&all, &rows).join("\n"))?;
+    print_line!("{}: scores.json, scores.svg and the pictures", scored.folder.display())
 }
 
 /// The closing report as numbers.
@@ -168,7 +168,7 @@ fn json(outcome: &Outcome, config: &TrainConfig, scored: Option<&Scored>) -> Val
     })
 }
 
-fn report(outcome: &Outcome, config: &TrainConfig) {
+fn report(outcome: &Outcome, config: &TrainConfig) -> Result<()> {
     let folder = outcome.folder.display();
     let method = config.adapter.method().ok().flatten();
     let whole = method.as_ref().map(|method| method.trains_whole_network());
@@ -184,25 +184,25 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
         }
         (None, _) => ("control encoder", "loadable by diffusers"),
     };
-    println!("{what}: {folder} ({} values, {readers})", outcome.parameters);
+    print_line!("{what}: {folder} ({} values, {readers})", outcome.parameters)?;
     let loss = outcome.loss.map_or_else(String::new, |loss| format!("; loss {loss:.4}"));
     let moved = outcome.movement.map_or_else(String::new, |m| {
         let orthogonality = m.orthogonality_error.map(|e| format!("; max |HH^T - I| {e:.1e}"));
         let (mean, most, orthogonality) = (m.mean, m.largest, orthogonality.unwrap_or_default());
         format!("; weights moved by {mean:.4} on average, {most:.4} at most (relative){orthogonality}")
     });
-    println!("{} steps in {:.0} s{loss}{moved}", outcome.steps, outcome.seconds);
+    print_line!("{} steps in {:.0} s{loss}{moved}", outcome.steps, outcome.seconds)?;
     if let Some(bytes) = peak_process_memory() {
-        println!("peak memory of the process: {:.2} GB", bytes as f64 / 1e9);
+        print_line!("peak memory of the process: {:.2} GB", bytes as f64 / 1e9)?;
     }
     if let Some(gpu) = outcome.gpu {
         let [reserved, allocated] = [gpu.reserved, gpu.allocated].map(|bytes| bytes as f64 / 1e9);
-        println!("peak memory of the GPU: {reserved:.2} GB, {allocated:.2} GB of it in tensors");
+        print_line!("peak memory of the GPU: {reserved:.2} GB, {allocated:.2} GB of it in tensors")?;
     }
     if let Ok(steps) = checkpoint::list(&outcome.folder)
         && !steps.is_empty()
     {
-        println!("checkpoints: {} in {folder}/checkpoints", steps.len());
+        print_line!("checkpoints: {} in {folder}/checkpoints", steps.len())?;
     }
     let model = &config.model;
     let path = |path: &PathBuf| shell_word(&path.to_string_lossy());
@@ -212,7 +212,7 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
         ("prediction", model.prediction.map(|prediction| prediction.to_string())),
     ];
     let beyond = beyond.into_iter().filter_map(|(flag, value)| Some(format!(" --{flag} {}", value?)));
-    println!(
+    print_line!(
         "draw with it:\n  hra sample --model {}{} --adapter {} --prompt {} --guidance {} --output {}",
         shell_word(&config.model.pretrained_model_name_or_path.to_string_lossy()),
         beyond.collect::<String>(),
@@ -224,5 +224,5 @@ fn report(outcome: &Outcome, config: &TrainConfig) {
         },
         config.previews.validation_guidance,
         shell_word(&outcome.folder.join("pictures").to_string_lossy())
-    );
+    )
 }

@@ -26,6 +26,7 @@ mod run_folder;
 mod sample;
 mod session;
 mod stopped;
+mod stdout;
 mod terminal;
 mod threads;
 mod train;

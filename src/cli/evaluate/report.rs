@@ -2,6 +2,7 @@
 
 use crate::cli::evaluate::EvaluateArgs;
 use crate::cli::evaluate::conditions::FileScores;
+use crate::cli::stdout::print_line;
 use crate::error::Result;
 use crate::lab::report::statistics::Bootstrap;
 use crate::lab::results::{Better, Evaluation, OF_CONDITIONS, SCORES};
@@ -85,19 +86,19 @@ pub fn report(
         counted(look_alikes, "look-alike"),
     ];
     if drawn > 0 {
-        println!("{}", compared.join(", "));
+        print_line!("{}", compared.join(", "))?;
     }
     if !identity.is_empty() {
-        println!("towers: {identity}");
+        print_line!("towers: {identity}")?;
     }
     if let Some(note) = files.note() {
-        println!("{note}");
+        print_line!("{note}")?;
     }
     for line in table(found, files, &intervals) {
-        println!("{line}");
+        print_line!("{line}")?;
     }
     if let Some(path) = &args.csv {
-        println!("every picture's scores: {}", path.display());
+        print_line!("every picture's scores: {}", path.display())?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod sources;
 
+use crate::cli::stdout::print_line;
 use crate::cli::terminal;
 use crate::data;
 use crate::data::image::{
@@ -243,9 +244,9 @@ fn report(
     }
     let skipped = if bad.is_empty() { String::new() } else { format!(", {} skipped", bad.len()) };
     let plural = if made.len() == 1 { "" } else { "s" };
-    println!("{} condition{plural} in {}{skipped}", made.len(), output.dir.display());
+    print_line!("{} condition{plural} in {}{skipped}", made.len(), output.dir.display())?;
     if let Some(path) = metadata {
-        println!("pairs: {}", path.display());
+        print_line!("pairs: {}", path.display())?;
     }
     Ok(())
 }
