@@ -27,6 +27,9 @@ pub fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
                 format!("`{name}`: expected {dims} dimensions, found shape {found:?}"),
             ));
         }
+        if !host::all_finite(&tensor) {
+            return Err(Error::format(path, format!("`{name}`: holds numbers that are not finite")));
+        }
         Ok(tensor)
     };
     let latents = read(path, "latents", 4)?;

@@ -311,6 +311,9 @@ fn unusable(source: &Source) -> Option<String> {
     Some(format!("cannot be used so: {}", problem.reason()))
 }
 
+/// A change, or a norm of what is trained, above this is odd: the largest of Stable Diffusion's weights have norms of some hundreds.
+const HUGE: f64 = 1e6;
+
 /// What of a part's config says most.
 const TOLD: [&str; 12] = [
     "block_out_channels",
@@ -381,6 +384,7 @@ impl FileReport {
                 continue;
             }
             let layer = LayerReport::new(name, adapter.as_ref(), weight);
+            self.odd.extend(layer.odd());
             if layer.is_idle() {
                 idle.push(name.as_str());
             }
@@ -400,7 +404,8 @@ impl FileReport {
 impl LayerReport {
     fn new(name: &str, adapter: &dyn Adapter, weight: Option<&Tensor>) -> Self {
         let parameters = adapter.parameters();
-        let squares: f64 = parameters.iter().map(|(_, t)| host::number(&t.square().sum(Kind::Double))).sum();
+        let squares: f64 =
+            parameters.iter().map(|(_, t)| host::number(&host::wide(t).square().sum(Kind::Double))).sum();
         let rotation = adapter.rotation();
         let relative_change = weight.map(|w| {
             let w = host::wide(&w.flatten(1, -1));
@@ -417,6 +422,27 @@ impl LayerReport {
             distance: angles.map(|a| a.iter().map(|x| x * x).sum::<f64>().sqrt().to_degrees()),
             orthogonality_error: rotation.map(|r| r.orthogonality_error),
         }
+    }
+
+    /// What no training leaves behind: numbers too large to compute with, and changes beside which the weight is nothing.
+    fn odd(&self) -> Option<String> {
+        let numbers = [
+            ("norm", Some(self.norm)),
+            ("change of the weight", self.change_norm),
+            ("relative change", self.relative_change),
+            ("largest angle", self.largest_angle),
+            ("distance", self.distance),
+            ("orthogonality error", self.orthogonality_error),
+        ];
+        let told = numbers.iter().filter_map(|(what, value)| value.map(|value| (what, value)));
+        if let Some((what, value)) = told.clone().find(|(_, value)| !value.is_finite()) {
+            return Some(format!(
+                "`{}`: its {what} is {value}: its numbers are too large to compute with",
+                self.name
+            ));
+        }
+        let (what, value) = told.filter(|(_, value)| *value > HUGE).max_by(|a, b| a.1.total_cmp(&b.1))?;
+        Some(format!("`{}`: its {what} is {value:.1e}, far beyond what training makes", self.name))
     }
 
     /// Whether the layer changes nothing.

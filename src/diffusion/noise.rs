@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use crate::platform::host;
+use crate::weights::bounds::MAX_FACTOR;
 use crate::weights::python_json;
 use crate::{Error, Result};
 
@@ -18,6 +19,18 @@ pub use crate::weights::prediction::Prediction;
 
 /// More training timesteps than any model has; refuses a damaged file before it asks for memory.
 const MAX_TRAIN_TIMESTEPS: usize = 100_000;
+
+/// The numbers of a scheduler that are not counts, with the least and the most that each can be; beyond them lies no scheduler, only a
+/// damaged file.
+const NUMBERS: [(&str, f64, f64); 7] = [
+    ("beta_start", 0.0, 1.0),
+    ("beta_end", 0.0, 1.0),
+    ("sigma_min", 0.0, MAX_FACTOR),
+    ("sigma_max", 0.0, MAX_FACTOR),
+    ("clip_sample_range", 0.0, MAX_FACTOR),
+    ("sample_max_value", 0.0, MAX_FACTOR),
+    ("lambda_min_clipped", f64::NEG_INFINITY, MAX_FACTOR),
+];
 
 /// `beta_start` and `beta_end` of a `diffusers` class, which count where the file says nothing.
 pub const DEFAULT_BETAS: (f64, f64) = (0.0001, 0.02);
@@ -168,6 +181,29 @@ impl SchedulerConfig {
             return Ok(count);
         }
         Err(self.problem(format!("num_train_timesteps: expected 1 to {MAX_TRAIN_TIMESTEPS}, found {count}")))
+    }
+
+    /// Refuses numbers that no scheduler has, also those that its class has no use for or that are corrected on loading: a file that
+    /// says such is damaged.
+    pub fn check_numbers(&self) -> Result<()> {
+        let train = self.train_timesteps()?;
+        let offset = self.count("steps_offset", 0)?;
+        if offset > train {
+            return Err(self.problem(format!("steps_offset: expected 0 to {train}, found {offset}")));
+        }
+        for (key, least, most) in NUMBERS {
+            let Some(found) = self.optional_number(key)?.filter(|found| !(least..=most).contains(found))
+            else {
+                continue;
+            };
+            let expected = match (least.is_finite(), most.is_finite()) {
+                (true, true) => format!("a number from {least} to {most}"),
+                (true, false) => format!("a number from {least} up"),
+                _ => format!("a number up to {most:e}"),
+            };
+            return Err(self.problem(format!("{key}: expected {expected}, found {found}")));
+        }
+        Ok(())
     }
 
     /// The table of a_t, f32 on the CPU, `[num_train_timesteps]`.

@@ -240,7 +240,9 @@ impl Layers for StableDiffusion {
 /// ([`SchedulerConfig::check_terminal_snr`]).
 pub fn scheduler_of(source: &Source) -> Result<SchedulerConfig> {
     let text = source.text(SCHEDULER)?;
-    let scheduler = SchedulerConfig::parse(&text.content, &text.path)?.for_latent_model();
+    let scheduler = SchedulerConfig::parse(&text.content, &text.path)?;
+    scheduler.check_numbers()?;
+    let scheduler = scheduler.for_latent_model();
     scheduler.check_terminal_snr()?;
     Ok(scheduler)
 }

@@ -335,19 +335,42 @@ impl Loaded {
         };
         optimizer.exp_avg = saved("exp_avg", &flat)?;
         optimizer.exp_avg_sq = saved("exp_avg_sq", &flat)?;
+        self.require("exp_avg_sq", &optimizer.exp_avg_sq, (0.0, f64::INFINITY))?;
         optimizer.steps = match self.optimizer.shape(STEPS) {
             Some(_) => saved(STEPS, &optimizer.steps)?,
             None => host::to_device(&host::tensor(&[self.state.step as f32]), device),
         };
+        self.require(STEPS, &optimizer.steps, (0.0, self.state.step as f64))?;
         if let Some(ema) = ema {
             ema.average = saved("ema", &flat)?;
         }
         if let Some(loss_scale) = loss_scale.filter(|_| self.optimizer.shape(LOSS_SCALE).is_some()) {
             loss_scale.scale = saved(LOSS_SCALE, &loss_scale.scale)?;
-            loss_scale.good_steps = saved(GOOD_STEPS, &loss_scale.good_steps)?.to_kind(Kind::Int);
+            self.require(LOSS_SCALE, &loss_scale.scale, (0.0, f64::INFINITY))?;
+            let good_steps = saved(GOOD_STEPS, &loss_scale.good_steps)?;
+            self.require(GOOD_STEPS, &good_steps, (0.0, self.state.step as f64))?;
+            loss_scale.good_steps = good_steps.to_kind(Kind::Int);
         }
         parameters.set(&flat);
         Ok(())
+    }
+
+    /// Fails for a value of the optimiser's file that no step leaves behind: one outside `least` to `most`.
+    fn require(&self, name: &str, tensor: &Tensor, (least, most): (f64, f64)) -> Result<()> {
+        // A number of steps as large as f32 tells it.
+        let most = f64::from(most as f32);
+        let within = |value: f64| (least..=most).contains(&value);
+        match [tensor.min(), tensor.max()].iter().map(host::number).find(|value| !within(*value)) {
+            None => Ok(()),
+            Some(found) => {
+                let expected =
+                    if most.is_finite() { format!("{least} to {most}") } else { format!("{least} or more") };
+                Err(Error::format(
+                    self.optimizer.path(),
+                    format!("`{name}`: expected {expected}, found {found}"),
+                ))
+            }
+        }
     }
 }
 

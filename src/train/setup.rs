@@ -13,7 +13,7 @@ use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FI
 use crate::model::layers::Layers;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
-use crate::platform::{files, seed};
+use crate::platform::{files, host, seed};
 use crate::train::checkpoint::{self, Loaded, Resume, TrainedPart};
 use crate::train::config::TrainConfig;
 use crate::train::pictures::Pictures;
@@ -196,6 +196,9 @@ pub(super) fn start_from(
         let file = TensorFile::open(&encoder.join(format!("{FILE_STEM}.safetensors")))?;
         for name in file.names() {
             let value = file.read_as(&name, Kind::Float)?;
+            if !host::all_finite(&value) {
+                problems.push(format!("`{name}`: holds numbers that are not finite"));
+            }
             values.insert((CONTROL_ENCODER.to_string(), name), value);
         }
     }

@@ -4,8 +4,8 @@ use crate::attach::{self, Movement};
 use crate::error::{Error, ErrorKind, Result};
 use crate::platform::choice::Choice;
 use crate::platform::device::{self, PeakMemory, Precision};
-use crate::platform::files;
 use crate::platform::observer::{Counter, Event, Observer};
+use crate::platform::{files, host};
 use crate::train::checkpoint::{self, TrainState};
 use crate::train::config::TrainConfig;
 use crate::train::loss::{Batch, training_loss};
@@ -213,7 +213,7 @@ impl<'a> Trainer<'a> {
             folder: self.run.folder.path().to_path_buf(),
             steps: state.step,
             loss: last.map(|record| record.loss),
-            movement: self.movement(),
+            movement: self.movement(state.step)?,
             seconds: state.seconds,
             gpu: device::peak_memory(self.networks.model.device()),
             parameters: self.optimisation.parameters.count(),
@@ -249,7 +249,7 @@ impl<'a> Trainer<'a> {
             ..Record::default()
         };
         if last || look || step % (config.checkpoints.log_every * RECORDS_A_MOVEMENT) == 0 {
-            let movement = self.movement();
+            let movement = self.movement(step)?;
             record.weight_change = movement.map(|m| m.mean);
             record.weight_change_max = movement.map(|m| m.largest);
             record.orthogonality_error = movement.and_then(|m| m.orthogonality_error);
@@ -278,8 +278,15 @@ impl<'a> Trainer<'a> {
         result
     }
 
-    fn movement(&mut self) -> Option<Movement> {
-        self.networks.has_adapter.then(|| attach::movement(&mut self.networks.model))
+    /// How far the weights moved. Errors: the last step left numbers that are not finite, which nothing can be computed of.
+    fn movement(&mut self, step: i64) -> Result<Option<Movement>> {
+        if !self.networks.has_adapter {
+            return Ok(None);
+        }
+        if !host::all_finite(self.optimisation.parameters.flat()) {
+            return Err(self.not_finite(step, "a trained value"));
+        }
+        Ok(Some(attach::movement(&mut self.networks.model)))
     }
 
     fn seconds(&self) -> f64 {

@@ -4,6 +4,7 @@
 //! stand-in without memory is given instead, and [`Weights::finish`] reports all problems of the part at once.
 
 use crate::error::{Error, Result};
+use crate::platform::device::Precision;
 use crate::platform::host;
 use crate::weights::part::Part;
 use crate::weights::source::Source;
@@ -79,7 +80,12 @@ impl Weights {
                     format!("`{key}`: expected floating point, found {}", self.tensors.dtype(name))
                 } else {
                     match self.converted(name) {
-                        Ok(tensor) => return tensor.reshape(shape),
+                        Ok(tensor) if host::all_finite(&tensor) => return tensor.reshape(shape),
+                        Ok(_) if self.tensors.read(name).is_ok_and(|tensor| host::all_finite(&tensor)) => {
+                            let dtype = Precision::of(self.kind).unwrap_or_default();
+                            format!("`{key}`: holds numbers that --dtype {dtype} does not hold")
+                        }
+                        Ok(_) => format!("`{key}`: holds numbers that are not finite"),
                         Err(e) => e.to_string(),
                     }
                 }

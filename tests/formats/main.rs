@@ -28,6 +28,7 @@ mod json;
 mod lora_file;
 mod models;
 mod mutate;
+mod not_finite;
 mod peft;
 mod single_file;
 mod single_file_reading;

@@ -3,6 +3,7 @@
 use crate::diffusion::sampler::{SamplerKind, SamplerPlan, Spacing};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
+use crate::weights::bounds::{MAX_FACTOR, is_factor};
 
 /// What a set of pictures is drawn from.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,10 +68,9 @@ impl SampleSettings {
                 )));
             }
         }
-        // libtorch panics at factors that f32 does not hold.
-        if !(-1e6..=1e6).contains(&self.guidance) {
+        if !is_factor(self.guidance) {
             return Err(Error::config(format!(
-                "--guidance: expected a number up to 1e6, found {}",
+                "--guidance: expected a number up to {MAX_FACTOR:e}, found {}",
                 self.guidance
             )));
         }

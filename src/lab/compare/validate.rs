@@ -5,6 +5,7 @@ use crate::lab::compare::config::{CompareConfig, Topic};
 use crate::lab::compare::control;
 use crate::train::config::keys::{InComparison, keys, value};
 use crate::train::config::{DataSection, PriorSection, TrainConfig};
+use crate::weights::bounds::{MAX_FACTOR, is_factor};
 use std::collections::BTreeSet;
 
 /// Scores that a search may be about, and the tower that each needs. Identity is not among them: its look-alikes hold the
@@ -54,6 +55,12 @@ impl CompareConfig {
             counts.iter().all(|n| (1..=10_000).contains(n)),
             format!("draw: expected 1 to 10000 pictures for a prompt, found {counts:?}"),
         );
+        for (name, value) in [("guidance", self.draw.guidance), ("control_scale", self.draw.control_scale)] {
+            check(
+                is_factor(value),
+                format!("draw: {name}: expected a number up to {MAX_FACTOR:e}, found {value}"),
+            );
+        }
         check(!self.seeds.is_empty(), "seeds: expected one or more, found none".into());
         check(!self.methods.is_empty(), "method: expected a [[method]] or more, found none".into());
     }
@@ -152,7 +159,11 @@ impl CompareConfig {
     /// What a search is about.
     fn check_objective(&self, check: &mut dyn FnMut(bool, String)) {
         let towers = serde_json::to_value(&self.scores).unwrap_or_default();
-        for key in self.objective().keys() {
+        for (key, weight) in &self.objective() {
+            check(
+                is_factor(*weight),
+                format!("search: objective: {key}: expected a number up to {MAX_FACTOR:e}, found {weight}"),
+            );
             if self.topic.is_control() && CONTROL_OBJECTIVES.contains(&key.as_str()) {
                 continue;
             }

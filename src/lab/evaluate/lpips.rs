@@ -151,7 +151,11 @@ impl Lpips {
         let mut read = |name: String, shape: &[i64]| -> Result<Tensor> {
             match weights.shape(&name) {
                 Some(found) if found == shape => {
-                    return host::try_to_device(&weights.read_as(&name, Kind::Float)?, device);
+                    let tensor = weights.read_as(&name, Kind::Float)?;
+                    if host::all_finite(&tensor) {
+                        return host::try_to_device(&tensor, device);
+                    }
+                    problems.push(format!("`{name}`: holds numbers that are not finite"));
                 }
                 Some(found) => problems.push(format!("`{name}`: expected shape {shape:?}, found {found:?}")),
                 None => problems.push(format!("`{name}` {shape:?} is missing")),

@@ -6,6 +6,7 @@ use crate::adapter::target::TargetRule;
 use crate::data::pairs::ConditionKind;
 use crate::error::{Error, Result};
 use crate::train::config::{DataSection, MethodName, TrainConfig};
+use crate::weights::bounds::is_factor;
 use std::path::Path;
 
 /// What is wrong with the settings, one sentence each, and what helps.
@@ -195,6 +196,11 @@ impl TrainConfig {
         require(positive(self.optimizer.max_grad_norm), "max_grad_norm: expected a number above 0");
         require(natural(self.prior.prior_loss_weight), "prior_loss_weight: expected 0 or more");
         require(self.optimizer.snr_gamma.is_none_or(positive), "snr_gamma: expected a number above 0");
+        require(is_factor(self.prior.class_guidance), "class_guidance: expected a number up to 1e6");
+        require(
+            is_factor(self.previews.validation_guidance),
+            "validation_guidance: expected a number up to 1e6",
+        );
         require((0.0..1.0).contains(&self.optimizer.adam_beta1), "adam_beta1: expected 0 up to 1");
         require((0.0..1.0).contains(&self.optimizer.adam_beta2), "adam_beta2: expected 0 up to 1");
         require((0.0..1.0).contains(&self.optimizer.ema_decay), "ema_decay: expected 0 up to 1");
