@@ -25,6 +25,7 @@ mod words;
 
 use crate::cli::stdout::print_line;
 use crate::error::{Error, Result};
+use crate::platform::hub;
 use crate::platform::observer::Observer;
 use clap::{Arg, ArgAction, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -75,8 +76,18 @@ impl From<Error> for Early {
 
 /// The whole command line as clap knows it. A negative number is a value, and no flag.
 pub fn command() -> Command {
-    with_negative_numbers(Cli::command())
+    let refresh = Arg::new(REFRESH).long(REFRESH).action(ArgAction::SetTrue).help(
+        "Hash all cached files of the hub before they are used, weights too, and take damaged ones anew",
+    );
+    let command = FROM_HUB
+        .iter()
+        .fold(Cli::command(), |command, verb| command.mut_subcommand(verb, |verb| verb.arg(refresh.clone())));
+    with_negative_numbers(command)
 }
+
+const REFRESH: &str = "refresh";
+/// Verbs that take ids of the hub.
+const FROM_HUB: [&str; 7] = ["train", "sample", "compare", "evaluate", "export", "merge", "inspect"];
 
 /// The same command and those below it, `hra prepare canny` too.
 fn with_negative_numbers(command: Command) -> Command {
@@ -93,6 +104,9 @@ fn with_negative_numbers(command: Command) -> Command {
 pub fn run(args: impl IntoIterator<Item = OsString>) -> std::result::Result<(), Early> {
     let args = words::normalise(args.into_iter().collect())?;
     let matches = command().try_get_matches_from(args).map_err(Early::Clap)?;
+    if matches.subcommand().is_some_and(|(verb, flags)| FROM_HUB.contains(&verb) && flags.get_flag(REFRESH)) {
+        hub::refresh();
+    }
     let cli = Cli::from_arg_matches(&matches).map_err(Early::Clap)?;
     let terminal = terminal::Terminal::default();
     Ok(match cli.command {

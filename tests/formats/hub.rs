@@ -9,11 +9,11 @@ use crate::support::training::tiny_sd;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const NAME: &str = "someone/tiny-sd";
+pub const NAME: &str = "someone/tiny-sd";
 const TOKEN: &str = "hf_secretsecretsecret";
 
 /// Runs `hra` with its cache in the scratch folder and `server` as the hub.
-fn run(scratch: &Scratch, server: &HubServer, args: &[&str], env: &[(&str, &str)]) -> Finished {
+pub fn run(scratch: &Scratch, server: &HubServer, args: &[&str], env: &[(&str, &str)]) -> Finished {
     let mut command = scratch.command(args);
     for name in ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"] {
         command.env_remove(name).env_remove(name.to_lowercase());
@@ -56,7 +56,7 @@ fn sample(
     if done.code == 0 { Ok(fs::read(latents).unwrap()) } else { Err(format!("{} {}", done.code, done.err)) }
 }
 
-fn cache(scratch: &Scratch) -> PathBuf {
+pub fn cache(scratch: &Scratch) -> PathBuf {
     scratch.path("home/hub/models--someone--tiny-sd")
 }
 
@@ -172,8 +172,11 @@ fn content_that_is_not_what_the_hub_named_is_refused() {
     let scratch = Scratch::new();
     let server = HubServer::of(NAME, &tiny_sd());
     server.set(|s| s.corrupt = true);
-    refused(sample(&scratch, &server, NAME, &[]), &["SHA-256"]);
-    server.set(|s| s.corrupt = false);
+    // The first files are small ones.
+    refused(sample(&scratch, &server, NAME, &[]), &["unet/config.json", "SHA-1"]);
+    server.set(|s| (s.corrupt, s.corrupt_large) = (false, true));
+    refused(sample(&scratch, &server, NAME, &[]), &["safetensors", "SHA-256"]);
+    server.set(|s| s.corrupt_large = false);
 
     // A part that was spoilt on this side is thrown away.
     let unet = fs::read(tiny_sd().join("unet/diffusion_pytorch_model.safetensors")).unwrap();

@@ -2,6 +2,7 @@
 //! a listing by revision, small files from `resolve`, large ones by a
 //! redirection that names their SHA-256.
 
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -26,8 +27,16 @@ pub struct State {
     pub cut: Option<(usize, usize)>,
     /// Answers a range with the whole file.
     pub ignores_ranges: bool,
-    /// Sends other bytes than the hash promises.
+    /// Sends other bytes than the hash of a small file promises.
     pub corrupt: bool,
+    /// The same of large files.
+    pub corrupt_large: bool,
+    /// What a portal between here and the hub sends in place of every small file.
+    pub page: Option<String>,
+    /// Says no length, and sends so many bytes of nothing behind a file of this name.
+    pub endless: Option<(String, usize)>,
+    /// Says that a file of this name has so many bytes.
+    pub size: Option<(String, u64)>,
     /// Status of every answer.
     pub status: Option<u16>,
     /// `ETag` of every small file.
@@ -92,6 +101,12 @@ pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Git's name of a blob.
+pub fn git_blob(bytes: &[u8]) -> String {
+    let hash = Sha1::new_with_prefix(format!("blob {}\0", bytes.len())).chain_update(bytes).finalize();
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn answer(mut stream: TcpStream, shared: &Mutex<State>) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let first = lines.next().transpose()?.unwrap_or_default();
@@ -152,16 +167,22 @@ fn answer(mut stream: TcpStream, shared: &Mutex<State>) -> std::io::Result<()> {
         );
     };
     let hash = sha256(&bytes);
-    if file.is_some_and(|name| name.ends_with(".safetensors")) {
+    let name = file.clone().unwrap_or_default();
+    let announced = state.size.clone().filter(|(of, _)| *of == name).map(|(_, size)| size);
+    if name.ends_with(".safetensors") {
         let place = state.elsewhere.clone().unwrap_or_else(|| "/lfs".into());
         return write!(
             stream,
             "HTTP/1.1 302 Found\r\nLocation: {place}/{hash}\r\nX-Linked-ETag: \"{hash}\"\r\nX-Linked-Size: {}\r\n\
              X-Repo-Commit: {COMMIT}\r\nETag: \"of-the-redirection\"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
-            bytes.len()
+            announced.unwrap_or(bytes.len() as u64)
         );
     }
-    if state.corrupt {
+    if let Some(page) = state.page.as_ref().filter(|_| file.is_some()) {
+        bytes = page.clone().into_bytes();
+    }
+    let blob = git_blob(&bytes);
+    if if large.is_some() { state.corrupt_large } else { state.corrupt } {
         bytes.iter_mut().for_each(|byte| *byte ^= 1);
     }
     let total = bytes.len();
@@ -182,12 +203,21 @@ fn answer(mut stream: TcpStream, shared: &Mutex<State>) -> std::io::Result<()> {
         *times -= 1;
         end = (*offset).clamp(from, total);
     }
-    let etag = state.etag.clone().unwrap_or_else(|| hash[..40].to_string());
+    let etag = state.etag.clone().unwrap_or(blob);
+    let endless = state.endless.clone().filter(|(of, _)| *of == name).map(|(_, more)| more);
     drop(state);
+    let length = match endless {
+        Some(_) => String::new(),
+        None => format!("Content-Length: {}\r\n", announced.unwrap_or((total - from) as u64)),
+    };
     write!(
         stream,
-        "HTTP/1.1 {status}\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
-        total - from
+        "HTTP/1.1 {status}\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\n{length}Connection: close\r\n\r\n"
     )?;
-    if method == "GET" { stream.write_all(&bytes[from..end]) } else { Ok(()) }
+    if method != "GET" {
+        return Ok(());
+    }
+    stream.write_all(&bytes[from..end])?;
+    let nothing = vec![b' '; 1 << 20];
+    (0..endless.unwrap_or(0) >> 20).try_for_each(|_| stream.write_all(&nothing))
 }

@@ -23,6 +23,7 @@ mod files;
 mod fuzz;
 mod hostile;
 mod hub;
+mod hub_cache;
 mod hub_server;
 mod json;
 mod lora_file;

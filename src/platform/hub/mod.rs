@@ -6,26 +6,37 @@
 //! downloaded ([`choice`]). Every name that the server sends is checked before it becomes part of a path.
 
 mod choice;
+mod id;
+mod integrity;
 mod transfer;
 mod wanted;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::platform::adapter_layout::names_below;
 use crate::platform::files::{self, shell_word};
 use crate::platform::observer::{Counter, Observer};
 use choice::{FileChoice, choose, is_plain_name};
+use id::{Id, MAIN};
 use serde::Deserialize;
 use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 pub use wanted::Wanted;
 
 use transfer::{Client, Remote, TransferFailure};
 
 /// The hub, where `HF_ENDPOINT` names no other.
 const ENDPOINT: &str = "https://huggingface.co";
-/// The branch, where no revision is given.
-const MAIN: &str = "main";
+
+/// Whether every file that is used is looked at whole, and taken anew where it is damaged.
+static REFRESH: AtomicBool = AtomicBool::new(false);
+
+/// From here on, in this process, cached files are hashed before they are used, weights too, and those that are not what the hub named
+/// are taken anew. Without it small files are hashed, and a damaged one is an error.
+pub fn refresh() {
+    REFRESH.store(true, Ordering::Relaxed);
+}
 
 /// The local path that `word` means: itself if something is there, otherwise the hub's files in the cache, downloaded if
 /// need be. Errors tell both readings of the word.
@@ -78,44 +89,6 @@ pub fn repository_of(path: &Path) -> Option<String> {
     Some(parts.get(at + 1)?.strip_prefix("models--")?.replacen("--", "/", 1))
 }
 
-/// A repository and a revision of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Id {
-    name: String,
-    revision: String,
-}
-
-impl Id {
-    fn parse(word: &str) -> Option<Self> {
-        let (name, revision) = word.split_once('@').unwrap_or((word, MAIN));
-        let (owner, repository) = name.split_once('/')?;
-        // As `huggingface_hub.utils.validate_repo_id` has it.
-        let is_name = |text: &str| {
-            let inner = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-            let outer = |c: char| c.is_ascii_alphanumeric() || c == '_';
-            (1..=96).contains(&text.len())
-                && text.chars().all(inner)
-                && text.starts_with(outer)
-                && text.ends_with(outer)
-                && !text.contains("--")
-                && !text.contains("..")
-        };
-        let is_revision = revision.split('/').all(|part| {
-            is_plain_name(part) && part.chars().all(|c| c.is_ascii_alphanumeric() || "-._+".contains(c))
-        });
-        // Rather a file that is not there.
-        let is_file =
-            [".git", ".safetensors", ".ckpt", ".bin", ".pt"].iter().any(|end| repository.ends_with(end));
-        let ok = is_name(owner) && is_name(repository) && is_revision && !is_file;
-        ok.then(|| Self { name: name.to_string(), revision: revision.to_string() })
-    }
-
-    /// What the cache calls the folder of the repository.
-    fn folder(&self) -> String {
-        format!("models--{}", self.name.replace('/', "--"))
-    }
-}
-
 /// What the hub says of a revision.
 #[derive(Deserialize)]
 struct RepoInfo {
@@ -139,6 +112,8 @@ struct Hub {
     client: Client,
     has_token: bool,
     offline: bool,
+    /// [`refresh`] was asked for.
+    refresh: bool,
 }
 
 impl Hub {
@@ -174,6 +149,7 @@ impl Hub {
         Ok(Self {
             has_token: token.is_some(),
             client: Client::new(token),
+            refresh: REFRESH.load(Ordering::Relaxed),
             offline: text("HF_HUB_OFFLINE").is_some_and(yes),
             id,
             endpoint,
@@ -182,11 +158,16 @@ impl Hub {
     }
 
     fn path(&self, wanted: Wanted, observer: &dyn Observer) -> Result<PathBuf> {
+        if self.offline && self.refresh {
+            return Err(Error::hub("--refresh asks the hub, and HF_HUB_OFFLINE is set")
+                .with_hint("leave out one of them"));
+        }
         let cached = self.cached(wanted);
         if self.offline {
             return cached.map_err(|lack| self.not_in_cache(&lack, "HF_HUB_OFFLINE is set"));
         }
         if is_commit(&self.id.revision)
+            && !self.refresh
             && let Ok(path) = cached
         {
             return Ok(path);
@@ -221,11 +202,17 @@ impl Hub {
             observer.warn(&format!("{}: {note}", self.id.name));
         }
         let snapshot = self.snapshot(&info.sha);
-        let missing: Vec<&String> =
-            choice.files.iter().filter(|name| !snapshot.join(name).is_file()).collect();
+        let mut missing: Vec<&String> = Vec::new();
+        for name in &choice.files {
+            let path = snapshot.join(name);
+            if !path.is_file() || self.refresh && self.is_to_replace(&path, observer)? {
+                missing.push(name);
+            }
+        }
         if !missing.is_empty() {
             self.download(&info.sha, &missing, &snapshot, observer)?;
         }
+        self.check(&choice.files, &snapshot)?;
         // Last, so that a branch in the cache always has all of its files.
         if !is_commit(&self.id.revision) {
             let path = self.folder().join("refs").join(&self.id.revision);
@@ -247,8 +234,33 @@ impl Hub {
         let snapshot = commit.map(|c| self.snapshot(&c)).filter(|path| path.is_dir());
         let snapshot = snapshot.ok_or_else(|| Error::hub("any file of it"))?;
         let names = names_below(&snapshot).unwrap_or_default();
-        let FileChoice { entry, .. } = choose(&names, wanted)?;
+        let FileChoice { entry, files, .. } = choose(&names, wanted)?;
+        if !self.refresh {
+            self.check(&files, &snapshot)?;
+        }
         Ok(snapshot.join(entry))
+    }
+
+    /// Fails for a text file of the snapshot that is not what the hub named, or a web page. Weights are hashed with [`refresh`] alone.
+    fn check(&self, names: &[String], snapshot: &Path) -> Result<()> {
+        for name in names.iter().filter(|name| integrity::most_bytes(name).is_some()) {
+            let path = snapshot.join(name);
+            if let Some(problem) = integrity::damage(&path, &content_name(&path))? {
+                return Err(Error::format(&path, format!("the cached file is damaged: found {problem}"))
+                    .with_hint("the same command with --refresh takes it anew"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a cached file is damaged, which is said, or has a name that does not tell.
+    fn is_to_replace(&self, path: &Path, observer: &dyn Observer) -> Result<bool> {
+        let etag = content_name(path);
+        let damage = integrity::damage(path, &etag)?;
+        if let Some(problem) = &damage {
+            observer.note(&format!("{} is taken anew: found {problem}", path.display()));
+        }
+        Ok(damage.is_some() || !integrity::is_hash(&etag))
     }
 
     fn download(
@@ -270,6 +282,7 @@ impl Hub {
                     self.told(TransferFailure::Answer(format!("no ETag that can be used for {name}")))
                 );
             }
+            self.check_size(name, remote.size)?;
             remotes.push((name, remote));
         }
         let total: u64 = remotes.iter().filter_map(|(_, remote)| remote.size).sum();
@@ -301,6 +314,18 @@ impl Hub {
         Ok(())
     }
 
+    /// Refuses a size that no file of this kind has, before anything is fetched.
+    fn check_size(&self, name: &str, size: Option<u64>) -> Result<()> {
+        let problem = match (integrity::most_bytes(name), size) {
+            (Some(most), Some(size)) if size > most => {
+                format!("{size} bytes of {name}, of which {most} are the most that is read")
+            }
+            (None, None) => format!("no size of {name}"),
+            _ => return Ok(()),
+        };
+        Err(self.told(TransferFailure::Answer(problem)))
+    }
+
     /// One file into `blobs/`, with a link to it in the snapshot.
     fn fetch(
         &self,
@@ -320,16 +345,26 @@ impl Hub {
         let lock =
             File::options().append(true).create(true).open(&path).map_err(|e| Error::io("open", &path, e))?;
         lock.lock().map_err(|e| Error::io("lock", &path, e))?;
-        if files::kind(&blob) != Some(files::Kind::File) {
+        let mut whole = files::kind(&blob) == Some(files::Kind::File);
+        if whole && self.refresh {
+            whole = integrity::is_hash(&remote.etag) && integrity::damage(&blob, &remote.etag)?.is_none();
+        }
+        if !whole {
             let part = blobs.join(format!("{}.incomplete", remote.etag));
-            self.client.download(url, remote, &part, tick).map_err(|failure| self.told(failure))?;
+            let most = integrity::most_bytes(name);
+            self.client.download(url, remote, most, &part, tick).map_err(|failure| match failure {
+                TransferFailure::Answer(what) => {
+                    self.told(TransferFailure::Answer(format!("{name}: {what}")))
+                }
+                other => self.told(other),
+            })?;
             fs::rename(&part, &blob).map_err(|e| Error::io("write", &blob, e))?;
         }
         let link = snapshot.join(name);
         let fail = |e| Error::io("write", &link, e);
         link.parent().map_or(Ok(()), files::create_dir_all)?;
         if fs::symlink_metadata(&link).is_ok() {
-            fs::remove_file(&link).map_err(fail)?; // it leads to nothing: otherwise it would not be missing
+            fs::remove_file(&link).map_err(fail)?; // it leads to nothing, or is taken anew
         }
         let up = "../".repeat(name.matches('/').count() + 2);
         let linked = std::os::unix::fs::symlink(format!("{up}blobs/{}", remote.etag), &link);
@@ -356,6 +391,10 @@ impl Hub {
     }
 
     fn not_in_cache(&self, lack: &Error, why: &str) -> Error {
+        if let ErrorKind::Format { .. } = lack.kind {
+            // It is there, and damaged.
+            return Error::hub(format!("{why}: {}", lack.kind)).with_hints(lack.hints());
+        }
         let cache = self.cache_dir.display();
         let error = self.error(&format!("{why}, and the cache at {cache} does not hold {}", lack.kind));
         if !lack.hints().is_empty() {
@@ -401,6 +440,12 @@ impl Hub {
     }
 }
 
+/// What the cache calls the content at `path`: the name of the blob that it leads to.
+fn content_name(path: &Path) -> String {
+    let blob = path.canonicalize().ok();
+    blob.and_then(|blob| Some(blob.file_name()?.to_str()?.to_string())).unwrap_or_default()
+}
+
 /// Whether a revision is a commit, which never changes.
 fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
@@ -415,40 +460,6 @@ fn encoded(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ids_are_told_from_paths() {
-        let id = |word: &str| Id::parse(word).map(|id| (id.name, id.revision));
-        let found = |name: &str, revision: &str| Some((name.to_string(), revision.to_string()));
-        assert_eq!(id("a/b"), found("a/b", "main"));
-        assert_eq!(id("stable-diffusion-v1-5/stable-diffusion-v1-5@fp16"), {
-            found("stable-diffusion-v1-5/stable-diffusion-v1-5", "fp16")
-        });
-        assert_eq!(id("a/b.c_d@refs/pr/1"), found("a/b.c_d", "refs/pr/1"));
-        for word in [
-            "a",
-            "a/",
-            "/a",
-            "a/b/c",
-            "./a",
-            "../a",
-            "a/..",
-            "a/b@",
-            "a/b@../x",
-            "a/b@/x",
-            "a--b/c",
-            "~/a",
-            "a/b=0.8",
-            "a/b c",
-            "a/-b",
-            "models/sd15.safetensors",
-            "a/b@x y",
-            "a/b@.",
-            "",
-        ] {
-            assert_eq!(id(word), None, "{word}");
-        }
-    }
 
     #[test]
     fn a_snapshot_knows_its_repository() {

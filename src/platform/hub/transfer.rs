@@ -6,8 +6,7 @@
 //! another host is asked over https only.
 
 use crate::error::Error;
-use crate::platform::files;
-use sha2::{Digest, Sha256};
+use crate::platform::hub::integrity;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::Path;
@@ -114,26 +113,24 @@ impl Client {
         })
     }
 
-    /// Downloads to `part`, going on with what is there. `tick` is told the number of bytes that are there.
+    /// Downloads to `part`, at most `most` bytes, going on with what is there; what comes is what its `ETag` names. `tick` is told the number of bytes that are there.
     pub fn download(
         &self,
         url: &str,
         remote: &Remote,
+        most: Option<u64>,
         part: &Path,
         tick: &mut dyn FnMut(u64) -> Result<(), Error>,
     ) -> Result<(), TransferFailure> {
         let resumed = length(part) > 0;
-        self.persist(url, remote, part, tick)?;
-        let is_sha256 = remote.etag.len() == 64 && remote.etag.bytes().all(|b| b.is_ascii_hexdigit());
-        if !is_sha256 || sha256(part)? == remote.etag.to_ascii_lowercase() {
-            return Ok(());
-        }
+        self.persist(url, remote, most, part, tick)?;
+        let Some(problem) = integrity::damage(part, &remote.etag)? else { return Ok(()) };
         std::fs::remove_file(part).map_err(|e| Error::io("remove", part, e))?;
         if resumed {
             // The part was spoilt before; all of it anew may be right.
-            return self.download(url, remote, part, tick);
+            return self.download(url, remote, most, part, tick);
         }
-        Err(TransferFailure::Answer("content whose SHA-256 is not the one that it names".into()))
+        Err(TransferFailure::Answer(problem))
     }
 
     /// Attempts until all is there, or nothing more comes.
@@ -141,13 +138,14 @@ impl Client {
         &self,
         url: &str,
         remote: &Remote,
+        most: Option<u64>,
         part: &Path,
         tick: &mut dyn FnMut(u64) -> Result<(), Error>,
     ) -> Result<(), TransferFailure> {
         let (mut attempt, mut pause) = (1, FIRST_PAUSE);
         loop {
             let before = length(part);
-            match self.attempt(url, remote, part, tick) {
+            match self.attempt(url, remote, most, part, tick) {
                 Err(failure) if failure.passes() => {
                     let moved = length(part) > before;
                     (attempt, pause) = if moved { (1, FIRST_PAUSE) } else { (attempt + 1, pause * 2) };
@@ -165,6 +163,7 @@ impl Client {
         &self,
         url: &str,
         remote: &Remote,
+        most: Option<u64>,
         part: &Path,
         tick: &mut dyn FnMut(u64) -> Result<(), Error>,
     ) -> Result<(), TransferFailure> {
@@ -188,7 +187,7 @@ impl Client {
                 have = 0;
             }
             file.set_len(have).map_err(fail)?;
-            have = copy(answer, &mut file, part, have, remote.size, tick)?;
+            have = copy(answer, (&mut file, part), have, (remote.size, most), tick)?;
         }
         if let Some(size) = remote.size.filter(|size| *size != have) {
             return Err(TransferFailure::Network(format!(
@@ -204,7 +203,7 @@ impl Client {
         let mut url = url.to_string();
         for _ in 0..REDIRECTS {
             let mut request = if head { self.agent.head(&url) } else { self.agent.get(&url) };
-            if let Some(token) = self.token.as_ref().filter(|_| origin(&url).is_ok_and(|o| o == home)) {
+            if let Some(token) = self.token.as_ref().filter(|_| gets_token(&home, &url)) {
                 request = request.header("authorization", format!("Bearer {token}"));
             }
             if let Some(from) = from {
@@ -225,18 +224,7 @@ impl Client {
             let Some(location) = header("location") else {
                 return Err(TransferFailure::Answer("a redirection to nowhere".into()));
             };
-            let next = if location.starts_with('/') && !location.starts_with("//") {
-                format!("{}{location}", origin(&url)?)
-            } else {
-                location.to_string()
-            };
-            let target = origin(&next)?;
-            if target != home && !target.starts_with("https://") {
-                return Err(TransferFailure::Answer(format!(
-                    "a redirection to {target}, which is not https"
-                )));
-            }
-            url = next;
+            url = redirected(&home, &url, location)?;
         }
         Err(TransferFailure::Answer("redirections without end".into()))
     }
@@ -245,10 +233,9 @@ impl Client {
 /// Appends an answer to `file`, which has `have` bytes; how many it has then.
 fn copy(
     answer: Response<Body>,
-    file: &mut File,
-    part: &Path,
+    (file, part): (&mut File, &Path),
     mut have: u64,
-    size: Option<u64>,
+    (size, most): (Option<u64>, Option<u64>),
     tick: &mut dyn FnMut(u64) -> Result<(), Error>,
 ) -> Result<u64, TransferFailure> {
     let mut reader = answer.into_body().into_reader();
@@ -261,6 +248,11 @@ fn copy(
         have += n as u64;
         if size.is_some_and(|size| have > size) {
             return Err(TransferFailure::Answer("more bytes than it promised".into()));
+        }
+        if let Some(most) = most.filter(|most| have > *most) {
+            return Err(TransferFailure::Answer(format!(
+                "more than {most} bytes, the most that is read of it"
+            )));
         }
         file.write_all(&buffer[..n]).map_err(|e| Error::io("write", part, e))?;
         tick(have)?;
@@ -279,6 +271,26 @@ fn retried<T>(request: &mut dyn FnMut() -> Result<T, TransferFailure>) -> Result
     }
 }
 
+/// The address that `location`, an answer of `url`, leads to. `home` is the origin of the first request: any other is asked over https
+/// only, so that nobody on the way reads or changes what comes; also the same host without https is another.
+fn redirected(home: &str, url: &str, location: &str) -> Result<String, TransferFailure> {
+    let next = if location.starts_with('/') && !location.starts_with("//") {
+        format!("{}{location}", origin(url)?)
+    } else {
+        location.to_string()
+    };
+    let target = origin(&next)?;
+    if target != home && !target.starts_with("https://") {
+        return Err(TransferFailure::Answer(format!("a redirection to {target}, which is not https")));
+    }
+    Ok(next)
+}
+
+/// Whether the token goes along to `url`: to the host, port and scheme of the first request alone.
+fn gets_token(home: &str, url: &str) -> bool {
+    origin(url).is_ok_and(|origin| origin == home)
+}
+
 /// Scheme, host and port of an address.
 fn origin(url: &str) -> Result<String, TransferFailure> {
     let uri: Option<Uri> = url.parse().ok();
@@ -295,16 +307,35 @@ fn length(path: &Path) -> u64 {
     std::fs::metadata(path).map_or(0, |meta| meta.len())
 }
 
-fn sha256(path: &Path) -> Result<String, Error> {
-    let fail = |e| Error::io("read", path, e);
-    let mut file = File::open(path).map_err(fail)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0u8; 1 << 20];
-    loop {
-        let n = file.read(&mut buffer).map_err(fail)?;
-        if n == 0 {
-            return Ok(files::hex(hash.finalize()));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redirections_stay_with_https_and_the_token_with_its_host() {
+        let home = "https://huggingface.co";
+        let at = "https://huggingface.co/a/b/resolve/main/x";
+        let to = |location: &str| redirected(home, at, location).map_err(|failure| format!("{failure:?}"));
+        for (location, next, token) in [
+            ("/c/d", "https://huggingface.co/c/d", true),
+            ("https://huggingface.co/c", "https://huggingface.co/c", true),
+            ("https://HuggingFace.co/c", "https://HuggingFace.co/c", true),
+            ("https://cdn.example/x?sig=1", "https://cdn.example/x?sig=1", false),
+            ("https://huggingface.co.example/x", "https://huggingface.co.example/x", false),
+            ("https://huggingface.co:8443/x", "https://huggingface.co:8443/x", false),
+            ("https://huggingface.co@example.com/x", "https://huggingface.co@example.com/x", false),
+        ] {
+            assert_eq!(to(location).unwrap(), next);
+            assert_eq!(gets_token(home, next), token, "{location}");
         }
-        hash.update(&buffer[..n]);
+        for down in ["http://huggingface.co/c", "http://cdn.example/x", "http://127.0.0.1/x"] {
+            assert!(to(down).unwrap_err().contains("which is not https"), "{down}");
+        }
+        for none in ["//cdn.example/x", "ftp://x/y", "file:///etc/passwd", "x", ""] {
+            assert!(to(none).unwrap_err().contains("cannot be read"), "{none}");
+        }
+        // From another host on, a relative address is of that host: still without the token.
+        let next = redirected(home, "https://cdn.example/x", "/y").unwrap();
+        assert!(next == "https://cdn.example/y" && !gets_token(home, &next));
     }
 }
