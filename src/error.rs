@@ -48,8 +48,8 @@ pub enum ErrorKind {
     /// The user asked to stop; the work so far is saved.
     #[error("{0}")]
     Interrupted(String),
-    /// An error that libtorch reported: the first line of it, since a C++ backtrace follows.
-    #[error("libtorch: {}", .0.to_string().lines().next().unwrap_or_default())]
+    /// An error that libtorch reported.
+    #[error("{}", of_torch(.0))]
     Torch(#[source] tch::TchError),
 }
 
@@ -87,7 +87,12 @@ of_text! {
 impl Error {
     /// An [`ErrorKind::Io`]; `action` completes "cannot ..", such as `read`.
     pub fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
-        ErrorKind::Io { action, path: path.to_path_buf(), source }.into()
+        let (path, kind) = (path.to_path_buf(), source.kind());
+        if kind == std::io::ErrorKind::OutOfMemory {
+            let source = std::io::Error::new(kind, OUT_OF_MEMORY.0);
+            return Self::from(ErrorKind::Io { action, path, source }).with_hint(OUT_OF_MEMORY.1);
+        }
+        ErrorKind::Io { action, path, source }.into()
     }
 
     /// An [`ErrorKind::Format`] about `path`.
@@ -198,22 +203,65 @@ fn bullets(problems: &[String]) -> String {
     lines.join("\n")
 }
 
+/// What is told where memory runs out, and the hint.
+pub const OUT_OF_MEMORY: (&str, &str) = (
+    "out of memory",
+    "memory does not suffice: lower the batch size (--batch-size; --train_batch_size, --sample_batch_size), --width and --height or \
+     --resolution, or --threads, or use --dtype bf16",
+);
+
+/// Words of libtorch, oneDNN, CUDA, C++, Rust and the system where there is no memory left.
+const MEMORY: &[&str] = &[
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "ALLOC_FAILED",
+    "cudaErrorMemoryAllocation",
+    "ALLOCATION_FAILED",
+    // cuDNN, where no plan's workspace could be had; cuBLAS, whose handle takes memory.
+    "unable to find an engine to execute this computation",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    // oneDNN, which compiles a kernel for each shape and keeps it.
+    "could not create a primitive",
+    "could not create a memory",
+    // A thread needs a stack.
+    "failed to spawn thread",
+    "memory allocation of",
+    "memory allocation failed",
+];
+
+/// What to tell of a failure of which `text` says that memory ran out, with how much was asked for where it says so; `None` for
+/// others.
+pub fn out_of_memory(text: &str) -> Option<String> {
+    if !MEMORY.iter().any(|word| text.contains(word)) {
+        return None;
+    }
+    let told = OUT_OF_MEMORY.0;
+    let after = |words: &str| {
+        let (_, rest) = text.split_once(words)?;
+        // As libtorch has it: `33554432 bytes`, or `2.00 GiB`.
+        let mut parts = rest.split([' ', '\\', '\n', '"']);
+        Some((parts.next()?.parse::<f64>().ok()?, parts.next()?.trim_end_matches('.')))
+    };
+    let asked = ["ried to allocate ", "memory allocation of "].into_iter().find_map(after);
+    Some(match asked {
+        Some((bytes, "bytes")) => format!("{told}: {:.1} MB more were needed", bytes / 1e6),
+        Some((number, unit)) => format!("{told}: {number:.2} {unit} more were needed"),
+        None => told.to_string(),
+    })
+}
+
+/// The first line of what libtorch says, since a C++ backtrace follows, or that memory ran out.
+fn of_torch(error: &tch::TchError) -> String {
+    let text = error.to_string();
+    let first = || format!("libtorch: {}", text.lines().next().unwrap_or_default());
+    out_of_memory(&text).unwrap_or_else(first)
+}
+
 /// What a user can do about a failure inside libtorch, CUDA, cuBLAS or cuDNN: words of their messages, and the hint.
 const CAUSES: [(&[&str], &str); 4] = [
-    (
-        &[
-            "out of memory",
-            "can't allocate memory",
-            "bad_alloc",
-            "ALLOC_FAILED",
-            "cudaErrorMemoryAllocation",
-            "ALLOCATION_FAILED",
-            // cuDNN, where no plan's workspace could be had; cuBLAS, whose handle takes memory.
-            "unable to find an engine to execute this computation",
-            "CUBLAS_STATUS_NOT_INITIALIZED",
-        ],
-        "memory does not suffice: lower the batch size, --width and --height or --resolution, or use --dtype bf16",
-    ),
+    (MEMORY, OUT_OF_MEMORY.1),
     (
         &["no kernel image", "invalid device function", "architecture mismatch"],
         "this libtorch has no kernels for this GPU: `hra doctor` names both; use a libtorch made for it, or --device cpu",
@@ -300,6 +348,12 @@ mod tests {
             assert!(hint(text).is_some_and(|hint| hint.starts_with(expected)), "{text}");
         }
         assert_eq!(hint("mat1 and mat2 shapes cannot be multiplied"), None);
+        let asked =
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 33554432 bytes. Error code 12";
+        assert_eq!(out_of_memory(asked).as_deref(), Some("out of memory: 33.6 MB more were needed"));
+        let asked = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB";
+        assert_eq!(out_of_memory(asked).as_deref(), Some("out of memory: 2.00 GiB more were needed"));
+        assert_eq!(out_of_memory("linalg.svd: failed to converge"), None);
     }
 
     #[test]
@@ -307,7 +361,8 @@ mod tests {
         let error = tch::TchError::Torch("CUDA out of memory. Tried\nException raised from malloc".into());
         let message = Error::from(error).to_string();
         assert!(
-            message.starts_with("libtorch: ") && message.contains("\nhint: memory does not suffice"),
+            message.starts_with("out of memory\nhint: ")
+                && message.contains("\nhint: memory does not suffice"),
             "{message}"
         );
         assert!(!message.contains("Exception raised"), "{message}");

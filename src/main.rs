@@ -1,11 +1,13 @@
 //! The `hra` program: start-up, the command line, and how it ends: 0 done, 2 error, 130 stopped by the user.
 
 use hra::cli::{self, Early, stdout, terminal};
-use hra::error::{Error, ErrorKind};
+use hra::error::{Error, ErrorKind, OUT_OF_MEMORY};
 use hra::platform::device;
 use std::io::Write;
 use std::process::ExitCode;
 
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod memory;
 #[cfg(target_os = "linux")]
 mod waiting;
 
@@ -13,6 +15,8 @@ mod waiting;
 const ERROR: u8 = 2;
 
 fn main() -> ExitCode {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    memory::watch();
     device::start();
     // An operation inside libtorch that cannot be done (no memory left, above all) arrives as a panic with a C++ backtrace.
     std::panic::set_hook(Box::new(|_| {}));
@@ -50,6 +54,11 @@ fn tell(cause: &(dyn std::any::Any + Send)) -> u8 {
     let text =
         cause.downcast_ref::<String>().map(String::as_str).or_else(|| cause.downcast_ref::<&str>().copied());
     let text = text.unwrap_or("unknown cause");
+    if let Some(told) = hra::error::out_of_memory(text) {
+        say(&format!("error: {told}"));
+        say(&format!("hint: {}", OUT_OF_MEMORY.1));
+        return ERROR;
+    }
     // tch puts libtorch's message between quotes, with the backtrace behind escaped line ends.
     let line = text.split("\\n").next().unwrap_or(text).lines().next().unwrap_or(text);
     let (by, line) = line.split_once("Torch(\"").map_or(("", line), |(_, said)| ("libtorch: ", said));

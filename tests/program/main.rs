@@ -20,6 +20,7 @@ mod examples;
 mod img2img;
 mod large;
 mod layers;
+mod low_memory;
 mod methods_training;
 mod observer;
 mod run_folder;
