@@ -2,10 +2,6 @@
 
 use crate::diffusion::sample::{From, Noise, SampleSettings, Session, Start};
 use crate::error::{Error, Result};
-use crate::platform::host;
-use crate::weights::tensor_file::TensorFile;
-use std::path::Path;
-use tch::Kind;
 
 /// Where the noise comes from.
 pub enum NoiseSource {
@@ -13,54 +9,6 @@ pub enum NoiseSource {
     Seeds(Vec<u64>),
     /// The same noise for each prompt.
     Given(Noise),
-}
-
-/// Reads `--latents` and `--step-noise`.
-pub fn read_noise(path: &Path, steps: Option<&Path>) -> Result<Noise> {
-    let read = |path: &Path, name: &str, dims: usize| {
-        let file = TensorFile::open(path)?;
-        let tensor = file.read_as(name, Kind::Float)?;
-        if tensor.dim() != dims || tensor.numel() == 0 {
-            let found = tensor.size();
-            return Err(Error::format(
-                path,
-                format!("`{name}`: expected {dims} dimensions, found shape {found:?}"),
-            ));
-        }
-        if !host::all_finite(&tensor) {
-            return Err(Error::format(path, format!("`{name}`: holds numbers that are not finite")));
-        }
-        Ok(tensor)
-    };
-    let latents = read(path, "latents", 4)?;
-    let beside = |name: &str| {
-        if TensorFile::open(path)?.shape(name).is_none() {
-            return Ok(None);
-        }
-        let (tensor, expected) = (read(path, name, 4)?, latents.size());
-        if tensor.size() != expected {
-            let found = tensor.size();
-            return Err(Error::format(
-                path,
-                format!("`{name}`: expected shape {expected:?}, found {found:?}"),
-            ));
-        }
-        Ok(Some(tensor))
-    };
-    let (image, masked_image) = (beside("image_noise")?, beside("masked_image_noise")?);
-    let Some(steps) = steps else {
-        let steps = host::zeros(&[0], Kind::Float);
-        return Ok(Noise { latents, steps, image, masked_image });
-    };
-    let noise = read(steps, "noise", 5)?;
-    if noise.size()[1..] != latents.size()[..] {
-        let (expected, found) = (latents.size(), noise.size());
-        return Err(Error::format(
-            steps,
-            format!("`noise`: expected (steps, ..) over {expected:?}, found {found:?}"),
-        ));
-    }
-    Ok(Noise { latents, steps: noise, image, masked_image })
 }
 
 impl NoiseSource {

@@ -3,7 +3,7 @@
 use crate::attach;
 use crate::attach::loaded::LoadedAdapter;
 use crate::cli::control::{Controlled, PairsFlags};
-use crate::cli::noise::{NoiseSource, read_noise};
+use crate::cli::noise::NoiseSource;
 use crate::cli::output::Output;
 use crate::cli::prompts;
 use crate::cli::sample_flags::SampleArgs;
@@ -37,7 +37,7 @@ pub fn run(args: &SampleArgs, observer: &dyn Observer) -> Result<()> {
         .exchange
         .latents
         .as_deref()
-        .map(|path| read_noise(path, args.exchange.step_noise.as_deref()))
+        .map(|path| Noise::read(path, args.exchange.step_noise.as_deref()))
         .transpose()?;
     check_flags(args)?;
     check_outputs(args)?;

@@ -1,8 +1,11 @@
 //! Good files of every kind that a reader reads, which the fuzzing damages.
 
 use crate::support::base;
+use crate::support::readers;
 use hra::convert::single_file::{Replaced, write_checkpoint};
 use hra::data::image::{RgbImage, save_png};
+use hra::lab::compare::task::Task;
+use hra::lab::results::{CellRecord, Plan};
 use hra::train::checkpoint::TrainState;
 use hra::train::config::TrainConfig;
 use hra::train::run::Sums;
@@ -74,8 +77,25 @@ pub fn corpus(reader: &str, scratch: &Path) -> Corpus {
     let found = of_adapters(reader)
         .or_else(|| of_models(reader, scratch))
         .or_else(|| of_runs(reader))
-        .or_else(|| of_pictures(reader, scratch));
-    found.unwrap_or_else(|| panic!("{reader}: no corpus"))
+        .or_else(|| of_pictures(reader, scratch))
+        .or_else(|| of_lab(reader, scratch));
+    let (mut good, count) = found.unwrap_or_else(|| panic!("{reader}: no corpus"));
+    for files in kept(reader) {
+        // Each is given to the reader in pieces as the others are.
+        if good.first().is_none_or(|first| first.len() == files.len()) {
+            good.push(files);
+        }
+    }
+    (good, count)
+}
+
+/// Inputs in `tests/fuzz/seeds/READER/`.
+fn kept(reader: &str) -> Vec<Files> {
+    let folder = root("tests/fuzz/seeds").join(reader);
+    let mut paths: Vec<PathBuf> =
+        fs::read_dir(folder).into_iter().flatten().map(|e| e.unwrap().path()).collect();
+    paths.sort();
+    paths.iter().map(|path| readers::parts(&fs::read(path).unwrap())).collect()
 }
 
 /// Adapters of every form.
@@ -254,4 +274,117 @@ fn of_pictures(reader: &str, scratch: &Path) -> Option<Corpus> {
         }
         _ => return None,
     })
+}
+
+/// What comparisons read, and what a training takes from elsewhere.
+fn of_lab(reader: &str, scratch: &Path) -> Option<Corpus> {
+    Some(match reader {
+        "comparison" => {
+            let good = each("configs", &["toml"]);
+            let is_one = |files: &Files| String::from_utf8_lossy(&files[0]).contains("[[method]]");
+            (good.into_iter().filter(is_one).collect(), 200)
+        }
+        // What is kept of these was written by a comparison; where their form has changed they are to be made anew.
+        "plan" => {
+            let comparison = scratch.join("comparison");
+            for files in kept("plan") {
+                fs::create_dir_all(&comparison).unwrap();
+                fs::write(comparison.join("plan.json"), &files[0]).unwrap();
+                Plan::read(&comparison).unwrap();
+            }
+            (Vec::new(), 60)
+        }
+        "record" => {
+            let records: Vec<Files> = kept("plan")
+                .into_iter()
+                .flat_map(|files| files[1..].to_vec())
+                .map(|file| vec![file])
+                .collect();
+            for files in &records {
+                let path = scratch.join("record.json");
+                fs::write(&path, &files[0]).unwrap();
+                CellRecord::read(&path).unwrap();
+            }
+            (records, 300)
+        }
+        "task" => {
+            for files in kept("task") {
+                fs::create_dir_all(scratch.join("cells/kept")).unwrap();
+                fs::write(scratch.join("cells/kept/task.json"), &files[0]).unwrap();
+                Task::read(scratch, "kept").unwrap();
+            }
+            (Vec::new(), 300)
+        }
+        "dreambooth" => {
+            let good = "Classes\nsubject_name,class\ndog2,dog\nred_vase, vase\n\nObject Prompts\nprompt_list = [\n  'a {0} {1} \
+                        in the snow'.format(unique_token, class_token),\n]\n\nLive Subject Prompts\nprompt_list = [\n  \"a {0} \
+                        {1}\".format(unique_token, class_token),\n]\n";
+            (vec![vec![good.as_bytes().to_vec()]], 300)
+        }
+        "lpips" => (vec![vec![alex()]], 20),
+        "controlnet" | "control_encoder" => {
+            let names = ["config.json", "diffusion_pytorch_model.safetensors"];
+            let files = names.map(|name| file(&format!("tests/fixtures/cases/sd15/{reader}/{name}")));
+            (vec![files.to_vec()], 120)
+        }
+        "class_images" => {
+            readers::make_classes(scratch);
+            (vec![vec![fs::read(scratch.join("class/class_images.json")).unwrap()]], 200)
+        }
+        "latents" => {
+            let ones = |name: &str, shape: &[i64]| {
+                (name.to_string(), Tensor::ones(shape, (Kind::Float, Device::Cpu)))
+            };
+            let latents =
+                ["latents", "image_noise", "masked_image_noise"].map(|name| ones(name, &[2, 4, 2, 2]));
+            let steps = small("noise", &[3, 2, 4, 2, 2]);
+            (vec![vec![to_bytes(&latents, &[]).unwrap(), steps]], 300)
+        }
+        "hub_listing" => {
+            let listing = |names: &[&str]| {
+                let siblings: Vec<Value> = names.iter().map(|name| json!({"rfilename": name})).collect();
+                vec![json!({"sha": "0".repeat(40), "siblings": siblings}).to_string().into_bytes()]
+            };
+            let model = [
+                "model_index.json",
+                "unet/config.json",
+                "unet/diffusion_pytorch_model.safetensors",
+                "vae/config.json",
+                "vae/diffusion_pytorch_model.safetensors",
+                "text_encoder/config.json",
+                "text_encoder/model.safetensors",
+                "tokenizer/vocab.json",
+                "tokenizer/merges.txt",
+                "scheduler/scheduler_config.json",
+            ];
+            let adapter =
+                ["adapter_config.json", "adapter_model.safetensors", "a/../b.safetensors", "../x.json"];
+            let tower = ["config.json", "preprocessor_config.json", "model.safetensors", "tokenizer.json"];
+            let net =
+                ["config.json", "diffusion_pytorch_model.fp16.safetensors", "x-00001-of-00002.safetensors"];
+            (vec![listing(&model), listing(&adapter), listing(&tower), listing(&net)], 400)
+        }
+        _ => return None,
+    })
+}
+
+/// Weights of LPIPS with AlexNet, all ones.
+fn alex() -> Vec<u8> {
+    let mut tensors = Vec::new();
+    let mut add = |name: String, shape: &[i64]| {
+        tensors.push((name, Tensor::ones(shape, (Kind::Float, Device::Cpu))));
+    };
+    let layers = [
+        (0, [64, 3, 11, 11]),
+        (3, [192, 64, 5, 5]),
+        (6, [384, 192, 3, 3]),
+        (8, [256, 384, 3, 3]),
+        (10, [256, 256, 3, 3]),
+    ];
+    for (i, (number, shape)) in layers.iter().enumerate() {
+        add(format!("features.{number}.weight"), shape);
+        add(format!("features.{number}.bias"), &shape[..1]);
+        add(format!("lin{i}.model.1.weight"), &[1, shape[0], 1, 1]);
+    }
+    to_bytes(&tensors, &[]).unwrap()
 }

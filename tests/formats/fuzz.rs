@@ -1,7 +1,9 @@
 //! Hostile files: every reader on good files and on some hundred damaged ones. None may panic, take memory without bound,
 //! or write outside of the folder it was given. The same readers run without an end under libFuzzer (`tests/fuzz/`).
 //!
-//! `HRA_FUZZ_ROUNDS=20 cargo test --test formats fuzz` runs twenty times as many; a failure names reader, seed and length.
+//! `make fuzz MINUTES=10` (`tools/fuzz.py`) goes on with other seeds for as long as it is told: `HRA_FUZZ_READER` names one reader,
+//! `HRA_FUZZ_SECONDS` is its time, `HRA_FUZZ_SEED` its first seed, and each input lies in the file `HRA_FUZZ_INPUT` while it is read, so
+//! that one that ends the process is there afterwards. A failure names reader, seed and length.
 
 use crate::corpus::{Files, corpus};
 use crate::mutate::{self, Rng, mutate};
@@ -77,10 +79,18 @@ fn no_reader_falls_over_hostile_files() {
     alone("fuzz::no_reader_falls_over_hostile_files", read_all);
 }
 
+/// A number that the environment says.
+fn asked(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}: expected a number, found {text}")))
+}
+
 fn read_all() {
     pin_threads();
-    let rounds: usize = std::env::var("HRA_FUZZ_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let seconds = asked("HRA_FUZZ_SECONDS");
+    let first = asked("HRA_FUZZ_SEED").unwrap_or(0);
     let only = std::env::var("HRA_FUZZ_READER").ok();
+    let current = std::env::var_os("HRA_FUZZ_INPUT");
     let folder = tempfile::tempdir().unwrap();
     let [cage, made] = ["cage", "made"].map(|name| folder.path().join(name));
     let scratch = cage.join("given/folder");
@@ -114,8 +124,21 @@ fn read_all() {
     for (name, reader, (good, count)) in &corpora {
         let (start, before) = (Instant::now(), peak_process_memory().expect("Linux has /proc"));
         let mut slowest = (0.0, 0);
-        for seed in 0..(count * rounds) as u64 {
+        let mut tried = 0;
+        for seed in (0..).map(|i| first.wrapping_add(i)) {
+            // A time where one is given, else the reader's own number.
+            let over = match seconds {
+                Some(seconds) => start.elapsed().as_secs() >= seconds,
+                None => tried == *count,
+            };
+            if over {
+                break;
+            }
+            tried += 1;
             let input = damaged(&mut Rng::new(seed), good);
+            if let Some(path) = &current {
+                fs::write(path, &input).unwrap();
+            }
             let begun = Instant::now();
             let found = fault(*reader, &scratch, &input);
             let seconds = begun.elapsed().as_secs_f64();
@@ -134,8 +157,7 @@ fn read_all() {
         }
         let growth = peak_process_memory().expect("Linux has /proc").saturating_sub(before);
         println!(
-            "{name}: {} inputs in {:.1} s, slowest {:.2} s (seed {}), {} MB more",
-            count * rounds,
+            "{name}: {tried} inputs in {:.1} s, slowest {:.2} s (seed {}), {} MB more",
             start.elapsed().as_secs_f64(),
             slowest.0,
             slowest.1,

@@ -4,9 +4,11 @@ use crate::diffusion::sample::settings::SampleSettings;
 use crate::diffusion::sample::start::Start;
 use crate::diffusion::sampler::SamplerPlan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::platform::host;
 use crate::platform::random;
+use crate::weights::tensor_file::TensorFile;
+use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 /// Noise that a batch starts from and, for ancestral samplers, takes in on its way.
@@ -22,6 +24,56 @@ pub struct Noise {
 }
 
 impl Noise {
+    /// Reads what other programs drew: a safetensors file with `latents` `(b, c, h, w)`, and perhaps `image_noise` and
+    /// `masked_image_noise` of that shape, and one with the `noise` of each step, `(steps, b, c, h, w)`. Errors: a file that is none, a
+    /// tensor that is missing or of another shape.
+    pub fn read(path: &Path, steps: Option<&Path>) -> Result<Self> {
+        let read = |path: &Path, name: &str, dims: usize| {
+            let file = TensorFile::open(path)?;
+            let tensor = file.read_as(name, Kind::Float)?;
+            if tensor.dim() != dims || tensor.numel() == 0 {
+                let found = tensor.size();
+                return Err(Error::format(
+                    path,
+                    format!("`{name}`: expected {dims} dimensions, found shape {found:?}"),
+                ));
+            }
+            if !host::all_finite(&tensor) {
+                return Err(Error::format(path, format!("`{name}`: holds numbers that are not finite")));
+            }
+            Ok(tensor)
+        };
+        let latents = read(path, "latents", 4)?;
+        let beside = |name: &str| {
+            if TensorFile::open(path)?.shape(name).is_none() {
+                return Ok(None);
+            }
+            let (tensor, expected) = (read(path, name, 4)?, latents.size());
+            if tensor.size() != expected {
+                let found = tensor.size();
+                return Err(Error::format(
+                    path,
+                    format!("`{name}`: expected shape {expected:?}, found {found:?}"),
+                ));
+            }
+            Ok(Some(tensor))
+        };
+        let (image, masked_image) = (beside("image_noise")?, beside("masked_image_noise")?);
+        let Some(steps) = steps else {
+            let steps = host::zeros(&[0], Kind::Float);
+            return Ok(Self { latents, steps, image, masked_image });
+        };
+        let noise = read(steps, "noise", 5)?;
+        if noise.size()[1..] != latents.size()[..] {
+            let (expected, found) = (latents.size(), noise.size());
+            return Err(Error::format(
+                steps,
+                format!("`noise`: expected (steps, ..) over {expected:?}, found {found:?}"),
+            ));
+        }
+        Ok(Self { latents, steps: noise, image, masked_image })
+    }
+
     /// Draws the noise of `seeds`, one picture each, with what `start` takes from the same stream: noise for the picture's
     /// latents before that of the drawing, and for those of the masked picture after it, whether the UNet sees them or not.
     pub(super) fn draw(

@@ -17,7 +17,7 @@ mod score;
 pub mod shard;
 mod subject;
 pub mod subjects;
-mod task;
+pub mod task;
 mod validate;
 
 pub use config::CompareConfig;

@@ -5,7 +5,7 @@
 //! cache is used without a request, and so is a branch where the hub cannot be reached. Only files that are read are
 //! downloaded ([`choice`]). Every name that the server sends is checked before it becomes part of a path.
 
-mod choice;
+pub mod choice;
 mod id;
 mod integrity;
 mod transfer;

@@ -4,21 +4,25 @@
 //! Readers of several files take them in one input, with [`SEPARATOR`] between them.
 
 mod adapters;
+mod lab;
 mod models;
 mod pictures;
 mod runs;
 
 pub use adapters::{adapter, full_unet, lora_file, merge};
+pub use lab::{comparison, dreambooth, lpips, plan, record, task};
 pub use models::{
-    checkpoint, scheduler, shards, text_config, text_encoder, tokenizer, unet, unet_config, vae, vae_config,
-    vocabulary,
+    checkpoint, control_encoder, controlnet, scheduler, shards, text_config, text_encoder, tokenizer, unet,
+    unet_config, vae, vae_config, vocabulary,
 };
 pub use pictures::{clip, label_map, pairs, palette, picture, points, vit};
-pub use runs::{run, train_config};
+pub use runs::{class_images, latents, make_classes, run, train_config};
 
+use hra::platform::hub::Wanted;
+use hra::platform::hub::choice::choose;
 use hra::weights::part::Text;
 use hra::weights::tensor_file::TensorFile;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use tch::Kind;
 
 /// Between the files of one input.
@@ -28,7 +32,7 @@ pub const SEPARATOR: &[u8] = b"\n=====\n";
 pub type Reader = fn(scratch: &Path, input: &[u8]);
 
 /// All of them by name.
-pub const READERS: [(&str, Reader); 26] = [
+pub const READERS: [(&str, Reader); 37] = [
     ("tensor_file", tensor_file),
     ("adapter", adapter),
     ("merge", merge),
@@ -55,11 +59,33 @@ pub const READERS: [(&str, Reader); 26] = [
     ("clip", clip),
     ("vit", vit),
     ("pairs", pairs),
+    ("comparison", comparison),
+    ("plan", plan),
+    ("record", record),
+    ("task", task),
+    ("dreambooth", dreambooth),
+    ("lpips", lpips),
+    ("controlnet", controlnet),
+    ("control_encoder", control_encoder),
+    ("class_images", class_images),
+    ("latents", latents),
+    ("hub_listing", hub_listing),
 ];
 
 /// Several files as one input.
 pub fn join(files: &[Vec<u8>]) -> Vec<u8> {
     files.join(SEPARATOR)
+}
+
+/// All files of an input.
+pub fn parts(input: &[u8]) -> Vec<Vec<u8>> {
+    let (mut found, mut rest) = (Vec::new(), input);
+    while let Some(at) = rest.windows(SEPARATOR.len()).position(|window| window == SEPARATOR) {
+        found.push(rest[..at].to_vec());
+        rest = &rest[at + SEPARATOR.len()..];
+    }
+    found.push(rest.to_vec());
+    found
 }
 
 /// The first `N` files of an input; empty ones for those that it lacks.
@@ -133,5 +159,20 @@ pub fn hub_id(_: &Path, input: &[u8]) {
         assert_eq!(name.split('/').count(), 2, "{text:?}");
         let mut parts = name.split('/').chain(revision.split('/'));
         assert!(parts.all(|part| !part.is_empty() && !part.starts_with('.')), "{text:?}");
+    }
+}
+
+/// What a hub says of a repository: whatever the names are, those that are taken lie inside of it.
+pub fn hub_listing(_: &Path, input: &[u8]) {
+    let Ok(listing) = serde_json::from_slice::<serde_json::Value>(input) else { return };
+    let siblings = listing["siblings"].as_array().into_iter().flatten();
+    let names = siblings.filter_map(|file| file["rfilename"].as_str()).map(String::from).collect();
+    for wanted in [Wanted::Model, Wanted::Adapter, Wanted::Tower, Wanted::ControlNet, Wanted::Vae] {
+        let Ok(choice) = choose(&names, wanted) else { continue };
+        let plain = |path: &Path| path.components().all(|part| matches!(part, Component::Normal(_)));
+        assert!(plain(&choice.entry), "{:?}", choice.entry);
+        for name in &choice.files {
+            assert!(plain(Path::new(name)) && !name.is_empty() && !name.contains('\\'), "{name:?}");
+        }
     }
 }

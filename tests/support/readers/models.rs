@@ -1,11 +1,12 @@
 //! Models by parts and whole.
 
-use super::{put, put_some, split, text};
+use super::{pipeline, put, put_some, split, text};
 use hra::StableDiffusion;
 use hra::diffusion::noise::{NoiseSchedule, SchedulerConfig};
 use hra::diffusion::sampler::{SamplerKind, SamplerPlan};
+use hra::model::control::{ConditionEncoder, Control, ControlNet, EncoderConfig, FILE_STEM, Passes};
 use hra::model::text::{TextEncoder, Tokenizer};
-use hra::model::{UNet, Vae};
+use hra::model::{Call, UNet, Vae};
 use hra::weights::config::{TextConfig, UNetConfig, VaeConfig};
 use hra::weights::part::Part;
 use hra::weights::source::Source;
@@ -134,4 +135,44 @@ pub fn shards(scratch: &Path, input: &[u8]) {
     for name in tensors.names() {
         let _ = tensors.read(name);
     }
+}
+
+/// A ControlNet's folder; conditions are shown to what loads.
+pub fn controlnet(scratch: &Path, input: &[u8]) {
+    control_files(scratch, input);
+    let Ok((net, _)) = ControlNet::load(scratch, Kind::Float, Device::Cpu) else { return };
+    steer(&Control::Net(Box::new(net)));
+}
+
+/// The folder of a trained control encoder, likewise.
+pub fn control_encoder(scratch: &Path, input: &[u8]) {
+    control_files(scratch, input);
+    let _ = EncoderConfig::read(scratch).map(|config| config.to_json());
+    let Ok((encoder, _)) = ConditionEncoder::load(scratch, Device::Cpu) else { return };
+    steer(&Control::Encoder(encoder));
+}
+
+fn control_files(scratch: &Path, input: &[u8]) {
+    let [config, weights] = split(input);
+    put(scratch, "config.json", config);
+    put(scratch, &format!("{FILE_STEM}.safetensors"), weights);
+}
+
+/// Shows conditions to a control that fits the stored model.
+fn steer(control: &Control) {
+    thread_local!(static MODEL: StableDiffusion =
+        StableDiffusion::load(&pipeline(), Kind::Float, Device::Cpu).expect("a model"));
+    MODEL.with(|model| {
+        let factor = model.vae.factor();
+        if control.misfit(&model.unet, factor).is_some() {
+            return;
+        }
+        let _guard = tch::no_grad_guard();
+        let ones = |shape: [i64; 4]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+        let (states, _) = model.encode_prompts(&["a cat"]).expect("a prompt");
+        let sample = ones([1, model.denoiser().in_channels(), 8, 8]);
+        let features = control.features(&ones([1, 3, 8 * factor, 8 * factor]));
+        let call = Call { sample: &sample, timesteps: &Tensor::from_slice(&[500i64]), conditioning: &states };
+        let _ = control.signals(&features, 0.5, Passes::Both, call);
+    });
 }

@@ -1,12 +1,15 @@
 //! What a training starts from and goes on from.
 
-use super::{put, split};
+use super::{pipeline, put, split};
+use hra::StableDiffusion;
 use hra::adapter::{Adapter, Full};
 use hra::attach::loaded::FULL_UNET;
 use hra::attach::parameters::Parameters;
+use hra::diffusion::sample::Noise;
 use hra::platform::observer::Silent;
 use hra::train::checkpoint::{Loaded, TrainedPart};
 use hra::train::config::TrainConfig;
+use hra::train::make_class_images;
 use hra::train::optim::{AdamW, AdamWConfig, Ema};
 use hra::train::run::Metrics;
 use std::path::Path;
@@ -61,4 +64,38 @@ pub fn run(scratch: &Path, input: &[u8]) {
         }
     }
     let _ = Metrics::open(scratch, step, true);
+}
+
+/// `class_images.json` beside as many pictures as are wanted: it says whether they may be used.
+pub fn class_images(scratch: &Path, input: &[u8]) {
+    put(scratch, "class/class_images.json", input);
+    put(scratch, "class/class-00000.png", b"is not looked at");
+    make_classes(scratch);
+}
+
+/// Makes the one class picture below `scratch` that a training would begin with.
+pub fn make_classes(scratch: &Path) {
+    thread_local!(static MODEL: StableDiffusion =
+        StableDiffusion::load(&pipeline(), Kind::Float, Device::Cpu).expect("a model"));
+    let mut config = TrainConfig { output_dir: scratch.join("run"), ..TrainConfig::default() };
+    config.data.resolution = Some(16);
+    config.prior.class_prompt = "a cat".into();
+    config.prior.class_data_dir = Some(scratch.join("class"));
+    config.prior.num_class_images = 1;
+    config.prior.class_steps = 1;
+    MODEL.with(|model| drop(make_class_images(model, &config, &Silent)));
+}
+
+/// Latents and the noise of steps that another program drew.
+pub fn latents(scratch: &Path, input: &[u8]) {
+    let [latents, steps] = split(input);
+    let files = [("latents.safetensors", latents), ("steps.safetensors", steps)];
+    for (name, content) in files {
+        put(scratch, name, content);
+    }
+    let [latents, steps] = files.map(|(name, _)| scratch.join(name));
+    for steps in [None, Some(steps.as_path())] {
+        let Ok(noise) = Noise::read(&latents, steps) else { continue };
+        assert!(noise.latents.dim() == 4 && noise.latents.numel() > 0);
+    }
 }
