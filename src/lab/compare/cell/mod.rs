@@ -250,6 +250,8 @@ impl Cell<'_> {
         let folder = self.comparison.join(&self.task.class_folder);
         files::create_dir_all(&folder)?;
         let _lock = lock(&folder.join(".lock"), self.observer)?;
+        // Of a process that was killed while it wrote a picture: nobody else writes here now.
+        files::remove_leftovers(&folder)?;
         self.observer.say(&train::make_class_images(model, &self.config, self.observer)?);
         Ok(())
     }
