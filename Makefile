@@ -5,9 +5,12 @@ CARGO ?= cargo
 export HRA_CUDA TORCH_WHEEL WHEELS HRA_TEST_THREADS HRA_TEST_CPU
 
 TASK ?= canny
+KILLS ?= 200
+INPUTS ?= 20000
+LIMITS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-control compare compare-quick test test-everywhere test-python test-cuda gpu-bundle lint bench
+.PHONY: help setup build demo demo-control compare compare-quick test test-everywhere test-python test-cuda torture fuzz gpu-bundle lint bench
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +59,13 @@ test-cuda: build ## prove that all of it works on an NVIDIA GPU, in runs/gpu-che
 	@if $(PYTHON) tools/setup.py has-driver; then $(CARGO) test --locked --test cuda --no-run && \
 	  $(PYTHON) tools/setup.py venv && tools/gpu_check.sh --python .venv/bin/python --out runs/gpu-check; \
 	  else echo "test-cuda: skipped, no NVIDIA driver on this machine"; fi
+
+torture: build ## kill, starve and mislead the program (KILLS=, LIMITS=, INPUTS=, SEED=, MINUTES=, JOBS=); about an hour and a half
+	@$(PYTHON) tools/torture --kills $(KILLS) --limits $(LIMITS) --inputs $(INPUTS) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(JOBS),--jobs $(JOBS))
+
+fuzz: setup ## feed every reader with damaged files for MINUTES=10 (SEED=, JOBS=)
+	@CARGO='$(CARGO)' $(PYTHON) tools/fuzz.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
 gpu-bundle: build ## pack what tools/gpu_check.sh needs on a GPU machine without Rust, in .gpu/
 	$(CARGO) test --locked --test cuda --no-run
