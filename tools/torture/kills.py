@@ -1,6 +1,7 @@
 """Kills: runs that are ended at random moments, gone on with, and compared with one that nobody disturbed."""
 
 import random
+import re
 import shutil
 import signal
 import time
@@ -60,6 +61,18 @@ def scenarios(root):
         Scenario("merge", 1, text(merge), "both"),
         Scenario("compare", 4, ["compare", "compare.toml"], "cmp", settled=False),
     ]
+
+
+def without_stops(found, wanted):
+    """Without the checkpoints that a training saved when it was asked to stop, as long as they have all files of a checkpoint."""
+    step = re.compile(r"(.*checkpoints/step-\d+/)(.*)")
+    folders = {}
+    for match in filter(None, map(step.fullmatch, found)):
+        folders.setdefault(match[1], set()).add(match[2])
+    known = {match[1] for match in map(step.fullmatch, wanted) if match}
+    whole = {match[2] for match in map(step.fullmatch, wanted) if match}
+    stops = tuple(name for name, files in folders.items() if name not in known and files == whole)
+    return {name: content for name, content in found.items() if not (stops and name.startswith(stops))}
 
 
 COMPARISON = """\
@@ -189,7 +202,10 @@ class Kills:
                 return self.faults.tell("panic", name, folder, f"{one.name}, {told}: {panic}", words, done)
             if done.code != 0:
                 return self.faults.tell("lost", name, folder, f"{one.name}, {told}: ended with {done.code}", words, done)
-        if differs := difference(digest(folder, folder), one.wanted):
+        found = digest(folder, folder)
+        if "SIGTERM" in told or "SIGINT" in told:
+            found = without_stops(found, one.wanted)
+        if differs := difference(found, one.wanted):
             return self.faults.tell("lost", name, folder, f"{one.name}, {told}: {differs}", words, done)
         # Runs and comparisons are folders of the program's own; elsewhere another process may be writing, and nothing is cleared away.
         if not ended and one.words[0] in ("train", "compare") and (left := leftovers(folder)):
