@@ -96,7 +96,10 @@ def torture(given, seed, work, faults):
             return
         if not given.only and faults.tried[what] >= asked[what]:
             return
-        faults.count(what, parts[what].case(seed, index))
+        try:
+            faults.count(what, parts[what].case(seed, index))
+        except Exception as error:  # a judge that fails must not end the others, and has not judged
+            faults.tell("wrong", f"{what}-{index}", work / "nothing", f"was not judged: {error!r}", [])
 
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         told, results = time.monotonic(), pool.map(one, wanted)

@@ -139,7 +139,8 @@ def problem(name, content):
                     read_json(line.encode())
         elif name.endswith(".toml"):
             if tomllib:
-                tomllib.loads(content.decode("utf-8"))
+                # The mark of UTF-8 before the text is no part of it.
+                tomllib.loads(content.decode("utf-8-sig"))
         elif name.endswith(".csv"):
             check_table(content)
         elif name.endswith(".png"):
