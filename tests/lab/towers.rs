@@ -319,6 +319,14 @@ fn broken_weights_are_refused() {
     let whole = norm.1.copy();
     norm.1 = &whole * f64::NAN;
     hra::weights::tensor_file::write(&path, &tensors, &[]).unwrap();
+    refused(vit(dir.path()), &["`layernorm.weight`: holds numbers that are not finite"]);
+    // Each is finite, and what comes of them is not.
+    tensors.iter_mut().for_each(|(name, t)| {
+        if name == "layernorm.weight" {
+            *t = whole.ones_like() * 3e38;
+        }
+    });
+    hra::weights::tensor_file::write(&path, &tensors, &[]).unwrap();
     let broken = Vit::load(dir.path(), Device::Cpu).unwrap();
     refused(broken.images(&references(&pictures())).unwrap_err(), &["expected embeddings of finite numbers"]);
     tensors.retain(|(name, _)| name != "layernorm.weight");
