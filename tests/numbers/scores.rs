@@ -300,6 +300,11 @@ fn damaged_or_missing_lpips_weights_are_told_with_what_makes_them() {
     let mut broken = weights(Net::Alex);
     let _ = broken[0].1.fill_(f64::NAN);
     tensor_file::write(&alex, &broken, &[]).unwrap();
+    let nan = failure(&alex, Net::Alex);
+    assert!(nan.contains("`features.0.weight`: holds numbers that are not finite"), "{nan}");
+    // Each is finite, and what comes of them is not.
+    let _ = broken[0].1.fill_(3e38);
+    tensor_file::write(&alex, &broken, &[]).unwrap();
     let lpips = Lpips::load(&alex, Net::Alex, Device::Cpu).unwrap();
     let small = lpips.distances(&[&row(40)], &[&row(40)], &Silent).unwrap_err().to_string();
     assert!(small.contains("at least 31 pixels") && small.contains("40x1"), "{small}");
