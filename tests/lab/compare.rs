@@ -79,14 +79,14 @@ adapter = { method = "full" }
 optimizer = { learning_rate = 1e-4 }
 "#;
 
-fn scratch(text: &str) -> Scratch {
+pub fn scratch(text: &str) -> Scratch {
     let scratch = Scratch::new();
     std::fs::write(scratch.path("c.toml"), text).unwrap();
     scratch
 }
 
 /// The records of a folder without what may differ from run to run: times and memory.
-fn records(folder: &Path) -> Vec<Value> {
+pub fn records(folder: &Path) -> Vec<Value> {
     let plan = Plan::read(folder).unwrap();
     let mut records: Vec<CellRecord> = plan.records(folder).unwrap();
     assert_eq!(records.len(), plan.cells.len(), "a record for every cell");

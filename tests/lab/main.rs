@@ -14,6 +14,7 @@ mod browser;
 mod compare;
 mod comparison;
 mod evaluate;
+mod frontier;
 mod orphans;
 mod page;
 mod report;

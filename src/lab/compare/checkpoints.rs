@@ -122,7 +122,7 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
         let place = folder.join(format!("step-{step:06}"));
         let (pictures, unrelated) = (place.join(Set::Validation.name()), place.join("drift"));
         if !own.is_done(&pictures) || !drift.is_done(&unrelated) {
-            draw::put_on(&mut session, config, &adapter)?;
+            draw::put_on(&mut session, config, &adapter, 1.0)?;
             let by = format!("{} at step {step}", run.display());
             own.draw(&mut session, &[], &by, &pictures, observer)?;
             drift.draw(&mut session, &[], &by, &unrelated, observer)?;

@@ -5,6 +5,7 @@ use crate::diffusion::sample::Strength;
 use crate::diffusion::sampler::SamplerKind;
 use crate::error::{Error, Result};
 use crate::lab::compare::control::entry::ControlEntry;
+use crate::lab::compare::frontier::FrontierEntry;
 use crate::lab::evaluate::TowerPaths;
 use crate::model::control::Passes;
 use crate::platform::files;
@@ -52,6 +53,8 @@ pub struct CompareConfig {
     pub scores: TowerPaths,
     /// How learning rates are chosen; without it each method says its own.
     pub search: Option<Search>,
+    /// Along which grid of scales and checkpoints every trained cell is drawn too.
+    pub frontier: Option<FrontierEntry>,
     /// What is taught.
     #[serde(flatten)]
     pub topic: Topic,

@@ -73,14 +73,15 @@ pub fn open(config: &TrainConfig, compute: &Compute, observer: &dyn Observer) ->
     Session::open(model, Vec::new(), None)
 }
 
-/// Puts what was trained into `adapter` on the model, in place of what was on it before.
-pub fn put_on(session: &mut Session, config: &TrainConfig, adapter: &Path) -> Result<()> {
+/// Puts what was trained into `adapter` on the model at a scale (0 is the base model, 1 as trained), in place of what was on
+/// it before.
+pub fn put_on(session: &mut Session, config: &TrainConfig, adapter: &Path, scale: f64) -> Result<()> {
     // A control encoder may have been trained alone.
     if config.adapter.method == MethodName::NONE {
         session.take_off()?;
     } else {
         let loaded = LoadedAdapter::read(adapter, session.layer_names()?)?;
-        session.put_on(vec![(loaded, 1.0)])?;
+        session.put_on(vec![(loaded, scale)])?;
     }
     if config.is_control() {
         let device = session.model().device();

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::lab::compare::cell;
 use crate::lab::compare::config::CompareConfig;
 use crate::lab::compare::shard::Shard;
-use crate::lab::compare::task::Task;
+use crate::lab::compare::task::{Task, TaskSet};
 use crate::lab::results::{self, CellRecord, RECORD_FILE};
 use crate::platform::device;
 use crate::platform::host;
@@ -56,10 +56,11 @@ impl Estimate {
             .map(|t| if t.train.prior.with_prior_preservation { t.train.prior.num_class_images } else { 0 })
             .sum();
         let drawn: usize = todo.iter().copied().chain(bases).map(pictures).sum();
-        let steps = todo.iter().map(|t| t.train.schedule.max_train_steps).sum();
+        let untrained: Vec<&Task> = todo.iter().filter(|t| !cell::is_trained(folder, t)).copied().collect();
+        let steps = untrained.iter().map(|t| t.train.schedule.max_train_steps).sum();
         let mut estimate = Self {
-            trainings: todo.len(),
-            done: mine.len() - todo.len(),
+            trainings: untrained.len(),
+            done: mine.len() - untrained.len(),
             steps,
             pictures: drawn + class,
             seconds: 0.0,
@@ -76,7 +77,7 @@ impl Estimate {
             let of_method = known.entry(method.to_string()).or_insert_with(|| seen(folder, tasks, method));
             of_method.unwrap_or_else(|| call.step(task))
         };
-        let training: f64 = todo.iter().map(|t| step(t) * t.train.schedule.max_train_steps as f64).sum();
+        let training: f64 = untrained.iter().map(|t| step(t) * t.train.schedule.max_train_steps as f64).sum();
         let drawing = call.picture(config.draw.steps, config.draw.guidance) * drawn as f64
             + todo
                 .first()
@@ -94,8 +95,13 @@ impl Estimate {
 
 /// Pictures that a task draws.
 fn pictures(task: &Task) -> usize {
-    let sets: usize = task.sets.iter().map(|s| s.prompts.len() * s.num_images).sum();
-    (sets + task.drift_prompts.len() * task.num_drift_images) * task.steps.len()
+    let drift = task.drift_prompts.len() * task.num_drift_images;
+    let at_place =
+        |sets: &[TaskSet]| drift + sets.iter().map(|s| s.prompts.len() * s.num_images).sum::<usize>();
+    let grid = task.frontier.as_ref().filter(|_| !task.cell.is_base());
+    let grid =
+        grid.map_or(0, |f| at_place(&f.sets) * f.points.iter().filter(|(_, scale)| *scale != 1.0).count());
+    at_place(&task.sets) * task.steps.len() + grid
 }
 
 /// Seconds of a step of a method, from a cell that is done.

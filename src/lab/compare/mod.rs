@@ -11,6 +11,7 @@ pub mod control;
 pub mod draw;
 pub mod dreambooth;
 mod estimate;
+pub mod frontier;
 mod plan;
 mod pool;
 mod score;

@@ -4,11 +4,13 @@ use crate::diffusion::stable_diffusion::scheduler_of;
 use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, MethodEntry, Protocol};
 use crate::lab::compare::draw::{DrawnPairing, Sampling};
+use crate::lab::compare::frontier::TaskFrontier;
 use crate::lab::compare::subject::{Material, Subject, SubjectPicture, SubjectPictures, hash, slug};
 use crate::lab::compare::task::{Task, TaskSet};
 use crate::lab::evaluate::{TowerPaths, towers};
 use crate::lab::results::{
-    BASE, CellWork, FORMAT, Plan, PlannedCell, PlannedMethod, PlannedSubject, ScoredWith, Set,
+    BASE, CellWork, FORMAT, Plan, PlannedCell, PlannedFrontier, PlannedMethod, PlannedSubject, ScoredWith,
+    Set,
 };
 use crate::model::control::Passes;
 use crate::platform::choice::Choice;
@@ -77,6 +79,7 @@ pub fn plan(
     for task in &mut tasks {
         task.scored_with = planner.identities(task);
         task.is_final = is_final;
+        task.frontier = planner.frontier(task);
     }
     let mut notes = config.notes.clone();
     notes.extend(protocol_notes.iter().cloned());
@@ -103,6 +106,7 @@ pub fn plan(
         common: planner.common()?,
         cells: tasks.iter().map(|t| t.cell.clone()).collect(),
         scored_with: tasks.iter().map(|t| (t.cell.id.clone(), t.scored_with.clone())).collect(),
+        frontier: planner.planned_frontier(&tasks),
     };
     Ok(PlannedTasks { plan, tasks })
 }
@@ -349,6 +353,7 @@ impl Planner<'_> {
             towers: self.towers.clone(),
             class_look_alikes: subject.pictures().is_none_or(|p| p.look_alikes.is_empty())
                 && train.prior.with_prior_preservation,
+            frontier: None,
             scored_with: ScoredWith::new(),
             remove_weights: self.config.remove_weights,
             is_final: false,
@@ -411,30 +416,58 @@ impl Planner<'_> {
         }
     }
 
+    /// The grid of a cell of the tables: the validation prompts choose a point of it, the test prompts tell its scores.
+    fn frontier(&self, task: &Task) -> Option<TaskFrontier> {
+        let entry = self.config.frontier.as_ref()?;
+        let subject = self.subjects.iter().find(|s| s.name == task.cell.subject)?;
+        if task.sets.iter().all(|set| set.set != Set::Test) {
+            return None;
+        }
+        let is_trained = !task.cell.is_base();
+        let points = if is_trained { entry.points(self.steps) } else { vec![(0, 0.0)] };
+        let sets: Vec<TaskSet> =
+            [Set::Validation, Set::Test].map(|set| self.set(set, subject, is_trained)).into();
+        let identities: Vec<String> = sets.iter().map(|set| self.identity(task, set, &[])).collect();
+        let made_with = short(&format!("{points:?} {identities:?}"));
+        Some(TaskFrontier { points, sets, made_with })
+    }
+
+    fn planned_frontier(&self, tasks: &[Task]) -> Option<PlannedFrontier> {
+        let entry = self.config.frontier.as_ref()?;
+        let made_with =
+            tasks.iter().filter_map(|t| Some((t.cell.id.clone(), t.frontier.as_ref()?.made_with.clone())));
+        Some(PlannedFrontier {
+            scales: entry.ascending(),
+            checkpoints: entry.steps(self.steps),
+            drifts: entry.drifts.clone(),
+            likeness: entry.likeness.clone(),
+            drift_limit: entry.drift_limit,
+            made_with: made_with.collect(),
+        })
+    }
+
     /// What the scores of a task depend on beside its training, for each set.
     fn identities(&self, task: &Task) -> ScoredWith {
+        task.sets.iter().map(|set| (set.set, self.identity(task, set, &task.steps))).collect()
+    }
+
+    /// The same for one set, after these steps.
+    fn identity(&self, task: &Task, set: &TaskSet, steps: &[i64]) -> String {
         let subject = self.subjects.iter().find(|s| s.name == task.cell.subject);
-        let identity = |set: &TaskSet| {
-            // The other set's pictures have no say; the base model's record compares those that are trained on.
-            let other = if set.set == Set::Test { "validation" } else { "test" };
-            let pictures: Vec<(&str, Vec<&str>)> = subject
-                .iter()
-                .filter_map(|s| s.pictures())
-                .flat_map(SubjectPictures::by_kind)
-                .filter(|(kind, _)| *kind != other)
-                .map(|(kind, p)| (kind, p.iter().map(|p| p.hash.as_str()).collect()))
-                .collect();
-            let drawn = (
-                &task.drift_prompts,
-                task.num_drift_images,
-                &task.sampling,
-                task.train.prior.sample_batch_size,
-            );
-            let how = (task.class_look_alikes, &task.control);
-            let key = (&self.identity, pictures, set, drawn, &task.steps, how);
-            (set.set, hash(format!("{key:?}").as_bytes())[..16].to_string())
-        };
-        task.sets.iter().map(identity).collect()
+        // The other set's pictures have no say; the base model's record compares those that are trained on.
+        let other = if set.set == Set::Test { "validation" } else { "test" };
+        let pictures: Vec<(&str, Vec<&str>)> = subject
+            .iter()
+            .filter_map(|s| s.pictures())
+            .flat_map(SubjectPictures::by_kind)
+            .filter(|(kind, _)| *kind != other)
+            .map(|(kind, p)| (kind, p.iter().map(|p| p.hash.as_str()).collect()))
+            .collect();
+        let batch = task.train.prior.sample_batch_size;
+        let drawn = (&task.drift_prompts, task.num_drift_images, &task.sampling, batch);
+        let how = (task.class_look_alikes, &task.control);
+        let key = (&self.identity, pictures, set, drawn, steps, how);
+        hash(format!("{key:?}").as_bytes())[..16].to_string()
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::lab::compare::control::{self, Agreement};
 use crate::lab::compare::draw::{DrawnPairing, Sampling};
+use crate::lab::compare::frontier::TaskFrontier;
 use crate::lab::compare::subject::Prompt;
 use crate::lab::evaluate::TowerPaths;
 use crate::lab::results::{self, PlannedCell, ScoredWith, Set};
@@ -38,6 +39,9 @@ pub struct Task {
     pub towers: TowerPaths,
     /// The class pictures are the subject's look-alikes.
     pub class_look_alikes: bool,
+    /// Along which grid it is drawn too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frontier: Option<TaskFrontier>,
     /// What its scores are to be made with.
     pub scored_with: ScoredWith,
     /// Remove what was trained once it is scored.

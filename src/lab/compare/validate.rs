@@ -41,6 +41,7 @@ impl CompareConfig {
         if self.topic.is_control() {
             control::problems::problems(self).into_iter().for_each(|problem| check(false, problem));
         }
+        self.frontier.iter().flat_map(|f| f.problems(self)).for_each(|problem| check(false, problem));
         self.check_keys(&mut check);
         self.check_search(&mut check);
         self.check_training(&mut check);
@@ -131,9 +132,12 @@ impl CompareConfig {
 
     /// The search for learning rates.
     fn check_search(&self, check: &mut dyn FnMut(bool, String)) {
-        let validation =
-            self.search.is_some() && self.draw.validation_prompts.is_empty() && !self.topic.is_control();
-        check(!validation, "draw: a [search] needs validation_prompts, which no table uses".into());
+        let chooses = self.search.is_some() || self.frontier.is_some();
+        let validation = chooses && self.draw.validation_prompts.is_empty() && !self.topic.is_control();
+        check(
+            !validation,
+            "draw: a [search] or [frontier] needs validation_prompts, which no table uses".into(),
+        );
         if let Some(search) = &self.search {
             check(
                 search.learning_rates.is_empty() != search.factors.is_empty(),

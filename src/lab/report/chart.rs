@@ -44,6 +44,19 @@ pub struct Mark {
     pub bar: Option<(f64, f64)>,
     /// Told when pointed at.
     pub title: String,
+    /// What the page's script opens when it is pressed: method, step and scale.
+    pub opens: Option<String>,
+}
+
+/// What joins the marks of a series.
+#[derive(Debug, Clone)]
+pub enum Line {
+    /// Nothing.
+    None,
+    /// A line from each to the next.
+    Marks,
+    /// A line of its own, through these places.
+    Through(Vec<(f64, f64)>),
 }
 
 /// Marks of one colour.
@@ -55,8 +68,8 @@ pub struct Series {
     pub number: Option<usize>,
     /// In order.
     pub marks: Vec<Mark>,
-    /// Whether a line joins them.
-    pub line: bool,
+    /// What joins them.
+    pub line: Line,
     /// Small dots behind them, such as each seed's.
     pub dots: Vec<(f64, f64)>,
 }
@@ -256,7 +269,7 @@ impl Chart {
             @for (number, line) in self.legend_lines().iter().enumerate() {
                 @for (at, series) in line {
                     g .series.(class(series.number)) {
-                        @if series.line {
+                        @if !matches!(series.line, Line::None) {
                             line .key x1=(n(at - 2.0)) x2=(n(at + 16.0)) y1=(n(top + LEGEND_LINE * (number as f64 + 0.5)))
                                 y2=(n(top + LEGEND_LINE * (number as f64 + 0.5))) {}
                         }
@@ -274,23 +287,25 @@ impl Chart {
 impl Series {
     fn drawing(&self, x: &Scale, y: &Scale) -> Markup {
         let place = |px: f64, py: f64| Some((x.place(px)?, y.place(py)?));
-        let points: Vec<String> = self
-            .marks
-            .iter()
-            .filter_map(|m| place(m.x, m.y))
-            .map(|(px, py)| format!("{},{}", n(px), n(py)))
-            .collect();
+        let through = match &self.line {
+            Line::None => Vec::new(),
+            Line::Marks => self.marks.iter().map(|m| (m.x, m.y)).collect(),
+            Line::Through(places) => places.clone(),
+        };
+        let through = through.into_iter().filter_map(|(px, py)| place(px, py));
+        let points: Vec<String> = through.map(|(px, py)| format!("{},{}", n(px), n(py))).collect();
         // Marks of long curves show only when pointed at.
-        let curve = self.line && self.marks.len() > 12;
+        let curve = matches!(self.line, Line::Marks) && self.marks.len() > 12;
         html! {
             g .series.curve[curve].(class(self.number)) {
-                @if self.line && points.len() > 1 { polyline points=(points.join(" ")) {} }
+                @if points.len() > 1 { polyline points=(points.join(" ")) {} }
                 @for (px, py) in self.dots.iter().filter_map(|(px, py)| place(*px, *py)) {
                     circle .dot cx=(n(px)) cy=(n(py)) r="2" {}
                 }
                 @for mark in &self.marks {
                     @if let Some((px, py)) = place(mark.x, mark.y) {
-                        g .mark {
+                        g .mark data-opens=[&mark.opens] tabindex=[mark.opens.as_ref().map(|_| "0")]
+                            role=[mark.opens.as_ref().map(|_| "button")] aria-label=[mark.opens.as_ref().map(|_| &mark.title)] {
                             title { (mark.title) }
                             @if let Some((low, high)) = mark.bar.and_then(|(a, b)| Some((y.place(a)?, y.place(b)?))) {
                                 line .bar x1=(n(px)) x2=(n(px)) y1=(n(low)) y2=(n(high)) {}

@@ -1,5 +1,6 @@
 //! The report's tables as text: Markdown for a README or a paper, and columns for a terminal.
 
+use crate::lab::report::frontier;
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, TableRow};
 use crate::lab::report::words;
@@ -24,6 +25,7 @@ pub fn markdown(a: &Analysis) -> String {
     list("", &a.gaps());
     text += &format!("\n## {}\n\n", a.heading());
     text += &summary(a);
+    text += &frontier(a);
     if let Some(reference) = &a.reference
         && a.rows.iter().any(|row| !row.differences.is_empty())
     {
@@ -51,6 +53,19 @@ pub fn markdown(a: &Analysis) -> String {
         a.environments().iter().map(|(how, n)| format!("{how}: {}", results::cell_count(*n))).collect();
     list("Where it ran", &ran);
     text
+}
+
+/// Likeness at matched drift.
+fn frontier(a: &Analysis) -> String {
+    let table = a.frontier.as_ref().and_then(|frontier| frontier::tables::rows(a, frontier));
+    let Some((headings, rows)) = table else { return String::new() };
+    let mut text = format!("\n## {}\n\n", frontier::TITLE);
+    text += &line(&headings.iter().map(|h| escape(h)).collect::<Vec<_>>());
+    text += &format!("|---|{}\n", "---:|".repeat(headings.len() - 1));
+    for row in rows {
+        text += &line(&row.iter().map(|cell| escape(cell)).collect::<Vec<_>>());
+    }
+    text + "\n" + &frontier::about(a).iter().map(|item| format!("- {}\n", escape(item))).collect::<String>()
 }
 
 fn summary(a: &Analysis) -> String {

@@ -1,11 +1,12 @@
 //! The report of a comparison, made from its files alone: `report.html`, `report.csv`, `report-cells.csv`, `report.json`
-//! and `report.md` in the comparison's folder.
+//! and `report.md` in the comparison's folder; `frontier.csv` too, where cells were drawn along a grid.
 //!
 //! `values` picks what counts from the records (`paper`: as the HRA authors' script picks), `statistics` and `search` work
-//! on numbers, `table` holds the rows. `markdown`, `tables` and `page` with `pictures`, `plots` and `chart` show them.
+//! on numbers, `table` holds the rows, `frontier` the curves at matched drift. `markdown`, `tables` and `page` with `pictures`, `plots` and `chart` show them.
 //! The same records give the same bytes. No tensors here, and no clock.
 
 mod chart;
+pub mod frontier;
 mod markdown;
 mod names;
 mod page;
@@ -23,10 +24,11 @@ pub use plots::steps_plot;
 pub use search::{BestRate, best_rates, best_step};
 
 use crate::error::{Error, Result};
-pub use names::{CELLS_FILE, JSON_FILE, MARKDOWN_FILE, PAGE_FILE, PICTURES_FILE};
+pub use names::{CELLS_FILE, FRONTIER_FILE, JSON_FILE, MARKDOWN_FILE, PAGE_FILE, PICTURES_FILE};
 
 use crate::lab::results::{self, CellRecord, Plan, RECORD_FILE};
 use crate::platform::files;
+use frontier::Frontier;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -65,6 +67,8 @@ struct ReportJson<'a> {
     unscored: Vec<&'a str>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     chosen_steps: &'a BTreeMap<&'a str, Vec<i64>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    frontier: Option<&'a Frontier>,
     plan: &'a Plan,
     records: &'a [CellRecord],
 }
@@ -90,6 +94,9 @@ pub fn write(comparison: &Path) -> Result<Summary> {
     files::write_atomic(&file(PICTURES_FILE), &pictures)?;
     let cells = tables::cells(&analysis, &file(CELLS_FILE))?;
     files::write_atomic(&file(CELLS_FILE), &cells)?;
+    if plan.frontier.is_some() {
+        files::write_atomic(&file(FRONTIER_FILE), &frontier::tables::csv(&analysis, &file(FRONTIER_FILE))?)?;
+    }
     let ids = |cells: &[&'_ results::PlannedCell]| cells.iter().map(|c| c.id.clone()).collect::<Vec<_>>();
     results::write_json(
         &file(JSON_FILE),
@@ -106,6 +113,7 @@ pub fn write(comparison: &Path) -> Result<Summary> {
             missing: analysis.missing.iter().map(|c| c.id.as_str()).collect(),
             unscored: analysis.unscored.iter().map(|c| c.id.as_str()).collect(),
             chosen_steps: &analysis.chosen_steps,
+            frontier: analysis.frontier.as_ref(),
             plan: &plan,
             records: &records,
         },

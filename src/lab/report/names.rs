@@ -6,6 +6,8 @@ pub const PAGE_FILE: &str = "report.html";
 pub const PICTURES_FILE: &str = "report.csv";
 /// A row for each cell, step and set.
 pub const CELLS_FILE: &str = "report-cells.csv";
+/// The mean of every score at every place of the grid of scales and checkpoints.
+pub const FRONTIER_FILE: &str = "frontier.csv";
 /// Everything.
 pub const JSON_FILE: &str = "report.json";
 /// The tables as Markdown.

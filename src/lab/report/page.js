@@ -126,8 +126,9 @@
       return { steps: cell.steps, prompts: cell.steps.map((step, row) => drawn(step).prompts[row]) };
     }
     const wanted = Number(choice("step") || common.steps[common.steps.length - 1]);
+    const scale = Number(choice("scale"));
     const steps = cell.evaluations.filter((e) => (drift ? e.drift.length : e.set === choice("set"))
-      && (cell.method === null || e.step === wanted));
+      && (cell.method === null || (e.step === wanted && e.scale === scale)));
     const last = steps[steps.length - 1];
     const prompts = !last ? [] : drift ? last.drift : last.prompts;
     return { steps: prompts.map(() => last.step), prompts };
@@ -169,6 +170,7 @@
       if (!picture) return null;
       const facts = [["method", label], ["subject", common.subjects[choice("subject")].name]];
       if (cell.rate !== null) facts.push(["learning rate", cell.rate], ["step", drawn[column].steps[row]], ["training seed", cell.seed]);
+      if (cell.rate !== null && common.scales.length > 1) facts.push(["adapter scale", choice("scale")]);
       facts.push(["picture", `${pairs ? row + 1 : number + 1}, seed ${picture[1]}`], ...scoreFacts(picture[2], prompt[1]));
       const hint = scoreFacts(picture[2], []).map(([title, value]) => `${title} ${value}`).join(", ");
       return { address: cell.folder + picture[0], alt: `${label}: ${prompt[0]}`, hint, prompt: prompt[0], facts };
@@ -195,10 +197,11 @@
     offer("seed", common.seeds.map((seed) => [seed, seed]));
     const steps = common.steps.map((step) => [step, String(step)]);
     offer("step", common.paper ? [...steps, ["", "as scored"]] : steps, common.paper ? "" : common.steps[common.steps.length - 1]);
+    offer("scale", common.scales.map((scale) => [scale, String(scale)]), 1);
     const sets = common.sets.map((set) => [set, set]);
     offer("set", common.drift ? [...sets, ["drift", "unrelated"]] : sets, common.set);
     byId("subject").addEventListener("change", showSubject);
-    for (const id of ["seed", "picture", "step", "set", "rates-of"]) byId(id).addEventListener("change", showGrid);
+    for (const id of ["seed", "picture", "step", "scale", "set", "rates-of"]) byId(id).addEventListener("change", showGrid);
     showSubject();
   } else {
     byId("pictures").hidden = true;
@@ -224,6 +227,24 @@
     show();
     dialog.showModal();
   };
+  // A point of a curve opens the first picture that was drawn there.
+  for (const mark of document.querySelectorAll("[data-opens]")) {
+    const go = () => {
+      const [method, rate, step, scale] = mark.dataset.opens.split(",");
+      for (const [id, value] of [["step", step], ["scale", scale], ["set", common.set], ["rates-of", ""]]) byId(id).value = value;
+      showGrid();
+      const column = columnsShown().findIndex(({ cell }) => cell.method === Number(method) && cell.rate === rate);
+      const row = grid.findIndex((pictures) => pictures[column]);
+      byId("grid").scrollIntoView({ block: "nearest" });
+      if (row >= 0) open(grid, row, column);
+    };
+    mark.addEventListener("click", go);
+    mark.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      go();
+    });
+  }
   const moves = { left: [0, -1], right: [0, 1], up: [-1, 0], down: [1, 0] };
   const move = (where) => {
     if (where === "close") return dialog.close();

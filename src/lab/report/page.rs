@@ -2,12 +2,12 @@
 //! text from plans and records is escaped by `maud`; the content security policy lets only this page's own script and style
 //! run (by their hashes) and only pictures of its own folder load.
 
-use crate::lab::report::names::{CELLS_FILE, JSON_FILE, MARKDOWN_FILE, PICTURES_FILE};
+use crate::lab::report::names::{CELLS_FILE, FRONTIER_FILE, JSON_FILE, MARKDOWN_FILE, PICTURES_FILE};
 use crate::lab::report::plots::figures;
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, MeanEstimate, PairedDifference, RowKind, TableRow};
 use crate::lab::report::values::ScoreColumn;
-use crate::lab::report::{chart, pictures, words};
+use crate::lab::report::{chart, frontier, pictures, words};
 use crate::lab::results;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -40,6 +40,7 @@ pub fn page(a: &Analysis) -> String {
                 (header(a))
                 main {
                     (notes(a))
+                    (frontier::page::section(a))
                     (summary(a))
                     (differences(a))
                     (rates(a))
@@ -92,7 +93,7 @@ fn notes(a: &Analysis) -> Markup {
 }
 
 /// A box in which a wide table scrolls, by keys too; below it, while there is more to the right, a word that says so.
-fn scroll(label: &str, table: &Markup) -> Markup {
+pub fn scroll(label: &str, table: &Markup) -> Markup {
     html! {
         div .wide {
             div .scroll role="region" aria-label=(label) tabindex="0" { (table) }
@@ -328,6 +329,7 @@ fn picture_grid(a: &Analysis) -> Markup {
                 (select("seed", "seed"))
                 (select("picture", "picture"))
                 (select("step", "step"))
+                (select("scale", "adapter scale"))
                 (select("set", "prompts"))
                 (select("rates-of", "learning rates"))
             }
@@ -364,7 +366,8 @@ fn large() -> Markup {
 }
 
 fn about(a: &Analysis) -> Markup {
-    let files = [PICTURES_FILE, CELLS_FILE, JSON_FILE, MARKDOWN_FILE];
+    let of_frontier = a.plan.frontier.as_ref().map(|_| FRONTIER_FILE);
+    let files = [PICTURES_FILE, CELLS_FILE, JSON_FILE, MARKDOWN_FILE].into_iter().chain(of_frontier);
     html! {
         section #about {
             h2 { "How to read it" }

@@ -3,7 +3,7 @@
 
 use crate::lab::report::table::{Analysis, RowKind};
 use crate::lab::report::values::ScoreColumn;
-use crate::lab::results::{BASE, CellRecord, PlannedPairs, PromptScores, Scores};
+use crate::lab::results::{BASE, CellRecord, Evaluation, FrontierPoint, PlannedPairs, PromptScores, Scores};
 use serde_json::{Value, json};
 
 /// Titles of scores, methods, subjects with their own pictures, seeds, steps and sets.
@@ -48,11 +48,20 @@ pub fn common(a: &Analysis) -> String {
         "subjects": subjects,
         "seeds": plan.seeds.iter().map(u64::to_string).collect::<Vec<_>>(),
         "steps": plan.steps,
+        "scales": scales(a),
         "paper": !a.chosen_steps.is_empty(),
         "sets": sets,
         "set": a.set.name(),
         "drift": drift,
     }))
+}
+
+/// Adapter scales that are drawn, the base model's left out.
+fn scales(a: &Analysis) -> Vec<f64> {
+    let planned = a.plan.frontier.iter().flat_map(|frontier| &frontier.scales).copied();
+    let mut scales: Vec<f64> = planned.filter(|scale| *scale != 0.0 && *scale != 1.0).chain([1.0]).collect();
+    scales.sort_by(f64::total_cmp);
+    scales
 }
 
 /// Pictures and conditions of pairs, the number of the pair whose condition each is drawn with too, and the pictures' scores.
@@ -85,13 +94,26 @@ fn cell(a: &Analysis, record: &CellRecord) -> Value {
         .rows
         .iter()
         .any(|row| row.kind == RowKind::Method && row.method == method && row.rate == cell.learning_rate());
+    let prompts = |all: &[PromptScores]| all.iter().map(|p| prompt(&a.columns, p)).collect::<Vec<_>>();
+    let drawn = |scale: f64, e: &Evaluation| {
+        json!({
+            "step": e.step,
+            "scale": scale,
+            "set": e.set.name(),
+            "prompts": prompts(&e.prompts),
+            "drift": prompts(&e.drift),
+        })
+    };
+    let scored = |point: &&FrontierPoint| {
+        let same = |e: &Evaluation| e.step == point.evaluation.step && e.set == point.evaluation.set;
+        record.evaluations.iter().any(same) && (point.scale == 1.0 || cell.is_base())
+    };
+    let grid = record.frontier.iter().flat_map(|frontier| &frontier.points).filter(|point| !scored(point));
     let evaluations: Vec<Value> = record
         .evaluations
         .iter()
-        .map(|e| {
-            let prompts = |all: &[PromptScores]| all.iter().map(|p| prompt(&a.columns, p)).collect::<Vec<_>>();
-            json!({"step": e.step, "set": e.set.name(), "prompts": prompts(&e.prompts), "drift": prompts(&e.drift)})
-        })
+        .map(|e| drawn(1.0, e))
+        .chain(grid.map(|point| drawn(point.scale, &point.evaluation)))
         .collect();
     json!({
         "folder": address(&format!("cells/{}/", cell.id)),

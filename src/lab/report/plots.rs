@@ -1,6 +1,6 @@
 //! Which charts a comparison has; those that the records cannot fill are left out.
 
-use crate::lab::report::chart::{Axis, Chart, Mark, Series, standalone};
+use crate::lab::report::chart::{Axis, Chart, Line, Mark, Series, standalone};
 use crate::lab::report::statistics::mean;
 use crate::lab::report::table::{Analysis, RowKind, TableRow};
 use crate::lab::report::values::{self, ScoreColumn};
@@ -50,12 +50,12 @@ fn first<'a>(columns: &'a [ScoreColumn], keys: &[&str]) -> Option<&'a ScoreColum
     keys.iter().find_map(|key| columns.iter().find(|c| c.key == *key))
 }
 
-fn axis(label: &str, log: bool) -> Axis {
+pub fn axis(label: &str, log: bool) -> Axis {
     Axis { label: label.to_string(), log }
 }
 
 /// A chart's axis of a score.
-fn score_axis(column: &ScoreColumn) -> Axis {
+pub fn score_axis(column: &ScoreColumn) -> Axis {
     axis(&words::heading(column), false)
 }
 
@@ -64,7 +64,7 @@ fn drawn_rows<'b>(a: &'b Analysis) -> impl Iterator<Item = &'b TableRow> {
 }
 
 /// Colours follow the rows, so that two rates of one method differ.
-fn colour(a: &Analysis, row: &TableRow) -> Option<usize> {
+pub fn colour(a: &Analysis, row: &TableRow) -> Option<usize> {
     let methods = a.rows.iter().filter(|r| r.kind == RowKind::Method);
     methods.enumerate().find(|(_, r)| r.label == row.label).map(|(number, _)| number)
 }
@@ -81,8 +81,8 @@ fn against_parameters(a: &Analysis, score: &ScoreColumn) -> Figure {
         );
         let bar = e.spread.map(|s| (e.mean - s, e.mean + s));
         let dots = if a.few_subjects { e.seeds.iter().map(|(_, v)| (x, *v)).collect() } else { Vec::new() };
-        let marks = vec![Mark { x, y: e.mean, radius: 5.0, bar, title }];
-        Some(Series { label: row.label.clone(), number: colour(a, row), marks, line: false, dots })
+        let marks = vec![Mark { x, y: e.mean, radius: 5.0, bar, title, opens: None }];
+        Some(Series { label: row.label.clone(), number: colour(a, row), marks, line: Line::None, dots })
     });
     let seeds = if a.few_subjects { "; small dots are seeds" } else { "" };
     Figure {
@@ -109,12 +109,12 @@ fn against_drift(a: &Analysis, score: &ScoreColumn, drift: &ScoreColumn) -> Figu
             row.budget.seconds.map(|s| format!(", {} min", words::significant(s / 60.0))).unwrap_or_default();
         let (sd, dd) = (score.digits, drift.digits);
         let title = format!("{}: {} {y:.sd$}, {} {x:.dd$}{time}", row.label, score.title, drift.title);
-        let marks = vec![Mark { x, y, radius, bar: None, title }];
+        let marks = vec![Mark { x, y, radius, bar: None, title, opens: None }];
         Some(Series {
             label: row.label.clone(),
             number: colour(a, row),
             marks,
-            line: false,
+            line: Line::None,
             dots: Vec::new(),
         })
     });
@@ -149,13 +149,20 @@ fn loss_curves(
         // Neighbours are averaged where there are many.
         let marks = points.chunks(points.len().div_ceil(CURVE_POINTS).max(1)).filter_map(|chunk| {
             let (x, y) = (mean(chunk.iter().map(|p| p.0 as f64))?, mean(chunk.iter().map(|p| p.1))?);
-            Some(Mark { x, y, radius: 4.0, bar: None, title: format!("{}, step {x:.0}: {y:.4}", row.label) })
+            Some(Mark {
+                x,
+                y,
+                radius: 4.0,
+                bar: None,
+                title: format!("{}, step {x:.0}: {y:.4}", row.label),
+                opens: None,
+            })
         });
         Series {
             label: row.label.clone(),
             number: colour(a, row),
             marks: marks.collect(),
-            line: true,
+            line: Line::Marks,
             dots: Vec::new(),
         }
     });
@@ -188,7 +195,7 @@ fn against_steps(a: &Analysis, column: &ScoreColumn) -> Option<Figure> {
             label: row.label.clone(),
             number: colour(a, row),
             marks: marks.collect(),
-            line: true,
+            line: Line::Marks,
             dots: Vec::new(),
         }
     });
@@ -210,7 +217,14 @@ fn against_steps(a: &Analysis, column: &ScoreColumn) -> Option<Figure> {
 
 fn mark(label: &str, at: &str, x: f64, y: f64, column: &ScoreColumn) -> Mark {
     let digits = column.digits;
-    Mark { x, y, radius: 4.0, bar: None, title: format!("{label}, {at}: {} {y:.digits$}", column.title) }
+    Mark {
+        x,
+        y,
+        radius: 4.0,
+        bar: None,
+        title: format!("{label}, {at}: {} {y:.digits$}", column.title),
+        opens: None,
+    }
 }
 
 /// The evaluation's mean of a score at a step.
@@ -239,7 +253,13 @@ fn robustness(a: &Analysis, column: &ScoreColumn) -> Vec<Figure> {
                 Some(mark(&method.label, &format!("rate {rate:e}"), rate, y, column))
             });
             let marks = marks.collect();
-            Series { label: method.label.clone(), number: Some(number), marks, line: true, dots: Vec::new() }
+            Series {
+                label: method.label.clone(),
+                number: Some(number),
+                marks,
+                line: Line::Marks,
+                dots: Vec::new(),
+            }
         });
         Figure {
             caption: format!(
@@ -278,7 +298,7 @@ pub fn steps_plot(title: &str, evaluations: &[Evaluation], best: Option<i64>) ->
                 label: column.title.clone(),
                 number: Some(charts.len()),
                 marks,
-                line: true,
+                line: Line::Marks,
                 dots: Vec::new(),
             }],
             rule: best.map(|step| (step as f64, format!("best: {step}"))),

@@ -62,14 +62,10 @@ impl Bootstrap {
     /// The 95 % interval of [`mean_of_means`] where the units of each group are drawn again; `None` for fewer than 5 units, of
     /// which all have one sign by chance too often (1 in 8 for 4), where nothing can vary, or for more than 5,000.
     pub fn interval(&mut self, groups: &[Vec<f64>]) -> Option<(f64, f64)> {
-        let units: usize = groups.iter().map(Vec::len).sum();
-        let nothing_varies = groups.iter().all(|group| group.len() < 2);
-        if nothing_varies || !(MIN_UNITS..=MAX_UNITS).contains(&units) || groups.iter().any(Vec::is_empty) {
-            return None;
-        }
-        let draws = self.draws(groups.iter().map(Vec::len).collect());
-        let mut means: Vec<f64> = draws
-            .chunks_exact(units)
+        let sizes: Vec<usize> = groups.iter().map(Vec::len).collect();
+        let draws = self.units(&sizes)?;
+        let means = draws
+            .chunks_exact(sizes.iter().sum())
             .map(|drawn| {
                 let (mut drawn, mut total) = (drawn, 0.0);
                 for group in groups {
@@ -80,8 +76,24 @@ impl Bootstrap {
                 total / groups.len() as f64
             })
             .collect();
-        means.sort_by(f64::total_cmp);
-        Some((quantile(&means, TAIL), quantile(&means, 1.0 - TAIL)))
+        Some(Self::middle(means))
+    }
+
+    /// For each resample, one after another, the numbers of the units that are drawn from groups of these sizes; `None` where
+    /// [`Self::interval`] gives none.
+    pub fn units(&mut self, sizes: &[usize]) -> Option<Arc<Vec<u16>>> {
+        let units: usize = sizes.iter().sum();
+        let nothing_varies = sizes.iter().all(|size| *size < 2);
+        if nothing_varies || !(MIN_UNITS..=MAX_UNITS).contains(&units) || sizes.contains(&0) {
+            return None;
+        }
+        Some(self.draws(sizes.to_vec()))
+    }
+
+    /// The interval that holds the middle 95 % of the values of resamples; at least one.
+    pub fn middle(mut values: Vec<f64>) -> (f64, f64) {
+        values.sort_by(f64::total_cmp);
+        (quantile(&values, TAIL), quantile(&values, 1.0 - TAIL))
     }
 
     /// For each resample, for each group of these sizes, the numbers of the units drawn.

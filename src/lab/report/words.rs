@@ -1,5 +1,6 @@
 //! Numbers and findings in words, the same in every form of the report.
 
+use crate::lab::report::frontier::Matched;
 use crate::lab::report::search::{BestRate, TriedRate};
 use crate::lab::report::table::{
     Analysis, BudgetMeans, CEILING, FLOOR, MeanEstimate, PairedDifference, RowKind, TableRow,
@@ -35,6 +36,17 @@ pub fn difference(d: &PairedDifference, digits: usize) -> String {
         }
         None => signed(d.value, digits),
     }
+}
+
+/// `0.401`, with how much that is more than the reference: `0.401 (+0.020 [+0.004, +0.031])`.
+pub fn matched(value: &Matched, digits: usize) -> String {
+    let more = value.difference.map(|difference| match value.interval {
+        Some((low, high)) => {
+            format!(" ({} [{}, {}])", signed(difference, digits), signed(low, digits), signed(high, digits))
+        }
+        None => format!(" ({})", signed(difference, digits)),
+    });
+    format!("{:.digits$}{}", value.value, more.unwrap_or_default())
 }
 
 /// What an interval says.

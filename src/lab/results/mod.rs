@@ -10,14 +10,17 @@
 //! class_images/NAME/        shared class pictures
 //! cells/ID/run/             the run folder of the cell's training
 //! cells/ID/step-000300/test/00-01.png   prompt 0, picture 1, drawn after step 300
+//! cells/ID/step-000300/scale-0.5/test/  the same at another adapter scale
 //! cells/ID/record.json      CellRecord
 //! report.html, report.csv, report-cells.csv, report.json, report.md
 //! ```
 
 mod cell;
+mod frontier;
 mod scores;
 
 pub use cell::{BASE, CellWork, PlannedCell};
+pub use frontier::{FrontierPoint, FrontierRecord, PlannedFrontier};
 pub use scores::{Better, OF_CONDITIONS, SCORES, ScoreKind, Scores};
 
 use crate::error::{Error, Result};
@@ -66,6 +69,9 @@ pub struct Plan {
     /// For each cell's id what its scores are to be made with; a record that was made with other things does not count.
     #[serde(default)]
     pub scored_with: BTreeMap<String, ScoredWith>,
+    /// Along which grid trained cells are drawn too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frontier: Option<PlannedFrontier>,
 }
 
 /// For each set of prompts the identity of all that its scores depend on beside the training: towers, real pictures, prompts,
@@ -146,6 +152,9 @@ pub struct CellRecord {
     pub losses: Vec<LossPoint>,
     /// Scores after each step of the plan and on each set of prompts, in that order.
     pub evaluations: Vec<Evaluation>,
+    /// Along the grid of the plan's frontier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frontier: Option<FrontierRecord>,
     /// Scores of the test pictures against the training pictures, in the base model's record: what a perfect likeness
     /// may look like. Empty elsewhere.
     pub real: Scores,

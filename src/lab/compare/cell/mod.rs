@@ -1,5 +1,8 @@
 //! One cell, in a process of its own: train, draw, score, and write `record.json`. Whatever was finished before is not done
-//! again; an interrupted training goes on from its last checkpoint.
+//! again; an interrupted training goes on from its last checkpoint. `scoring` scores; `frontier` draws and scores the grid of scales.
+
+mod frontier;
+mod scoring;
 
 use crate::adapter::peft;
 use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
@@ -7,13 +10,10 @@ use crate::data::image::RgbImage;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lab::compare::draw::{self, SetDrawing};
-use crate::lab::compare::subjects::CLASS_LOOK_ALIKES;
 use crate::lab::compare::task::{Task, TaskSet};
-use crate::lab::compare::{control, score};
 use crate::lab::evaluate::Towers;
 use crate::lab::results::{
-    self, Budget, CellRecord, Environment, Evaluation, FORMAT, LossPoint, PictureScores, PromptScores,
-    RECORD_FILE, Scores, Set,
+    self, Budget, CellRecord, Environment, Evaluation, FORMAT, LossPoint, PictureScores, RECORD_FILE, Scores,
 };
 use crate::model::control::{CONTROL_ENCODER, FILE_STEM};
 use crate::platform::device::{self, Compute};
@@ -23,7 +23,6 @@ use crate::train::config::TrainConfig;
 use crate::train::run::{CONFIG_FILE, METRICS_FILE, Record};
 use crate::train::{self, Resume, checkpoint};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -56,18 +55,32 @@ pub fn run(comparison: &Path, id: &str, observer: &dyn Observer) -> Result<()> {
     let towers = Towers::load(&task.towers, cell.compute.device, observer)?;
     let _guard = tch::no_grad_guard();
     let evaluations = cell.score(&towers, &fingerprint)?;
+    let frontier = cell.score_frontier(&towers, &fingerprint, &evaluations)?;
     let real = match (&trained, &task.control) {
         (Some(_), _) => Real::default(),
         (None, Some(agreement)) => cell.real_pairs(agreement, &towers)?,
         (None, None) => Real { scores: cell.real(towers)?, pictures: Vec::new() },
     };
-    cell.finish(&cell.record(trained, evaluations, real, None)?)
+    cell.finish(&CellRecord { frontier, ..cell.record(trained, evaluations, real, None)? })
 }
 
 /// Whether the record of a task is there, with the task's scores.
 pub fn is_done(comparison: &Path, task: &Task) -> bool {
     let path = results::cell_folder(comparison, &task.cell.id).join(RECORD_FILE);
-    path.is_file() && CellRecord::read(&path).is_ok_and(|record| record.has(&task.scored_with))
+    path.is_file()
+        && CellRecord::read(&path)
+            .is_ok_and(|record| record.has(&task.scored_with) && has_frontier(&record, task))
+}
+
+/// Whether the points of the task's grid are there; a training that failed has none.
+fn has_frontier(record: &CellRecord, task: &Task) -> bool {
+    let there = record.frontier.as_ref().map(|frontier| &frontier.made_with);
+    record.failure.is_some() || task.frontier.as_ref().is_none_or(|wanted| there == Some(&wanted.made_with))
+}
+
+/// Whether the training of a task is done.
+pub fn is_trained(comparison: &Path, task: &Task) -> bool {
+    results::cell_folder(comparison, &task.cell.id).join(TRAINED_FILE).is_file()
 }
 
 /// Removes what cells keep as long as more may be drawn from it.
@@ -184,9 +197,9 @@ impl Cell<'_> {
         SetDrawing { sampling, model, resolution, batch, prompts, num_images, pairs: None }
     }
 
-    /// Everything that is drawn after a step: its folder's name, and how.
-    fn drawings(&self, fingerprint: &str, resolution: u32) -> Vec<(String, SetDrawing)> {
-        let sets = self.task.sets.iter().map(|set| {
+    /// Everything that is drawn at one place: its folder's name, and how; what is drawn for drift is the last.
+    fn drawings(&self, sets: &[TaskSet], fingerprint: &str, resolution: u32) -> Vec<(String, SetDrawing)> {
+        let sets = sets.iter().map(|set| {
             let prompts = set.prompts.iter().map(|p| p.prompt.clone()).collect();
             let drawing = self.drawing(prompts, set.num_images, fingerprint, resolution);
             let drawing = SetDrawing { pairs: set.pairs.clone(), ..drawing };
@@ -211,7 +224,7 @@ impl Cell<'_> {
         }
         let shown: Vec<Vec<RgbImage>> =
             self.task.sets.iter().map(|set| self.conditions(set)).collect::<Result<_>>()?;
-        let drawings = self.drawings(&fingerprint, resolution);
+        let drawings = self.drawings(&self.task.sets, &fingerprint, resolution);
         for &step in &self.task.steps {
             let place = self.step_folder(step);
             if drawings.iter().all(|(name, drawing)| drawing.is_done(&place.join(name))) {
@@ -221,17 +234,23 @@ impl Cell<'_> {
                 if !weight_files(&adapter).iter().any(|path| path.is_file()) {
                     return Ok(None);
                 }
-                draw::put_on(&mut session, config, &adapter)?;
+                draw::put_on(&mut session, config, &adapter, 1.0)?;
             }
-            let cell = &self.task.cell;
-            let by = format!("{}, {}, seed {}, step {step}", cell.method(), cell.subject, cell.seed());
+            let by = self.by(step);
             // What is drawn for drift follows no condition.
             let shown = shown.iter().map(Vec::as_slice).chain(std::iter::repeat(&[][..]));
             for ((name, drawing), shown) in drawings.iter().zip(shown) {
                 drawing.draw(&mut session, shown, &by, &place.join(name), self.observer)?;
             }
         }
+        self.draw_frontier(&mut session, &fingerprint, resolution)?;
         Ok(Some(fingerprint))
+    }
+
+    /// What pictures say of what drew them.
+    fn by(&self, step: i64) -> String {
+        let cell = &self.task.cell;
+        format!("{}, {}, seed {}, step {step}", cell.method(), cell.subject, cell.seed())
     }
 
     /// What was trained up to a step; `None` for the base model.
@@ -254,149 +273,6 @@ impl Cell<'_> {
         files::remove_leftovers(&folder)?;
         self.observer.say(&train::make_class_images(model, &self.config, self.observer)?);
         Ok(())
-    }
-
-    fn score(&self, towers: &Towers, fingerprint: &str) -> Result<Vec<Evaluation>> {
-        let resolution: u32 = results::read_json(&self.folder.join("resolution.json"))?;
-        if let Some(agreement) = &self.task.control {
-            return self.score_pairs(agreement, towers, &self.drawings(fingerprint, resolution));
-        }
-        let look_alikes = self.look_alikes()?;
-        let mut evaluations = Vec::new();
-        let drawings = self.drawings(fingerprint, resolution);
-        let base =
-            results::cell_folder(self.comparison, &self.task.drift_base).join("step-000000").join(DRIFT);
-        let subjects = self
-            .task
-            .sets
-            .iter()
-            .map(|set| {
-                let real = self.real_pictures(set.set.name())?;
-                let masks = match set.set {
-                    Set::Test => score::masks(&self.subject_folder().join("masks"), self.observer)?,
-                    _ => Vec::new(),
-                };
-                score::subject(towers, &real, if real.is_empty() { &[] } else { &look_alikes }, &masks)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        for &step in &self.task.steps {
-            self.observer.check(|| "stopped while scoring".into())?;
-            let place = self.step_folder(step);
-            let drift = match drawings.iter().find(|(name, _)| name == DRIFT) {
-                Some((_, drawing)) if !self.task.cell.is_base() => {
-                    score::drift(towers, drawing, &place.join(DRIFT), &base, &self.folder)?
-                }
-                _ => Vec::new(),
-            };
-            for ((set, subject), (name, drawing)) in self.task.sets.iter().zip(&subjects).zip(&drawings) {
-                let folder = place.join(name);
-                let prompts = {
-                    let places = (folder.as_path(), self.folder.as_path());
-                    score::prompts(towers, subject, drawing, &set.prompts, places, self.observer)?
-                };
-                evaluations.push(score::evaluation(step, set.set, prompts, drift.clone()));
-            }
-        }
-        Ok(evaluations)
-    }
-
-    /// As [`Self::score`], of pictures drawn from pairs.
-    fn score_pairs(
-        &self,
-        agreement: &control::Agreement,
-        towers: &Towers,
-        drawings: &[(String, SetDrawing)],
-    ) -> Result<Vec<Evaluation>> {
-        let judges: Vec<_> =
-            self.task.sets.iter().map(|set| self.judges(agreement, towers, set)).collect::<Result<_>>()?;
-        let mut evaluations = Vec::new();
-        for &step in &self.task.steps {
-            for ((set, judges), (name, drawing)) in self.task.sets.iter().zip(&judges).zip(drawings) {
-                self.observer.check(|| "stopped while scoring".into())?;
-                let prompts = {
-                    let folder = self.step_folder(step).join(name);
-                    judges.prompts(drawing, &folder, &self.folder, self.observer)?
-                };
-                evaluations.push(score::evaluation(step, set.set, prompts, Vec::new()));
-            }
-        }
-        Ok(evaluations)
-    }
-
-    fn judges<'a>(
-        &self,
-        agreement: &'a control::Agreement,
-        towers: &'a Towers,
-        set: &TaskSet,
-    ) -> Result<control::score::PairJudges<'a>> {
-        let kind = set.set.name();
-        let files = control::picture_places(&self.task.cell.subject, kind, set.prompts.len());
-        let pictures = self.real_pictures(kind)?;
-        control::score::PairJudges::new(agreement, towers, pictures, &self.conditions(set)?, files)
-    }
-
-    /// The conditions of a set of pairs; empty where it is none.
-    fn conditions(&self, set: &TaskSet) -> Result<Vec<RgbImage>> {
-        match set.pairs {
-            Some(_) => self.real_pictures(&format!("{}_conditions", set.set.name())),
-            None => Ok(Vec::new()),
-        }
-    }
-
-    /// The pictures of the pairs of the tables scored as drawn ones.
-    fn real_pairs(&self, agreement: &control::Agreement, towers: &Towers) -> Result<Real> {
-        let Some(set) = self.task.sets.iter().find(|set| set.set == Set::Test) else {
-            return Ok(Real::default());
-        };
-        let captions: Vec<String> = set.prompts.iter().map(|p| p.text.clone()).collect();
-        let pictures = self.judges(agreement, towers, set)?.real(&captions, self.observer)?;
-        let whole = PromptScores { prompt: String::new(), scores: Scores::new(), pictures };
-        Ok(Real { scores: whole.means(), pictures: whole.pictures })
-    }
-
-    fn real_pictures(&self, kind: &str) -> Result<Vec<RgbImage>> {
-        score::pictures(&self.subject_folder().join(kind), usize::MAX, self.config.data.background)
-    }
-
-    fn subject_folder(&self) -> PathBuf {
-        self.comparison.join("subjects").join(&self.task.cell.subject)
-    }
-
-    fn look_alikes(&self) -> Result<Vec<RgbImage>> {
-        if self.task.class_look_alikes {
-            return score::pictures(
-                &self.comparison.join(&self.task.class_folder),
-                CLASS_LOOK_ALIKES,
-                self.config.data.background,
-            );
-        }
-        self.real_pictures("look_alikes")
-    }
-
-    /// Scores of the pictures that are trained on against those of the tables, each against all but itself.
-    fn real(&self, towers: Towers) -> Result<Scores> {
-        let (train, test) = (self.real_pictures("train")?, self.real_pictures("test")?);
-        if test.is_empty() || self.task.sets.iter().all(|s| s.set != Set::Test) {
-            return Ok(Scores::new());
-        }
-        // Photographs differ in size: no LPIPS between them.
-        let towers = Towers { lpips: Vec::new(), ..towers };
-        let look_alikes = self.look_alikes()?;
-        let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
-        for picture in &train {
-            let others: Vec<RgbImage> = test.iter().filter(|other| *other != picture).cloned().collect();
-            if others.is_empty() {
-                continue;
-            }
-            let subject = score::subject(&towers, &others, &look_alikes, &[])?;
-            let (_, each) = subject.score(&towers, None, std::slice::from_ref(picture), self.observer)?;
-            for (key, value) in each.into_iter().flatten() {
-                let (sum, count) = sums.entry(key).or_default();
-                *sum += value;
-                *count += 1.0;
-            }
-        }
-        Ok(sums.into_iter().map(|(key, (sum, count))| (key, sum / count)).collect())
     }
 
     fn environment(&self) -> Environment {
@@ -427,6 +303,7 @@ impl Cell<'_> {
             budget,
             losses: self.losses()?,
             evaluations,
+            frontier: None,
             real: real.scores,
             real_pictures: real.pictures,
             failure,

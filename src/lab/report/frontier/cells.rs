@@ -1,0 +1,101 @@
+//! From records to the numbers of the grid: for each cell, likeness and drift at every place, prompt by prompt.
+
+use crate::lab::report::statistics::{mean, prompt_value};
+use crate::lab::results::{CellRecord, Evaluation, Plan, PromptScores, Set};
+
+/// A place of the grid.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Place {
+    /// Optimiser steps; 0 of the base model.
+    pub step: i64,
+    /// Adapter scale; 0 of the base model.
+    pub scale: f64,
+}
+
+/// One cell at every place: prompts of values at places.
+pub struct CellPlaces<'a> {
+    /// Which cell.
+    pub record: &'a CellRecord,
+    /// Likeness to the test pictures, `[prompt][place]`.
+    pub likeness: Vec<Vec<f64>>,
+    /// Fidelity to the test prompts, `[prompt][place]`; empty where it was not scored.
+    pub fidelity: Vec<Vec<f64>>,
+    /// Drift, `[prompt without the subject][place]`.
+    pub drift: Vec<Vec<f64>>,
+    /// Likeness to the validation pictures on the validation prompts, of each place; empty without such pictures.
+    pub validation: Vec<f64>,
+}
+
+/// Every place: the base model, then checkpoints and scales in their order.
+pub fn places(plan: &Plan) -> Vec<Place> {
+    let Some(frontier) = &plan.frontier else { return Vec::new() };
+    let base = Place { step: 0, scale: 0.0 };
+    let scales = || frontier.scales.iter().copied().filter(|scale| *scale != 0.0);
+    let of = |&step: &i64| scales().map(move |scale| Place { step, scale });
+    std::iter::once(base).chain(frontier.checkpoints.iter().flat_map(of)).collect()
+}
+
+/// A cell's evaluation at a place on a set: the base model's, of its subject, at the first.
+pub fn evaluation<'a>(
+    plan: &Plan,
+    records: &'a [CellRecord],
+    record: &'a CellRecord,
+    place: Place,
+    set: Set,
+) -> Option<&'a Evaluation> {
+    let is_base = place.scale == 0.0;
+    let of = if is_base {
+        records.iter().find(|r| r.cell.is_base() && r.cell.subject == record.cell.subject)?
+    } else {
+        record
+    };
+    let made_with = plan.frontier.as_ref()?.made_with.get(&of.cell.id);
+    let frontier = of.frontier.as_ref().filter(|frontier| Some(&frontier.made_with) == made_with)?;
+    let here = |e: &Evaluation, scale: f64| e.set == set && scale == place.scale && e.step == place.step;
+    frontier.points.iter().find(|point| here(&point.evaluation, point.scale)).map(|point| &point.evaluation)
+}
+
+impl<'a> CellPlaces<'a> {
+    /// `None` where a place was not drawn or lacks a score.
+    pub fn new(
+        plan: &Plan,
+        records: &'a [CellRecord],
+        record: &'a CellRecord,
+        [likeness, fidelity, drift]: [&str; 3],
+    ) -> Option<Self> {
+        let places = places(plan);
+        let at = |set: Set| -> Option<Vec<&Evaluation>> {
+            places.iter().map(|place| evaluation(plan, records, record, *place, set)).collect()
+        };
+        let (test, validation) = (at(Set::Test)?, at(Set::Validation)?);
+        let column = |of: fn(&Evaluation) -> &[PromptScores], from: &[&Evaluation], key: &str| {
+            let prompts = of(from[from.len() - 1]).len();
+            let value = |p: usize, e: &&Evaluation| prompt_value(of(e).get(p)?, key);
+            (0..prompts)
+                .map(|p| from.iter().map(|e| value(p, e)).collect())
+                .collect::<Option<Vec<Vec<f64>>>>()
+        };
+        // The base model has not drifted from itself.
+        let trained = &test[1..];
+        let from_base = |mut values: Vec<f64>| {
+            values.insert(0, 0.0);
+            values
+        };
+        let drift = column(|e| &e.drift, trained, drift)?.into_iter().map(from_base).collect();
+        let chosen_by = column(|e| &e.prompts, &validation, likeness).unwrap_or_default();
+        let validation = (0..places.len()).filter_map(|i| mean(chosen_by.iter().map(|prompt| prompt[i])));
+        Some(Self {
+            record,
+            likeness: column(|e| &e.prompts, &test, likeness)?,
+            fidelity: column(|e| &e.prompts, &test, fidelity).unwrap_or_default(),
+            drift,
+            validation: validation.collect(),
+        })
+        .filter(|cell| !cell.likeness.is_empty() && !cell.drift.is_empty())
+    }
+
+    /// The subject and seed, by which cells of two methods are pairs.
+    pub fn pair(&self) -> (&str, u64) {
+        (&self.record.cell.subject, self.record.cell.seed())
+    }
+}
