@@ -65,6 +65,7 @@ impl Comparison {
     /// Invents plan and records.
     pub fn new(shape: &Shape) -> Self {
         let mut plan = Plan {
+            frontier: None,
             format: FORMAT,
             title: "HRA and others on the embedded model".into(),
             protocol: "default".into(),
@@ -231,6 +232,7 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
     }
     let number = plan.methods.iter().position(|m| m.label == cell.method()).unwrap_or(0) as u64;
     CellRecord {
+        frontier: None,
         format: FORMAT,
         cell: cell.clone(),
         budget: trained.then(|| Budget {
