@@ -219,6 +219,17 @@ const MEMORY: &[&str] = &[
     "ALLOC_FAILED",
     "cudaErrorMemoryAllocation",
     "ALLOCATION_FAILED",
+    "memory allocation of",
+    "memory allocation failed",
+    PROBABLE[0],
+    PROBABLE[1],
+    PROBABLE[2],
+    PROBABLE[3],
+    PROBABLE[4],
+];
+
+/// Those that have another reason now and then, and are told with it.
+const PROBABLE: [&str; 5] = [
     // cuDNN, where no plan's workspace could be had; cuBLAS, whose handle takes memory.
     "unable to find an engine to execute this computation",
     "CUBLAS_STATUS_NOT_INITIALIZED",
@@ -227,8 +238,6 @@ const MEMORY: &[&str] = &[
     "could not create a memory",
     // A thread needs a stack.
     "failed to spawn thread",
-    "memory allocation of",
-    "memory allocation failed",
 ];
 
 /// What to tell of a failure of which `text` says that memory ran out, with how much was asked for where it says so; `None` for
@@ -248,7 +257,10 @@ pub fn out_of_memory(text: &str) -> Option<String> {
     Some(match asked {
         Some((bytes, "bytes")) => format!("{told}: {:.1} MB more were needed", bytes / 1e6),
         Some((number, unit)) => format!("{told}: {number:.2} {unit} more were needed"),
-        None => told.to_string(),
+        None => match PROBABLE.iter().find_map(|word| text.lines().find(|line| line.contains(word))) {
+            Some(line) => format!("{told}, most likely: {}", line.trim()),
+            None => told.to_string(),
+        },
     })
 }
 

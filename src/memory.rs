@@ -3,7 +3,7 @@
 use hra::error::OUT_OF_MEMORY;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 /// The system's allocator, which notes a refusal.
 struct Watched;
@@ -11,12 +11,15 @@ struct Watched;
 #[global_allocator]
 static ALLOCATOR: Watched = Watched;
 
-/// Whether memory was refused to Rust.
+/// Whether memory was refused to Rust, and none was given since: then a refusal that was dealt with is not what ends the process.
 static REFUSED: AtomicBool = AtomicBool::new(false);
 
+/// What C++ did before with an exception that nobody catches: it tells what it is.
+static BEFORE: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
+
 fn noted(block: *mut u8) -> *mut u8 {
-    if block.is_null() {
-        REFUSED.store(true, Ordering::Relaxed);
+    if block.is_null() != REFUSED.load(Ordering::Relaxed) {
+        REFUSED.store(block.is_null(), Ordering::Relaxed);
     }
     block
 }
@@ -43,7 +46,7 @@ unsafe impl GlobalAlloc for Watched {
 unsafe extern "C" {
     // Of the C++ runtime that libtorch is linked to.
     #[link_name = "_ZSt13set_terminatePFvvE"]
-    fn set_terminate(handler: extern "C" fn()) -> *const c_void;
+    fn set_terminate(handler: extern "C" fn()) -> *mut c_void;
     fn __cxa_current_exception_type() -> *const c_void;
     #[link_name = "_ZTISt9bad_alloc"]
     static BAD_ALLOC: u8;
@@ -53,7 +56,7 @@ unsafe extern "C" {
 pub fn watch() {
     // SAFETY: the handlers write to a file descriptor, end the process or abort, and nothing else.
     unsafe {
-        set_terminate(terminate);
+        BEFORE.store(set_terminate(terminate), Ordering::Relaxed);
         libc::signal(libc::SIGABRT, abort as *const () as libc::sighandler_t);
     }
 }
@@ -63,6 +66,11 @@ extern "C" fn terminate() {
     // SAFETY: asks for the type of the exception that is being handled; types are told apart by their place.
     if unsafe { __cxa_current_exception_type() == (&raw const BAD_ALLOC).cast() } {
         end();
+    }
+    let before = BEFORE.load(Ordering::Relaxed);
+    if !before.is_null() {
+        // SAFETY: it is the function that `set_terminate` gave back.
+        unsafe { std::mem::transmute::<*mut c_void, extern "C" fn()>(before)() };
     }
     std::process::abort();
 }

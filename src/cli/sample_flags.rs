@@ -112,7 +112,7 @@ pub struct MachineArgs {
     /// Number format of the model
     #[arg(long, alias = "mixed-precision", value_parser = choice::<Precision>(), default_value = "f32", help_heading = "Sampling")]
     pub dtype: Precision,
-    /// CPU threads, 512 at most, also for reading pictures; those that wait for work soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise [default: libtorch's choice]
+    /// CPU threads, 1024 at most, also for reading pictures; those that wait for work soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise [default: libtorch's choice]
     #[arg(long, help_heading = "Sampling")]
     pub threads: Option<i32>,
 }

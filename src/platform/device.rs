@@ -261,8 +261,8 @@ fn keep_freed_memory() {}
 /// there, and a picture then does not depend on the number of cores, whose sums are rounded in another order.
 const ONE_THREAD_BELOW: usize = 4_000_000;
 
-/// Most threads that may be asked for: more than any machine has cores. With tens of thousands libtorch never comes back.
-pub const MAX_THREADS: i32 = 512;
+/// Most threads that may be asked for: more than nearly any machine has cores. With tens of thousands libtorch never comes back.
+pub const MAX_THREADS: i32 = 1024;
 
 /// What [`set_threads`] was last asked for; 0 where nobody said.
 static ASKED_THREADS: AtomicUsize = AtomicUsize::new(0);

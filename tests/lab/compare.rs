@@ -340,6 +340,7 @@ fn a_run_at_a_rate_that_destroys_the_model_says_that_it_is_lost() {
     let scratch = Scratch::new();
     let words = ["--method", "lora", "--rank", "4", "--max_train_steps", "2", "--score"];
     let prompts = ["--validation-prompt", "a cat face", "--drift-prompt", "a noto emoji of a dog face"];
+    let prompts = [&prompts[..], &["--drift-prompt", "a twemoji emoji of a pizza"]].concat();
     let few = ["--validation_inference_steps", "2", "--num_validation_images", "2"];
     let train = |name: &str, rate: &str| {
         let told = scratch.train(name, &[&words[..], &prompts, &few, &["--learning_rate", rate]].concat());

@@ -85,7 +85,7 @@ pub struct EvaluateArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value_t = DeviceChoice::Auto, help_heading = "Output")]
     device: DeviceChoice,
-    /// CPU threads, 512 at most, also for reading pictures; those that wait for work soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise [default: libtorch's choice]
+    /// CPU threads, 1024 at most, also for reading pictures; those that wait for work soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise [default: libtorch's choice]
     #[arg(long, help_heading = "Output")]
     threads: Option<i32>,
 }
@@ -291,7 +291,14 @@ fn own_prompt(path: &Path, text: &BTreeMap<String, String>) -> Result<Option<Str
     let beside = path.with_extension("txt");
     let prompt = match inside {
         None if beside.is_file() => Some(files::read_text(&beside, MAX_CAPTION_BYTES as u64)?),
-        Some(text) => bounded(&text).map(|()| Some(text)).map_err(|problem| Error::format(path, problem))?,
+        // ComfyUI writes whole graphs there.
+        Some(text) => match bounded(&text) {
+            Ok(()) => Some(text),
+            Err(problem) => {
+                eprintln!("note: {}: its own text is no prompt: {problem}", path.display());
+                None
+            }
+        },
         None => None,
     };
     let prompt = prompt.map(|prompt| prompt.trim_start_matches('\u{feff}').trim().to_string());

@@ -153,7 +153,7 @@ fn lost(evaluations: &[Evaluation], spread: Option<f64>, observer: &dyn Observer
     if let Some((step, drift)) = lost.first() {
         observer.note(&format!(
             "the model is lost from step {step} on: pictures of --drift-prompt differ from the base model's by {drift:.1}, more than \
-             the base model's own differ from each other ({spread:.1}); lower --learning_rate, or train fewer steps"
+             the base model's own of different prompts differ from each other ({spread:.1}); lower --learning_rate, or train fewer steps"
         ));
     }
     lost.into_iter().map(|(step, _)| step).collect()

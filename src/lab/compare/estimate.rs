@@ -55,7 +55,7 @@ impl Estimate {
             .clone()
             .map(|t| if t.train.prior.with_prior_preservation { t.train.prior.num_class_images } else { 0 })
             .sum();
-        let drawn: usize = todo.iter().copied().chain(bases).map(pictures).sum();
+        let drawn: usize = todo.iter().copied().chain(bases).map(|task| pictures(folder, task)).sum();
         let untrained: Vec<&Task> = todo.iter().filter(|t| !cell::is_trained(folder, t)).copied().collect();
         let steps = untrained.iter().map(|t| t.train.schedule.max_train_steps).sum();
         let mut estimate = Self {
@@ -93,14 +93,18 @@ impl Estimate {
     }
 }
 
-/// Pictures that a task draws.
-fn pictures(task: &Task) -> usize {
+/// Pictures that a task draws; of one whose scored steps are done, those of its grid.
+fn pictures(folder: &Path, task: &Task) -> usize {
     let drift = task.drift_prompts.len() * task.num_drift_images;
     let at_place =
         |sets: &[TaskSet]| drift + sets.iter().map(|s| s.prompts.len() * s.num_images).sum::<usize>();
     let grid = task.frontier.as_ref().filter(|_| !task.cell.is_base());
     let grid =
         grid.map_or(0, |f| at_place(&f.sets) * f.points.iter().filter(|(_, scale)| *scale != 1.0).count());
+    let scored = || CellRecord::read(&results::cell_folder(folder, &task.cell.id).join(RECORD_FILE));
+    if scored().is_ok_and(|record| record.has(&task.scored_with)) {
+        return grid;
+    }
     at_place(&task.sets) * task.steps.len() + grid
 }
 

@@ -1,7 +1,7 @@
 //! `[frontier]` of a comparison: along which grid of adapter scales and checkpoints every trained cell is drawn, without any
 //! training of its own.
 
-use crate::lab::compare::config::CompareConfig;
+use crate::lab::compare::config::{CompareConfig, Protocol};
 use crate::lab::compare::task::TaskSet;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -87,6 +87,10 @@ impl FrontierEntry {
             values.iter().map(|v| (v + 0.0).to_bits()).collect::<BTreeSet<_>>().len() == values.len()
         };
         check(!config.topic.is_control(), "is for subjects: with [[control]] there is no drift to match");
+        check(
+            config.protocol != Protocol::Paper,
+            "is for protocol = \"default\": the paper's scores are each the best of all steps",
+        );
         check(
             config.search.as_ref().is_none_or(|search| !search.only),
             "a [search] with only = true trains nothing for it",

@@ -132,6 +132,7 @@ fn stage(
         if todo.is_empty() {
             continue;
         }
+        todo.iter().try_for_each(|task| cell::check_weights(folder, task))?;
         for task in &todo {
             task.write(folder)?;
         }

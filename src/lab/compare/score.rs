@@ -12,8 +12,8 @@ use crate::lab::results::{Evaluation, PictureScores, PromptScores, Scores, Set};
 use crate::platform::observer::Observer;
 use std::path::{Path, PathBuf};
 
-/// Pictures that [`spread`] compares, each with each.
-const MOST_SPREAD: usize = 32;
+/// Prompts whose pictures [`spread`] compares, each with each.
+const MOST_SPREAD: usize = 16;
 
 /// The pictures of a folder, in the order of their names; none, where there is no folder.
 pub fn pictures(folder: &Path, at_most: usize, background: Background) -> Result<Vec<RgbImage>> {
@@ -86,18 +86,20 @@ pub fn drift(
     Ok(all)
 }
 
-/// How far pictures in `folder` are from each other, of any prompt and noise: what drift is compared with. `None` of one picture.
+/// How far pictures of different prompts in `folder` are from each other: what drift is compared with. `None` of one prompt, whose
+/// pictures may be much alike.
 pub fn spread(drawing: &SetDrawing, folder: &Path) -> Result<Option<f64>> {
-    let mut pictures = Vec::new();
-    for p in 0..drawing.prompts.len() {
-        pictures.extend(drawn(drawing, folder, p)?);
+    let mut first = Vec::new();
+    for p in 0..drawing.prompts.len().min(MOST_SPREAD) {
+        first.push(drawn(drawing, folder, p)?);
     }
-    pictures.truncate(MOST_SPREAD);
     let (mut sum, mut pairs) = (0.0, 0.0);
-    for (i, a) in pictures.iter().enumerate() {
-        for b in &pictures[..i] {
-            sum += scores::pixel_difference(a, b)?;
-            pairs += 1.0;
+    for (i, of_a) in first.iter().enumerate() {
+        for of_b in &first[..i] {
+            for (a, b) in of_a.iter().zip(of_b) {
+                sum += scores::pixel_difference(a, b)?;
+                pairs += 1.0;
+            }
         }
     }
     Ok((pairs > 0.0).then(|| sum / pairs))

@@ -108,7 +108,9 @@ fn cell(a: &Analysis, record: &CellRecord) -> Value {
         let same = |e: &Evaluation| e.step == point.evaluation.step && e.set == point.evaluation.set;
         record.evaluations.iter().any(same) && (point.scale == 1.0 || cell.is_base())
     };
-    let grid = record.frontier.iter().flat_map(|frontier| &frontier.points).filter(|point| !scored(point));
+    let wanted = a.plan.frontier.as_ref().and_then(|frontier| frontier.made_with.get(&cell.id));
+    let grid = record.frontier.iter().filter(|frontier| Some(&frontier.made_with) == wanted);
+    let grid = grid.flat_map(|frontier| &frontier.points).filter(|point| !scored(point));
     let evaluations: Vec<Value> = record
         .evaluations
         .iter()

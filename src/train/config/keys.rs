@@ -243,7 +243,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
             key(Section::Run, "seed", "", Count, "Seed of every random draw of the run").of_comparison(),
             key(Section::Run, "device", "", Device, "auto, cpu, cuda or cuda:N"),
             key(Section::Model, "dtype", "", Words(words::<Precision>), "Number format of the frozen model; the adapter is always f32").also(&["mixed_precision"]),
-            key(Section::Run, "threads", "", Whole32, "CPU threads, 512 at most, also for reading pictures; those that wait for work soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise").unset("libtorch's choice"),
+            key(Section::Run, "threads", "", Whole32, "CPU threads, 1024 at most, also for reading pictures; those that wait for work soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise").unset("libtorch's choice"),
         ],
     ),
     (

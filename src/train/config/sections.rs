@@ -78,7 +78,9 @@ pub struct DataSection {
     pub caption_column: String,
     /// Column of the conditions.
     pub conditioning_image_column: String,
-    /// Refuse pairs whose files lie outside the folder of their table.
+    /// Refuse pairs whose files lie outside the folder of their table. Left out where it is not set: cells of a comparison are named by
+    /// their settings, and keep their names.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub strict_paths: bool,
     /// Share of captions that are left out, so that the condition alone must do.
     pub proportion_empty_prompts: f64,

@@ -1,13 +1,14 @@
 //! A trained cell along the grid of `[frontier]`: drawn and scored, never trained.
 
 use crate::diffusion::sample::Session;
-use crate::error::{Error, Result};
-use crate::lab::compare::cell::{Cell, weight_files};
+use crate::error::{Error, ErrorKind, Result};
+use crate::lab::compare::cell::{Cell, adapter_folder, weight_files};
 use crate::lab::compare::draw;
 use crate::lab::compare::frontier::TaskFrontier;
+use crate::lab::compare::task::Task;
 use crate::lab::evaluate::Towers;
 use crate::lab::results::{Evaluation, FrontierPoint, FrontierRecord};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 impl Cell<'_> {
     /// Draws what is missing of the grid. Errors: weights that are gone; a grid starts no training.
@@ -27,13 +28,22 @@ impl Cell<'_> {
             let mut by = self.by(step);
             if let Some(adapter) = self.adapter(step) {
                 if !weight_files(&adapter).iter().any(|path| path.is_file()) {
-                    return Err(gone(&adapter, step == self.config.schedule.max_train_steps));
+                    return Err(gone(&adapter));
                 }
                 draw::put_on(session, &self.config, &adapter, scale)?;
                 by += &format!(", scale {scale}");
             }
             for (name, drawing) in &drawings {
-                drawing.draw(session, &[], &by, &place.join(name), self.observer)?;
+                match drawing.draw(session, &[], &by, &place.join(name), self.observer) {
+                    // A scale too far is a point that is missing; what was trained is as good as before.
+                    Err(Error { kind: ErrorKind::NotFinite(why), .. }) => {
+                        let why = why.lines().next().unwrap_or_default().to_string();
+                        self.observer
+                            .note(&format!("step {step}, scale {scale}: no point of the frontier: {why}"));
+                        break;
+                    }
+                    drawn => drawn?,
+                }
             }
         }
         Ok(())
@@ -51,12 +61,16 @@ impl Cell<'_> {
         let subjects = self.scored_subjects(towers, &frontier.sets)?;
         let mut points = Vec::new();
         for &(step, scale) in &frontier.points {
+            let place = self.point_folder(step, scale);
+            if !drawings.iter().all(|(name, drawing)| drawing.is_done(&place.join(name))) {
+                continue;
+            }
             let at_hand = |e: &&Evaluation| self.is_scored_step(scale) && e.step == step;
             let known: Vec<Evaluation> = scored.iter().filter(at_hand).cloned().collect();
             let evaluations = if frontier.sets.iter().all(|s| known.iter().any(|e| e.set == s.set)) {
                 known
             } else {
-                self.score_place(towers, &subjects, &drawings, (step, self.point_folder(step, scale)))?
+                self.score_place(towers, &subjects, &drawings, (step, place))?
             };
             points.extend(evaluations.into_iter().map(|evaluation| FrontierPoint { scale, evaluation }));
         }
@@ -74,13 +88,26 @@ impl Cell<'_> {
     }
 }
 
-fn gone(adapter: &std::path::Path, last: bool) -> Error {
-    let hint = if last {
-        "`remove_weights = true` removed them when the cell was done; its folder taken away, the cell is trained anew"
-    } else {
-        "checkpoints are removed when a comparison is done; leave this one out of [frontier] checkpoints, or take the \
-         cell's folder away to train it anew"
-    };
-    Error::run(format!("{}: expected trained weights to draw from, found none", adapter.display()))
-        .with_hint(hint)
+/// Fails where the grid of a training that is done cannot be drawn: its weights, or a checkpoint, were removed since. For a look
+/// before any cell begins.
+pub fn check_weights(comparison: &Path, task: &Task) -> Result<()> {
+    let Some(frontier) = task.frontier.as_ref().filter(|_| !task.cell.is_base()) else { return Ok(()) };
+    if !super::is_trained(comparison, task) || super::is_done(comparison, task) {
+        return Ok(());
+    }
+    let config = task.train_config(comparison);
+    let missing = frontier.points.iter().find_map(|(step, scale)| {
+        let adapter = adapter_folder(&config, *step);
+        let drawn = *scale == 1.0 && task.steps.contains(step);
+        (!drawn && !weight_files(&adapter).iter().any(|path| path.is_file())).then_some(adapter)
+    });
+    missing.map_or(Ok(()), |adapter| Err(gone(&adapter)))
+}
+
+fn gone(adapter: &Path) -> Error {
+    Error::run(format!(
+        "{}: expected trained weights to draw the frontier from, found none: they are removed when a comparison is done",
+        adapter.display()
+    ))
+    .with_hint("leave earlier steps out of [frontier] checkpoints; or take the cell's folder away, to train it anew")
 }

@@ -4,6 +4,8 @@
 mod frontier;
 mod scoring;
 
+pub use frontier::check_weights;
+
 use crate::adapter::peft;
 use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
 use crate::data::image::RgbImage;
@@ -256,12 +258,7 @@ impl Cell<'_> {
     /// What was trained up to a step; `None` for the base model.
     fn adapter(&self, step: i64) -> Option<PathBuf> {
         self.task.cell.learning_rate()?;
-        let run = &self.config.output_dir;
-        Some(if step == self.config.schedule.max_train_steps {
-            run.clone()
-        } else {
-            checkpoint::folder(run, step)
-        })
+        Some(adapter_folder(&self.config, step))
     }
 
     /// Class pictures are made once, by whoever comes first.
@@ -332,6 +329,12 @@ impl Cell<'_> {
         results::write_json(&self.folder.join(RECORD_FILE), record)?;
         if self.task.is_final { clean(self.comparison, self.task) } else { Ok(()) }
     }
+}
+
+/// Where a training keeps what it had trained up to a step.
+fn adapter_folder(config: &TrainConfig, step: i64) -> PathBuf {
+    let run = &config.output_dir;
+    if step == config.schedule.max_train_steps { run.clone() } else { checkpoint::folder(run, step) }
 }
 
 /// The files that are needed to draw with what was trained.

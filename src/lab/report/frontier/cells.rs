@@ -35,6 +35,18 @@ pub fn places(plan: &Plan) -> Vec<Place> {
     std::iter::once(base).chain(frontier.checkpoints.iter().flat_map(of)).collect()
 }
 
+/// The places at which every cell that was drawn along the grid has its pictures: a scale may be too far for one of them.
+pub fn common_places(plan: &Plan, all: &[CellRecord], records: &[&CellRecord]) -> Vec<Place> {
+    let there = |record: &CellRecord, place: Place| {
+        [Set::Validation, Set::Test].iter().all(|set| evaluation(plan, all, record, place, *set).is_some())
+    };
+    let mut places = places(plan);
+    let drawn: Vec<&&CellRecord> =
+        records.iter().filter(|record| places.iter().skip(1).any(|place| there(record, *place))).collect();
+    places.retain(|place| drawn.iter().all(|record| there(record, *place)));
+    places
+}
+
 /// A cell's evaluation at a place on a set: the base model's, of its subject, at the first.
 pub fn evaluation<'a>(
     plan: &Plan,
@@ -56,14 +68,17 @@ pub fn evaluation<'a>(
 }
 
 impl<'a> CellPlaces<'a> {
-    /// `None` where a place was not drawn or lacks a score.
+    /// At these places, of which the first is the base model; `None` where one lacks a score, or there is no other.
     pub fn new(
         plan: &Plan,
         records: &'a [CellRecord],
         record: &'a CellRecord,
+        places: &[Place],
         [likeness, fidelity, drift]: [&str; 3],
     ) -> Option<Self> {
-        let places = places(plan);
+        if places.len() < 2 {
+            return None;
+        }
         let at = |set: Set| -> Option<Vec<&Evaluation>> {
             places.iter().map(|place| evaluation(plan, records, record, *place, set)).collect()
         };

@@ -68,7 +68,7 @@ impl Envelope {
     /// The mean likeness from drift 0 to `limit`: the area below the curve over its width. `None` where the curve does not
     /// begin at 0 or ends before the limit.
     pub fn mean_up_to(&self, limit: f64) -> Option<f64> {
-        let end = self.likeness_at(limit).filter(|_| self.points[0].1 == 0.0)?;
+        let end = self.likeness_at(limit).filter(|_| self.points[0].1 == 0.0 && limit > 0.0)?;
         let inside = self.points.iter().map(|p| (p.1, p.2)).filter(|(drift, _)| *drift < limit);
         let corners: Vec<(f64, f64)> = inside.chain([(limit, end)]).collect();
         let area: f64 = corners.windows(2).map(|w| (w[1].0 - w[0].0) * (w[0].1 + w[1].1) / 2.0).sum();

@@ -15,8 +15,8 @@ pub use cells::{Place, evaluation, places};
 use crate::lab::report::statistics::Bootstrap;
 use crate::lab::report::table::{Analysis, RowKind, TableRow};
 use crate::lab::report::values::ScoreColumn;
-use crate::lab::results::{CellRecord, Plan};
-use cells::CellPlaces;
+use crate::lab::results::CellRecord;
+use cells::{CellPlaces, common_places};
 use envelope::{Envelope, Mixture};
 use sample::Sample;
 use serde::Serialize;
@@ -111,7 +111,7 @@ pub fn about(a: &Analysis) -> Vec<String> {
          between them, and level after the last; beyond the largest drift that was measured there is no value."
             .into(),
         format!(
-            "In brackets the difference to {reference} with its 95 % interval, from {}, drawn again for both.",
+            "In brackets, where there is one: the difference to {reference}, and its 95 % interval, from {}, drawn again for both.",
             a.resampled
         ),
         "The chosen point has the most likeness on validation pictures and prompts within the limit of drift; what stands there \
@@ -128,15 +128,15 @@ impl Frontier {
     pub fn new(a: &Analysis) -> Option<Self> {
         let planned = a.plan.frontier.as_ref()?;
         let likeness = likeness(&a.columns)?;
-        let rows: Vec<(&TableRow, Vec<CellPlaces>)> = a
+        let rows: Vec<Row> = a
             .rows
             .iter()
             .filter(|row| row.kind == RowKind::Method)
-            .map(|row| (row, of_row(a.plan, a.records, a.records_of(row), &likeness.key)))
-            .filter(|(_, cells)| !cells.is_empty())
+            .map(|row| Row::new(a, row, &likeness.key))
+            .filter(|row| !row.cells.is_empty())
             .collect();
         let all = |cells: &[CellPlaces]| Sample::new(&refs(cells), a.few_subjects).envelope(None);
-        let envelopes: Vec<Envelope> = rows.iter().map(|(_, cells)| all(cells)).collect::<Option<_>>()?;
+        let envelopes: Vec<Envelope> = rows.iter().map(|row| all(&row.cells)).collect::<Option<_>>()?;
         let mut frontier = Self {
             likeness: likeness.key.clone(),
             drifts: planned.drifts.clone(),
@@ -147,11 +147,11 @@ impl Frontier {
         if frontier.levels.is_empty() {
             frontier.levels = levels(&envelopes);
         }
-        let reference = rows.iter().find(|(row, _)| Some(&row.label) == a.reference.as_ref());
+        let reference = rows.iter().find(|row| Some(&row.row.label) == a.reference.as_ref());
         let mut bootstrap = Bootstrap::default();
-        for ((row, cells), envelope) in rows.iter().zip(&envelopes) {
-            let against = reference.filter(|(first, _)| first.label != row.label).map(|(_, cells)| cells);
-            let curve = frontier.curve(row, cells, envelope, &places(a.plan));
+        for (Row { row, cells, places }, envelope) in rows.iter().zip(&envelopes) {
+            let against = reference.filter(|first| first.row.label != row.label).map(|first| &first.cells);
+            let curve = frontier.curve(row, cells, envelope, places);
             let matching =
                 Matching::new(&mut bootstrap, cells, against.map_or(&[], Vec::as_slice), a.few_subjects);
             frontier.curves.push(frontier.matched(curve?, envelope, &matching));
@@ -180,8 +180,9 @@ impl Frontier {
         let points: Vec<CurvePoint> = (0..places.len()).map(point).collect();
         let chosen = sample::validation(&cells).and_then(|validation| {
             let within = (0..points.len()).filter(|&i| points[i].drift <= self.drift_limit);
-            // Of equal ones the first: with less drift, since scales ascend.
-            let better = |best: usize, i: usize| if validation[i] > validation[best] { i } else { best };
+            // Of equal ones the one with less drift.
+            let rank = |i: usize| (validation[i], -points[i].drift);
+            let better = |best: usize, i: usize| if rank(i) > rank(best) { i } else { best };
             within.reduce(better)
         });
         Some(Curve {
@@ -226,13 +227,22 @@ pub fn drift_and_fidelity(columns: &[ScoreColumn]) -> [Option<&ScoreColumn>; 2] 
     [DRIFT, FIDELITY].map(|key| columns.iter().find(|column| column.key == key))
 }
 
-fn of_row<'a>(
-    plan: &Plan,
-    all: &'a [CellRecord],
-    records: impl Iterator<Item = &'a CellRecord>,
-    likeness: &str,
-) -> Vec<CellPlaces<'a>> {
-    records.filter_map(|record| CellPlaces::new(plan, all, record, [likeness, FIDELITY, DRIFT])).collect()
+/// A row of the table with its cells at the places that all of them have.
+struct Row<'a> {
+    row: &'a TableRow,
+    cells: Vec<CellPlaces<'a>>,
+    places: Vec<Place>,
+}
+
+impl<'a> Row<'a> {
+    fn new(a: &'a Analysis, row: &'a TableRow, likeness: &str) -> Self {
+        let records: Vec<&CellRecord> = a.records_of(row).collect();
+        let places = common_places(a.plan, a.records, &records);
+        let keys = [likeness, FIDELITY, DRIFT];
+        let cell = |record: &&'a CellRecord| CellPlaces::new(a.plan, a.records, record, &places, keys);
+        let cells = records.iter().filter_map(cell).collect();
+        Self { row, cells, places }
+    }
 }
 
 fn refs<'c, 'a>(cells: &'c [CellPlaces<'a>]) -> Vec<&'c CellPlaces<'a>> {

@@ -2,7 +2,6 @@
 
 use crate::lab::report::frontier::cells::CellPlaces;
 use crate::lab::report::frontier::envelope::Envelope;
-use crate::lab::report::statistics::mean;
 use std::collections::BTreeMap;
 
 /// Values of a cell, `[prompt][place]`.
@@ -106,9 +105,12 @@ pub fn means(cells: &[&CellPlaces], of: PromptValues) -> Option<Vec<f64>> {
     Some(Family(subjects.into_values().collect()).means(None))
 }
 
-/// The mean over those cells that have it of the likeness on validation, at each place.
+/// Likeness on validation at each place: the mean over subjects, of those that have validation pictures, of the means over their
+/// cells.
 pub fn validation(cells: &[&CellPlaces]) -> Option<Vec<f64>> {
-    let all: Vec<&Vec<f64>> = cells.iter().map(|cell| &cell.validation).filter(|v| !v.is_empty()).collect();
-    let places = all.first()?.len();
-    (0..places).map(|i| mean(all.iter().map(|values| values[i]))).collect()
+    let mut subjects: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
+    for cell in cells.iter().filter(|cell| !cell.validation.is_empty()) {
+        subjects.entry(cell.pair().0).or_default().push(cell.validation.clone());
+    }
+    (!subjects.is_empty()).then(|| Family(subjects.into_values().collect()).means(None))
 }
