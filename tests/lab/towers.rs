@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Of unit embeddings, each number.
 const TOLERANCE: f64 = 1e-5;
@@ -323,7 +323,7 @@ fn broken_weights_are_refused() {
     // Each is finite, and what comes of them is not.
     tensors.iter_mut().for_each(|(name, t)| {
         if name == "layernorm.weight" {
-            *t = whole.ones_like() * 3e38;
+            *t = whole.ones_like().to_kind(Kind::Float) * 3e38;
         }
     });
     hra::weights::tensor_file::write(&path, &tensors, &[]).unwrap();

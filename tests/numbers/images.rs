@@ -171,6 +171,18 @@ fn what_is_no_image_is_told_by_its_content() {
 }
 
 #[test]
+fn a_palette_that_ends_within_a_colour_is_a_broken_picture() {
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, 1, 1);
+    encoder.set_color(png::ColorType::Indexed);
+    encoder.set_palette(vec![9; 5]);
+    encoder.set_trns(vec![255, 0]);
+    encoder.write_header().unwrap().write_image_data(&[0]).unwrap();
+    let problem = decode(&bytes).unwrap_err();
+    assert!(problem.starts_with("broken PNG image"), "{problem}");
+}
+
+#[test]
 fn decompression_bombs_are_refused_before_they_unfold() {
     for (width, height) in [(100_000, 100_000), (2_000_000_000, 1), (20_000, 10_000)] {
         let problem = decode(&hollow_png(width, height)).unwrap_err();

@@ -113,6 +113,17 @@ pub fn load_mask(path: &Path) -> Result<(RgbImage, Option<&'static str>)> {
 pub fn decode(bytes: &[u8], background: Background) -> std::result::Result<DecodedPicture, String> {
     let (format, name) = accepted(bytes)
         .ok_or_else(|| format!("expected a PNG, JPEG, WebP, BMP or TIFF image, found {}", describe(bytes)))?;
+    // Decoders panic on some damaged files, such as a PNG whose palette ends within a colour.
+    let decoded = std::panic::catch_unwind(|| decode_as(format, name, bytes, background));
+    decoded.unwrap_or_else(|_| Err(format!("broken {name} image: its decoder gave up")))
+}
+
+fn decode_as(
+    format: ImageFormat,
+    name: &'static str,
+    bytes: &[u8],
+    background: Background,
+) -> std::result::Result<DecodedPicture, String> {
     let explain = |e: ImageError| explain(name, &e);
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(if format == ImageFormat::Png { MAX_METADATA_BYTES } else { MAX_DECODED_BYTES });

@@ -145,7 +145,7 @@ pub fn score(config: &TrainConfig, judges: &Judges, observer: &dyn Observer) -> 
 }
 
 /// The steps at which nothing of the base model is left in pictures of other things, and says so. Drift of trainings that went
-/// well stays below 0.8 of `spread` (`docs/troubleshooting.md`).
+/// well stays below 0.72 of `spread` (`docs/troubleshooting.md`).
 fn lost(evaluations: &[Evaluation], spread: Option<f64>, observer: &dyn Observer) -> Vec<i64> {
     let Some(spread) = spread else { return Vec::new() };
     let drift = |e: &Evaluation| e.scores.get("drift").copied().filter(|drift| *drift > spread);
