@@ -12,6 +12,7 @@ pub mod draw;
 pub mod dreambooth;
 mod estimate;
 pub mod frontier;
+mod frontier_problems;
 mod plan;
 mod pool;
 mod score;

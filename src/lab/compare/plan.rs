@@ -4,9 +4,8 @@ use crate::diffusion::stable_diffusion::scheduler_of;
 use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, MethodEntry, Protocol};
 use crate::lab::compare::draw::{DrawnPairing, Sampling};
-use crate::lab::compare::frontier::TaskFrontier;
 use crate::lab::compare::subject::{Material, Subject, SubjectPicture, SubjectPictures, hash, slug};
-use crate::lab::compare::task::{Task, TaskSet};
+use crate::lab::compare::task::{Task, TaskFrontier, TaskSet};
 use crate::lab::evaluate::{TowerPaths, towers};
 use crate::lab::results::{
     BASE, CellWork, FORMAT, Plan, PlannedCell, PlannedFrontier, PlannedMethod, PlannedSubject, ScoredWith,

@@ -3,7 +3,6 @@
 use crate::error::Result;
 use crate::lab::compare::control::{self, Agreement};
 use crate::lab::compare::draw::{DrawnPairing, Sampling};
-use crate::lab::compare::frontier::TaskFrontier;
 use crate::lab::compare::subject::Prompt;
 use crate::lab::evaluate::TowerPaths;
 use crate::lab::results::{self, PlannedCell, ScoredWith, Set};
@@ -67,6 +66,17 @@ pub struct TaskSet {
     /// Where the prompts are captions of pairs: how they are drawn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pairs: Option<DrawnPairing>,
+}
+
+/// What one cell draws beside its scored steps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskFrontier {
+    /// Steps and scales, in the order in which they are drawn.
+    pub points: Vec<(i64, f64)>,
+    /// What is drawn at each.
+    pub sets: Vec<TaskSet>,
+    /// What the points are to be made with.
+    pub made_with: String,
 }
 
 impl Task {

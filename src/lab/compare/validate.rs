@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, Topic};
-use crate::lab::compare::control;
+use crate::lab::compare::{control, frontier_problems};
 use crate::train::config::keys::{InComparison, keys, value};
 use crate::train::config::{DataSection, PriorSection, TrainConfig};
 use crate::weights::bounds::{MAX_FACTOR, is_factor};
@@ -41,7 +41,10 @@ impl CompareConfig {
         if self.topic.is_control() {
             control::problems::problems(self).into_iter().for_each(|problem| check(false, problem));
         }
-        self.frontier.iter().flat_map(|f| f.problems(self)).for_each(|problem| check(false, problem));
+        self.frontier
+            .iter()
+            .flat_map(|f| frontier_problems::problems(f, self))
+            .for_each(|problem| check(false, problem));
         self.check_keys(&mut check);
         self.check_search(&mut check);
         self.check_training(&mut check);

@@ -1,6 +1,6 @@
 //! The report's tables as text: Markdown for a README or a paper, and columns for a terminal.
 
-use crate::lab::report::frontier;
+use crate::lab::report::frontier::{self, Frontier};
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, TableRow};
 use crate::lab::report::words;
@@ -8,7 +8,7 @@ use crate::lab::results;
 use crate::platform::columns::{self, left, right};
 
 /// `report.md`.
-pub fn markdown(a: &Analysis) -> String {
+pub fn markdown(a: &Analysis, curves: Option<&Frontier>) -> String {
     let mut text = format!("# {}\n", escape(&a.plan.title));
     let mut list = |heading: &str, items: &[String]| {
         if !items.is_empty() {
@@ -25,7 +25,7 @@ pub fn markdown(a: &Analysis) -> String {
     list("", &a.gaps());
     text += &format!("\n## {}\n\n", a.heading());
     text += &summary(a);
-    text += &frontier(a);
+    text += &frontier(a, curves);
     if let Some(reference) = &a.reference
         && a.rows.iter().any(|row| !row.differences.is_empty())
     {
@@ -56,8 +56,8 @@ pub fn markdown(a: &Analysis) -> String {
 }
 
 /// Likeness at matched drift.
-fn frontier(a: &Analysis) -> String {
-    let table = a.frontier.as_ref().and_then(|frontier| frontier::tables::rows(a, frontier));
+fn frontier(a: &Analysis, curves: Option<&Frontier>) -> String {
+    let table = curves.and_then(|curves| frontier::tables::rows(a, curves));
     let Some((headings, rows)) = table else { return String::new() };
     let mut text = format!("\n## {}\n\n", frontier::TITLE);
     text += &line(&headings.iter().map(|h| escape(h)).collect::<Vec<_>>());

@@ -13,6 +13,7 @@ mod page;
 pub mod paper;
 mod pictures;
 mod plots;
+mod scroll;
 pub mod search;
 pub mod statistics;
 pub mod table;
@@ -89,6 +90,7 @@ pub fn write(comparison: &Path) -> Result<Summary> {
         }
     }
     let analysis = Analysis::new(&plan, &records);
+    let frontier = Frontier::new(&analysis);
     let file = |name: &str| comparison.join(name);
     let pictures = tables::pictures(&analysis, &file(PICTURES_FILE))?;
     files::write_atomic(&file(PICTURES_FILE), &pictures)?;
@@ -113,13 +115,13 @@ pub fn write(comparison: &Path) -> Result<Summary> {
             missing: analysis.missing.iter().map(|c| c.id.as_str()).collect(),
             unscored: analysis.unscored.iter().map(|c| c.id.as_str()).collect(),
             chosen_steps: &analysis.chosen_steps,
-            frontier: analysis.frontier.as_ref(),
+            frontier: frontier.as_ref(),
             plan: &plan,
             records: &records,
         },
     )?;
-    files::write_atomic(&file(MARKDOWN_FILE), markdown::markdown(&analysis).as_bytes())?;
-    files::write_atomic(&file(PAGE_FILE), page::page(&analysis).as_bytes())?;
+    files::write_atomic(&file(MARKDOWN_FILE), markdown::markdown(&analysis, frontier.as_ref()).as_bytes())?;
+    files::write_atomic(&file(PAGE_FILE), page::page(&analysis, frontier.as_ref()).as_bytes())?;
     Ok(Summary {
         page: file(PAGE_FILE),
         text: markdown::terminal(&analysis),

@@ -2,12 +2,14 @@
 //! text from plans and records is escaped by `maud`; the content security policy lets only this page's own script and style
 //! run (by their hashes) and only pictures of its own folder load.
 
+use crate::lab::report::frontier::{self, Frontier};
 use crate::lab::report::names::{CELLS_FILE, FRONTIER_FILE, JSON_FILE, MARKDOWN_FILE, PICTURES_FILE};
 use crate::lab::report::plots::figures;
+use crate::lab::report::scroll::scroll;
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, MeanEstimate, PairedDifference, RowKind, TableRow};
 use crate::lab::report::values::ScoreColumn;
-use crate::lab::report::{chart, frontier, pictures, words};
+use crate::lab::report::{chart, pictures, words};
 use crate::lab::results;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -18,7 +20,7 @@ const SCRIPT: &str = include_str!("page.js");
 const STYLE: &str = include_str!("page.css");
 
 /// The whole page.
-pub fn page(a: &Analysis) -> String {
+pub fn page(a: &Analysis, curves: Option<&Frontier>) -> String {
     let style = format!("{STYLE}{}", chart::STYLE);
     let policy = format!(
         "default-src 'none'; img-src 'self' file:; style-src '{}'; script-src '{}'; base-uri 'none'; form-action 'none'",
@@ -40,7 +42,7 @@ pub fn page(a: &Analysis) -> String {
                 (header(a))
                 main {
                     (notes(a))
-                    (frontier::page::section(a))
+                    (frontier::page::section(a, curves))
                     (summary(a))
                     (differences(a))
                     (rates(a))
@@ -88,16 +90,6 @@ fn notes(a: &Analysis) -> Markup {
         }
         @if !gaps.is_empty() {
             section .notes.gaps aria-label="What is missing" { ul { @for gap in &gaps { li { (gap) } } } }
-        }
-    }
-}
-
-/// A box in which a wide table scrolls, by keys too; below it, while there is more to the right, a word that says so.
-pub fn scroll(label: &str, table: &Markup) -> Markup {
-    html! {
-        div .wide {
-            div .scroll role="region" aria-label=(label) tabindex="0" { (table) }
-            p .more hidden { "more columns to the right \u{2192}" }
         }
     }
 }

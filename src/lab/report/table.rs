@@ -1,6 +1,5 @@
 //! The numbers of the report: a row for the base model and for each method, with budgets, means, spreads and differences.
 
-use crate::lab::report::frontier::Frontier;
 use crate::lab::report::paper;
 use crate::lab::report::search::{BestRate, best_rates};
 use crate::lab::report::statistics::{Bootstrap, MANY_SUBJECTS, mean, mean_of_means, spread};
@@ -44,8 +43,6 @@ pub struct Analysis<'a> {
     pub few_subjects: bool,
     /// Whether control is compared, on pairs.
     pub control: bool,
-    /// Likeness against drift, where cells were drawn along a grid.
-    pub frontier: Option<Frontier>,
 }
 
 /// What a row of the table stands for.
@@ -177,14 +174,12 @@ impl<'a> Analysis<'a> {
             control,
             columns,
             rates,
-            frontier: None,
         };
         if plan.protocol == PAPER {
             let steps = |v: &CellValues| v.prompts.iter().map(|(step, _)| *step).collect();
             analysis.chosen_steps = values.iter().map(|v| (v.record.cell.id.as_str(), steps(v))).collect();
         }
         analysis.fill(&values);
-        analysis.frontier = Frontier::new(&analysis);
         analysis
     }
 

@@ -18,7 +18,7 @@ use crate::lab::report::values::ScoreColumn;
 use crate::lab::results::CellRecord;
 use cells::{CellPlaces, common_places};
 use envelope::{Envelope, Mixture};
-use sample::Sample;
+use sample::PlaceSample;
 use serde::Serialize;
 use std::collections::BTreeSet;
 
@@ -128,14 +128,14 @@ impl Frontier {
     pub fn new(a: &Analysis) -> Option<Self> {
         let planned = a.plan.frontier.as_ref()?;
         let likeness = likeness(&a.columns)?;
-        let rows: Vec<Row> = a
+        let rows: Vec<RowCells> = a
             .rows
             .iter()
             .filter(|row| row.kind == RowKind::Method)
-            .map(|row| Row::new(a, row, &likeness.key))
+            .map(|row| RowCells::new(a, row, &likeness.key))
             .filter(|row| !row.cells.is_empty())
             .collect();
-        let all = |cells: &[CellPlaces]| Sample::new(&refs(cells), a.few_subjects).envelope(None);
+        let all = |cells: &[CellPlaces]| PlaceSample::new(&refs(cells), a.few_subjects).envelope(None);
         let envelopes: Vec<Envelope> = rows.iter().map(|row| all(&row.cells)).collect::<Option<_>>()?;
         let mut frontier = Self {
             likeness: likeness.key.clone(),
@@ -149,7 +149,7 @@ impl Frontier {
         }
         let reference = rows.iter().find(|row| Some(&row.row.label) == a.reference.as_ref());
         let mut bootstrap = Bootstrap::default();
-        for (Row { row, cells, places }, envelope) in rows.iter().zip(&envelopes) {
+        for (RowCells { row, cells, places }, envelope) in rows.iter().zip(&envelopes) {
             let against = reference.filter(|first| first.row.label != row.label).map(|first| &first.cells);
             let curve = frontier.curve(row, cells, envelope, places);
             let matching =
@@ -228,13 +228,13 @@ pub fn drift_and_fidelity(columns: &[ScoreColumn]) -> [Option<&ScoreColumn>; 2] 
 }
 
 /// A row of the table with its cells at the places that all of them have.
-struct Row<'a> {
+struct RowCells<'a> {
     row: &'a TableRow,
     cells: Vec<CellPlaces<'a>>,
     places: Vec<Place>,
 }
 
-impl<'a> Row<'a> {
+impl<'a> RowCells<'a> {
     fn new(a: &'a Analysis, row: &'a TableRow, likeness: &str) -> Self {
         let records: Vec<&CellRecord> = a.records_of(row).collect();
         let places = common_places(a.plan, a.records, &records);
@@ -281,7 +281,7 @@ impl Matching {
         let samples = [cells, reference].map(|cells| {
             let mut cells: Vec<&CellPlaces> = cells.iter().filter(|c| both.contains(&c.pair())).collect();
             cells.sort_by_key(|cell| cell.pair());
-            Sample::new(&cells, few_subjects)
+            PlaceSample::new(&cells, few_subjects)
         });
         let curves = |drawn: Option<&[u16]>| {
             let [a, b] = &samples;

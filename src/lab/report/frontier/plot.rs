@@ -1,14 +1,13 @@
 //! The curves as a chart.
 
 use crate::lab::report::chart::{Chart, Line, Mark, Series};
-use crate::lab::report::frontier::{Curve, CurvePoint, drift_and_fidelity, likeness};
+use crate::lab::report::frontier::{Curve, CurvePoint, Frontier, drift_and_fidelity, likeness};
 use crate::lab::report::plots::{Figure, colour, score_axis};
 use crate::lab::report::table::Analysis;
 use crate::lab::report::words;
 
 /// Likeness against drift: a line above the points of each method, every point a mark that opens its pictures.
-pub fn figure(a: &Analysis) -> Option<Figure> {
-    let frontier = a.frontier.as_ref()?;
+pub fn figure(a: &Analysis, frontier: &Frontier) -> Option<Figure> {
     let likeness = likeness(&a.columns)?;
     let [drift, fidelity] = drift_and_fidelity(&a.columns);
     let drift = drift?;

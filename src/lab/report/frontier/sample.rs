@@ -41,14 +41,14 @@ impl Family {
 
 /// The cells of a method as units that may be drawn again: subjects where there are many, else pairs of seed and prompt in
 /// each subject.
-pub struct Sample {
+pub struct PlaceSample {
     likeness: Family,
     drift: Family,
     /// Likeness and drift are of the same units.
     of_subjects: bool,
 }
 
-impl Sample {
+impl PlaceSample {
     /// Of cells; `few_subjects` says which units.
     pub fn new(cells: &[&CellPlaces], few_subjects: bool) -> Self {
         let family = |of: PromptValues| {
