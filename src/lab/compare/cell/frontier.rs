@@ -2,7 +2,7 @@
 
 use crate::diffusion::sample::Session;
 use crate::error::{Error, ErrorKind, Result};
-use crate::lab::compare::cell::{Cell, adapter_folder, weight_files};
+use crate::lab::compare::cell::{Cell, adapter_folder, all_drawn, has_weights};
 use crate::lab::compare::draw;
 use crate::lab::compare::task::{Task, TaskFrontier};
 use crate::lab::evaluate::Towers;
@@ -21,12 +21,12 @@ impl Cell<'_> {
         let drawings = self.drawings(sets, fingerprint, resolution);
         for &(step, scale) in points {
             let place = self.point_folder(step, scale);
-            if drawings.iter().all(|(name, drawing)| drawing.is_done(&place.join(name))) {
+            if all_drawn(&drawings, &place) {
                 continue;
             }
             let mut by = self.by(step);
             if let Some(adapter) = self.adapter(step) {
-                if !weight_files(&adapter).iter().any(|path| path.is_file()) {
+                if !has_weights(&adapter) {
                     return Err(gone(&adapter));
                 }
                 draw::put_on(session, &self.config, &adapter, scale)?;
@@ -61,7 +61,7 @@ impl Cell<'_> {
         let mut points = Vec::new();
         for &(step, scale) in &frontier.points {
             let place = self.point_folder(step, scale);
-            if !drawings.iter().all(|(name, drawing)| drawing.is_done(&place.join(name))) {
+            if !all_drawn(&drawings, &place) {
                 continue;
             }
             let at_hand = |e: &&Evaluation| self.is_scored_step(scale) && e.step == step;
@@ -98,7 +98,7 @@ pub fn check_weights(comparison: &Path, task: &Task) -> Result<()> {
     let missing = frontier.points.iter().find_map(|(step, scale)| {
         let adapter = adapter_folder(&config, *step);
         let drawn = *scale == 1.0 && task.steps.contains(step);
-        (!drawn && !weight_files(&adapter).iter().any(|path| path.is_file())).then_some(adapter)
+        (!drawn && !has_weights(&adapter)).then_some(adapter)
     });
     missing.map_or(Ok(()), |adapter| Err(gone(&adapter)))
 }

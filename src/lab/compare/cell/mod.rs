@@ -229,11 +229,11 @@ impl Cell<'_> {
         let drawings = self.drawings(&self.task.sets, &fingerprint, resolution);
         for &step in &self.task.steps {
             let place = self.step_folder(step);
-            if drawings.iter().all(|(name, drawing)| drawing.is_done(&place.join(name))) {
+            if all_drawn(&drawings, &place) {
                 continue;
             }
             if let Some(adapter) = self.adapter(step) {
-                if !weight_files(&adapter).iter().any(|path| path.is_file()) {
+                if !has_weights(&adapter) {
                     return Ok(None);
                 }
                 draw::put_on(&mut session, config, &adapter, 1.0)?;
@@ -329,6 +329,16 @@ impl Cell<'_> {
         results::write_json(&self.folder.join(RECORD_FILE), record)?;
         if self.task.is_final { clean(self.comparison, self.task) } else { Ok(()) }
     }
+}
+
+/// Whether everything that is drawn at a place is there.
+fn all_drawn(drawings: &[(String, SetDrawing)], place: &Path) -> bool {
+    drawings.iter().all(|(name, drawing)| drawing.is_done(&place.join(name)))
+}
+
+/// Whether a folder holds something trained to draw with.
+fn has_weights(adapter: &Path) -> bool {
+    weight_files(adapter).iter().any(|path| path.is_file())
 }
 
 /// Where a training keeps what it had trained up to a step.

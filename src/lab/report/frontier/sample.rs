@@ -52,15 +52,12 @@ impl PlaceSample {
     /// Of cells; `few_subjects` says which units.
     pub fn new(cells: &[&CellPlaces], few_subjects: bool) -> Self {
         let family = |of: PromptValues| {
-            let mut subjects: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
-            for cell in cells {
-                subjects.entry(cell.pair().0).or_default().extend(of(cell).iter().cloned());
-            }
+            let subjects = by_subject(cells, of);
             if few_subjects {
-                return Family(subjects.into_values().collect());
+                return subjects;
             }
             let whole = |prompts: Vec<Vec<f64>>| Family(vec![prompts]).means(None);
-            Family(vec![subjects.into_values().map(whole).collect()])
+            Family(vec![subjects.0.into_iter().map(whole).collect()])
         };
         Self {
             likeness: family(|cell| &cell.likeness),
@@ -93,16 +90,21 @@ impl PlaceSample {
     }
 }
 
+/// A group for each subject, of the values of its cells' prompts.
+fn by_subject(cells: &[&CellPlaces], of: PromptValues) -> Family {
+    let mut subjects: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
+    for cell in cells {
+        subjects.entry(cell.pair().0).or_default().extend(of(cell).iter().cloned());
+    }
+    Family(subjects.into_values().collect())
+}
+
 /// Means at each place over subjects of the means over their cells' prompts; `None` where some cell has no values.
 pub fn means(cells: &[&CellPlaces], of: PromptValues) -> Option<Vec<f64>> {
     if cells.iter().any(|cell| of(cell).is_empty()) {
         return None;
     }
-    let mut subjects: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
-    for cell in cells {
-        subjects.entry(cell.pair().0).or_default().extend(of(cell).iter().cloned());
-    }
-    Some(Family(subjects.into_values().collect()).means(None))
+    Some(by_subject(cells, of).means(None))
 }
 
 /// Likeness on validation at each place: the mean over subjects, of those that have validation pictures, of the means over their
