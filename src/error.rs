@@ -258,10 +258,18 @@ pub fn out_of_memory(text: &str) -> Option<String> {
         Some((bytes, "bytes")) => format!("{told}: {:.1} MB more were needed", bytes / 1e6),
         Some((number, unit)) => format!("{told}: {number:.2} {unit} more were needed"),
         None => match PROBABLE.iter().find_map(|word| text.lines().find(|line| line.contains(word))) {
-            Some(line) => format!("{told}, most likely: {}", line.trim()),
+            Some(line) => format!("{told}, most likely: {}", in_panic(line).unwrap_or(line.trim())),
             None => told.to_string(),
         },
     })
+}
+
+/// libtorch's own first line within a panic of tch, whose text has it between quotes, with the backtrace behind escaped line ends;
+/// `None` for other texts.
+pub fn in_panic(text: &str) -> Option<&str> {
+    let (_, said) = text.split_once("Torch(\"")?;
+    let line = said.split("\\n").next().unwrap_or(said);
+    Some(line.strip_suffix("\")").unwrap_or(line))
 }
 
 /// The first line of what libtorch says, since a C++ backtrace follows, or that memory ran out.
@@ -365,6 +373,13 @@ mod tests {
         assert_eq!(out_of_memory(asked).as_deref(), Some("out of memory: 33.6 MB more were needed"));
         let asked = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB";
         assert_eq!(out_of_memory(asked).as_deref(), Some("out of memory: 2.00 GiB more were needed"));
+        for end in ["", "\\nException raised from make"] {
+            let text = format!(
+                "called `Result::unwrap()` on an `Err` value: Torch(\"could not create a primitive{end}\")"
+            );
+            let told = out_of_memory(&text);
+            assert_eq!(told.as_deref(), Some("out of memory, most likely: could not create a primitive"));
+        }
         assert_eq!(out_of_memory("linalg.svd: failed to converge"), None);
     }
 

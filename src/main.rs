@@ -59,10 +59,9 @@ fn tell(cause: &(dyn std::any::Any + Send)) -> u8 {
         say(&format!("hint: {}", OUT_OF_MEMORY.1));
         return ERROR;
     }
-    // tch puts libtorch's message between quotes, with the backtrace behind escaped line ends.
-    let line = text.split("\\n").next().unwrap_or(text).lines().next().unwrap_or(text);
-    let (by, line) = line.split_once("Torch(\"").map_or(("", line), |(_, said)| ("libtorch: ", said));
-    say(&format!("error: {by}{line}"));
+    let first = || text.lines().next().unwrap_or(text).to_string();
+    let line = hra::error::in_panic(text).map_or_else(first, |said| format!("libtorch: {said}"));
+    say(&format!("error: {line}"));
     let defect = "this is a defect of hra; please report it with the command that led here";
     say(&format!("hint: {}", hra::error::hint(text).unwrap_or(defect)));
     ERROR
