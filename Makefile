@@ -8,9 +8,10 @@ TASK ?= canny
 KILLS ?= 200
 INPUTS ?= 20000
 LIMITS ?= 60
+SEEDS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-control compare compare-quick test test-everywhere test-python test-cuda torture fuzz gpu-bundle lint bench
+.PHONY: help setup build demo demo-control compare compare-quick frontier test test-everywhere test-python test-cuda torture fuzz gpu-bundle lint bench
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +45,9 @@ compare: build ## compare seven methods on the embedded model, in runs/compare/ 
 
 compare-quick: build ## compare two methods in a minute or two, in runs/compare-quick/
 	target/release/hra compare configs/compare-quick.toml
+
+frontier: build ## likeness at the same drift: eleven methods, seven subjects, in runs/frontier/ (SEEDS=0,1,2 goes on); about two hours a seed
+	target/release/hra compare configs/frontier.toml --seeds $(SEEDS)
 
 test: setup ## run the Rust tests
 	@CARGO='$(CARGO)' $(PYTHON) tools/run_tests.py

@@ -34,6 +34,9 @@ pub struct CompareArgs {
     /// Trainings at once on this machine [default: the config file's]
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
+    /// Seeds of the trainings of the tables, such as 0,1,2 [default: the config file's]
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    seeds: Option<Vec<u64>>,
     /// Show the plan and how long it may take, and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -92,6 +95,13 @@ pub fn run(args: &CompareArgs, observer: &dyn Observer) -> Result<()> {
     }
     if let Some(jobs) = args.jobs {
         config.jobs = jobs;
+    }
+    if let Some(seeds) = &args.seeds {
+        if config.search.as_ref().is_some_and(|search| search.only) {
+            let problem = "--seeds: are those of the tables, and a [search] with only = true has none";
+            return Err(Error::config(problem).with_hint("its own are [search] seeds"));
+        }
+        config.seeds.clone_from(seeds);
     }
     if args.strict_paths {
         config.refuse_outside_paths()?;

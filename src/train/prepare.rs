@@ -140,7 +140,7 @@ pub(super) fn prepare(
     let kind = networks.model.denoiser().kind();
     let (optimisation, taken, earlier) =
         optimisation(&config, checkpoint, (parameters, parts), kind, &folder, observer)?;
-    let metrics = Metrics::open(folder.path(), taken, resume.is_some())?;
+    let metrics = Metrics::open(folder.path(), taken, resume.is_some(), observer)?;
     let run = Run { folder, metrics, fingerprint, taken, earlier };
     Ok(PreparedRun { run, networks, data: Data { batches, held_out, previews }, optimisation, config })
 }

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::platform::files;
+use crate::platform::observer::Observer;
 use crate::train::tensorboard::EventWriter;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -208,18 +209,27 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens a run's metrics to go on after `step`: later records, and a line that was cut off, are dropped. `resumed`
-    /// tells TensorBoard to drop what an earlier session wrote beyond it.
-    pub fn open(run: &Path, step: i64, resumed: bool) -> Result<Self> {
+    /// Opens a run's metrics to go on after `step`: later records, and a line that was cut off, are dropped, and others that are no
+    /// records too, which is said. `resumed` tells TensorBoard to drop what an earlier session wrote beyond it.
+    pub fn open(run: &Path, step: i64, resumed: bool, observer: &dyn Observer) -> Result<Self> {
         let path = run.join(METRICS_FILE);
         if path.is_file() {
             let text = String::from_utf8_lossy(&files::read(&path, MAX_METRICS)?).into_owned();
+            let mut damaged = 0;
             let kept: String = text
                 .split_inclusive('\n')
-                .filter(|line| {
-                    serde_json::from_str::<Record>(line).is_ok_and(|r| r.step <= step && line.ends_with('\n'))
+                .filter(|line| match serde_json::from_str::<Record>(line) {
+                    Ok(record) => record.step <= step && line.ends_with('\n'),
+                    Err(_) => {
+                        damaged += usize::from(line.ends_with('\n'));
+                        false
+                    }
                 })
                 .collect();
+            if damaged > 0 {
+                observer
+                    .note(&format!("{}: lines that are no records are dropped: {damaged}", path.display()));
+            }
             if kept != text {
                 files::write_atomic(&path, kept.as_bytes())?;
             }

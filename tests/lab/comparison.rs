@@ -66,6 +66,8 @@ impl Comparison {
     pub fn new(shape: &Shape) -> Self {
         let mut plan = Plan {
             frontier: None,
+            search_drift: None,
+            common_rate: None,
             format: FORMAT,
             title: "HRA and others on the embedded model".into(),
             protocol: "default".into(),

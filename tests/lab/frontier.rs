@@ -4,7 +4,7 @@ use crate::browser::Browser;
 use crate::compare::{METHODS, config, records, scratch};
 use crate::support::scratch::Scratch;
 use hra::data::image::load_rgb;
-use hra::lab::results::{CellRecord, Plan};
+use hra::lab::results::{CellRecord, Plan, Set};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -200,4 +200,111 @@ fn what_a_frontier_cannot_be_is_refused_with_all_reasons() {
     {
         assert!(error.err.contains(part), "{part}\n{}", error.err);
     }
+}
+
+/// Of points `(drift, likeness)`: the likeness at a drift, straight between the best point with less and the next better one with
+/// more, or that of the best where none is better.
+fn most_within(points: &[(f64, f64)], limit: f64) -> f64 {
+    let best = |points: &[(f64, f64)]| points.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1));
+    let (below, above): (Vec<_>, Vec<_>) = points.iter().partition(|point| point.0 <= limit);
+    let (low, from) = best(&below).map(|(drift, likeness)| (likeness, drift)).unwrap();
+    let better = above.into_iter().filter(|point| point.1 > low).min_by(|a, b| a.0.total_cmp(&b.0));
+    better.map_or(low, |(drift, likeness)| low + (likeness - low) * (limit - from) / (drift - from))
+}
+
+#[test]
+fn a_search_at_a_drift_looks_along_the_grid_and_every_method_has_a_row_at_the_common_rate() {
+    let limit = 4.0;
+    let tables = format!(
+        "[search]\nlearning_rates = [1e-3, 3e-2]\nsubjects = [\"cat\"]\nseeds = [0, 1]\ndrift = {limit}\n\
+         [frontier]\nscales = [0.5, 1, 2]\n"
+    );
+    let scratch = scratch(&config("score_steps = [4]\ncommon_rate = 1e-3", &tables, METHODS));
+    scratch.ok(&["compare", "c.toml"]);
+    let out = scratch.path("out");
+    let report: Value = serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap();
+    let records = Plan::read(&out).unwrap().records(&out).unwrap();
+    for best in report["learning_rates"].as_array().unwrap() {
+        let method = best["method"].as_str().unwrap();
+        let tried = best["rates"].as_array().unwrap();
+        assert_eq!(tried.len(), 2);
+        let objective = |rate: f64| {
+            let cells: Vec<&CellRecord> = records
+                .iter()
+                .filter(|r| r.cell.method() == method && r.cell.learning_rate() == Some(rate))
+                .filter(|r| r.cell.subject == "cat")
+                .collect();
+            assert_eq!(cells.len(), 2, "two seeds of one subject");
+            // The base model: no drift, its own likeness.
+            let base = records.iter().find(|r| r.cell.is_base() && r.cell.subject == "cat").unwrap();
+            let own = base.evaluations.iter().find(|e| e.set == Set::Validation).unwrap();
+            let mut points = vec![(0.0, own.scores["clip_i"])];
+            for step in [4, 6] {
+                for scale in [0.5, 1.0, 2.0] {
+                    let at = |r: &&CellRecord| {
+                        let points = &r.frontier.as_ref().unwrap().points;
+                        let here = points.iter().find(|p| {
+                            p.scale == scale
+                                && p.evaluation.step == step
+                                && p.evaluation.set == Set::Validation
+                        });
+                        let scores = &here.unwrap().evaluation.scores;
+                        (scores["drift"], scores["clip_i"])
+                    };
+                    let [a, b] = [at(&cells[0]), at(&cells[1])];
+                    points.push(((a.0 + b.0) / 2.0, (a.1 + b.1) / 2.0));
+                }
+            }
+            most_within(&points, limit)
+        };
+        for rate in tried {
+            let expected = objective(rate["rate"].as_f64().unwrap());
+            assert!((rate["objective"].as_f64().unwrap() - expected).abs() < 1e-9, "{rate} {expected}");
+            assert!(rate["spread"].is_number(), "two seeds have a spread");
+        }
+        let most = tried
+            .iter()
+            .max_by(|a, b| a["objective"].as_f64().unwrap().total_cmp(&b["objective"].as_f64().unwrap()));
+        assert_eq!(best["rate"], most.unwrap()["rate"]);
+    }
+    // The rate that was chosen is trained for the tables, and so is the common one.
+    let rows = report["rows"].as_array().unwrap();
+    for method in ["HRA", "full"] {
+        let rates: Vec<f64> = rows
+            .iter()
+            .filter(|row| row["label"].as_str().unwrap().starts_with(method))
+            .map(|row| row["rate"].as_f64().unwrap())
+            .collect();
+        assert!(rates.contains(&1e-3), "{rows:?}");
+        let curves = report["frontier"]["curves"].as_array().unwrap();
+        for rate in rates {
+            let mine = |c: &&Value| c["label"].as_str().unwrap().starts_with(method) && c["rate"] == rate;
+            assert_eq!(curves.iter().find(mine).unwrap()["cells"], 2, "{method} {rate}: cat and robot");
+        }
+    }
+    let text = std::fs::read_to_string(out.join("report.md")).unwrap();
+    assert!(text.contains("the most likeness with a drift of 4 or less"), "{text}");
+}
+
+#[test]
+fn a_search_at_a_drift_needs_a_grid_and_a_validation_picture() {
+    let refused = |tables: &str, change: &dyn Fn(String) -> String| {
+        let error = scratch(&change(config("", tables, METHODS))).run(&["compare", "c.toml"]);
+        assert_eq!(error.code, 2);
+        error.err
+    };
+    let same = |text: String| text;
+    let search = "[search]\nlearning_rates = [1e-3]\ndrift = 4\n";
+    assert!(refused(search, &same).contains("needs a table [frontier]"));
+    let frontier = "[frontier]\nscales = [1]\n";
+    let both = format!("{search}objective = {{ clip_i = 1.0 }}\n{frontier}");
+    assert!(refused(&both, &same).contains("either an objective or a drift"));
+    let zero = format!("{}{frontier}", search.replace("= 4", "= 0"));
+    assert!(refused(&zero, &same).contains("search: drift: expected a positive number"));
+    let robot = format!("{search}subjects = [\"robot\"]\n{frontier}");
+    let said = refused(&robot, &same);
+    assert!(said.contains("found none") && said.contains("hint: of five pictures"), "{said}");
+    let only = format!("{search}only = true\n{frontier}");
+    let common = |text: String| format!("common_rate = 1e-2\n{text}");
+    assert!(refused(&only, &common).contains("must have it among its learning_rates"));
 }

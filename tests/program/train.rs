@@ -193,6 +193,26 @@ fn kill_9_loses_only_the_steps_since_the_last_checkpoint() {
     }
 }
 
+#[test]
+fn a_damaged_line_of_the_metrics_is_dropped_and_told() {
+    let scratch = Scratch::new();
+    scratch.train("run", &["--max_train_steps", "2", "--checkpointing_steps", "2", "--log_every", "1"]);
+    let path = scratch.path("run/metrics.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (_, second) = text.split_once('\n').unwrap();
+    std::fs::write(&path, format!("{{\"loss\":,\n{second}")).unwrap();
+    let words = ["train", "--resume", "latest", "--output_dir", "run", "--max_train_steps", "3"];
+    let resumed = scratch.ok(&words).err;
+    assert!(resumed.contains("metrics.jsonl: lines that are no records are dropped: 1"), "{resumed}");
+    let kept = std::fs::read_to_string(&path).unwrap();
+    assert!(kept.starts_with(second) && kept.lines().count() == 2, "{kept}");
+    // A line that a kill cut off is no damage.
+    std::fs::write(&path, format!("{kept}{{\"loss\":")).unwrap();
+    let again =
+        scratch.ok(&["train", "--resume", "latest", "--output_dir", "run", "--max_train_steps", "4"]).err;
+    assert!(!again.contains("no records"), "{again}");
+}
+
 /// The same settings and seed, and the same pixels: to a level, because a sum is rounded otherwise in a batch of another size
 /// on some processors.
 fn same_picture(a: &[u8], b: &[u8]) {

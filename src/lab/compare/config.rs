@@ -51,6 +51,9 @@ pub struct CompareConfig {
     /// The towers that score.
     #[serde(default)]
     pub scores: TowerPaths,
+    /// A learning rate that every method is trained at beside its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub common_rate: Option<f64>,
     /// How learning rates are chosen; without it each method says its own.
     pub search: Option<Search>,
     /// Along which grid of scales and checkpoints every trained cell is drawn too.
@@ -181,6 +184,10 @@ pub struct Search {
     /// prompt, where it is empty.
     #[serde(default)]
     pub objective: BTreeMap<String, f64>,
+    /// In place of an objective: the likeness to a picture that is had with no more than this drift (pixels), anywhere on the grid
+    /// of `[frontier]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drift: Option<f64>,
     /// Search, and train nothing for the tables.
     #[serde(default)]
     pub only: bool,
@@ -343,9 +350,11 @@ impl CompareConfig {
         })
     }
 
-    /// What the search maximises: weights of scores; empty without a search.
+    /// What the search maximises: weights of scores; empty without a search, or where it looks along the grid of `[frontier]`.
     pub fn objective(&self) -> BTreeMap<String, f64> {
-        let Some(search) = &self.search else { return BTreeMap::new() };
+        let Some(search) = self.search.as_ref().filter(|search| search.drift.is_none()) else {
+            return BTreeMap::new();
+        };
         if !search.objective.is_empty() {
             return search.objective.clone();
         }

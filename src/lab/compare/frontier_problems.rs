@@ -24,8 +24,8 @@ pub fn problems(entry: &FrontierEntry, config: &CompareConfig) -> Vec<String> {
         "is for protocol = \"default\": the paper's scores are each the best of all steps",
     );
     check(
-        config.search.as_ref().is_none_or(|search| !search.only),
-        "a [search] with only = true trains nothing for it",
+        config.search.as_ref().is_none_or(|search| !search.only || search.drift.is_some()),
+        "a [search] with only = true and no drift of its own trains nothing for it",
     );
     check(
         !config.draw.drift_prompts.is_empty(),

@@ -1,7 +1,7 @@
 //! What is wrong with a comparison's config, all of it at once.
 
 use crate::error::{Error, Result};
-use crate::lab::compare::config::{CompareConfig, Topic};
+use crate::lab::compare::config::{CompareConfig, Search, Topic};
 use crate::lab::compare::{control, frontier_problems};
 use crate::train::config::keys::{InComparison, keys, value};
 use crate::train::config::{DataSection, PriorSection, TrainConfig};
@@ -141,6 +141,14 @@ impl CompareConfig {
             !validation,
             "draw: a [search] or [frontier] needs validation_prompts, which no table uses".into(),
         );
+        if let Some(rate) = self.common_rate {
+            check(rate.is_finite() && rate > 0.0, "common_rate: expected a positive number".into());
+            let tried = |search: &Search| !search.only || search.learning_rates.contains(&rate);
+            check(
+                self.search.as_ref().is_none_or(tried),
+                "common_rate: a [search] with only = true must have it among its learning_rates".into(),
+            );
+        }
         if let Some(search) = &self.search {
             check(
                 search.learning_rates.is_empty() != search.factors.is_empty(),
@@ -151,6 +159,17 @@ impl CompareConfig {
                 rates.clone().all(|r| r.is_finite() && *r > 0.0),
                 "search: expected positive numbers".into(),
             );
+            if let Some(drift) = search.drift {
+                check(drift.is_finite() && drift > 0.0, "search: drift: expected a positive number".into());
+                check(
+                    self.frontier.is_some(),
+                    "search: drift: needs a table [frontier], along which it is looked for".into(),
+                );
+                check(
+                    search.objective.is_empty(),
+                    "search: expected either an objective or a drift, found both".into(),
+                );
+            }
             self.check_objective(check);
             let rates: BTreeSet<u64> = rates.map(|r| r.to_bits()).collect();
             let seeds: BTreeSet<&u64> = search.seeds.iter().collect();

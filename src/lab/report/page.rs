@@ -269,7 +269,7 @@ fn rates(a: &Analysis) -> Markup {
                         tr .chosen[tried.rate == best.rate] {
                             th scope="row" { @if number == 0 { (best.method) } }
                             td { (format!("{:e}", tried.rate)) @if tried.rate == best.rate { " (chosen)" } }
-                            td { (format!("{:.4}", tried.objective)) }
+                            td { (words::objective_of(tried)) }
                             td { (tried.cells) " of " (tried.planned) }
                         }
                     }

@@ -1,7 +1,8 @@
 //! Learning rates and checkpoints, chosen by validation alone: no test picture or test prompt has a say.
 
-use crate::lab::report::statistics::mean;
-use crate::lab::report::values::result;
+use crate::lab::report::frontier::rate;
+use crate::lab::report::statistics::{mean, spread};
+use crate::lab::report::values::{self, ScoreColumn, result};
 use crate::lab::results::{CellRecord, Evaluation, Plan, PlannedCell, PlannedMethod, Set};
 use crate::train::config::keys::{Section, keys};
 use serde::Serialize;
@@ -27,8 +28,10 @@ pub struct BestRate {
 pub struct TriedRate {
     /// The learning rate.
     pub rate: f64,
-    /// Sum over the objective's scores of weight times mean over subjects and seeds.
+    /// Sum over the objective's scores of weight times mean over subjects and seeds; or the likeness within the search's drift.
     pub objective: f64,
+    /// Sample standard deviation of the seeds' own objectives; `None` of one seed.
+    pub spread: Option<f64>,
     /// Trainings that it is the mean of.
     pub cells: usize,
     /// Trainings that were planned. A rate with fewer than the fullest is not chosen: what is missing may have diverged.
@@ -37,7 +40,7 @@ pub struct TriedRate {
 
 /// The best learning rate of each method that has validation scores, in the order of the plan.
 pub fn best_rates(plan: &Plan, records: &[CellRecord]) -> Vec<BestRate> {
-    let scored: Vec<(&CellRecord, &Evaluation)> = records
+    let scored: Vec<ScoredCell> = records
         .iter()
         .filter(|r| !r.cell.is_base())
         .filter_map(|r| Some((r, result(plan, r, Set::Validation)?)))
@@ -56,15 +59,46 @@ pub fn best_rates(plan: &Plan, records: &[CellRecord]) -> Vec<BestRate> {
     let for_tables: BTreeSet<&str> = records.iter().filter(for_tables).map(|r| r.cell.id.as_str()).collect();
     let searched: Vec<&PlannedCell> =
         plan.cells.iter().filter(|c| !for_tables.contains(c.id.as_str())).collect();
-    let rate = |method| best_rate(plan, method, &scored, &left_out, &searched);
+    let judge = Judge { plan, records, columns: values::columns(records), left_out };
+    let rate = |method| best_rate(method, &judge, &scored, &searched);
     plan.methods.iter().filter_map(rate).collect()
 }
 
+/// A training with its scores on validation.
+type ScoredCell<'a> = (&'a CellRecord, &'a Evaluation);
+
+/// What is asked of a learning rate.
+struct Judge<'a> {
+    plan: &'a Plan,
+    records: &'a [CellRecord],
+    columns: Vec<ScoreColumn>,
+    left_out: BTreeSet<(&'a str, &'a str)>,
+}
+
+impl Judge<'_> {
+    /// Of trainings with one rate; `None` where no score is there.
+    fn objective(&self, cells: &[ScoredCell]) -> Option<f64> {
+        if let Some(drift) = self.plan.search_drift {
+            let trained: Vec<&CellRecord> = cells.iter().map(|(record, _)| *record).collect();
+            return rate::likeness_within(self.plan, self.records, &self.columns, &trained, drift);
+        }
+        let mut sum = None;
+        for (key, weight) in &self.plan.objective {
+            let counts =
+                |(r, _): &&ScoredCell| !self.left_out.contains(&(r.cell.subject.as_str(), key.as_str()));
+            let found = cells.iter().filter(counts).filter_map(|(_, e)| e.scores.get(key).copied());
+            if let Some(value) = mean(found) {
+                *sum.get_or_insert(0.0) += weight * value;
+            }
+        }
+        sum
+    }
+}
+
 fn best_rate(
-    plan: &Plan,
     method: &PlannedMethod,
-    scored: &[(&CellRecord, &Evaluation)],
-    left_out: &BTreeSet<(&str, &str)>,
+    judge: &Judge,
+    scored: &[ScoredCell],
     searched: &[&PlannedCell],
 ) -> Option<BestRate> {
     let mut grid = method.learning_rates.clone();
@@ -73,18 +107,20 @@ fn best_rate(
     let mut rates = Vec::new();
     for &rate in &grid {
         let of_rate = |label: &str, found: Option<f64>| label == method.label && found == Some(rate);
-        let cells: Vec<_> =
-            scored.iter().filter(|(r, _)| of_rate(r.cell.method(), r.cell.learning_rate())).collect();
-        let mut objective = None;
-        for (key, weight) in &plan.objective {
-            let counted = cells.iter().filter(|(r, _)| !left_out.contains(&(r.cell.subject.as_str(), key)));
-            if let Some(value) = mean(counted.filter_map(|(_, e)| e.scores.get(key).copied())) {
-                *objective.get_or_insert(0.0) += weight * value;
-            }
-        }
-        if let Some(objective) = objective {
+        let cells: Vec<_> = scored
+            .iter()
+            .filter(|(r, _)| of_rate(r.cell.method(), r.cell.learning_rate()))
+            .copied()
+            .collect();
+        if let Some(objective) = judge.objective(&cells) {
             let planned = searched.iter().filter(|c| of_rate(c.method(), c.learning_rate())).count();
-            rates.push(TriedRate { rate, objective, cells: cells.len(), planned });
+            let seeds: BTreeSet<u64> = cells.iter().map(|(r, _)| r.cell.seed()).collect();
+            let of_seed = |seed: u64| {
+                let own: Vec<_> = cells.iter().filter(|(r, _)| r.cell.seed() == seed).copied().collect();
+                judge.objective(&own)
+            };
+            let spread = spread(&seeds.into_iter().filter_map(of_seed).collect::<Vec<f64>>());
+            rates.push(TriedRate { rate, objective, spread, cells: cells.len(), planned });
         }
     }
     let fullest = rates.iter().map(|r| r.cells).max()?;

@@ -201,9 +201,15 @@ impl<'a> Analysis<'a> {
         for (number, method) in self.plan.methods.iter().enumerate() {
             let chosen = self.rates.iter().find(|r| r.method == method.label).map(|r| vec![r.rate]);
             let rates = chosen.unwrap_or_else(|| method.learning_rates.clone());
-            for &rate in &rates {
-                let label =
-                    if rates.len() > 1 { format!("{} {rate:e}", method.label) } else { method.label.clone() };
+            let common = self.plan.common_rate.filter(|common| !rates.contains(common));
+            for rate in rates.iter().copied().chain(common) {
+                let label = if Some(rate) == common {
+                    format!("{} at {rate:e}, common", method.label)
+                } else if rates.len() > 1 {
+                    format!("{} {rate:e}", method.label)
+                } else {
+                    method.label.clone()
+                };
                 let cells = of(&method.label, Some(rate));
                 let mut row = self.row(&label, &method.label, RowKind::Method, Some(rate), &cells);
                 row.method = Some(number);

@@ -295,6 +295,11 @@ impl Analysis<'_> {
 
     /// The objective of learning rates: `1 dino + 0.5 clip_t`.
     pub fn objective(&self) -> String {
+        if let Some(drift) = self.plan.search_drift {
+            return format!(
+                "the most likeness with a drift of {drift} or less, along the grid of scales and checkpoints"
+            );
+        }
         let terms: Vec<String> = self.plan.objective.iter().map(|(key, w)| format!("{w} {key}")).collect();
         format!("the largest {}", terms.join(" + "))
     }
@@ -382,11 +387,17 @@ impl Analysis<'_> {
     }
 }
 
+/// An objective, with its standard deviation over seeds where there are several.
+pub fn objective_of(rate: &TriedRate) -> String {
+    let spread = rate.spread.map_or_else(String::new, |spread| format!(" ± {spread:.4}"));
+    format!("{:.4}{spread}", rate.objective)
+}
+
 /// `0.4712 at 1e-3 (6 of 6 cells)`.
 pub fn tried(rate: &TriedRate) -> String {
     format!(
-        "{:.4} at {:e} ({} of {})",
-        rate.objective,
+        "{} at {:e} ({} of {})",
+        objective_of(rate),
         rate.rate,
         rate.cells,
         results::cell_count(rate.planned)

@@ -62,6 +62,12 @@ pub struct Plan {
     pub drift_prompts: Vec<String>,
     /// How learning rates are chosen from validation: weights of score keys in a sum.
     pub objective: Vec<(String, f64)>,
+    /// In place of that: the likeness that is had with no more than this drift.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub search_drift: Option<f64>,
+    /// A learning rate that every method has a row of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub common_rate: Option<f64>,
     /// What is the same for every cell, for the reader: setting and value.
     pub common: Vec<(String, String)>,
     /// Every cell, the base model's first.

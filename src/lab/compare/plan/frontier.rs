@@ -1,21 +1,41 @@
 //! `[frontier]` in a plan: the grid of each cell.
 
+use crate::error::{Error, Result};
 use crate::lab::compare::plan::{Planner, short};
+use crate::lab::compare::subject::Subject;
 use crate::lab::compare::task::{Task, TaskFrontier, TaskSet};
 use crate::lab::results::{PlannedFrontier, Set};
 
 impl Planner<'_> {
-    /// The grid of a cell of the tables: the validation prompts choose a point of it, the test prompts tell its scores.
+    /// Fails where a search looks at the likeness to validation pictures and nothing it looks at has any.
+    pub(super) fn check_validation(&self) -> Result<()> {
+        let Some(search) = self.config.search.as_ref().filter(|search| search.drift.is_some()) else {
+            return Ok(());
+        };
+        let has = |s: &Subject| s.pictures().is_some_and(|pictures| !pictures.validation.is_empty());
+        let searched = |s: &&Subject| search.subjects.is_empty() || search.subjects.contains(&s.name);
+        if self.subjects.iter().filter(searched).any(has) {
+            return Ok(());
+        }
+        Err(Error::config("search: drift: expected a subject with a validation picture, found none")
+            .with_hint(
+                "of five pictures in data_dir or more the last is left out of training for validation",
+            ))
+    }
+
+    /// The grid of a cell: the validation prompts choose a point of it, or a learning rate; the test prompts tell scores for the
+    /// tables.
     pub(super) fn frontier(&self, task: &Task) -> Option<TaskFrontier> {
         let entry = self.config.frontier.as_ref()?;
         let subject = self.subjects.iter().find(|s| s.name == task.cell.subject)?;
-        if task.sets.iter().all(|set| set.set != Set::Test) {
+        let has_test = task.sets.iter().any(|set| set.set == Set::Test);
+        if !has_test && self.config.search.as_ref().is_none_or(|search| search.drift.is_none()) {
             return None;
         }
         let is_trained = !task.cell.is_base();
         let points = if is_trained { entry.points(self.steps) } else { vec![(0, 0.0)] };
-        let sets: Vec<TaskSet> =
-            [Set::Validation, Set::Test].map(|set| self.set(set, subject, is_trained)).into();
+        let kinds: &[Set] = if has_test { &[Set::Validation, Set::Test] } else { &[Set::Validation] };
+        let sets: Vec<TaskSet> = kinds.iter().map(|set| self.set(*set, subject, is_trained)).collect();
         let identities: Vec<String> = sets.iter().map(|set| self.identity(task, set, &[])).collect();
         let made_with = short(&format!("{points:?} {identities:?}"));
         Some(TaskFrontier { points, sets, made_with })

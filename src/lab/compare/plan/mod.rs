@@ -59,6 +59,7 @@ pub fn plan(
     let of_method = |method: &MethodEntry| Ok((method.label.clone(), config.train_config(method)?));
     let configs = config.methods.iter().map(of_method).collect::<Result<_>>()?;
     let planner = Planner { config, subjects, steps: &steps, towers, identity, train, configs, model };
+    planner.check_validation()?;
     let chosen = match stage {
         Stage::Tables(chosen) => Some(*chosen),
         Stage::First => None,
@@ -94,6 +95,8 @@ pub fn plan(
         steps: steps.clone(),
         drift_prompts: config.draw.drift_prompts.clone(),
         objective: config.objective().into_iter().collect(),
+        search_drift: config.search.as_ref().and_then(|search| search.drift),
+        common_rate: config.common_rate,
         common: planner.common()?,
         cells: tasks.iter().map(|t| t.cell.clone()).collect(),
         scored_with: tasks.iter().map(|t| (t.cell.id.clone(), t.scored_with.clone())).collect(),
@@ -126,11 +129,12 @@ impl Planner<'_> {
                 place.insert(tasks.len());
                 tasks.push(task);
             }
-            // A training that serves the search and the tables is one cell with both sets.
+            // A training that serves the search and the tables is one cell with both sets; a common rate may be a method's own.
             Entry::Occupied(place) => {
                 let known = &mut tasks[*place.get()];
                 known.sets.extend(task.sets);
                 known.sets.sort_by_key(|s| s.set);
+                known.sets.dedup_by_key(|s| s.set);
             }
         };
         for subject in self.subjects {
@@ -170,7 +174,9 @@ impl Planner<'_> {
                                 .with_hint("try lower ones")
                             })?,
                         };
-                        add(self.training(method, subject, *seed, rate, Set::Test)?);
+                        for rate in [Some(rate), self.config.common_rate].into_iter().flatten() {
+                            add(self.training(method, subject, *seed, rate, Set::Test)?);
+                        }
                     }
                 }
             }

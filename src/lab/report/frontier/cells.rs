@@ -16,9 +16,9 @@ pub struct Place {
 pub struct CellPlaces<'a> {
     /// Which cell.
     pub record: &'a CellRecord,
-    /// Likeness to the test pictures, `[prompt][place]`.
+    /// Likeness to the pictures of the set, `[prompt][place]`.
     pub likeness: Vec<Vec<f64>>,
-    /// Fidelity to the test prompts, `[prompt][place]`; empty where it was not scored.
+    /// Fidelity to its prompts, `[prompt][place]`; empty where it was not scored.
     pub fidelity: Vec<Vec<f64>>,
     /// Drift, `[prompt without the subject][place]`.
     pub drift: Vec<Vec<f64>>,
@@ -36,9 +36,9 @@ pub fn places(plan: &Plan) -> Vec<Place> {
 }
 
 /// The places at which every cell that was drawn along the grid has its pictures: a scale may be too far for one of them.
-pub fn common_places(plan: &Plan, all: &[CellRecord], records: &[&CellRecord]) -> Vec<Place> {
+pub fn common_places(plan: &Plan, all: &[CellRecord], records: &[&CellRecord], set: Set) -> Vec<Place> {
     let there = |record: &CellRecord, place: Place| {
-        [Set::Validation, Set::Test].iter().all(|set| evaluation(plan, all, record, place, *set).is_some())
+        [Set::Validation, set].iter().all(|set| evaluation(plan, all, record, place, *set).is_some())
     };
     let mut places = places(plan);
     let drawn: Vec<&&CellRecord> =
@@ -68,12 +68,12 @@ pub fn evaluation<'a>(
 }
 
 impl<'a> CellPlaces<'a> {
-    /// At these places, of which the first is the base model; `None` where one lacks a score, or there is no other.
+    /// On a set, at these places, of which the first is the base model; `None` where one lacks a score, or there is no other.
     pub fn new(
         plan: &Plan,
         records: &'a [CellRecord],
         record: &'a CellRecord,
-        places: &[Place],
+        (set, places): (Set, &[Place]),
         [likeness, fidelity, drift]: [&str; 3],
     ) -> Option<Self> {
         if places.len() < 2 {
@@ -82,7 +82,7 @@ impl<'a> CellPlaces<'a> {
         let at = |set: Set| -> Option<Vec<&Evaluation>> {
             places.iter().map(|place| evaluation(plan, records, record, *place, set)).collect()
         };
-        let (test, validation) = (at(Set::Test)?, at(Set::Validation)?);
+        let (scored, validation) = (at(set)?, at(Set::Validation)?);
         let column = |of: fn(&Evaluation) -> &[PromptScores], from: &[&Evaluation], key: &str| {
             let prompts = of(from[from.len() - 1]).len();
             let value = |p: usize, e: &&Evaluation| prompt_value(of(e).get(p)?, key);
@@ -91,7 +91,7 @@ impl<'a> CellPlaces<'a> {
                 .collect::<Option<Vec<Vec<f64>>>>()
         };
         // The base model has not drifted from itself.
-        let trained = &test[1..];
+        let trained = &scored[1..];
         let from_base = |mut values: Vec<f64>| {
             values.insert(0, 0.0);
             values
@@ -101,8 +101,8 @@ impl<'a> CellPlaces<'a> {
         let validation = (0..places.len()).filter_map(|i| mean(chosen_by.iter().map(|prompt| prompt[i])));
         Some(Self {
             record,
-            likeness: column(|e| &e.prompts, &test, likeness)?,
-            fidelity: column(|e| &e.prompts, &test, fidelity).unwrap_or_default(),
+            likeness: column(|e| &e.prompts, &scored, likeness)?,
+            fidelity: column(|e| &e.prompts, &scored, fidelity).unwrap_or_default(),
             drift,
             validation: validation.collect(),
         })

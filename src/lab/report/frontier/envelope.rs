@@ -57,6 +57,11 @@ impl Envelope {
         self.at_drift(drift).map(|mixture| self.value(mixture, |point| point.2))
     }
 
+    /// The most likeness with no more drift than this; `None` where every point has more.
+    pub fn likeness_within(&self, drift: f64) -> Option<f64> {
+        self.likeness_at(drift.min(self.reach))
+    }
+
     /// The least drift with this likeness; `None` where no point, or every point, has so much.
     pub fn drift_at(&self, likeness: f64) -> Option<f64> {
         if !(self.points[0].2..=self.top()).contains(&likeness) {
@@ -111,6 +116,8 @@ mod tests {
         assert!(close(curve.likeness_at(6.0), 0.55) && close(curve.likeness_at(11.0), 0.6));
         assert_eq!((curve.likeness_at(12.1), curve.likeness_at(-0.1)), (None, None));
         assert!(close(curve.drift_at(0.35), 1.5) && close(curve.drift_at(0.6), 9.0));
+        assert!(close(curve.likeness_within(13.0), 0.6) && close(curve.likeness_within(6.0), 0.55));
+        assert_eq!(curve.likeness_within(-0.1), None);
         assert_eq!((curve.drift_at(0.61), curve.drift_at(0.19)), (None, None));
         // 3 (.2 + .5) / 2 + 6 (.5 + .6) / 2 + 3 * .6, over 12
         assert!(close(curve.mean_up_to(12.0), (1.05 + 3.3 + 1.8) / 12.0));

@@ -1,12 +1,15 @@
 //! Which method is better at the same drift: a curve of likeness against drift for each row of the table, from cells that
 //! were drawn along a grid of adapter scales and checkpoints.
 //!
-//! `cells` reads the grid from the records, `sample` takes means, `envelope` is the curve; `plot`, `tables` and `page` show them.
+//! `columns` says which scores these are, `cells` reads the grid from the records, `sample` takes means, `envelope` is the curve;
+//! `plot`, `tables` and `page` show them; `rate` judges a learning rate by its curve.
 
 mod cells;
+pub mod columns;
 mod envelope;
 pub mod page;
 pub mod plot;
+pub mod rate;
 mod sample;
 pub mod tables;
 
@@ -14,20 +17,14 @@ pub use cells::{Place, evaluation, places};
 
 use crate::lab::report::statistics::Bootstrap;
 use crate::lab::report::table::{Analysis, RowKind, TableRow};
-use crate::lab::report::values::ScoreColumn;
 use crate::lab::results::CellRecord;
 use cells::{CellPlaces, common_places};
+use columns::{DRIFT, FIDELITY, likeness};
 use envelope::{Envelope, Mixture};
 use sample::PlaceSample;
 use serde::Serialize;
 use std::collections::BTreeSet;
 
-/// Scores that say how much a picture is like the subject, the first that there is.
-const LIKENESS: [&str; 3] = ["dino", "dinov2", "clip_i"];
-/// How far a picture went from the base model's: pixels, which need no tower.
-const DRIFT: &str = "drift";
-/// How much a picture is like its prompt.
-const FIDELITY: &str = "clip_t";
 /// Where likenesses to match are not given: these shares of what all methods reach.
 const SHARES: [f64; 3] = [0.25, 0.5, 0.75];
 /// Resamples of which fewer than this share have a value have no interval.
@@ -83,7 +80,7 @@ pub struct CurvePoint {
     pub place: Place,
     /// From the base model's pictures.
     pub drift: f64,
-    /// To the test pictures.
+    /// To the pictures of the table's set.
     pub likeness: f64,
     /// To the prompt.
     pub fidelity: Option<f64>,
@@ -114,9 +111,11 @@ pub fn about(a: &Analysis) -> Vec<String> {
             "In brackets, where there is one: the difference to {reference}, and its 95 % interval, from {}, drawn again for both.",
             a.resampled
         ),
-        "The chosen point has the most likeness on validation pictures and prompts within the limit of drift; what stands there \
-         is its score on the test set."
-            .into(),
+        format!(
+            "The chosen point has the most likeness on validation pictures and prompts within the limit of drift; what stands \
+             there is its score on the {} set.",
+            a.set.name()
+        ),
     ]
 }
 
@@ -217,16 +216,6 @@ impl Frontier {
     }
 }
 
-/// The column of likeness, if there is one.
-pub fn likeness(columns: &[ScoreColumn]) -> Option<&ScoreColumn> {
-    LIKENESS.iter().find_map(|key| columns.iter().find(|column| column.key == *key))
-}
-
-/// The column of a key of the frontier's other scores.
-pub fn drift_and_fidelity(columns: &[ScoreColumn]) -> [Option<&ScoreColumn>; 2] {
-    [DRIFT, FIDELITY].map(|key| columns.iter().find(|column| column.key == key))
-}
-
 /// A row of the table with its cells at the places that all of them have.
 struct RowCells<'a> {
     row: &'a TableRow,
@@ -237,9 +226,10 @@ struct RowCells<'a> {
 impl<'a> RowCells<'a> {
     fn new(a: &'a Analysis, row: &'a TableRow, likeness: &str) -> Self {
         let records: Vec<&CellRecord> = a.records_of(row).collect();
-        let places = common_places(a.plan, a.records, &records);
+        let places = common_places(a.plan, a.records, &records, a.set);
         let keys = [likeness, FIDELITY, DRIFT];
-        let cell = |record: &&'a CellRecord| CellPlaces::new(a.plan, a.records, record, &places, keys);
+        let cell =
+            |record: &&'a CellRecord| CellPlaces::new(a.plan, a.records, record, (a.set, &places), keys);
         let cells = records.iter().filter_map(cell).collect();
         Self { row, cells, places }
     }

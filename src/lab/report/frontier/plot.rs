@@ -1,7 +1,8 @@
 //! The curves as a chart.
 
 use crate::lab::report::chart::{Chart, Line, Mark, Series};
-use crate::lab::report::frontier::{Curve, CurvePoint, Frontier, drift_and_fidelity, likeness};
+use crate::lab::report::frontier::columns::{drift_and_fidelity, likeness};
+use crate::lab::report::frontier::{Curve, CurvePoint, Frontier};
 use crate::lab::report::plots::{Figure, colour, score_axis};
 use crate::lab::report::table::Analysis;
 use crate::lab::report::words;

@@ -2,9 +2,8 @@
 //! table.
 
 use crate::error::{Error, Result};
-use crate::lab::report::frontier::{
-    Curve, Frontier, Matched, drift_and_fidelity, evaluation, likeness, places,
-};
+use crate::lab::report::frontier::columns::{drift_and_fidelity, likeness};
+use crate::lab::report::frontier::{Curve, Frontier, Matched, evaluation, places};
 use crate::lab::report::table::Analysis;
 use crate::lab::report::words;
 use crate::lab::results::{PromptScores, Set};
