@@ -20,4 +20,5 @@ mod page;
 mod report;
 mod report_choices;
 mod report_control;
+mod run_scores;
 mod towers;

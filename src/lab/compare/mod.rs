@@ -15,6 +15,7 @@ pub mod frontier;
 mod frontier_problems;
 mod plan;
 mod pool;
+pub mod recommended;
 mod score;
 pub mod shard;
 mod subject;

@@ -13,6 +13,8 @@ mod page;
 pub mod paper;
 mod pictures;
 mod plots;
+mod recommend;
+mod run_plot;
 mod scroll;
 pub mod search;
 pub mod statistics;
@@ -21,8 +23,9 @@ mod tables;
 mod values;
 mod words;
 
-pub use plots::steps_plot;
-pub use search::{BestRate, best_rates, best_step};
+pub use recommend::{best_place, likeness_key};
+pub use run_plot::{MarkedPlace, run_plot};
+pub use search::{BestRate, best_rates};
 
 use crate::error::{Error, Result};
 pub use names::{CELLS_FILE, FRONTIER_FILE, JSON_FILE, MARKDOWN_FILE, PAGE_FILE, PICTURES_FILE};
