@@ -8,6 +8,7 @@
 //! - [`blocks`]: the algebra of rotations of blocks of inputs, which OFT and BOFT share;
 //! - [`few_inputs`]: a layer whose inputs change within a few directions, which the kinds of HRA share;
 //! - [`reflections`]: the algebra of fixed products of reflections: strength, chains, how far they turn;
+//! - [`spectrum`]: what any change does to rows and singular values of a weight;
 //! - [`combine`], [`how`]: several adapters as one;
 //! - [`target`]: which layers are adapted, by PEFT's rules;
 //! - [`peft`], [`peft_config`], [`peft_fields`], `peft_patterns`: PEFT's `adapter_model.safetensors` and `adapter_config.json`;
@@ -25,6 +26,7 @@ pub mod peft_config;
 pub mod peft_fields;
 pub mod peft_patterns;
 pub mod reflections;
+pub mod spectrum;
 pub mod target;
 
 use crate::platform::host;

@@ -3,6 +3,7 @@
 pub mod fixed;
 pub mod loaded;
 pub mod parameters;
+pub mod spectrum;
 
 use crate::adapter::peft::{AdapterFile, Bias};
 use crate::adapter::target::TargetRule;

@@ -15,6 +15,7 @@ mod prepare;
 mod prompts;
 mod sample;
 mod sample_flags;
+mod sample_line;
 mod start;
 pub mod stdout;
 pub mod terminal;

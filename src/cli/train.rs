@@ -1,16 +1,16 @@
 //! `hra train`.
 
+use crate::cli::sample_line;
 use crate::cli::stdout::{self, print_line};
 use crate::cli::terminal;
 use crate::cli::towers::TowerFlags;
 use crate::cli::train_flags::Typed;
 use crate::error::{Error, Result};
-use crate::lab::compare::checkpoints::{self, Judges, Scored};
+use crate::lab::compare::checkpoints::{self, Judges, Scored, USUAL_SCALES};
 use crate::lab::evaluate::TowerPaths;
 use crate::lab::results::{SCORES, ScoreKind};
 use crate::platform::columns::{self, Column, left, right};
 use crate::platform::device::peak_process_memory;
-use crate::platform::files::shell_word;
 use crate::platform::observer::Observer;
 use crate::train::config::TrainConfig;
 use crate::train::run::{CONFIG_FILE, RunFolder};
@@ -46,7 +46,7 @@ pub struct TrainArgs {
     /// Print every effective setting as a config file, and do nothing
     #[arg(long, help_heading = "Model and output")]
     print_config: bool,
-    /// After training, draw the validation prompts from every checkpoint, score them, and mark the best
+    /// After training, draw the validation prompts from every checkpoint at some adapter scales, score them, and recommend one
     #[arg(long, help_heading = "Scores")]
     score: bool,
     #[command(flatten)]
@@ -57,6 +57,13 @@ pub struct TrainArgs {
     /// Prompt without the subject, for drift from the base model; may be given several times
     #[arg(long, value_name = "PROMPT", help_heading = "Scores")]
     drift_prompt: Vec<String>,
+    /// Adapter scales at which every checkpoint is drawn, 1 as trained; a step and a scale are recommended [default: 0.5,0.75,1]
+    #[arg(long, value_name = "SCALES", value_delimiter = ',', help_heading = "Scores")]
+    score_scales: Vec<f64>,
+    /// How far what is recommended may drift, in pixels [default: half of how far the base model's pictures of several
+    /// --drift-prompt are from each other]
+    #[arg(long, value_name = "PIXELS", help_heading = "Scores")]
+    drift_limit: Option<f64>,
     /// Print the closing report as JSON
     #[arg(long, help_heading = "Model and output")]
     json: bool,
@@ -99,12 +106,18 @@ pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
         towers: args.towers.paths(),
         token: args.token.clone(),
         drift_prompts: args.drift_prompt.clone(),
+        scales: if args.score_scales.is_empty() { USUAL_SCALES.to_vec() } else { args.score_scales.clone() },
+        drift_limit: args.drift_limit,
     };
     if args.score {
         checkpoints::check(&config, &judges, observer)?;
-    } else if judges.towers != TowerPaths::default() || !judges.drift_prompts.is_empty() {
+    } else if judges.towers != TowerPaths::default()
+        || !judges.drift_prompts.is_empty()
+        || !args.score_scales.is_empty()
+        || judges.drift_limit.is_some()
+    {
         return Err(Error::config(
-            "--clip, --dino, --dinov2, --lpips-* and --drift-prompt have no effect without --score",
+            "--clip, --dino, --dinov2, --lpips-*, --drift-prompt, --score-scales and --drift-limit have no effect without --score",
         ));
     }
     let outcome = train::train(config.clone(), resume.as_ref(), observer)?;
@@ -121,31 +134,37 @@ pub fn run(args: &TrainArgs, observer: &dyn Observer) -> Result<()> {
     let scored = args.score.then(|| checkpoints::score(&config, &judges, observer)).transpose()?;
     match &scored {
         _ if args.json => return super::print_json(&json(&outcome, &config, scored.as_ref())),
-        Some(scored) => report_scores(scored)?,
+        Some(scored) => report_scores(scored, &config)?,
         None => {}
     }
     Ok(())
 }
 
-fn report_scores(scored: &Scored) -> Result<()> {
-    let keys: BTreeSet<&String> = scored.evaluations.iter().flat_map(|e| e.scores.keys()).collect();
+fn report_scores(scored: &Scored, config: &TrainConfig) -> Result<()> {
+    let keys: BTreeSet<&String> = scored.points.iter().flat_map(|p| p.evaluation.scores.keys()).collect();
     let kinds: Vec<&ScoreKind> =
         SCORES.iter().filter(|kind| keys.iter().any(|key| *key == kind.key)).collect();
-    let mut rows = vec![vec!["step".to_string()]];
+    let mut rows = vec![vec!["step".to_string(), "scale".to_string()]];
     rows[0].extend(kinds.iter().map(|kind| kind.title.to_string()));
-    for evaluation in &scored.evaluations {
+    for (number, point) in scored.points.iter().enumerate() {
         let value = |kind: &&ScoreKind| {
-            evaluation.scores.get(kind.key).map_or("-".to_string(), |v| format!("{v:.4}"))
+            point.evaluation.scores.get(kind.key).map_or("-".to_string(), |v| format!("{v:.4}"))
         };
-        let mut row = vec![evaluation.step.to_string()];
+        let mut row = vec![point.evaluation.step.to_string(), point.scale.to_string()];
         row.extend(kinds.iter().map(value));
-        row.extend((scored.best == Some(evaluation.step)).then(|| "best".to_string()));
+        row.extend((scored.best == Some(number)).then(|| "best".to_string()));
         rows.push(row);
     }
     let scores = kinds.iter().map(|_| right(14).after(2));
-    let all: Vec<Column> = [right(8)].into_iter().chain(scores).chain([left(0).after(2)]).collect();
+    let all: Vec<Column> =
+        [right(8), right(8).after(2)].into_iter().chain(scores).chain([left(0).after(2)]).collect();
     print_line!("scores of the validation prompts:\n{}", columns::lines(&all, &rows).join("\n"))?;
-    print_line!("{}: scores.json, scores.svg and the pictures", scored.folder.display())
+    print_line!("{}: scores.json, scores.svg and the pictures", scored.folder.display())?;
+    let Some(place) = &scored.recommended else { return Ok(()) };
+    let limit = scored.drift_limit.map_or_else(String::new, |limit| format!(" of {limit:.1} at most"));
+    let drift = place.drift.map_or_else(String::new, |drift| format!(": drift {drift:.1}{limit}"));
+    print_line!("recommended: step {} at scale {}{drift}", place.step, place.scale)?;
+    print_line!("draw with it:\n  {}", sample_line::of_scored(config, place))
 }
 
 /// The closing report as numbers.
@@ -162,8 +181,10 @@ fn json(outcome: &Outcome, config: &TrainConfig, scored: Option<&Scored>) -> Val
         "orthogonality_error": moved.and_then(|m| m.orthogonality_error),
         "peak_memory": peak_process_memory(),
         "peak_device_memory": outcome.gpu.map(|gpu| gpu.reserved),
-        "best_step": scored.and_then(|s| s.best),
-        "evaluations": scored.map(|s| &s.evaluations),
+        "best_step": scored.and_then(|s| s.recommended.as_ref()).map(|place| place.step),
+        "recommended": scored.and_then(|s| s.recommended.as_ref()),
+        "drift_limit": scored.and_then(|s| s.drift_limit),
+        "evaluations": scored.map(|s| &s.points),
         "checkpoints": checkpoint::list(&outcome.folder).unwrap_or_default(),
     })
 }
@@ -204,25 +225,5 @@ fn report(outcome: &Outcome, config: &TrainConfig) -> Result<()> {
     {
         print_line!("checkpoints: {} in {folder}/checkpoints", steps.len())?;
     }
-    let model = &config.model;
-    let path = |path: &PathBuf| shell_word(&path.to_string_lossy());
-    let beyond = [
-        ("config", model.model_config.as_ref().map(path)),
-        ("vae", model.vae.as_ref().map(path)),
-        ("prediction", model.prediction.map(|prediction| prediction.to_string())),
-    ];
-    let beyond = beyond.into_iter().filter_map(|(flag, value)| Some(format!(" --{flag} {}", value?)));
-    print_line!(
-        "draw with it:\n  hra sample --model {}{} --adapter {} --prompt {} --guidance {} --output {}",
-        shell_word(&config.model.pretrained_model_name_or_path.to_string_lossy()),
-        beyond.collect::<String>(),
-        shell_word(&outcome.folder.to_string_lossy()),
-        if config.is_control() {
-            "CAPTION --control IMAGE".to_string()
-        } else {
-            shell_word(&config.data.instance_prompt)
-        },
-        config.previews.validation_guidance,
-        shell_word(&outcome.folder.join("pictures").to_string_lossy())
-    )
+    print_line!("draw with it:\n  {}", sample_line::of_run(config, &outcome.folder))
 }

@@ -235,6 +235,7 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
     let number = plan.methods.iter().position(|m| m.label == cell.method()).unwrap_or(0) as u64;
     CellRecord {
         frontier: None,
+        changes: None,
         format: FORMAT,
         cell: cell.clone(),
         budget: trained.then(|| Budget {

@@ -11,6 +11,7 @@ mod support {
 }
 
 mod browser;
+mod changes;
 mod compare;
 mod comparison;
 mod evaluate;
@@ -20,4 +21,5 @@ mod page;
 mod report;
 mod report_choices;
 mod report_control;
+mod run_scores;
 mod towers;

@@ -3,7 +3,8 @@
 
 use crate::browser::Browser;
 use crate::comparison::{Comparison, Shape, rename};
-use hra::lab::report;
+use hra::lab::report::{self, MarkedPlace};
+use hra::lab::results::{FrontierPoint, Set};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -399,20 +400,22 @@ fn the_plot_of_one_run_is_an_svg_file() {
     let Some(mut browser) = Browser::start() else { return };
     let comparison = Comparison::new(&Shape { steps: vec![100, 200, 300], ..Shape::small() });
     let record = comparison.records.iter().find(|r| r.cell.method() == "HRA").unwrap();
-    let test: Vec<_> =
-        record.evaluations.iter().filter(|e| e.set == hra::lab::results::Set::Test).cloned().collect();
+    let test = record.evaluations.iter().filter(|e| e.set == Set::Test).cloned();
+    let points: Vec<_> = test.map(|evaluation| FrontierPoint { scale: 1.0, evaluation }).collect();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("scores.svg");
-    std::fs::write(&path, report::steps_plot("run <\"dog\" & cat>", &test, Some(200))).unwrap();
+    let best = points.iter().position(|point| point.evaluation.step == 200);
+    let marked = MarkedPlace { best, drift_limit: None };
+    std::fs::write(&path, report::run_plot("run <\"dog\" & cat>", &points, marked)).unwrap();
     browser.open(&format!("file://{}", path.display()));
     assert_eq!(browser.eval("document.documentElement.tagName"), "svg");
     assert_eq!(browser.eval("document.querySelectorAll('parsererror').length"), 0);
-    // DINO, CLIP-T and drift, three marks each and one in each legend.
-    assert_eq!(browser.eval("document.querySelectorAll('polyline').length"), 3);
-    assert_eq!(browser.eval("document.querySelectorAll('.mark').length"), 9);
+    // DINO against drift, and DINO, CLIP-T and drift against steps, three marks each.
+    assert_eq!(browser.eval("document.querySelectorAll('polyline').length"), 4);
+    assert_eq!(browser.eval("document.querySelectorAll('.mark').length"), 12);
     let best =
         browser.eval("[...document.querySelectorAll('.rule')].map((r) => r.nextElementSibling.textContent)");
-    assert_eq!(best, json!(["best: 200", "best: 200", "best: 200"]));
+    assert_eq!(best, json!(["best: 200, scale 1", "best: 200, scale 1", "best: 200, scale 1"]));
     assert_eq!(browser.eval("getComputedStyle(document.querySelector('polyline')).stroke !== 'none'"), true);
     quiet(&browser);
 }

@@ -1,7 +1,7 @@
 //! What reports choose: learning rates and steps by validation, and the steps of the paper's protocol.
 
 use crate::comparison::{Comparison, Shape, Written, close, each_score};
-use hra::lab::report;
+use hra::lab::report::{self, MarkedPlace};
 use hra::lab::results::*;
 
 #[test]
@@ -94,25 +94,44 @@ fn a_search_has_its_table_on_validation_and_says_so() {
 }
 
 #[test]
-fn best_steps() {
-    let evaluation = |step: i64, dino: f64, clip: Option<f64>| Evaluation {
-        step,
-        set: Set::Validation,
-        prompts: Vec::new(),
-        drift: Vec::new(),
-        scores: std::iter::once(("dino".to_string(), dino))
-            .chain(clip.map(|c| ("clip_t".to_string(), c)))
-            .collect(),
+fn best_places() {
+    let point = |step: i64, scale: f64, dino: f64, more: &[(&str, f64)]| FrontierPoint {
+        scale,
+        evaluation: Evaluation {
+            step,
+            set: Set::Validation,
+            prompts: Vec::new(),
+            drift: Vec::new(),
+            scores: [("dino", dino)].iter().chain(more).map(|(key, v)| (key.to_string(), *v)).collect(),
+        },
     };
-    let objective = [("dino".to_string(), 1.0), ("clip_t".to_string(), 2.0)];
-    let all = [evaluation(1, 0.5, Some(0.3)), evaluation(2, 0.6, Some(0.2)), evaluation(3, 0.5, Some(0.3))];
-    assert_eq!(report::best_step(&all, &objective), Some(1), "1.1, 1.0, 1.1: the first of equal ones");
-    let partly = [evaluation(1, 0.5, Some(0.3)), evaluation(2, 0.6, None)];
-    assert_eq!(report::best_step(&partly, &objective), Some(2), "a score that one lacks counts in none");
-    assert_eq!(report::best_step(&all, &[("lpips_vgg".to_string(), 1.0)]), None);
-    let svg = report::steps_plot("run <dog>", &all, Some(2));
-    assert!(svg.starts_with("<svg") && svg.contains("best: 2") && svg.contains("run &lt;dog&gt;"), "{svg}");
-    assert_eq!(svg.matches("<polyline").count(), 2, "DINO and CLIP-T");
+    let best = report::best_place;
+    let text = |value: f64| [("clip_t", value)];
+    let all =
+        [point(1, 1.0, 0.5, &text(0.5)), point(2, 0.5, 0.6, &text(0.25)), point(2, 1.0, 0.5, &text(0.5))];
+    assert_eq!(best(&all, None), Some(0), "1.0, 0.85, 1.0: the first of equal ones");
+    let partly = [point(1, 1.0, 0.5, &text(0.9)), point(2, 1.0, 0.6, &[])];
+    assert_eq!(best(&partly, None), Some(1), "a score that one lacks counts in none");
+    let drifting = |dino: f64, drift: f64| point(1, 1.0, dino, &[("clip_t", 1.0 - dino), ("drift", drift)]);
+    let curve = [drifting(0.2, 1.0), drifting(0.5, 9.0), drifting(0.5, 4.0), drifting(0.9, 20.0)];
+    assert_eq!(best(&curve, None), Some(3), "where drift is measured CLIP-T has no say");
+    assert_eq!(
+        best(&curve, Some(9.0)),
+        Some(2),
+        "of equal ones that with less drift, the limit itself is within"
+    );
+    assert_eq!(best(&curve, Some(1.5)), Some(0));
+    assert_eq!((best(&curve, Some(0.5)), best(&[], None)), (None, None));
+    let svg = report::run_plot("run <dog>", &all, MarkedPlace { best: Some(1), drift_limit: None });
+    assert!(
+        svg.starts_with("<svg") && svg.contains("best: 2, scale 0.5") && svg.contains("run &lt;dog&gt;"),
+        "{svg}"
+    );
+    assert_eq!(svg.matches("<polyline").count(), 2, "DINO and CLIP-T as trained; one point is no line");
+    let svg = report::run_plot("run", &curve, MarkedPlace { best: Some(2), drift_limit: Some(9.0) });
+    assert!(svg.contains("limit: 9.0") && svg.contains("DINO 0.500, drift 4.00"), "{svg}");
+    let svg = report::run_plot("run", &curve, MarkedPlace { best: Some(2), drift_limit: Some(90.0) });
+    assert!(!svg.contains("limit:"), "a limit that no place passes");
 }
 
 /// By hand, see src/lab/report/paper.rs: of these three steps the sums are 17.0, 16.5 and 17.15, so the last is taken. With the

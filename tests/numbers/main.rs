@@ -23,3 +23,4 @@ mod parity;
 mod samplers;
 mod sampling;
 mod scores;
+mod spectrum;

@@ -15,6 +15,7 @@ pub mod frontier;
 mod frontier_problems;
 mod plan;
 mod pool;
+pub mod recommended;
 mod score;
 pub mod shard;
 mod subject;
@@ -129,7 +130,8 @@ fn stage(
     let bases: Vec<&Task> = planned.tasks.iter().filter(is_base).filter(needed).collect();
     let mut failures = Vec::new();
     for tasks in [bases, mine] {
-        let todo: Vec<&Task> = tasks.into_iter().filter(|task| !cell::is_done(folder, task)).collect();
+        let is_due = |task: &&Task| !cell::is_done(folder, task) || cell::lacks_changes(folder, task);
+        let todo: Vec<&Task> = tasks.into_iter().filter(is_due).collect();
         if todo.is_empty() {
             continue;
         }

@@ -1,5 +1,6 @@
 //! The report's tables as text: Markdown for a README or a paper, and columns for a terminal.
 
+use crate::lab::report::changes;
 use crate::lab::report::frontier::{self, Frontier};
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, TableRow};
@@ -32,6 +33,7 @@ pub fn markdown(a: &Analysis, curves: Option<&Frontier>) -> String {
         text += &format!("\n## Difference to {}\n\n", escape(reference));
         text += &differences(a);
     }
+    text += &changed(a);
     let mut list = |heading: &str, items: &[String]| {
         if !items.is_empty() {
             text += &format!("\n## {heading}\n\n");
@@ -59,17 +61,23 @@ pub fn markdown(a: &Analysis, curves: Option<&Frontier>) -> String {
 fn frontier(a: &Analysis, curves: Option<&Frontier>) -> String {
     let table = curves.and_then(|curves| frontier::tables::rows(a, curves));
     let Some((headings, rows)) = table else { return String::new() };
-    let mut text = format!("\n## {}\n\n", frontier::TITLE);
-    text += &line(&headings.iter().map(|h| escape(h)).collect::<Vec<_>>());
-    text += &format!("|---|{}\n", "---:|".repeat(headings.len() - 1));
-    for row in rows {
-        text += &line(&row.iter().map(|cell| escape(cell)).collect::<Vec<_>>());
-    }
-    text + "\n" + &frontier::about(a).iter().map(|item| format!("- {}\n", escape(item))).collect::<String>()
+    let about: String = frontier::about(a).iter().map(|item| format!("- {}\n", escape(item))).collect();
+    format!("\n## {}\n\n{}\n{about}", frontier::TITLE, table(&headings, &rows))
+}
+
+/// What the trainings changed.
+fn changed(a: &Analysis) -> String {
+    let Some((headings, rows)) = changes::rows(a) else { return String::new() };
+    let about: String = changes::ABOUT.iter().map(|item| format!("- {}\n", escape(item))).collect();
+    format!("\n## {}\n\n{}\n{about}", changes::TITLE, table(&headings, &rows))
 }
 
 fn summary(a: &Analysis) -> String {
     let (headings, rows) = summary_cells(a, words::heading);
+    table(&headings, &rows)
+}
+
+fn table(headings: &[String], rows: &[Vec<String>]) -> String {
     let mut text = line(&headings.iter().map(|h| escape(h)).collect::<Vec<_>>());
     text += &format!("|---|{}\n", "---:|".repeat(headings.len() - 1));
     for row in rows {

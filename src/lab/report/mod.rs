@@ -2,9 +2,10 @@
 //! and `report.md` in the comparison's folder; `frontier.csv` too, where cells were drawn along a grid.
 //!
 //! `values` picks what counts from the records (`paper`: as the HRA authors' script picks), `statistics` and `search` work
-//! on numbers, `table` holds the rows, `frontier` the curves at matched drift. `markdown`, `tables` and `page` with `pictures`, `plots` and `chart` show them.
+//! on numbers, `table` holds the rows, `frontier` the curves at matched drift, `changes` what weights say. `markdown`, `tables` and `page` with `pictures`, `plots` and `chart` show them.
 //! The same records give the same bytes. No tensors here, and no clock.
 
+pub mod changes;
 mod chart;
 pub mod frontier;
 mod markdown;
@@ -12,7 +13,10 @@ mod names;
 mod page;
 pub mod paper;
 mod pictures;
+mod plain_table;
 mod plots;
+mod recommend;
+mod run_plot;
 mod scroll;
 pub mod search;
 pub mod statistics;
@@ -21,14 +25,16 @@ mod tables;
 mod values;
 mod words;
 
-pub use plots::steps_plot;
-pub use search::{BestRate, best_rates, best_step};
+pub use recommend::{best_place, likeness_key};
+pub use run_plot::{MarkedPlace, run_plot};
+pub use search::{BestRate, best_rates};
 
 use crate::error::{Error, Result};
 pub use names::{CELLS_FILE, FRONTIER_FILE, JSON_FILE, MARKDOWN_FILE, PAGE_FILE, PICTURES_FILE};
 
 use crate::lab::results::{self, CellRecord, Plan, RECORD_FILE};
 use crate::platform::files;
+use changes::ChangedRow;
 use frontier::Frontier;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -70,6 +76,8 @@ struct ReportJson<'a> {
     chosen_steps: &'a BTreeMap<&'a str, Vec<i64>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     frontier: Option<&'a Frontier>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    changes: Vec<ChangedRow>,
     plan: &'a Plan,
     records: &'a [CellRecord],
 }
@@ -116,6 +124,7 @@ pub fn write(comparison: &Path) -> Result<Summary> {
             unscored: analysis.unscored.iter().map(|c| c.id.as_str()).collect(),
             chosen_steps: &analysis.chosen_steps,
             frontier: frontier.as_ref(),
+            changes: ChangedRow::all(&analysis),
             plan: &plan,
             records: &records,
         },

@@ -9,7 +9,7 @@ use crate::lab::report::scroll::scroll;
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, MeanEstimate, PairedDifference, RowKind, TableRow};
 use crate::lab::report::values::ScoreColumn;
-use crate::lab::report::{chart, pictures, words};
+use crate::lab::report::{changes, chart, pictures, words};
 use crate::lab::results;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -45,6 +45,7 @@ pub fn page(a: &Analysis, curves: Option<&Frontier>) -> String {
                     (frontier::page::section(a, curves))
                     (summary(a))
                     (differences(a))
+                    (changes::section(a))
                     (rates(a))
                     (picture_grid(a))
                     (plots(a))

@@ -1,17 +1,17 @@
 //! Which charts a comparison has; those that the records cannot fill are left out.
 
-use crate::lab::report::chart::{Axis, Chart, Line, Mark, Series, standalone};
+use crate::lab::report::chart::{Axis, Chart, Line, Mark, Series};
 use crate::lab::report::statistics::mean;
 use crate::lab::report::table::{Analysis, RowKind, TableRow};
-use crate::lab::report::values::{self, ScoreColumn};
+use crate::lab::report::values::ScoreColumn;
 use crate::lab::report::words;
-use crate::lab::results::{CellRecord, Evaluation, Set};
+use crate::lab::results::{CellRecord, Set};
 use std::collections::BTreeMap;
 
 /// Scores that say how much a picture is like its condition or the subject, the first that there is.
-const SIMILARITY: [&str; 6] = ["edge_f1", "subject_miou", "dino", "dinov2", "clip_i", "clip_t"];
+pub const SIMILARITY: [&str; 6] = ["edge_f1", "subject_miou", "dino", "dinov2", "clip_i", "clip_t"];
 /// Scores that say how much was forgotten, the first that there is.
-const DRIFT: [&str; 2] = ["drift_clip", "drift"];
+pub const DRIFT: [&str; 2] = ["drift_clip", "drift"];
 /// A curve has at most this many points.
 const CURVE_POINTS: usize = 150;
 
@@ -46,7 +46,8 @@ pub fn figures(a: &Analysis) -> Vec<Figure> {
     figures
 }
 
-fn first<'a>(columns: &'a [ScoreColumn], keys: &[&str]) -> Option<&'a ScoreColumn> {
+/// The column of the first of these keys that there is.
+pub fn first<'a>(columns: &'a [ScoreColumn], keys: &[&str]) -> Option<&'a ScoreColumn> {
     keys.iter().find_map(|key| columns.iter().find(|c| c.key == *key))
 }
 
@@ -178,7 +179,8 @@ fn loss_curves(
     }
 }
 
-fn step_title(column: &ScoreColumn) -> String {
+/// Heading of a chart of a score against steps.
+pub fn step_title(column: &ScoreColumn) -> String {
     format!("{} against steps", column.title)
 }
 
@@ -277,35 +279,4 @@ fn robustness(a: &Analysis, column: &ScoreColumn) -> Vec<Figure> {
         }
     };
     a.plan.steps.iter().map(panel).collect()
-}
-
-/// One training's score and drift against its steps as an SVG file, with the best step marked; `evaluations` are of one set.
-/// An empty drawing where there is nothing to show.
-pub fn steps_plot(title: &str, evaluations: &[Evaluation], best: Option<i64>) -> String {
-    let columns = values::columns_of(evaluations.iter().flat_map(|e| e.scores.keys()));
-    let wanted = [first(&columns, &SIMILARITY), first(&columns, &["clip_t"]), first(&columns, &DRIFT)];
-    let mut charts: Vec<Chart> = Vec::new();
-    for column in wanted.into_iter().flatten() {
-        let point = |e: &Evaluation| {
-            Some(mark("", &format!("step {}", e.step), e.step as f64, *e.scores.get(&column.key)?, column))
-        };
-        let marks: Vec<Mark> = evaluations.iter().filter_map(point).collect();
-        let chart = Chart {
-            title: step_title(column),
-            x: axis("step", false),
-            y: score_axis(column),
-            series: vec![Series {
-                label: column.title.clone(),
-                number: Some(charts.len()),
-                marks,
-                line: Line::Marks,
-                dots: Vec::new(),
-            }],
-            rule: best.map(|step| (step as f64, format!("best: {step}"))),
-        };
-        if !chart.is_empty() && charts.iter().all(|c| c.title != chart.title) {
-            charts.push(chart);
-        }
-    }
-    standalone(title, &charts)
 }

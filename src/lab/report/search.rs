@@ -1,4 +1,4 @@
-//! Learning rates and checkpoints, chosen by validation alone: no test picture or test prompt has a say.
+//! Learning rates, chosen by validation alone: no test picture or test prompt has a say.
 
 use crate::lab::report::frontier::rate;
 use crate::lab::report::statistics::{mean, spread};
@@ -131,25 +131,6 @@ fn best_rate(
     let at_edge = grid.len() > 1 && (grid.first() == Some(&best.rate) || grid.last() == Some(&best.rate));
     let (rate, objective) = (best.rate, best.objective);
     Some(BestRate { method: method.label.clone(), rate, objective, at_edge, rates })
-}
-
-/// The step whose evaluation has the largest sum of weighted scores, the first of equal ones. A score that an evaluation
-/// lacks counts in none.
-pub fn best_step(evaluations: &[Evaluation], objective: &[(String, f64)]) -> Option<i64> {
-    let there = |key: &String| evaluations.iter().all(|e| e.scores.contains_key(key));
-    let counted: Vec<&(String, f64)> = objective.iter().filter(|(key, _)| there(key)).collect();
-    if counted.is_empty() {
-        return None;
-    }
-    let sum = |e: &Evaluation| counted.iter().map(|(key, weight)| weight * e.scores[key]).sum::<f64>();
-    let mut best: Option<(i64, f64)> = None;
-    for evaluation in evaluations {
-        let value = sum(evaluation);
-        if best.is_none_or(|(_, most)| value > most) {
-            best = Some((evaluation.step, value));
-        }
-    }
-    best.map(|(step, _)| step)
 }
 
 /// The chosen rates as `[[method]]` of a compare config; empty where no method tried several.

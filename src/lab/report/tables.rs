@@ -104,6 +104,11 @@ pub fn cells(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
         "dtype",
         "threads",
         "jobs",
+        "changed_layers",
+        "row_angle",
+        "singular_values_moved",
+        "intruder_dimensions",
+        "leading_vectors",
     ];
     let mut writer = Writer::from_writer(Vec::new());
     let keys = a.columns.iter().map(|c| text_cell(&c.key));
@@ -116,6 +121,7 @@ pub fn cells(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
             row.extend([evaluation.prompts.len().to_string(), pictures.to_string()]);
             row.extend(a.columns.iter().map(|c| text(evaluation_value(evaluation, &c.key))));
             row.extend(of_budget(record));
+            row.extend(of_changes(record, evaluation));
             writer.write_record(&row).map_err(|e| fail(path, &e))?;
         }
     }
@@ -157,6 +163,19 @@ fn of_budget(record: &CellRecord) -> Vec<String> {
         shown(&environment.dtype),
         environment.threads.to_string(),
         environment.jobs.to_string(),
+    ]
+}
+
+/// What the training changed, beside the evaluations of its last step.
+fn of_changes(record: &CellRecord, evaluation: &Evaluation) -> [String; 5] {
+    let last = record.evaluations.iter().map(|e| e.step).max();
+    let changes = record.changes.as_ref().filter(|_| Some(evaluation.step) == last);
+    [
+        text(changes.map(|c| c.layers)),
+        text(changes.map(|c| c.angle)),
+        text(changes.map(|c| c.singular_values)),
+        text(changes.map(|c| c.intruders)),
+        text(changes.map(|c| c.leading)),
     ]
 }
 

@@ -16,10 +16,12 @@
 //! ```
 
 mod cell;
+mod changes;
 mod frontier;
 mod scores;
 
 pub use cell::{BASE, CellWork, PlannedCell};
+pub use changes::WeightChanges;
 pub use frontier::{FrontierPoint, FrontierRecord, PlannedFrontier};
 pub use scores::{Better, OF_CONDITIONS, SCORES, ScoreKind, Scores};
 
@@ -154,6 +156,9 @@ pub struct CellRecord {
     pub cell: PlannedCell,
     /// What the training cost; `None` for the base model.
     pub budget: Option<Budget>,
+    /// What the training changed; `None` for the base model, and where no weights were there to measure it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changes: Option<WeightChanges>,
     /// The training's records, in steps.
     pub losses: Vec<LossPoint>,
     /// Scores after each step of the plan and on each set of prompts, in that order.

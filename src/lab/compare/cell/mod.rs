@@ -1,9 +1,11 @@
 //! One cell, in a process of its own: train, draw, score, and write `record.json`. Whatever was finished before is not done
-//! again; an interrupted training goes on from its last checkpoint. `scoring` scores; `frontier` draws and scores the grid of scales.
+//! again; an interrupted training goes on from its last checkpoint. `scoring` scores; `frontier` draws and scores the grid of scales; `changes` measures the weights.
 
+mod changes;
 mod frontier;
 mod scoring;
 
+pub use changes::lacks_changes;
 pub use frontier::check_weights;
 
 use crate::adapter::peft;
@@ -39,12 +41,16 @@ pub fn run(comparison: &Path, id: &str, observer: &dyn Observer) -> Result<()> {
     let folder = results::cell_folder(comparison, id);
     let _lock = lock(&folder.join(".lock"), observer)?;
     let task = Task::read(comparison, id)?;
-    if is_done(comparison, &task) {
+    let done = is_done(comparison, &task);
+    if done && !lacks_changes(comparison, &task) {
         return Ok(());
     }
     let config = task.train_config(comparison);
     let compute = device::resolve(config.device, Some(config.model.dtype))?;
     let cell = Cell { comparison, task: &task, folder, config, compute, observer };
+    if done {
+        return cell.add_changes();
+    }
     let (trained, fingerprint) = match cell.train_and_draw() {
         // A rate too high is a result; the other cells go on.
         Err(Error { kind: ErrorKind::NotFinite(why), .. }) if !task.cell.is_base() => {
@@ -63,7 +69,8 @@ pub fn run(comparison: &Path, id: &str, observer: &dyn Observer) -> Result<()> {
         (None, Some(agreement)) => cell.real_pairs(agreement, &towers)?,
         (None, None) => Real { scores: cell.real(towers)?, pictures: Vec::new() },
     };
-    cell.finish(&CellRecord { frontier, ..cell.record(trained, evaluations, real, None)? })
+    let changes = cell.changes()?;
+    cell.finish(&CellRecord { changes, frontier, ..cell.record(trained, evaluations, real, None)? })
 }
 
 /// Whether the record of a task is there, with the task's scores.
@@ -298,6 +305,7 @@ impl Cell<'_> {
             format: FORMAT,
             cell: self.task.cell.clone(),
             budget,
+            changes: None,
             losses: self.losses()?,
             evaluations,
             frontier: None,

@@ -1,6 +1,7 @@
 //! The curves on the page: the plot, whose points open their pictures, and the table of matched values.
 
 use crate::lab::report::frontier::{Frontier, TITLE, about, plot, tables};
+use crate::lab::report::plain_table::plain_table;
 use crate::lab::report::scroll::scroll;
 use crate::lab::report::table::Analysis;
 use maud::{Markup, html};
@@ -8,21 +9,7 @@ use maud::{Markup, html};
 /// Nothing, where no cell was drawn along a grid.
 pub fn section(a: &Analysis, curves: Option<&Frontier>) -> Markup {
     let Some(frontier) = curves else { return html! {} };
-    let table = tables::rows(a, frontier).map(|(headings, rows)| {
-        html! {
-            table {
-                thead { tr { @for heading in &headings { th scope="col" { (heading) } } } }
-                tbody {
-                    @for row in &rows {
-                        tr {
-                            th scope="row" { (row[0]) }
-                            @for (heading, cell) in headings.iter().zip(row).skip(1) { td data-title=(heading) { (cell) } }
-                        }
-                    }
-                }
-            }
-        }
-    });
+    let table = tables::rows(a, frontier).map(|(headings, rows)| plain_table(&headings, &rows));
     html! {
         section #frontier {
             h2 { (TITLE) }
