@@ -1,5 +1,6 @@
 //! The report's tables as text: Markdown for a README or a paper, and columns for a terminal.
 
+use crate::lab::report::classifier::{self, Classified};
 use crate::lab::report::frontier::{self, Frontier};
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, TableRow};
@@ -8,7 +9,7 @@ use crate::lab::results;
 use crate::platform::columns::{self, left, right};
 
 /// `report.md`.
-pub fn markdown(a: &Analysis, curves: Option<&Frontier>) -> String {
+pub fn markdown(a: &Analysis, curves: Option<&Frontier>, classified: Option<&Classified>) -> String {
     let mut text = format!("# {}\n", escape(&a.plan.title));
     let mut list = |heading: &str, items: &[String]| {
         if !items.is_empty() {
@@ -26,6 +27,9 @@ pub fn markdown(a: &Analysis, curves: Option<&Frontier>) -> String {
     text += &format!("\n## {}\n\n", a.heading());
     text += &summary(a);
     text += &frontier(a, curves);
+    if let Some(classified) = classified {
+        text += &told(classifier::TITLE, &classified.table(), &classified.about(a));
+    }
     if let Some(reference) = &a.reference
         && a.rows.iter().any(|row| !row.differences.is_empty())
     {
@@ -58,14 +62,18 @@ pub fn markdown(a: &Analysis, curves: Option<&Frontier>) -> String {
 /// Likeness at matched drift.
 fn frontier(a: &Analysis, curves: Option<&Frontier>) -> String {
     let table = curves.and_then(|curves| frontier::tables::rows(a, curves));
-    let Some((headings, rows)) = table else { return String::new() };
-    let mut text = format!("\n## {}\n\n", frontier::TITLE);
+    table.map_or_else(String::new, |table| told(frontier::TITLE, &table, &frontier::about(a)))
+}
+
+/// A table under its heading, and sentences on how it is to be read.
+fn told(title: &str, (headings, rows): &(Vec<String>, Vec<Vec<String>>), about: &[String]) -> String {
+    let mut text = format!("\n## {title}\n\n");
     text += &line(&headings.iter().map(|h| escape(h)).collect::<Vec<_>>());
     text += &format!("|---|{}\n", "---:|".repeat(headings.len() - 1));
     for row in rows {
         text += &line(&row.iter().map(|cell| escape(cell)).collect::<Vec<_>>());
     }
-    text + "\n" + &frontier::about(a).iter().map(|item| format!("- {}\n", escape(item))).collect::<String>()
+    text + "\n" + &about.iter().map(|item| format!("- {}\n", escape(item))).collect::<String>()
 }
 
 fn summary(a: &Analysis) -> String {

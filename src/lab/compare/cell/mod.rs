@@ -1,10 +1,12 @@
 //! One cell, in a process of its own: train, draw, score, and write `record.json`. Whatever was finished before is not done
-//! again; an interrupted training goes on from its last checkpoint. `scoring` scores; `frontier` draws and scores the grid of scales.
+//! again; an interrupted training goes on from its last checkpoint. `scoring` scores; `frontier` draws and scores the grid of scales;
+//! `classifier` asks the model itself.
 
+mod classifier;
 mod frontier;
 mod scoring;
 
-pub use frontier::check_weights;
+pub use classifier::questions;
 
 use crate::adapter::peft;
 use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
@@ -12,7 +14,7 @@ use crate::data::image::RgbImage;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lab::compare::draw::{self, SetDrawing};
-use crate::lab::compare::task::{Task, TaskSet};
+use crate::lab::compare::task::{Task, TaskClassifier, TaskSet};
 use crate::lab::evaluate::Towers;
 use crate::lab::results::{
     self, Budget, CellRecord, Environment, Evaluation, FORMAT, LossPoint, PictureScores, RECORD_FILE, Scores,
@@ -45,33 +47,43 @@ pub fn run(comparison: &Path, id: &str, observer: &dyn Observer) -> Result<()> {
     let config = task.train_config(comparison);
     let compute = device::resolve(config.device, Some(config.model.dtype))?;
     let cell = Cell { comparison, task: &task, folder, config, compute, observer };
-    let (trained, fingerprint) = match cell.train_and_draw() {
-        // A rate too high is a result; the other cells go on.
-        Err(Error { kind: ErrorKind::NotFinite(why), .. }) if !task.cell.is_base() => {
-            let failure = why.lines().next().map(str::to_string);
-            let record = cell.record(None, Vec::new(), Real::default(), failure)?;
-            return cell.finish(&record);
-        }
-        other => other?,
+    let record = match scored(comparison, &task) {
+        Some(record) => record,
+        None => cell.train_draw_and_score()?,
     };
-    let towers = Towers::load(&task.towers, cell.compute.device, observer)?;
-    let _guard = tch::no_grad_guard();
-    let evaluations = cell.score(&towers, &fingerprint)?;
-    let frontier = cell.score_frontier(&towers, &fingerprint, &evaluations)?;
-    let real = match (&trained, &task.control) {
-        (Some(_), _) => Real::default(),
-        (None, Some(agreement)) => cell.real_pairs(agreement, &towers)?,
-        (None, None) => Real { scores: cell.real(towers)?, pictures: Vec::new() },
-    };
-    cell.finish(&CellRecord { frontier, ..cell.record(trained, evaluations, real, None)? })
+    if record.failure.is_none() && task.classifier.is_some() {
+        // However long the model is asked, its scores are there.
+        results::write_json(&cell.folder.join(RECORD_FILE), &record)?;
+        return cell.finish(&CellRecord { classifier: cell.classify()?, ..record });
+    }
+    cell.finish(&record)
 }
 
-/// Whether the record of a task is there, with the task's scores.
-pub fn is_done(comparison: &Path, task: &Task) -> bool {
+/// The record of a task, where it has all scores of the task's pictures.
+fn scored(comparison: &Path, task: &Task) -> Option<CellRecord> {
     let path = results::cell_folder(comparison, &task.cell.id).join(RECORD_FILE);
-    path.is_file()
-        && CellRecord::read(&path)
-            .is_ok_and(|record| record.has(&task.scored_with) && has_frontier(&record, task))
+    let record = path.is_file().then(|| CellRecord::read(&path).ok())??;
+    (record.has(&task.scored_with) && has_frontier(&record, task)).then_some(record)
+}
+
+/// Whether the record of a task is there, with all that is asked of it.
+pub fn is_done(comparison: &Path, task: &Task) -> bool {
+    let asked = task.classifier.as_ref();
+    scored(comparison, task).is_some_and(|record| {
+        let answers =
+            |asked: &TaskClassifier| record.classifier.as_ref().is_some_and(|c| asked.is_answered(c));
+        record.failure.is_some() || asked.is_none_or(answers)
+    })
+}
+
+/// Fails where something is wanted of a training that is done, and the weights that it needs were removed since. For a look before
+/// any cell begins.
+pub fn check_weights(comparison: &Path, task: &Task) -> Result<()> {
+    if task.cell.is_base() || !is_trained(comparison, task) || is_done(comparison, task) {
+        return Ok(());
+    }
+    frontier::check_weights(comparison, task)?;
+    classifier::check_weights(comparison, task)
 }
 
 /// Whether the points of the task's grid are there; a training that failed has none.
@@ -136,6 +148,28 @@ struct Real {
 }
 
 impl Cell<'_> {
+    /// The record without answers of a classifier; one of a training that failed says why.
+    fn train_draw_and_score(&self) -> Result<CellRecord> {
+        let (trained, fingerprint) = match self.train_and_draw() {
+            // A rate too high is a result; the other cells go on.
+            Err(Error { kind: ErrorKind::NotFinite(why), .. }) if !self.task.cell.is_base() => {
+                let failure = why.lines().next().map(str::to_string);
+                return self.record(None, Vec::new(), Real::default(), failure);
+            }
+            other => other?,
+        };
+        let towers = Towers::load(&self.task.towers, self.compute.device, self.observer)?;
+        let _guard = tch::no_grad_guard();
+        let evaluations = self.score(&towers, &fingerprint)?;
+        let frontier = self.score_frontier(&towers, &fingerprint, &evaluations)?;
+        let real = match (&trained, &self.task.control) {
+            (Some(_), _) => Real::default(),
+            (None, Some(agreement)) => self.real_pairs(agreement, &towers)?,
+            (None, None) => Real { scores: self.real(towers)?, pictures: Vec::new() },
+        };
+        Ok(CellRecord { frontier, ..self.record(trained, evaluations, real, None)? })
+    }
+
     /// What was trained (`None` for the base model), and the base model's fingerprint; all pictures are there.
     fn train_and_draw(&self) -> Result<(Option<TrainedCell>, String)> {
         let mut trained = self.train()?;
@@ -301,6 +335,7 @@ impl Cell<'_> {
             losses: self.losses()?,
             evaluations,
             frontier: None,
+            classifier: None,
             real: real.scores,
             real_pictures: real.pictures,
             failure,
