@@ -68,6 +68,7 @@ impl Comparison {
             frontier: None,
             search_drift: None,
             common_rate: None,
+            classifier: None,
             format: FORMAT,
             title: "HRA and others on the embedded model".into(),
             protocol: "default".into(),
@@ -235,6 +236,7 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
     let number = plan.methods.iter().position(|m| m.label == cell.method()).unwrap_or(0) as u64;
     CellRecord {
         frontier: None,
+        classifier: None,
         format: FORMAT,
         cell: cell.clone(),
         budget: trained.then(|| Budget {

@@ -11,6 +11,7 @@ mod support {
 }
 
 mod browser;
+mod classifier;
 mod compare;
 mod comparison;
 mod evaluate;

@@ -194,6 +194,7 @@ pub fn csv(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
         let cell = &record.cell;
         let subject = if cell.method() == BASE { "" } else { &cell.subject };
         for (picture, errors) in planned.pictures.iter().zip(&point.errors) {
+            let caption = planned.prompts.get(picture.class).map(String::as_str).unwrap_or_default();
             for (prompt, error) in planned.prompts.iter().zip(errors) {
                 let row = [
                     text_cell(cell.method()).into_owned(),
@@ -203,7 +204,7 @@ pub fn csv(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
                     point.step.to_string(),
                     scale.to_string(),
                     text_cell(&picture.file).into_owned(),
-                    text_cell(&planned.prompts[picture.class]).into_owned(),
+                    text_cell(caption).into_owned(),
                     text_cell(prompt).into_owned(),
                     error.to_string(),
                 ];

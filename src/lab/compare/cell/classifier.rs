@@ -28,8 +28,11 @@ impl Cell<'_> {
         let _guard = tch::no_grad_guard();
         let mut session = draw::open(&self.config, &self.compute, self.observer)?;
         let latents = self.latents(&session, &wanted.asked)?;
+        let (done, begun) =
+            std::mem::take(&mut record.points).into_iter().partition(ClassifierPoint::is_done);
+        record.points = done;
         for &scale in &wanted.scales {
-            if record.at(scale).is_some_and(ClassifierPoint::is_done) {
+            if record.at(scale).is_some() {
                 continue;
             }
             if let Some(adapter) = self.adapter(wanted.step) {
@@ -38,47 +41,58 @@ impl Cell<'_> {
                 }
                 draw::put_on(&mut session, &self.config, &adapter, scale)?;
             }
-            if record.at(scale).is_none() {
-                let (step, errors) = (wanted.step, Vec::new());
-                record.points.push(ClassifierPoint { step, scale, errors, accuracy: None, failure: None });
-            }
-            self.classify_at(scale, &session, &latents, &wanted.asked, &mut record)?;
+            let begun = begun.iter().find(|point| point.scale == scale).cloned();
+            let point = begun.unwrap_or_else(|| ClassifierPoint {
+                step: wanted.step,
+                scale,
+                errors: Vec::new(),
+                accuracy: None,
+                failure: None,
+            });
+            let point = self.rest(point, &session, &latents, &wanted.asked, &record)?;
+            record.points.push(point);
         }
         Ok(Some(record))
     }
 
-    /// The rest of the answers at a scale, each kept as soon as it is there.
-    fn classify_at(
+    /// A point with the rest of its answers, each kept beside the record's as soon as it is there.
+    fn rest(
         &self,
-        scale: f64,
+        mut point: ClassifierPoint,
         session: &Session,
         latents: &[Tensor],
         asked: &PlannedClassifier,
-        record: &mut ClassifierRecord,
-    ) -> Result<()> {
-        let number = record.points.iter().position(|point| point.scale == scale).unwrap_or_default();
+        record: &ClassifierRecord,
+    ) -> Result<ClassifierPoint> {
+        let keep = |point: &ClassifierPoint| {
+            let points = record.points.iter().chain([point]).cloned().collect();
+            let record = ClassifierRecord { made_with: record.made_with.clone(), points };
+            results::write_json(&self.folder.join(ANSWERS_FILE), &record)
+        };
         let (noise, batch) = ((asked.num_noises, asked.seed), self.config.prior.sample_batch_size);
-        let shape = latents[0].size();
+        let shape = latents.first().map(Tensor::size).unwrap_or_default();
         let classifier = DiffusionClassifier::new(session.model(), &asked.prompts, noise, &shape, batch)?;
-        for latents in &latents[record.points[number].errors.len()..] {
+        for latents in latents.iter().skip(point.errors.len()) {
             match classifier.errors(latents, self.observer) {
                 // A scale too far is a point that is missing; the base model has none.
                 Err(Error { kind: ErrorKind::NotFinite(why), .. }) if !self.task.cell.is_base() => {
                     let why = why.lines().next().unwrap_or_default().to_string();
-                    self.observer.note(&format!("scale {scale}: no answers of the classifier: {why}"));
-                    record.points[number].failure = Some(why);
+                    self.observer
+                        .note(&format!("scale {}: no answers of the classifier: {why}", point.scale));
+                    point.failure = Some(why);
                     break;
                 }
-                errors => record.points[number].errors.push(errors?),
+                errors => point.errors.push(errors?),
             }
-            results::write_json(&self.folder.join(ANSWERS_FILE), record)?;
+            keep(&point)?;
         }
-        let point = &mut record.points[number];
         if point.failure.is_none() {
             let right = point.right(&asked.pictures);
-            point.accuracy = Some(right.iter().filter(|right| **right).count() as f64 / right.len() as f64);
+            let count = right.iter().filter(|right| **right).count();
+            point.accuracy = Some(count as f64 / right.len() as f64);
         }
-        results::write_json(&self.folder.join(ANSWERS_FILE), record)
+        keep(&point)?;
+        Ok(point)
     }
 
     /// The middle of each picture as scaled latents, the mean of what the VAE says, `(1, c, h, w)`.
@@ -89,13 +103,17 @@ impl Cell<'_> {
             ImageFolder::scan(&self.comparison.join(CLASSIFIER_PICTURES), self.config.data.background)?;
         let latents = |picture: &ClassifiedPicture| {
             let path = self.comparison.join(&picture.file);
-            let missing =
-                || Error::data(format!("expected a picture of the classifier at {}", path.display()));
+            let missing = || {
+                Error::data(format!("{}: expected a picture of the classifier, found none", path.display()))
+            };
             let index = folder.images().iter().position(|image| image.path == path).ok_or_else(missing)?;
             let window = folder.crop_window(index, resolution, Crop::Center);
             let (mean, _) = model.vae.encode(&tensor::signed(&folder.prepare(index, resolution, window)?));
             Ok(mean * model.vae.scaling_factor())
         };
+        if asked.pictures.is_empty() {
+            return Err(Error::data("classifier: expected pictures to classify, found none"));
+        }
         asked.pictures.iter().map(latents).collect()
     }
 }
@@ -116,7 +134,7 @@ pub fn questions(comparison: &Path, task: &Task) -> Option<usize> {
     let PlannedClassifier { prompts, pictures, num_noises, .. } = &wanted.asked;
     let left = |scale: &f64| match record.at(*scale) {
         Some(point) if point.is_done() => 0,
-        Some(point) => pictures.len() - point.errors.len(),
+        Some(point) => pictures.len().saturating_sub(point.errors.len()),
         None => pictures.len(),
     };
     Some(wanted.scales.iter().map(left).sum::<usize>() * prompts.len() * num_noises)

@@ -59,9 +59,10 @@ impl ClassifierSet {
             for pair in own.take(entry.num_pictures.unwrap_or(usize::MAX)) {
                 let ending = pair.image.extension().and_then(|e| e.to_str()).unwrap_or("png");
                 let name = format!("{:05}.{ending}", set.pictures.len());
-                set.pictures.push(SubjectPicture::read(name, &pair.image)?);
+                let picture = SubjectPicture::read(name, &pair.image)?;
+                no_training_picture(&picture, &pair.name, subjects)?;
+                set.pictures.push(picture);
                 set.classes.push(class);
-                no_training_picture(set.pictures.last(), &pair.name, subjects)?;
             }
             if set.pictures.len() == before {
                 missing.push(format!("`{prompt}`"));
@@ -107,8 +108,7 @@ impl ClassifierSet {
 }
 
 /// Refuses a picture that a subject is taught with.
-fn no_training_picture(picture: Option<&SubjectPicture>, name: &str, subjects: &[Subject]) -> Result<()> {
-    let Some(picture) = picture else { return Ok(()) };
+fn no_training_picture(picture: &SubjectPicture, name: &str, subjects: &[Subject]) -> Result<()> {
     for subject in subjects {
         let own = subject.pictures().map(|own| own.train.as_slice()).unwrap_or_default();
         if let Some(twin) = own.iter().find(|other| other.hash == picture.hash) {
