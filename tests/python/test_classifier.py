@@ -65,7 +65,7 @@ def compared(hra, tmp_path_factory, request):
 def errors(pipe, prediction, picture, noise, timesteps):
     """Mean squared error of each class, one call of the UNet for each class and timestep."""
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
-    pixels = torch.from_numpy(np.asarray(Image.open(picture).convert("RGB"))).float().permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(Image.open(picture).convert("RGB"))).float().permute(2, 0, 1)[None]
     latents = pipe.vae.encode(pixels / 127.5 - 1).latent_dist.mean * pipe.vae.config.scaling_factor
     found = []
     for prompt in CLASSES:

@@ -2,6 +2,7 @@
 //! the report's table.
 
 use crate::error::{Error, Result};
+use crate::lab::report::frontier::columns::DRIFT;
 use crate::lab::report::frontier::{self, Place};
 use crate::lab::report::scroll::scroll;
 use crate::lab::report::statistics::mean;
@@ -15,8 +16,6 @@ use std::path::Path;
 
 /// Heading of the table.
 pub const TITLE: &str = "Classes still told apart";
-/// Of pixels, as in the summary.
-const DRIFT: &str = "drift";
 
 /// The rows of the table, the base model's first.
 #[derive(Debug, Clone, Serialize)]

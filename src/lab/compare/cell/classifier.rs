@@ -90,6 +90,8 @@ impl Cell<'_> {
             let right = point.right(&asked.pictures);
             let count = right.iter().filter(|right| **right).count();
             point.accuracy = Some(count as f64 / right.len() as f64);
+            let (scale, all) = (point.scale, right.len());
+            self.observer.say(&format!("classifier, scale {scale}: {count} of {all} pictures told right"));
         }
         keep(&point)?;
         Ok(point)
