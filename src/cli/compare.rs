@@ -46,7 +46,7 @@ pub struct CompareArgs {
     /// Number of shares, where the environment does not say
     #[arg(long, value_name = "N")]
     shard_count: Option<usize>,
-    /// Refuse pairs whose files lie outside the folder of their table, in every [[control]]
+    /// Refuse pictures that lie outside the folder of their table, in every [[control]] and in [classifier]
     #[arg(long)]
     strict_paths: bool,
     /// Print what came out as JSON

@@ -68,6 +68,7 @@ impl Comparison {
             frontier: None,
             search_drift: None,
             common_rate: None,
+            classifier: None,
             format: FORMAT,
             title: "HRA and others on the embedded model".into(),
             protocol: "default".into(),
@@ -236,6 +237,7 @@ fn record(plan: &Plan, shape: &Shape, cell: &PlannedCell) -> CellRecord {
     CellRecord {
         frontier: None,
         changes: None,
+        classifier: None,
         format: FORMAT,
         cell: cell.clone(),
         budget: trained.then(|| Budget {

@@ -12,6 +12,7 @@ mod support {
 
 mod browser;
 mod changes;
+mod classifier;
 mod compare;
 mod comparison;
 mod evaluate;

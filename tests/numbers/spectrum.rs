@@ -25,7 +25,7 @@ fn turn(inputs: i64, angle: f64) -> Tensor {
 fn a_rotation_of_the_inputs_turns_rows_and_moves_no_singular_value() {
     for (rows, columns) in [(24, 7), (12, 12), (5, 30)] {
         let weight = random(rows, columns, 3);
-        let (rotation, _) = random(columns, columns, 4).linalg_qr("reduced");
+        let (rotation, _) = Tensor::linalg_qr(&random(columns, columns, 4), "reduced");
         let found = SpectrumChange::new(&weight, &weight.matmul(&rotation)).unwrap();
         assert!(found.singular_values < 1e-13, "{found:?}");
         assert_eq!((found.intruders, found.leading), (0, LEADING.min(rows.min(columns)) as usize));

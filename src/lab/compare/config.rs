@@ -4,6 +4,7 @@
 use crate::diffusion::sample::Strength;
 use crate::diffusion::sampler::SamplerKind;
 use crate::error::{Error, Result};
+use crate::lab::compare::classifier::entry::ClassifierEntry;
 use crate::lab::compare::control::entry::ControlEntry;
 use crate::lab::compare::frontier::FrontierEntry;
 use crate::lab::evaluate::TowerPaths;
@@ -58,6 +59,8 @@ pub struct CompareConfig {
     pub search: Option<Search>,
     /// Along which grid of scales and checkpoints every trained cell is drawn too.
     pub frontier: Option<FrontierEntry>,
+    /// Which classes the model itself is asked to tell apart.
+    pub classifier: Option<ClassifierEntry>,
     /// What is taught.
     #[serde(flatten)]
     pub topic: Topic,
@@ -302,14 +305,18 @@ impl CompareConfig {
         Ok(config)
     }
 
-    /// Sets `strict_paths` of every set of pairs; an error where there are none.
+    /// Sets `strict_paths` of everything that tables name; an error where there are none.
     pub fn refuse_outside_paths(&mut self) -> Result<()> {
-        let Topic::Control(entries) = &mut self.topic else {
-            return Err(Error::config(
-                "--strict-paths: only with [[control]], whose pairs are named by tables",
-            ));
-        };
-        entries.iter_mut().for_each(|entry| entry.strict_paths = true);
+        if let Topic::Control(entries) = &mut self.topic {
+            entries.iter_mut().for_each(|entry| entry.strict_paths = true);
+            return Ok(());
+        }
+        let classifier = self.classifier.as_mut().ok_or_else(|| {
+            Error::config(
+                "--strict-paths: only with [[control]] or [classifier], whose pictures are named by tables",
+            )
+        })?;
+        classifier.strict_paths = true;
         Ok(())
     }
 

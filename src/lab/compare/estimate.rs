@@ -51,11 +51,11 @@ impl Estimate {
             trainings.iter().enumerate().filter(|(i, _)| mine(i)).map(|(_, t)| *t).collect();
         let todo: Vec<&Task> = mine.iter().filter(|t| !cell::is_done(folder, t)).copied().collect();
         let bases = tasks.iter().filter(|t| t.cell.is_base() && !cell::is_done(folder, t));
-        let class: usize = bases
-            .clone()
-            .map(|t| if t.train.prior.with_prior_preservation { t.train.prior.num_class_images } else { 0 })
-            .sum();
-        let drawn: usize = todo.iter().copied().chain(bases).map(|task| pictures(folder, task)).sum();
+        let left: Vec<&Task> = todo.iter().copied().chain(bases).collect();
+        let draws_class =
+            |t: &&&Task| t.cell.is_base() && t.train.prior.with_prior_preservation && pictures(folder, t) > 0;
+        let class: usize = left.iter().filter(draws_class).map(|t| t.train.prior.num_class_images).sum();
+        let drawn: usize = left.iter().map(|task| pictures(folder, task)).sum();
         let untrained: Vec<&Task> = todo.iter().filter(|t| !cell::is_trained(folder, t)).copied().collect();
         let steps = untrained.iter().map(|t| t.train.schedule.max_train_steps).sum();
         let mut estimate = Self {
@@ -83,7 +83,9 @@ impl Estimate {
                 .first()
                 .map_or(0.0, |t| call.picture(t.train.prior.class_steps, t.train.prior.class_guidance))
                 * class as f64;
-        estimate.seconds = (training + drawing) / config.jobs as f64;
+        let asked: usize = left.iter().filter_map(|task| cell::questions(folder, task)).sum();
+        let asking = asked as f64 * call.seconds;
+        estimate.seconds = (training + drawing + asking) / config.jobs as f64;
         estimate.from = format!(
             "from one UNet call of {:.0} ms on a picture here{}; scores and loading come on top",
             call.seconds * 1e3,

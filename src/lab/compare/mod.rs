@@ -6,6 +6,7 @@
 
 pub mod cell;
 pub mod checkpoints;
+pub mod classifier;
 pub mod config;
 pub mod control;
 pub mod draw;
@@ -34,6 +35,7 @@ use crate::lab::results::{self, CellRecord, PLAN_FILE, Plan};
 use crate::platform::observer::Observer;
 use crate::platform::{device, files};
 use crate::train::config::TrainConfig;
+use classifier::ClassifierSet;
 use plan::{PlannedTasks, Stage};
 use std::path::Path;
 use subject::Subject;
@@ -54,10 +56,11 @@ pub struct ComparisonOutcome {
 pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Result<ComparisonOutcome> {
     let folder =
         std::path::absolute(&config.output_dir).map_err(|e| Error::io("find", &config.output_dir, e))?;
-    let (subjects, notes) = looked_at(config, observer)?;
+    let LookedAt { subjects, classified, notes } = looked_at(config, observer)?;
+    let pictures = (&subjects[..], classified.as_ref());
     check_folder(&folder, config)?;
     files::create_dir_all(&folder)?;
-    let planned = plan::plan(config, &subjects, &notes, &Stage::First, observer)?;
+    let planned = plan::plan(config, pictures, &notes, &Stage::First, observer)?;
     let searched = config.search.as_ref().is_some_and(|s| !s.only) && is_complete(&folder, &planned);
     // Before anything else: by it a folder is known as a comparison's.
     if !searched {
@@ -66,6 +69,7 @@ pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Res
     for subject in &subjects {
         subject.copy_into(&folder)?;
     }
+    classified.iter().try_for_each(|set| set.copy_into(&folder))?;
     if !searched {
         let outcome = stage(&folder, config, &planned, shard, observer)?;
         let more = config.search.as_ref().is_some_and(|s| !s.only);
@@ -76,7 +80,7 @@ pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Res
     let records: Vec<CellRecord> = planned.plan.records(&folder)?;
     let chosen =
         best_rates(&planned.plan, &records).into_iter().map(|best| (best.method, best.rate)).collect();
-    let planned = plan::plan(config, &subjects, &notes, &Stage::Tables(&chosen), observer)?;
+    let planned = plan::plan(config, pictures, &notes, &Stage::Tables(&chosen), observer)?;
     results::write_json(&folder.join(PLAN_FILE), &planned.plan)?;
     let outcome = stage(&folder, config, &planned, shard, observer)?;
     if outcome.missing == 0 && outcome.failures.is_empty() {
@@ -86,12 +90,23 @@ pub fn run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Res
     Ok(outcome)
 }
 
-/// The subjects with their pictures, and what is to be said of them; not more than can be compared.
-fn looked_at(config: &CompareConfig, observer: &dyn Observer) -> Result<(Vec<Subject>, Vec<String>)> {
-    device::set_threads(TrainConfig::common(&config.train)?.threads, usize::MAX)?;
+/// The pictures of a comparison, and what is to be said of them.
+struct LookedAt {
+    subjects: Vec<Subject>,
+    classified: Option<ClassifierSet>,
+    notes: Vec<String>,
+}
+
+/// The subjects with their pictures, not more than can be compared, and what the model itself is asked to tell apart.
+fn looked_at(config: &CompareConfig, observer: &dyn Observer) -> Result<LookedAt> {
+    let train = TrainConfig::common(&config.train)?;
+    device::set_threads(train.threads, usize::MAX)?;
     let (subjects, notes) = subjects::resolve(config, observer)?;
     config.check_size(subjects.len())?;
-    Ok((subjects, notes))
+    let classified = config.classifier.as_ref();
+    let classified =
+        classified.map(|entry| ClassifierSet::resolve(entry, train.data.background, &subjects, observer));
+    Ok(LookedAt { subjects, classified: classified.transpose()?, notes })
 }
 
 fn is_complete(folder: &Path, planned: &PlannedTasks) -> bool {
@@ -100,8 +115,9 @@ fn is_complete(folder: &Path, planned: &PlannedTasks) -> bool {
 
 /// The plan without doing any of it, and how long it may take.
 pub fn dry_run(config: &CompareConfig, shard: Shard, observer: &dyn Observer) -> Result<(Plan, Estimate)> {
-    let (subjects, notes) = looked_at(config, observer)?;
-    let planned = plan::plan(config, &subjects, &notes, &Stage::First, observer)?;
+    let LookedAt { subjects, classified, notes } = looked_at(config, observer)?;
+    let pictures = (&subjects[..], classified.as_ref());
+    let planned = plan::plan(config, pictures, &notes, &Stage::First, observer)?;
     let estimate = Estimate::of(config, &planned.tasks, shard, observer)?;
     Ok((planned.plan, estimate))
 }

@@ -1,6 +1,7 @@
 //! A subject of a comparison, or a set of pairs in its place: what is trained on, drawn from and measured with.
 
 use crate::data::image::decode::MAX_FILE_BYTES;
+use crate::data::image::load_rgb;
 use crate::error::Result;
 use crate::lab::compare::control::set::ControlSet;
 use crate::platform::files;
@@ -26,6 +27,16 @@ pub struct SubjectPicture {
     pub path: PathBuf,
     /// Of its pixels.
     pub hash: String,
+}
+
+impl SubjectPicture {
+    /// Looks into a file.
+    pub fn read(name: String, path: &Path) -> Result<Self> {
+        let pixels = load_rgb(path)?;
+        let size = [pixels.width().to_le_bytes(), pixels.height().to_le_bytes()].concat();
+        let hash = hash(&[&size, pixels.as_raw()].map(|part| &part[..]).concat());
+        Ok(Self { name, path: path.to_path_buf(), hash })
+    }
 }
 
 /// A subject, resolved; or a set of pairs, whose captions are the prompts.
@@ -102,16 +113,22 @@ impl SubjectPictures {
             } else {
                 files::create_dir_all(&folder)?;
             }
-            for picture in pictures {
-                let to = folder.join(&picture.name);
-                let bytes = files::read(&picture.path, MAX_FILE_BYTES)?;
-                if !to.is_file() || files::read(&to, MAX_FILE_BYTES)? != bytes {
-                    files::write_atomic(&to, &bytes)?;
-                }
-            }
+            copy_pictures(pictures, &folder)?;
         }
         Ok(())
     }
+}
+
+/// Copies pictures into a folder, under their names; those that are there as they are stay untouched.
+pub fn copy_pictures(pictures: &[SubjectPicture], folder: &Path) -> Result<()> {
+    for picture in pictures {
+        let to = folder.join(&picture.name);
+        let bytes = files::read(&picture.path, MAX_FILE_BYTES)?;
+        if !to.is_file() || files::read(&to, MAX_FILE_BYTES)? != bytes {
+            files::write_atomic(&to, &bytes)?;
+        }
+    }
+    Ok(())
 }
 
 impl Subject {

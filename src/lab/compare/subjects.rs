@@ -2,12 +2,12 @@
 //! comparison's folder, so that it is whole by itself and can lie where other machines see it.
 
 use crate::data::ImageFolder;
-use crate::data::image::{Background, load_rgb};
+use crate::data::image::Background;
 use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, Protocol, SubjectEntry, Topic};
 use crate::lab::compare::control;
 use crate::lab::compare::dreambooth;
-use crate::lab::compare::subject::{Material, Prompt, Subject, SubjectPicture, SubjectPictures, hash};
+use crate::lab::compare::subject::{Material, Prompt, Subject, SubjectPicture, SubjectPictures};
 use crate::lab::evaluate::scores::without_token;
 use crate::platform::files;
 use crate::platform::observer::Observer;
@@ -260,12 +260,7 @@ fn pictures(dir: &Path, what: &str) -> Result<Vec<SubjectPicture>> {
         .with_hint("paths are relative to the folder in which hra is started"));
     }
     let folder = ImageFolder::scan(dir, Background::default())?;
-    let picture = |image: &crate::data::Image| {
-        let pixels = load_rgb(&image.path)?;
-        let size = [pixels.width().to_le_bytes(), pixels.height().to_le_bytes()].concat();
-        let hash = hash(&[&size, pixels.as_raw()].map(|part| &part[..]).concat());
-        Ok(SubjectPicture { name: image.name.clone(), path: image.path.clone(), hash })
-    };
+    let picture = |image: &crate::data::Image| SubjectPicture::read(image.name.clone(), &image.path);
     folder.images().iter().map(picture).collect()
 }
 

@@ -5,7 +5,7 @@ use crate::lab::compare::control::{self, Agreement};
 use crate::lab::compare::draw::{DrawnPairing, Sampling};
 use crate::lab::compare::subject::Prompt;
 use crate::lab::evaluate::TowerPaths;
-use crate::lab::results::{self, PlannedCell, ScoredWith, Set};
+use crate::lab::results::{self, ClassifierRecord, PlannedCell, PlannedClassifier, ScoredWith, Set};
 use crate::train::config::{DataSection, PriorSection, TrainConfig};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -41,6 +41,9 @@ pub struct Task {
     /// Along which grid it is drawn too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frontier: Option<TaskFrontier>,
+    /// What it is asked as a classifier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classifier: Option<TaskClassifier>,
     /// What its scores are to be made with.
     pub scored_with: ScoredWith,
     /// Remove what was trained once it is scored.
@@ -77,6 +80,25 @@ pub struct TaskFrontier {
     pub sets: Vec<TaskSet>,
     /// What the points are to be made with.
     pub made_with: String,
+}
+
+/// What one cell is asked as a classifier.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskClassifier {
+    /// After which step; 0 for the base model.
+    pub step: i64,
+    /// Of the plan's scales those of this cell.
+    pub scales: Vec<f64>,
+    /// The question.
+    pub asked: PlannedClassifier,
+}
+
+impl TaskClassifier {
+    /// Whether these are all answers.
+    pub fn is_answered(&self, record: &ClassifierRecord) -> bool {
+        let done = |scale: &f64| record.at(*scale).is_some_and(|point| point.is_done());
+        record.made_with == self.asked.made_with && self.scales.iter().all(done)
+    }
 }
 
 impl Task {

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::lab::compare::config::{CompareConfig, Search, Topic};
-use crate::lab::compare::{control, frontier_problems};
+use crate::lab::compare::{classifier, control, frontier_problems};
 use crate::train::config::keys::{InComparison, keys, value};
 use crate::train::config::{DataSection, PriorSection, TrainConfig};
 use crate::weights::bounds::{MAX_FACTOR, is_factor};
@@ -44,6 +44,10 @@ impl CompareConfig {
         self.frontier
             .iter()
             .flat_map(|f| frontier_problems::problems(f, self))
+            .for_each(|problem| check(false, problem));
+        self.classifier
+            .iter()
+            .flat_map(|c| classifier::problems::problems(c, self))
             .for_each(|problem| check(false, problem));
         self.check_keys(&mut check);
         self.check_search(&mut check);

@@ -1,6 +1,7 @@
 //! The report's tables as text: Markdown for a README or a paper, and columns for a terminal.
 
 use crate::lab::report::changes;
+use crate::lab::report::classifier::{self, Classified};
 use crate::lab::report::frontier::{self, Frontier};
 use crate::lab::report::search::toml_snippet;
 use crate::lab::report::table::{Analysis, TableRow};
@@ -9,7 +10,7 @@ use crate::lab::results;
 use crate::platform::columns::{self, left, right};
 
 /// `report.md`.
-pub fn markdown(a: &Analysis, curves: Option<&Frontier>) -> String {
+pub fn markdown(a: &Analysis, curves: Option<&Frontier>, classified: Option<&Classified>) -> String {
     let mut text = format!("# {}\n", escape(&a.plan.title));
     let mut list = |heading: &str, items: &[String]| {
         if !items.is_empty() {
@@ -27,13 +28,18 @@ pub fn markdown(a: &Analysis, curves: Option<&Frontier>) -> String {
     text += &format!("\n## {}\n\n", a.heading());
     text += &summary(a);
     text += &frontier(a, curves);
+    if let Some(classified) = classified {
+        text += &told(classifier::TITLE, &classified.table(), &classified.about(a));
+    }
     if let Some(reference) = &a.reference
         && a.rows.iter().any(|row| !row.differences.is_empty())
     {
         text += &format!("\n## Difference to {}\n\n", escape(reference));
         text += &differences(a);
     }
-    text += &changed(a);
+    if let Some(changed) = changes::rows(a) {
+        text += &told(changes::TITLE, &changed, &changes::ABOUT.map(String::from));
+    }
     let mut list = |heading: &str, items: &[String]| {
         if !items.is_empty() {
             text += &format!("\n## {heading}\n\n");
@@ -60,16 +66,13 @@ pub fn markdown(a: &Analysis, curves: Option<&Frontier>) -> String {
 /// Likeness at matched drift.
 fn frontier(a: &Analysis, curves: Option<&Frontier>) -> String {
     let table = curves.and_then(|curves| frontier::tables::rows(a, curves));
-    let Some((headings, rows)) = table else { return String::new() };
-    let about: String = frontier::about(a).iter().map(|item| format!("- {}\n", escape(item))).collect();
-    format!("\n## {}\n\n{}\n{about}", frontier::TITLE, table(&headings, &rows))
+    table.map_or_else(String::new, |table| told(frontier::TITLE, &table, &frontier::about(a)))
 }
 
-/// What the trainings changed.
-fn changed(a: &Analysis) -> String {
-    let Some((headings, rows)) = changes::rows(a) else { return String::new() };
-    let about: String = changes::ABOUT.iter().map(|item| format!("- {}\n", escape(item))).collect();
-    format!("\n## {}\n\n{}\n{about}", changes::TITLE, table(&headings, &rows))
+/// A table under its heading, and sentences on how it is to be read.
+fn told(title: &str, (headings, rows): &(Vec<String>, Vec<Vec<String>>), about: &[String]) -> String {
+    let about: String = about.iter().map(|item| format!("- {}\n", escape(item))).collect();
+    format!("\n## {title}\n\n{}\n{about}", table(headings, rows))
 }
 
 fn summary(a: &Analysis) -> String {

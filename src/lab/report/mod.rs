@@ -1,12 +1,15 @@
 //! The report of a comparison, made from its files alone: `report.html`, `report.csv`, `report-cells.csv`, `report.json`
-//! and `report.md` in the comparison's folder; `frontier.csv` too, where cells were drawn along a grid.
+//! and `report.md` in the comparison's folder; `frontier.csv` too, where cells were drawn along a grid, and `classifier.csv`, where the
+//! model itself was asked.
 //!
 //! `values` picks what counts from the records (`paper`: as the HRA authors' script picks), `statistics` and `search` work
-//! on numbers, `table` holds the rows, `frontier` the curves at matched drift, `changes` what weights say. `markdown`, `tables` and `page` with `pictures`, `plots` and `chart` show them.
+//! on numbers, `table` holds the rows, `frontier` the curves at matched drift, `classifier` what the model itself tells apart, `changes`
+//! what weights say. `markdown`, `tables` and `page` with `pictures`, `plots` and `chart` show them.
 //! The same records give the same bytes. No tensors here, and no clock.
 
 pub mod changes;
 mod chart;
+pub mod classifier;
 pub mod frontier;
 mod markdown;
 mod names;
@@ -30,11 +33,14 @@ pub use run_plot::{MarkedPlace, run_plot};
 pub use search::{BestRate, best_rates};
 
 use crate::error::{Error, Result};
-pub use names::{CELLS_FILE, FRONTIER_FILE, JSON_FILE, MARKDOWN_FILE, PAGE_FILE, PICTURES_FILE};
+pub use names::{
+    CELLS_FILE, CLASSIFIER_FILE, FRONTIER_FILE, JSON_FILE, MARKDOWN_FILE, PAGE_FILE, PICTURES_FILE,
+};
 
 use crate::lab::results::{self, CellRecord, Plan, RECORD_FILE};
 use crate::platform::files;
 use changes::ChangedRow;
+use classifier::Classified;
 use frontier::Frontier;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -78,6 +84,8 @@ struct ReportJson<'a> {
     frontier: Option<&'a Frontier>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     changes: Vec<ChangedRow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    classifier: Option<&'a Classified>,
     plan: &'a Plan,
     records: &'a [CellRecord],
 }
@@ -99,6 +107,7 @@ pub fn write(comparison: &Path) -> Result<Summary> {
     }
     let analysis = Analysis::new(&plan, &records);
     let frontier = Frontier::new(&analysis);
+    let classified = Classified::new(&analysis);
     let file = |name: &str| comparison.join(name);
     let pictures = tables::pictures(&analysis, &file(PICTURES_FILE))?;
     files::write_atomic(&file(PICTURES_FILE), &pictures)?;
@@ -106,6 +115,9 @@ pub fn write(comparison: &Path) -> Result<Summary> {
     files::write_atomic(&file(CELLS_FILE), &cells)?;
     if plan.frontier.is_some() {
         files::write_atomic(&file(FRONTIER_FILE), &frontier::tables::csv(&analysis, &file(FRONTIER_FILE))?)?;
+    }
+    if plan.classifier.is_some() {
+        files::write_atomic(&file(CLASSIFIER_FILE), &classifier::csv(&analysis, &file(CLASSIFIER_FILE))?)?;
     }
     let ids = |cells: &[&'_ results::PlannedCell]| cells.iter().map(|c| c.id.clone()).collect::<Vec<_>>();
     results::write_json(
@@ -125,12 +137,19 @@ pub fn write(comparison: &Path) -> Result<Summary> {
             chosen_steps: &analysis.chosen_steps,
             frontier: frontier.as_ref(),
             changes: ChangedRow::all(&analysis),
+            classifier: classified.as_ref(),
             plan: &plan,
             records: &records,
         },
     )?;
-    files::write_atomic(&file(MARKDOWN_FILE), markdown::markdown(&analysis, frontier.as_ref()).as_bytes())?;
-    files::write_atomic(&file(PAGE_FILE), page::page(&analysis, frontier.as_ref()).as_bytes())?;
+    files::write_atomic(
+        &file(MARKDOWN_FILE),
+        markdown::markdown(&analysis, frontier.as_ref(), classified.as_ref()).as_bytes(),
+    )?;
+    files::write_atomic(
+        &file(PAGE_FILE),
+        page::page(&analysis, frontier.as_ref(), classified.as_ref()).as_bytes(),
+    )?;
     Ok(Summary {
         page: file(PAGE_FILE),
         text: markdown::terminal(&analysis),

@@ -2,8 +2,11 @@
 //! text from plans and records is escaped by `maud`; the content security policy lets only this page's own script and style
 //! run (by their hashes) and only pictures of its own folder load.
 
+use crate::lab::report::classifier::{self, Classified};
 use crate::lab::report::frontier::{self, Frontier};
-use crate::lab::report::names::{CELLS_FILE, FRONTIER_FILE, JSON_FILE, MARKDOWN_FILE, PICTURES_FILE};
+use crate::lab::report::names::{
+    CELLS_FILE, CLASSIFIER_FILE, FRONTIER_FILE, JSON_FILE, MARKDOWN_FILE, PICTURES_FILE,
+};
 use crate::lab::report::plots::figures;
 use crate::lab::report::scroll::scroll;
 use crate::lab::report::search::toml_snippet;
@@ -20,7 +23,7 @@ const SCRIPT: &str = include_str!("page.js");
 const STYLE: &str = include_str!("page.css");
 
 /// The whole page.
-pub fn page(a: &Analysis, curves: Option<&Frontier>) -> String {
+pub fn page(a: &Analysis, curves: Option<&Frontier>, classified: Option<&Classified>) -> String {
     let style = format!("{STYLE}{}", chart::STYLE);
     let policy = format!(
         "default-src 'none'; img-src 'self' file:; style-src '{}'; script-src '{}'; base-uri 'none'; form-action 'none'",
@@ -46,6 +49,7 @@ pub fn page(a: &Analysis, curves: Option<&Frontier>) -> String {
                     (summary(a))
                     (differences(a))
                     (changes::section(a))
+                    (classifier::section(a, classified))
                     (rates(a))
                     (picture_grid(a))
                     (plots(a))
@@ -360,7 +364,9 @@ fn large() -> Markup {
 
 fn about(a: &Analysis) -> Markup {
     let of_frontier = a.plan.frontier.as_ref().map(|_| FRONTIER_FILE);
-    let files = [PICTURES_FILE, CELLS_FILE, JSON_FILE, MARKDOWN_FILE].into_iter().chain(of_frontier);
+    let of_classifier = a.plan.classifier.as_ref().map(|_| CLASSIFIER_FILE);
+    let files = [PICTURES_FILE, CELLS_FILE, JSON_FILE, MARKDOWN_FILE].into_iter();
+    let files = files.chain(of_frontier).chain(of_classifier);
     html! {
         section #about {
             h2 { "How to read it" }

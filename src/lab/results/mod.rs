@@ -8,20 +8,24 @@
 //! subjects/NAME/KIND/       the subject's pictures (KIND: train, validation, test, look_alikes, masks); of control those of
 //!                           the pairs at the drawn size (KIND: test, test_conditions; test.jsonl beside them is their table)
 //! class_images/NAME/        shared class pictures
+//! classifier/               pictures that the model itself is to tell apart
 //! cells/ID/run/             the run folder of the cell's training
 //! cells/ID/step-000300/test/00-01.png   prompt 0, picture 1, drawn after step 300
 //! cells/ID/step-000300/scale-0.5/test/  the same at another adapter scale
+//! cells/ID/classifier.json  ClassifierRecord, while it is measured too
 //! cells/ID/record.json      CellRecord
 //! report.html, report.csv, report-cells.csv, report.json, report.md
 //! ```
 
 mod cell;
 mod changes;
+mod classifier;
 mod frontier;
 mod scores;
 
 pub use cell::{BASE, CellWork, PlannedCell};
 pub use changes::WeightChanges;
+pub use classifier::{ClassifiedPicture, ClassifierPoint, ClassifierRecord, PlannedClassifier};
 pub use frontier::{FrontierPoint, FrontierRecord, PlannedFrontier};
 pub use scores::{Better, OF_CONDITIONS, SCORES, ScoreKind, Scores};
 
@@ -38,6 +42,8 @@ pub const FORMAT: u32 = 1;
 pub const PLAN_FILE: &str = "plan.json";
 /// In each cell's folder.
 pub const RECORD_FILE: &str = "record.json";
+/// Pictures of the classes of [`PlannedClassifier`], below a comparison's folder.
+pub const CLASSIFIER_PICTURES: &str = "classifier";
 /// Room for the records of thousands of pictures.
 const MAX_BYTES: u64 = 1 << 30;
 
@@ -80,6 +86,9 @@ pub struct Plan {
     /// Along which grid trained cells are drawn too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frontier: Option<PlannedFrontier>,
+    /// Which classes the model itself is asked to tell apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classifier: Option<PlannedClassifier>,
 }
 
 /// For each set of prompts the identity of all that its scores depend on beside the training: towers, real pictures, prompts,
@@ -166,6 +175,9 @@ pub struct CellRecord {
     /// Along the grid of the plan's frontier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frontier: Option<FrontierRecord>,
+    /// Its answers as a classifier; of the base model in the record of the first subject's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classifier: Option<ClassifierRecord>,
     /// Scores of the test pictures against the training pictures, in the base model's record: what a perfect likeness
     /// may look like. Empty elsewhere.
     pub real: Scores,

@@ -39,16 +39,6 @@ impl Cell<'_> {
         let loaded = LoadedAdapter::read(run, &model.layer_names()?)?;
         Ok(means(&spectrum_changes(&mut model, loaded, whole.then_some(&usual))?))
     }
-
-    /// Adds them to a record that was made without.
-    pub(super) fn add_changes(&self) -> Result<()> {
-        let path = record_path(self.comparison, self.task);
-        let record = CellRecord::read(&path)?;
-        match self.changes()? {
-            Some(changes) => results::write_json(&path, &CellRecord { changes: Some(changes), ..record }),
-            None => Ok(()),
-        }
-    }
 }
 
 /// Whether a cell that is done lacks what its training changed, and its weights are there to measure it.

@@ -87,13 +87,11 @@ impl Cell<'_> {
     }
 }
 
-/// Fails where the grid of a training that is done cannot be drawn: its weights, or a checkpoint, were removed since. For a look
-/// before any cell begins.
-pub fn check_weights(comparison: &Path, task: &Task) -> Result<()> {
-    let Some(frontier) = task.frontier.as_ref().filter(|_| !task.cell.is_base()) else { return Ok(()) };
-    if !super::is_trained(comparison, task) || super::is_done(comparison, task) {
+/// Fails where the grid of a training that is done cannot be drawn: its weights, or a checkpoint, were removed since.
+pub(super) fn check_weights(comparison: &Path, task: &Task) -> Result<()> {
+    let Some(frontier) = task.frontier.as_ref().filter(|_| super::scored(comparison, task).is_none()) else {
         return Ok(());
-    }
+    };
     let config = task.train_config(comparison);
     let missing = frontier.points.iter().find_map(|(step, scale)| {
         let adapter = adapter_folder(&config, *step);

@@ -1,12 +1,14 @@
 //! One cell, in a process of its own: train, draw, score, and write `record.json`. Whatever was finished before is not done
-//! again; an interrupted training goes on from its last checkpoint. `scoring` scores; `frontier` draws and scores the grid of scales; `changes` measures the weights.
+//! again; an interrupted training goes on from its last checkpoint. `scoring` scores; `frontier` draws and scores the grid of scales;
+//! `changes` measures the weights; `classifier` asks the model itself.
 
 mod changes;
+mod classifier;
 mod frontier;
 mod scoring;
 
 pub use changes::lacks_changes;
-pub use frontier::check_weights;
+pub use classifier::questions;
 
 use crate::adapter::peft;
 use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
@@ -14,7 +16,7 @@ use crate::data::image::RgbImage;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lab::compare::draw::{self, SetDrawing};
-use crate::lab::compare::task::{Task, TaskSet};
+use crate::lab::compare::task::{Task, TaskClassifier, TaskSet};
 use crate::lab::evaluate::Towers;
 use crate::lab::results::{
     self, Budget, CellRecord, Environment, Evaluation, FORMAT, LossPoint, PictureScores, RECORD_FILE, Scores,
@@ -41,44 +43,54 @@ pub fn run(comparison: &Path, id: &str, observer: &dyn Observer) -> Result<()> {
     let folder = results::cell_folder(comparison, id);
     let _lock = lock(&folder.join(".lock"), observer)?;
     let task = Task::read(comparison, id)?;
-    let done = is_done(comparison, &task);
-    if done && !lacks_changes(comparison, &task) {
+    if is_done(comparison, &task) && !lacks_changes(comparison, &task) {
         return Ok(());
     }
     let config = task.train_config(comparison);
     let compute = device::resolve(config.device, Some(config.model.dtype))?;
     let cell = Cell { comparison, task: &task, folder, config, compute, observer };
-    if done {
-        return cell.add_changes();
+    let record = match scored(comparison, &task) {
+        Some(record) => record,
+        None => cell.train_draw_and_score()?,
+    };
+    if record.failure.is_some() {
+        return cell.finish(&record);
     }
-    let (trained, fingerprint) = match cell.train_and_draw() {
-        // A rate too high is a result; the other cells go on.
-        Err(Error { kind: ErrorKind::NotFinite(why), .. }) if !task.cell.is_base() => {
-            let failure = why.lines().next().map(str::to_string);
-            let record = cell.record(None, Vec::new(), Real::default(), failure)?;
-            return cell.finish(&record);
-        }
-        other => other?,
-    };
-    let towers = Towers::load(&task.towers, cell.compute.device, observer)?;
-    let _guard = tch::no_grad_guard();
-    let evaluations = cell.score(&towers, &fingerprint)?;
-    let frontier = cell.score_frontier(&towers, &fingerprint, &evaluations)?;
-    let real = match (&trained, &task.control) {
-        (Some(_), _) => Real::default(),
-        (None, Some(agreement)) => cell.real_pairs(agreement, &towers)?,
-        (None, None) => Real { scores: cell.real(towers)?, pictures: Vec::new() },
-    };
-    let changes = cell.changes()?;
-    cell.finish(&CellRecord { changes, frontier, ..cell.record(trained, evaluations, real, None)? })
+    let record = CellRecord { changes: cell.changes()?, ..record };
+    let asked = task.classifier.as_ref();
+    if asked.is_none_or(|asked| record.classifier.as_ref().is_some_and(|c| asked.is_answered(c))) {
+        return cell.finish(&record);
+    }
+    // However long the model is asked, its scores are there.
+    results::write_json(&cell.folder.join(RECORD_FILE), &record)?;
+    cell.finish(&CellRecord { classifier: cell.classify()?, ..record })
 }
 
-/// Whether the record of a task is there, with the task's scores.
-pub fn is_done(comparison: &Path, task: &Task) -> bool {
+/// The record of a task, where it has all scores of the task's pictures.
+fn scored(comparison: &Path, task: &Task) -> Option<CellRecord> {
     let path = results::cell_folder(comparison, &task.cell.id).join(RECORD_FILE);
-    path.is_file()
-        && CellRecord::read(&path)
-            .is_ok_and(|record| record.has(&task.scored_with) && has_frontier(&record, task))
+    let record = path.is_file().then(|| CellRecord::read(&path).ok())??;
+    (record.has(&task.scored_with) && has_frontier(&record, task)).then_some(record)
+}
+
+/// Whether the record of a task is there, with all that is asked of it.
+pub fn is_done(comparison: &Path, task: &Task) -> bool {
+    let asked = task.classifier.as_ref();
+    scored(comparison, task).is_some_and(|record| {
+        let answers =
+            |asked: &TaskClassifier| record.classifier.as_ref().is_some_and(|c| asked.is_answered(c));
+        record.failure.is_some() || asked.is_none_or(answers)
+    })
+}
+
+/// Fails where something is wanted of a training that is done, and the weights that it needs were removed since. For a look before
+/// any cell begins.
+pub fn check_weights(comparison: &Path, task: &Task) -> Result<()> {
+    if task.cell.is_base() || !is_trained(comparison, task) || is_done(comparison, task) {
+        return Ok(());
+    }
+    frontier::check_weights(comparison, task)?;
+    classifier::check_weights(comparison, task)
 }
 
 /// Whether the points of the task's grid are there; a training that failed has none.
@@ -143,6 +155,28 @@ struct Real {
 }
 
 impl Cell<'_> {
+    /// The record without answers of a classifier; one of a training that failed says why.
+    fn train_draw_and_score(&self) -> Result<CellRecord> {
+        let (trained, fingerprint) = match self.train_and_draw() {
+            // A rate too high is a result; the other cells go on.
+            Err(Error { kind: ErrorKind::NotFinite(why), .. }) if !self.task.cell.is_base() => {
+                let failure = why.lines().next().map(str::to_string);
+                return self.record(None, Vec::new(), Real::default(), failure);
+            }
+            other => other?,
+        };
+        let towers = Towers::load(&self.task.towers, self.compute.device, self.observer)?;
+        let _guard = tch::no_grad_guard();
+        let evaluations = self.score(&towers, &fingerprint)?;
+        let frontier = self.score_frontier(&towers, &fingerprint, &evaluations)?;
+        let real = match (&trained, &self.task.control) {
+            (Some(_), _) => Real::default(),
+            (None, Some(agreement)) => self.real_pairs(agreement, &towers)?,
+            (None, None) => Real { scores: self.real(towers)?, pictures: Vec::new() },
+        };
+        Ok(CellRecord { frontier, ..self.record(trained, evaluations, real, None)? })
+    }
+
     /// What was trained (`None` for the base model), and the base model's fingerprint; all pictures are there.
     fn train_and_draw(&self) -> Result<(Option<TrainedCell>, String)> {
         let mut trained = self.train()?;
@@ -309,6 +343,7 @@ impl Cell<'_> {
             losses: self.losses()?,
             evaluations,
             frontier: None,
+            classifier: None,
             real: real.scores,
             real_pictures: real.pictures,
             failure,

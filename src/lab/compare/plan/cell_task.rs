@@ -89,6 +89,7 @@ impl Planner<'_> {
             class_look_alikes: subject.pictures().is_none_or(|p| p.look_alikes.is_empty())
                 && train.prior.with_prior_preservation,
             frontier: None,
+            classifier: None,
             scored_with: ScoredWith::new(),
             remove_weights: self.config.remove_weights,
             is_final: false,
@@ -137,7 +138,7 @@ impl Planner<'_> {
     }
 
     /// What class pictures depend on beside their prompt.
-    fn class_settings(&self) -> String {
+    pub(super) fn class_settings(&self) -> String {
         let t = &self.train;
         let how = (
             t.prior.class_steps,

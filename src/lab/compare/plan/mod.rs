@@ -1,12 +1,14 @@
 //! From the settings of a comparison to its cells.
 
 mod cell_task;
+mod classifier;
 mod described;
 mod frontier;
 mod identity;
 
 use crate::diffusion::stable_diffusion::scheduler_of;
 use crate::error::{Error, Result};
+use crate::lab::compare::classifier::ClassifierSet;
 use crate::lab::compare::config::{CompareConfig, MethodEntry, Protocol};
 use crate::lab::compare::subject::{Subject, hash};
 use crate::lab::compare::task::Task;
@@ -39,7 +41,7 @@ pub enum Stage<'a> {
 /// Plans the cells. After a search the plan holds the search's cells too.
 pub fn plan(
     config: &CompareConfig,
-    subjects: &[Subject],
+    (subjects, classified): (&[Subject], Option<&ClassifierSet>),
     protocol_notes: &[String],
     stage: &Stage,
     observer: &dyn Observer,
@@ -58,7 +60,8 @@ pub fn plan(
     let model = model.into_iter().flatten().collect::<Vec<_>>().join(" ");
     let of_method = |method: &MethodEntry| Ok((method.label.clone(), config.train_config(method)?));
     let configs = config.methods.iter().map(of_method).collect::<Result<_>>()?;
-    let planner = Planner { config, subjects, steps: &steps, towers, identity, train, configs, model };
+    let planner =
+        Planner { config, subjects, classified, steps: &steps, towers, identity, train, configs, model };
     planner.check_validation()?;
     let chosen = match stage {
         Stage::Tables(chosen) => Some(*chosen),
@@ -72,6 +75,7 @@ pub fn plan(
         task.scored_with = planner.identities(task);
         task.is_final = is_final;
         task.frontier = planner.frontier(task);
+        task.classifier = planner.classifier(task);
     }
     let mut notes = config.notes.clone();
     notes.extend(protocol_notes.iter().cloned());
@@ -101,6 +105,7 @@ pub fn plan(
         cells: tasks.iter().map(|t| t.cell.clone()).collect(),
         scored_with: tasks.iter().map(|t| (t.cell.id.clone(), t.scored_with.clone())).collect(),
         frontier: planner.planned_frontier(&tasks),
+        classifier: planner.planned_classifier(),
     };
     Ok(PlannedTasks { plan, tasks })
 }
@@ -108,6 +113,8 @@ pub fn plan(
 struct Planner<'a> {
     config: &'a CompareConfig,
     subjects: &'a [Subject],
+    /// Pictures of the classes that the model itself is asked about.
+    classified: Option<&'a ClassifierSet>,
     steps: &'a [i64],
     towers: TowerPaths,
     identity: String,
