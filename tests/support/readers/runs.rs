@@ -63,7 +63,7 @@ pub fn run(scratch: &Path, input: &[u8]) {
             ema.update(&parameters, 1);
         }
     }
-    let _ = Metrics::open(scratch, step, true);
+    let _ = Metrics::open(scratch, step, true, &Silent);
 }
 
 /// `class_images.json` beside as many pictures as are wanted: it says whether they may be used.
