@@ -18,7 +18,6 @@ use crate::platform::observer::Observer;
 use crate::train::base;
 use crate::train::config::TrainConfig;
 use crate::weights::source::Source;
-use described::planned_subject;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
@@ -91,7 +90,7 @@ pub fn plan(
         protocol: if config.protocol == Protocol::Paper { "paper" } else { "default" }.into(),
         notes,
         methods: config.methods.iter().map(|m| planner.method(m)).collect::<Result<_>>()?,
-        subjects: subjects.iter().map(planned_subject).collect(),
+        subjects: subjects.iter().map(described::planned_subject).collect(),
         seeds: match &config.search {
             Some(search) if search.only => search.seeds.clone(),
             _ => config.seeds.clone(),
