@@ -4,6 +4,7 @@
 use crate::error::{Error, Result};
 use crate::lab::report::frontier::columns::DRIFT;
 use crate::lab::report::frontier::{self, Place};
+use crate::lab::report::plain_table::plain_table;
 use crate::lab::report::scroll::scroll;
 use crate::lab::report::statistics::mean;
 use crate::lab::report::table::{Analysis, RowKind, TableRow};
@@ -219,23 +220,10 @@ pub fn csv(a: &Analysis, path: &Path) -> Result<Vec<u8>> {
 pub fn section(a: &Analysis, classified: Option<&Classified>) -> Markup {
     let Some(classified) = classified else { return html! {} };
     let (headings, rows) = classified.table();
-    let table = html! {
-        table {
-            thead { tr { @for heading in &headings { th scope="col" { (heading) } } } }
-            tbody {
-                @for row in &rows {
-                    tr {
-                        th scope="row" { (row[0]) }
-                        @for (heading, cell) in headings.iter().zip(row).skip(1) { td data-title=(heading) { (cell) } }
-                    }
-                }
-            }
-        }
-    };
     html! {
         section #classifier {
             h2 { (TITLE) }
-            (scroll(TITLE, &table))
+            (scroll(TITLE, &plain_table(&headings, &rows)))
             ul .findings { @for sentence in classified.about(a) { li { (sentence) } } }
         }
     }
