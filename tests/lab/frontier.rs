@@ -4,7 +4,7 @@ use crate::browser::Browser;
 use crate::compare::{METHODS, config, records, scratch};
 use crate::support::scratch::Scratch;
 use hra::data::image::load_rgb;
-use hra::lab::results::{CellRecord, Plan, Set};
+use hra::lab::results::{CellRecord, Evaluation, Plan, Set};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -221,7 +221,7 @@ fn a_search_at_a_drift_looks_along_the_grid_and_every_method_has_a_row_at_the_co
     );
     // Cheaper than the whole UNet.
     let methods = METHODS.replace("\"full\" }", "\"lora\", rank = 2 }");
-    let scratch = scratch(&config("common_rate = 1e-3", &tables, &methods));
+    let scratch = scratch(&config("score_steps = [4]\ncommon_rate = 1e-3", &tables, &methods));
     scratch.ok(&["compare", "c.toml"]);
     let out = scratch.path("out");
     let report: Value = serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap();
@@ -241,11 +241,11 @@ fn a_search_at_a_drift_looks_along_the_grid_and_every_method_has_a_row_at_the_co
             let base = records.iter().find(|r| r.cell.is_base() && r.cell.subject == "cat").unwrap();
             let own = base.evaluations.iter().find(|e| e.set == Set::Validation).unwrap();
             let mut points = vec![(0.0, own.scores["clip_i"])];
-            for scale in [0.5, 2.0] {
+            for (step, scale) in [(4, 0.5), (4, 2.0), (6, 0.5), (6, 2.0)] {
                 let at = |r: &&CellRecord| {
                     let points = &r.frontier.as_ref().unwrap().points;
-                    let here =
-                        points.iter().find(|p| p.scale == scale && p.evaluation.set == Set::Validation);
+                    let of = |e: &Evaluation| e.step == step && e.set == Set::Validation;
+                    let here = points.iter().find(|p| p.scale == scale && of(&p.evaluation));
                     let scores = &here.unwrap().evaluation.scores;
                     (scores["drift"], scores["clip_i"])
                 };
@@ -281,6 +281,13 @@ fn a_search_at_a_drift_looks_along_the_grid_and_every_method_has_a_row_at_the_co
     }
     let text = std::fs::read_to_string(out.join("report.md")).unwrap();
     assert!(text.contains("the most likeness with a drift of 4 or less"), "{text}");
+    // The checkpoints that the grid was drawn from are gone, and nothing is wanted of them any more.
+    let made = |name: &str| std::fs::read(out.join(name)).unwrap();
+    let (plan, table, before) = (made("plan.json"), made("report.json"), written(&out.join("cells")));
+    scratch.ok(&["compare", "c.toml"]);
+    assert!(
+        plan == made("plan.json") && table == made("report.json") && before == written(&out.join("cells"))
+    );
 }
 
 #[test]

@@ -114,7 +114,12 @@ fn best_places() {
     assert_eq!(best(&partly, None), Some(1), "a score that one lacks counts in none");
     let drifting = |dino: f64, drift: f64| point(1, 1.0, dino, &[("clip_t", 1.0 - dino), ("drift", drift)]);
     let curve = [drifting(0.2, 1.0), drifting(0.5, 9.0), drifting(0.5, 4.0), drifting(0.9, 20.0)];
-    assert_eq!(best(&curve, None), Some(3), "where drift is measured CLIP-T has no say");
+    assert_eq!(
+        best(&curve, None),
+        Some(0),
+        "without a limit CLIP-T has its say: all sums are 1, and the first drifts least"
+    );
+    assert_eq!(best(&curve, Some(99.0)), Some(3), "with one it has none");
     assert_eq!(
         best(&curve, Some(9.0)),
         Some(2),

@@ -286,9 +286,12 @@ fn tell(
     let within = points.iter().filter_map(drift).any(|drift| drift_limit.is_none_or(|limit| drift <= limit));
     let drifts = points.iter().filter_map(drift);
     match (best, drift_limit, drifts.reduce(f64::min)) {
+        _ if points.is_empty() => observer.note(
+            "no place is recommended: none gave pictures of finite numbers; lower --learning_rate, or smaller --score-scales",
+        ),
         (Some(_), None, Some(_)) if judges.drift_prompts.len() == 1 => observer.note(
-            "drift has no limit: one --drift-prompt does not tell how far the base model's pictures are from each other; give \
-             another one, or --drift-limit",
+            "drift has no say: one --drift-prompt does not tell how far the base model's pictures are from each other; give another \
+             one, or --drift-limit",
         ),
         (None, Some(limit), Some(least)) if !within => observer.note(&format!(
             "no place is recommended: the least drift is {least:.1}, the limit {limit:.1}; smaller --score-scales, earlier \

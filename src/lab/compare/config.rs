@@ -45,6 +45,9 @@ pub struct CompareConfig {
     /// Remove what was trained once it is scored (whole UNets are large).
     #[serde(default)]
     pub remove_weights: bool,
+    /// Measure what each training changed in the weights: singular value decompositions of every adapted layer, on the CPU.
+    #[serde(default = "yes")]
+    pub weight_changes: bool,
     /// Settings of `hra train` for every method.
     pub train: toml::Table,
     /// How pictures are drawn.
@@ -254,6 +257,9 @@ pub struct MethodEntry {
     pub settings: toml::Table,
 }
 
+pub(super) fn yes() -> bool {
+    true
+}
 fn first_seed() -> Vec<u64> {
     vec![0]
 }
@@ -323,7 +329,9 @@ impl CompareConfig {
     /// Refuses more trainings than [`MAX_TRAININGS`] for so many subjects.
     pub fn check_size(&self, subjects: usize) -> Result<()> {
         let search = self.search.as_ref();
-        let (mut searched, tables) = (0, if search.is_some_and(|s| s.only) { 0 } else { self.seeds.len() });
+        let rates = 1 + usize::from(self.common_rate.is_some());
+        let tables = if search.is_some_and(|s| s.only) { 0 } else { self.seeds.len().saturating_mul(rates) };
+        let mut searched = 0;
         if let Some(search) = search {
             let rates = search.learning_rates.len() + search.factors.len();
             searched = rates.saturating_mul(search.seeds.len());

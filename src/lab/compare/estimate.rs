@@ -103,6 +103,9 @@ fn pictures(folder: &Path, task: &Task) -> usize {
     let grid = task.frontier.as_ref().filter(|_| !task.cell.is_base());
     let grid =
         grid.map_or(0, |f| at_place(&f.sets) * f.points.iter().filter(|(_, scale)| *scale != 1.0).count());
+    if cell::is_scored(folder, task) {
+        return 0;
+    }
     let scored = || CellRecord::read(&results::cell_folder(folder, &task.cell.id).join(RECORD_FILE));
     if scored().is_ok_and(|record| record.has(&task.scored_with)) {
         return grid;

@@ -144,14 +144,14 @@ fn stage(
             || shard == Shard::WHOLE
     };
     let bases: Vec<&Task> = planned.tasks.iter().filter(is_base).filter(needed).collect();
+    let is_due = |task: &&Task| !cell::is_done(folder, task) || cell::lacks_changes(folder, task);
+    let due = [bases, mine].map(|tasks| tasks.into_iter().filter(is_due).collect::<Vec<&Task>>());
+    due.iter().flatten().try_for_each(|task| cell::check_weights(folder, task))?;
     let mut failures = Vec::new();
-    for tasks in [bases, mine] {
-        let is_due = |task: &&Task| !cell::is_done(folder, task) || cell::lacks_changes(folder, task);
-        let todo: Vec<&Task> = tasks.into_iter().filter(is_due).collect();
+    for todo in due {
         if todo.is_empty() {
             continue;
         }
-        todo.iter().try_for_each(|task| cell::check_weights(folder, task))?;
         for task in &todo {
             task.write(folder)?;
         }

@@ -46,6 +46,9 @@ pub struct Task {
     pub classifier: Option<TaskClassifier>,
     /// What its scores are to be made with.
     pub scored_with: ScoredWith,
+    /// Measure what the training changed in the weights.
+    #[serde(default = "crate::lab::compare::config::yes")]
+    pub weight_changes: bool,
     /// Remove what was trained once it is scored.
     pub remove_weights: bool,
     /// Where control is taught: how its pictures are scored.
@@ -78,8 +81,8 @@ pub struct TaskFrontier {
     pub points: Vec<(i64, f64)>,
     /// What is drawn at each.
     pub sets: Vec<TaskSet>,
-    /// What the points are to be made with.
-    pub made_with: String,
+    /// What the points on each set are to be made with.
+    pub made_with: ScoredWith,
 }
 
 /// What one cell is asked as a classifier.

@@ -3,9 +3,10 @@
 use crate::lab::report::plain_table::plain_table;
 use crate::lab::report::scroll::scroll;
 use crate::lab::report::statistics::mean;
-use crate::lab::report::table::{Analysis, RowKind};
+use crate::lab::report::table::{Analysis, RowKind, TableRow};
+use crate::lab::report::values;
 use crate::lab::report::words;
-use crate::lab::results::WeightChanges;
+use crate::lab::results::{CellRecord, WeightChanges};
 use maud::{Markup, html};
 use serde::Serialize;
 
@@ -14,8 +15,8 @@ pub const TITLE: &str = "What the training changed";
 
 /// How it is to be read, a sentence each.
 pub const ABOUT: [&str; 2] = [
-    "From the weights after the last step, means over adapted layers, then over trainings (of full fine-tuning, over the layers that an \
-     adapter is on by default): the mean angle between a row of the weight before and after; how far its singular values moved, relative \
+    "From the weights after the last step, means over adapted layers, then over trainings (of full fine-tuning, over the layers that adapters are \
+     on): the mean angle between a row of the weight before and after; how far its singular values moved, relative \
      to all of them; and how many of its 10 leading left singular vectors have a cosine below 0.5 to each of the base model's \
      (intruder dimensions, arXiv:2410.21228), of all layers together.",
     "A method that only turns a layer's inputs turns rows as far as it likes and leaves singular values where they were, without intruders; \
@@ -44,7 +45,7 @@ impl ChangedRow {
     pub fn all(a: &Analysis) -> Vec<Self> {
         let rows = a.rows.iter().filter(|row| row.kind == RowKind::Method);
         let of_row =
-            |row| Some((row, a.records_of(row).filter_map(|record| record.changes).collect::<Vec<_>>()));
+            |row| Some((row, in_table(a, row).filter_map(|record| record.changes).collect::<Vec<_>>()));
         rows.filter_map(of_row).filter_map(|(row, found)| Self::new(&row.label, &found)).collect()
     }
 
@@ -59,6 +60,11 @@ impl ChangedRow {
             intruder_share: of(|c| c.intruders as f64 / c.leading.max(1) as f64)?,
         })
     }
+}
+
+/// The row's trainings that its scores are of.
+fn in_table<'a>(a: &'a Analysis, row: &'a TableRow) -> impl Iterator<Item = &'a CellRecord> {
+    a.records_of(row).filter(|record| values::result(a.plan, record, a.set).is_some())
 }
 
 /// Headings, and a row for each method, in plain text; `None` where no training was measured.

@@ -35,6 +35,8 @@ pub struct Classified {
 pub struct ClassifiedRow {
     /// The row's heading.
     pub label: String,
+    /// Trainings that the plan has for it; 1 of the base model, which answers once.
+    pub planned: usize,
     /// Means over its cells at each scale that one of them has answers at.
     pub scales: Vec<ClassifiedMean>,
 }
@@ -63,6 +65,7 @@ impl Classified {
         let rows = a.rows.iter().filter(|row| row.kind != RowKind::Real);
         let rows = rows.map(|row| ClassifiedRow {
             label: row.label.clone(),
+            planned: if row.kind == RowKind::Base { 1 } else { row.planned },
             scales: planned
                 .scales
                 .iter()
@@ -87,6 +90,7 @@ impl Classified {
             let of = ["told right", "of the base's", "drift"];
             headings.extend(of.map(|what| format!("{what} at scale {scale}")));
         }
+        headings.push("trainings".into());
         let cells = |row: &ClassifiedRow| {
             let mut cells = vec![row.label.clone()];
             for scale in &scales {
@@ -99,6 +103,8 @@ impl Classified {
                 );
                 cells.push(here.and_then(|at| at.drift).map_or_else(none, |drift| format!("{drift:.2}")));
             }
+            let answered = row.scales.iter().map(|at| at.cells).min().unwrap_or_default();
+            cells.push(format!("{answered} of {}", row.planned));
             cells
         };
         (headings, self.rows.iter().map(cells).collect())

@@ -1,6 +1,7 @@
 //! The pictures of a comparison as data for the page's script: what is common, and a block for each subject, which the
 //! script reads when that subject is chosen. Addresses are relative to the comparison's folder.
 
+use crate::lab::report::frontier::counts;
 use crate::lab::report::table::{Analysis, RowKind};
 use crate::lab::report::values::ScoreColumn;
 use crate::lab::results::{BASE, CellRecord, Evaluation, FrontierPoint, PlannedPairs, PromptScores, Scores};
@@ -108,9 +109,11 @@ fn cell(a: &Analysis, record: &CellRecord) -> Value {
         let same = |e: &Evaluation| e.step == point.evaluation.step && e.set == point.evaluation.set;
         record.evaluations.iter().any(same) && (point.scale == 1.0 || cell.is_base())
     };
-    let wanted = a.plan.frontier.as_ref().and_then(|frontier| frontier.made_with.get(&cell.id));
-    let grid = record.frontier.iter().filter(|frontier| Some(&frontier.made_with) == wanted);
-    let grid = grid.flat_map(|frontier| &frontier.points).filter(|point| !scored(point));
+    let grid = record.frontier.iter().flat_map(|frontier| {
+        let counts = |point: &&FrontierPoint| counts(a.plan, &cell.id, frontier, point.evaluation.set);
+        frontier.points.iter().filter(counts)
+    });
+    let grid = grid.filter(|point| !scored(point));
     let evaluations: Vec<Value> = record
         .evaluations
         .iter()

@@ -8,7 +8,7 @@ pub fn likeness_key(points: &[FrontierPoint]) -> Option<&'static str> {
     LIKENESS.into_iter().find(|key| all_have(points, key))
 }
 
-/// The number of the point to draw with. Where drift is measured, that with the most likeness; elsewhere that with the largest sum of
+/// The number of the point to draw with. Where drift has a limit, that with the most likeness; elsewhere that with the largest sum of
 /// likeness and CLIP-T, or of that one of them which is measured. No point counts that drifts further than the limit (pixels); of
 /// equal ones that with less drift, then the first.
 ///
@@ -17,7 +17,7 @@ pub fn best_place(points: &[FrontierPoint], drift_limit: Option<f64>) -> Option<
     let likeness = likeness_key(points);
     let fidelity = Some(FIDELITY).filter(|key| all_have(points, key));
     let counted: Vec<&str> = match likeness {
-        Some(likeness) if all_have(points, DRIFT) => vec![likeness],
+        Some(likeness) if drift_limit.is_some() && all_have(points, DRIFT) => vec![likeness],
         _ => likeness.into_iter().chain(fidelity).collect(),
     };
     if counted.is_empty() {

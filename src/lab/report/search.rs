@@ -57,8 +57,10 @@ pub fn best_rates(plan: &Plan, records: &[CellRecord]) -> Vec<BestRate> {
     let for_tables =
         |r: &&CellRecord| result(plan, r, Set::Test).is_some() && result(plan, r, Set::Validation).is_none();
     let for_tables: BTreeSet<&str> = records.iter().filter(for_tables).map(|r| r.cell.id.as_str()).collect();
+    let looks =
+        |c: &PlannedCell| plan.scored_with.get(&c.id).is_none_or(|with| with.contains_key(&Set::Validation));
     let searched: Vec<&PlannedCell> =
-        plan.cells.iter().filter(|c| !for_tables.contains(c.id.as_str())).collect();
+        plan.cells.iter().filter(|c| !for_tables.contains(c.id.as_str()) && looks(c)).collect();
     let judge = Judge { plan, records, columns: values::columns(records), left_out };
     let rate = |method| best_rate(method, &judge, &scored, &searched);
     plan.methods.iter().filter_map(rate).collect()

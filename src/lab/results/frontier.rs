@@ -1,6 +1,6 @@
 //! The frontier in `plan.json` and `record.json`: every trained cell drawn along a grid of adapter scales and checkpoints.
 
-use crate::lab::results::Evaluation;
+use crate::lab::results::{Evaluation, ScoredWith};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -17,8 +17,8 @@ pub struct PlannedFrontier {
     pub likeness: Vec<f64>,
     /// The area below a curve ends here, and a chosen point drifts no further.
     pub drift_limit: f64,
-    /// For each cell's id what its points are to be made with; those made with other things do not count.
-    pub made_with: BTreeMap<String, String>,
+    /// For each cell's id what its points on each set are to be made with; those made with other things do not count.
+    pub made_with: BTreeMap<String, ScoredWith>,
 }
 
 /// A cell at one place of the grid.
@@ -35,7 +35,7 @@ pub struct FrontierPoint {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FrontierRecord {
     /// See [`PlannedFrontier::made_with`].
-    pub made_with: String,
+    pub made_with: ScoredWith,
     /// In the order of checkpoints, scales and sets.
     pub points: Vec<FrontierPoint>,
 }

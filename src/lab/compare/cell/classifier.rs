@@ -15,7 +15,7 @@ use std::path::Path;
 use tch::Tensor;
 
 /// In each cell's folder: answers so far.
-const ANSWERS_FILE: &str = "classifier.json";
+pub(super) const ANSWERS_FILE: &str = "classifier.json";
 
 impl Cell<'_> {
     /// The answers, of which those that are there are not asked for again. Errors: weights that are gone; this starts no training.

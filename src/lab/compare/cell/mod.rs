@@ -56,14 +56,20 @@ pub fn run(comparison: &Path, id: &str, observer: &dyn Observer) -> Result<()> {
     if record.failure.is_some() {
         return cell.finish(&record);
     }
-    let record = CellRecord { changes: cell.changes()?, ..record };
+    // However long the rest takes, the scores are there.
+    let record = CellRecord { changes: record.changes.or(cell.kept_changes()), ..record };
+    results::write_json(&cell.folder.join(RECORD_FILE), &record)?;
+    let record = cell.with_changes(record)?;
     let asked = task.classifier.as_ref();
     if asked.is_none_or(|asked| record.classifier.as_ref().is_some_and(|c| asked.is_answered(c))) {
         return cell.finish(&record);
     }
-    // However long the model is asked, its scores are there.
-    results::write_json(&cell.folder.join(RECORD_FILE), &record)?;
     cell.finish(&CellRecord { classifier: cell.classify()?, ..record })
+}
+
+/// Whether the record of a task is there, with all scores of the task's pictures.
+pub fn is_scored(comparison: &Path, task: &Task) -> bool {
+    scored(comparison, task).is_some()
 }
 
 /// The record of a task, where it has all scores of the task's pictures.
@@ -96,7 +102,8 @@ pub fn check_weights(comparison: &Path, task: &Task) -> Result<()> {
 /// Whether the points of the task's grid are there; a training that failed has none.
 fn has_frontier(record: &CellRecord, task: &Task) -> bool {
     let there = record.frontier.as_ref().map(|frontier| &frontier.made_with);
-    record.failure.is_some() || task.frontier.as_ref().is_none_or(|wanted| there == Some(&wanted.made_with))
+    let has = |(set, identity)| there.is_some_and(|there| there.get(set) == Some(identity));
+    record.failure.is_some() || task.frontier.as_ref().is_none_or(|wanted| wanted.made_with.iter().all(has))
 }
 
 /// Whether the training of a task is done.
@@ -184,7 +191,9 @@ impl Cell<'_> {
             return Ok((trained, fingerprint));
         }
         // Other pictures are wanted than before, and what was to draw them was removed since.
-        files::remove_file(&self.folder.join(TRAINED_FILE))?;
+        for of_old_weights in [TRAINED_FILE, RECORD_FILE, classifier::ANSWERS_FILE] {
+            files::remove_file(&self.folder.join(of_old_weights))?;
+        }
         files::remove_dir_all(&self.config.output_dir)?;
         trained = self.train()?;
         let missing = || Error::run(format!("{}: the trained weights are missing", self.folder.display()));

@@ -91,6 +91,7 @@ impl Planner<'_> {
             frontier: None,
             classifier: None,
             scored_with: ScoredWith::new(),
+            weight_changes: self.config.weight_changes,
             remove_weights: self.config.remove_weights,
             is_final: false,
             jobs: self.config.jobs,

@@ -36,8 +36,9 @@ impl Planner<'_> {
         let points = if is_trained { entry.points(self.steps) } else { vec![(0, 0.0)] };
         let kinds: &[Set] = if has_test { &[Set::Validation, Set::Test] } else { &[Set::Validation] };
         let sets: Vec<TaskSet> = kinds.iter().map(|set| self.set(*set, subject, is_trained)).collect();
-        let identities: Vec<String> = sets.iter().map(|set| self.identity(task, set, &[])).collect();
-        let made_with = short(&format!("{points:?} {identities:?}"));
+        // Each alone: what a search has drawn on validation serves the tables too.
+        let identity = |set: &TaskSet| short(&format!("{points:?} {}", self.identity(task, set, &[])));
+        let made_with = sets.iter().map(|set| (set.set, identity(set))).collect();
         Some(TaskFrontier { points, sets, made_with })
     }
 

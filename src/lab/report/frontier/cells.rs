@@ -1,7 +1,7 @@
 //! From records to the numbers of the grid: for each cell, likeness and drift at every place, prompt by prompt.
 
 use crate::lab::report::statistics::{mean, prompt_value};
-use crate::lab::results::{CellRecord, Evaluation, Plan, PromptScores, Set};
+use crate::lab::results::{CellRecord, Evaluation, FrontierRecord, Plan, PromptScores, Set};
 
 /// A place of the grid.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
@@ -61,10 +61,15 @@ pub fn evaluation<'a>(
     } else {
         record
     };
-    let made_with = plan.frontier.as_ref()?.made_with.get(&of.cell.id);
-    let frontier = of.frontier.as_ref().filter(|frontier| Some(&frontier.made_with) == made_with)?;
+    let frontier = of.frontier.as_ref().filter(|frontier| counts(plan, &of.cell.id, frontier, set))?;
     let here = |e: &Evaluation, scale: f64| e.set == set && scale == place.scale && e.step == place.step;
     frontier.points.iter().find(|point| here(&point.evaluation, point.scale)).map(|point| &point.evaluation)
+}
+
+/// Whether a cell's points on a set were made with what the plan says.
+pub fn counts(plan: &Plan, id: &str, frontier: &FrontierRecord, set: Set) -> bool {
+    let wanted = plan.frontier.as_ref().and_then(|planned| planned.made_with.get(id)?.get(&set));
+    wanted.is_some() && wanted == frontier.made_with.get(&set)
 }
 
 impl<'a> CellPlaces<'a> {

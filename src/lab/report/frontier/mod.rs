@@ -13,7 +13,7 @@ pub mod rate;
 mod sample;
 pub mod tables;
 
-pub use cells::{Place, evaluation, places};
+pub use cells::{Place, counts, evaluation, places};
 
 use crate::lab::report::statistics::Bootstrap;
 use crate::lab::report::table::{Analysis, RowKind, TableRow};
