@@ -16,7 +16,8 @@ from recipes import stored
 TIMEOUT, MOST_MEMORY = 120, 1500 << 20
 # What a terminal shows of progress is no word about the file.
 PROGRESS = re.compile(r"\d+/\d+|\bs left\b|^  ?hra |pictures? in |draw with it|^peak memory")
-SECONDS = re.compile(r"steps in \d+ s")
+# Of a run's words: its time, and the hash of a tower's file, which is another one whatever was damaged.
+OF_THIS_RUN = re.compile(r'(?<=steps in )\d+(?= s)|(?<="towers": ")[^"]*')
 LISTS = (".csv", ".jsonl", ".txt")
 SIMPLE = re.compile(r"[0-9.e+-]+")
 NUMBERLESS = re.compile(r"(?<![\w-])(-?inf|nan)(?![\w-])", re.IGNORECASE)
@@ -70,7 +71,7 @@ class Inputs:
         found = {name: value for name, value in digest(folder, folder).items() if name.startswith("out")}
         for name in recipe.own:
             found |= {f"in/{name}/{file}": value for file, value in digest(folder / "in" / name, folder).items()}
-        return found | {"stdout": SECONDS.sub("steps in # s", done.out.replace(str(folder), "CASE"))}
+        return found | {"stdout": OF_THIS_RUN.sub("#", done.out.replace(str(folder), "CASE"))}
 
     def reference(self, index):
         if index not in self.good:
