@@ -183,6 +183,31 @@ fn a_palette_that_ends_within_a_colour_is_a_broken_picture() {
 }
 
 #[test]
+fn a_damaged_chunk_beside_the_pixels_is_a_broken_picture() {
+    // What turns a picture: a TIFF header with the one entry 274 (orientation) = 6.
+    let turn = b"MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0";
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, 2, 1);
+    encoder.set_color(png::ColorType::Grayscale);
+    let mut writer = encoder.write_header().unwrap();
+    writer.write_chunk(png::chunk::eXIf, turn).unwrap();
+    writer.write_image_data(&[0, 255]).unwrap();
+    writer.finish().unwrap();
+    let upright = decode(&bytes).unwrap();
+    assert_eq!(upright.pixels.dimensions(), (1, 2), "turned by a quarter");
+    let at = bytes.windows(4).position(|kind| kind == b"eXIf").unwrap();
+    for (offset, value) in [(1, b'\\'), (1, b'Y'), (4 + 20, 1), (4 + turn.len(), 0)] {
+        let mut damaged = bytes.clone();
+        assert_ne!(std::mem::replace(&mut damaged[at + offset], value), value);
+        let problem = decode(&damaged).unwrap_err();
+        assert!(problem.starts_with("broken PNG image: the checksum of its chunk e"), "{problem}");
+    }
+    // Behind the last chunk there is nothing that counts.
+    bytes.extend(b"\0\0\0\x01xxxx?????");
+    assert_eq!(decode(&bytes).unwrap().pixels, upright.pixels);
+}
+
+#[test]
 fn decompression_bombs_are_refused_before_they_unfold() {
     for (width, height) in [(100_000, 100_000), (2_000_000_000, 1), (20_000, 10_000)] {
         let problem = decode(&hollow_png(width, height)).unwrap_err();

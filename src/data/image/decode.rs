@@ -17,6 +17,7 @@ use ::image::{
 
 use crate::data::image::background::Background;
 use crate::data::image::budget::{MemoryBudget, MemoryShare};
+use crate::data::image::png::check_chunks;
 use crate::platform::files;
 use crate::{Error, Result};
 
@@ -124,6 +125,9 @@ fn decode_as(
     bytes: &[u8],
     background: Background,
 ) -> std::result::Result<DecodedPicture, String> {
+    if format == ImageFormat::Png {
+        check_chunks(bytes)?;
+    }
     let explain = |e: ImageError| explain(name, &e);
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(if format == ImageFormat::Png { MAX_METADATA_BYTES } else { MAX_DECODED_BYTES });

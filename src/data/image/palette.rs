@@ -16,6 +16,7 @@ use serde::{Deserialize, Deserializer};
 use crate::data::image::background::Background;
 use crate::data::image::decode::{self, MAX_METADATA_BYTES, MAX_PIXELS, PIXELS};
 use crate::data::image::mask::Mask;
+use crate::data::image::png::check_chunks;
 use crate::data::image::resize::nearest_covering;
 use crate::platform::files;
 use crate::{Error, Result};
@@ -236,6 +237,7 @@ impl LabelMap {
 
 /// The map in a PNG file; `None` where it holds colours.
 fn read_png(bytes: &[u8]) -> std::result::Result<Option<MapFile>, String> {
+    check_chunks(bytes)?;
     let broken = |e: ::png::DecodingError| format!("broken or truncated PNG image: {e}");
     let limit = Limits { bytes: MAX_METADATA_BYTES as usize };
     let mut decoder = Decoder::new_with_limits(Cursor::new(bytes), limit);

@@ -1,4 +1,5 @@
-//! PNG files with their settings in text chunks (PNG specification, third edition, 11.3.3: tEXt and iTXt).
+//! PNG files with their settings in text chunks (PNG specification, third edition, 11.3.3: tEXt and iTXt), and the checksums of
+//! their chunks.
 //!
 //! Texts that fit Latin-1 go into tEXt, the chunk that every reader knows, others as UTF-8 into iTXt. Pillow shows both as
 //! `Image.text`.
@@ -51,6 +52,27 @@ fn encode(image: &RgbImage, text: &[(String, String)]) -> std::result::Result<Ve
     writer.write_image_data(image)?;
     writer.finish()?;
     Ok(bytes)
+}
+
+/// Fails where a chunk's checksum is not that of its bytes (5.3 and 5.4 of the specification), as Pillow does. Decoders look at those of
+/// chunks that pixels need and pass over others, and the way up would be lost without a word. What is cut off is theirs to tell.
+pub(super) fn check_chunks(bytes: &[u8]) -> std::result::Result<(), String> {
+    let mut rest = bytes.get(8..).unwrap_or_default();
+    while let Some((length, body)) = rest.split_first_chunk::<4>() {
+        let length = u32::from_be_bytes(*length) as usize;
+        let (Some(kind), Some(sum)) = (body.get(..4), body.get(4 + length..8 + length)) else { break };
+        if crc32fast::hash(&body[..4 + length]).to_be_bytes() != *sum {
+            return Err(format!(
+                "broken PNG image: the checksum of its chunk {} is wrong",
+                kind.escape_ascii()
+            ));
+        }
+        if kind == b"IEND" {
+            break;
+        }
+        rest = &body[8 + length..];
+    }
+    Ok(())
 }
 
 /// The texts of a PNG file (keyword, text), before or after the pixels: first those in tEXt, then zTXt, then iTXt chunks.
