@@ -46,7 +46,7 @@ compare: build ## compare seven methods on the embedded model, in runs/compare/ 
 compare-quick: build ## compare two methods in a minute or two, in runs/compare-quick/
 	target/release/hra compare configs/compare-quick.toml
 
-frontier: build ## likeness at the same drift: eleven methods, seven subjects, in runs/frontier/ (SEEDS=0,1,2 goes on); about two hours a seed
+frontier: build ## likeness at the same drift: eleven methods, seven subjects, in runs/frontier/ (SEEDS=0,1,2 goes on)
 	target/release/hra compare configs/frontier.toml --seeds $(SEEDS)
 
 test: setup ## run the Rust tests
