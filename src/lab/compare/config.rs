@@ -199,6 +199,13 @@ pub struct Search {
     pub only: bool,
 }
 
+impl Search {
+    /// Whether a subject is searched on.
+    pub fn looks_at(&self, subject: &str) -> bool {
+        self.subjects.is_empty() || self.subjects.iter().any(|name| name == subject)
+    }
+}
+
 /// A subject with its pictures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

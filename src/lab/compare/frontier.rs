@@ -3,6 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Adapter scales from the one end to the other of what anybody draws with.
+pub(super) const SCALES: std::ops::RangeInclusive<f64> = -4.0..=4.0;
+
 /// The table of the config file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -1,11 +1,8 @@
 //! What is wrong with `[frontier]` in a comparison.
 
 use crate::lab::compare::config::{CompareConfig, Protocol};
-use crate::lab::compare::frontier::FrontierEntry;
+use crate::lab::compare::frontier::{FrontierEntry, SCALES};
 use std::collections::BTreeSet;
-
-/// Scales from the one end to the other of what anybody draws with.
-const SCALES: std::ops::RangeInclusive<f64> = -4.0..=4.0;
 
 /// What is wrong with it in this comparison.
 pub fn problems(entry: &FrontierEntry, config: &CompareConfig) -> Vec<String> {

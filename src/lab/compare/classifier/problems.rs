@@ -3,10 +3,9 @@
 use crate::data::caption::bounded;
 use crate::lab::compare::classifier::entry::ClassifierEntry;
 use crate::lab::compare::config::CompareConfig;
+use crate::lab::compare::frontier::SCALES;
 use std::collections::BTreeSet;
 
-/// Scales from the one end to the other of what anybody draws with.
-const SCALES: std::ops::RangeInclusive<f64> = -4.0..=4.0;
 /// More say nothing that these do not.
 const NOISES: std::ops::RangeInclusive<usize> = 1..=1000;
 

@@ -13,8 +13,7 @@ impl Planner<'_> {
             return Ok(());
         };
         let has = |s: &Subject| s.pictures().is_some_and(|pictures| !pictures.validation.is_empty());
-        let searched = |s: &&Subject| search.subjects.is_empty() || search.subjects.contains(&s.name);
-        if self.subjects.iter().filter(searched).any(has) {
+        if self.subjects.iter().filter(|s| search.looks_at(&s.name)).any(has) {
             return Ok(());
         }
         Err(Error::config("search: drift: expected a subject with a validation picture, found none")

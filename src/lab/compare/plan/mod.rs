@@ -147,7 +147,6 @@ impl Planner<'_> {
             add(self.base(subject)?);
         }
         if let Some(search) = &self.config.search {
-            let searched = |s: &&Subject| search.subjects.is_empty() || search.subjects.contains(&s.name);
             if let Some(unknown) =
                 search.subjects.iter().find(|n| !self.subjects.iter().any(|s| s.name == **n))
             {
@@ -157,7 +156,7 @@ impl Planner<'_> {
             }
             for method in &self.config.methods {
                 for rate in self.config.learning_rates(method)? {
-                    for subject in self.subjects.iter().filter(searched) {
+                    for subject in self.subjects.iter().filter(|s| search.looks_at(&s.name)) {
                         for seed in &search.seeds {
                             add(self.training(method, subject, *seed, rate, Set::Validation)?);
                         }
