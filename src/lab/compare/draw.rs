@@ -17,7 +17,8 @@ use crate::train::config::{MethodName, TrainConfig};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-const MANIFEST_FILE: &str = "drawn.json";
+/// What says in a folder of pictures how they were drawn.
+pub(super) const MANIFEST_FILE: &str = "drawn.json";
 
 /// How pictures are drawn, whatever the prompts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -49,6 +49,9 @@ pub struct Task {
     /// Measure what the training changed in the weights.
     #[serde(default = "crate::lab::compare::config::yes")]
     pub weight_changes: bool,
+    /// Whether likeness on validation is to the pictures that are trained on too.
+    #[serde(default)]
+    pub validates_with_train: bool,
     /// Remove what was trained once it is scored.
     pub remove_weights: bool,
     /// Where control is taught: how its pictures are scored.

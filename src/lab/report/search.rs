@@ -30,6 +30,9 @@ pub struct TriedRate {
     pub rate: f64,
     /// Sum over the objective's scores of weight times mean over subjects and seeds; or the likeness within the search's drift.
     pub objective: f64,
+    /// The largest drift that was measured, where a drift is asked for: a rate that ends before it has no likeness there, and counts only
+    /// where all do.
+    pub reach: Option<f64>,
     /// Sample standard deviation of the seeds' own objectives; `None` of one seed.
     pub spread: Option<f64>,
     /// Trainings that it is the mean of.
@@ -78,11 +81,12 @@ struct Judge<'a> {
 }
 
 impl Judge<'_> {
-    /// Of trainings with one rate; `None` where no score is there.
-    fn objective(&self, cells: &[ScoredCell]) -> Option<f64> {
+    /// Of trainings with one rate, and the largest drift where one is asked for; `None` where no score is there.
+    fn objective(&self, cells: &[ScoredCell]) -> Option<(f64, Option<f64>)> {
         if let Some(drift) = self.plan.search_drift {
             let trained: Vec<&CellRecord> = cells.iter().map(|(record, _)| *record).collect();
-            return rate::likeness_within(self.plan, self.records, &self.columns, &trained, drift);
+            let found = rate::likeness_within(self.plan, self.records, &self.columns, &trained, drift);
+            return found.map(|(likeness, reach)| (likeness, Some(reach)));
         }
         let mut sum = None;
         for (key, weight) in &self.plan.objective {
@@ -93,7 +97,7 @@ impl Judge<'_> {
                 *sum.get_or_insert(0.0) += weight * value;
             }
         }
-        sum
+        sum.map(|sum| (sum, None))
     }
 }
 
@@ -114,19 +118,23 @@ fn best_rate(
             .filter(|(r, _)| of_rate(r.cell.method(), r.cell.learning_rate()))
             .copied()
             .collect();
-        if let Some(objective) = judge.objective(&cells) {
+        if let Some((objective, reach)) = judge.objective(&cells) {
             let planned = searched.iter().filter(|c| of_rate(c.method(), c.learning_rate())).count();
             let seeds: BTreeSet<u64> = cells.iter().map(|(r, _)| r.cell.seed()).collect();
             let of_seed = |seed: u64| {
                 let own: Vec<_> = cells.iter().filter(|(r, _)| r.cell.seed() == seed).copied().collect();
-                judge.objective(&own)
+                judge.objective(&own).map(|(objective, _)| objective)
             };
             let spread = spread(&seeds.into_iter().filter_map(of_seed).collect::<Vec<f64>>());
-            rates.push(TriedRate { rate, objective, spread, cells: cells.len(), planned });
+            rates.push(TriedRate { rate, objective, reach, spread, cells: cells.len(), planned });
         }
     }
     let fullest = rates.iter().map(|r| r.cells).max()?;
-    let mut full = rates.iter().filter(|r| r.cells == fullest);
+    let reaches = |r: &&TriedRate| {
+        r.cells == fullest && r.reach.zip(judge.plan.search_drift).is_none_or(|(reach, drift)| reach >= drift)
+    };
+    let any_reaches = rates.iter().any(|r| reaches(&r));
+    let mut full = rates.iter().filter(|r| r.cells == fullest && (!any_reaches || reaches(r)));
     let first = full.next()?;
     // Of equal ones the smaller rate.
     let best = full.fold(first, |best, r| if r.objective > best.objective { r } else { best });

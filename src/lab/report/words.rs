@@ -297,7 +297,7 @@ impl Analysis<'_> {
     pub fn objective(&self) -> String {
         if let Some(drift) = self.plan.search_drift {
             return format!(
-                "the most likeness with a drift of {drift} or less, along the grid of scales and checkpoints"
+                "the most likeness with a drift of {drift}, along the grid of scales and checkpoints, of the rates that reach it"
             );
         }
         let terms: Vec<String> = self.plan.objective.iter().map(|(key, w)| format!("{w} {key}")).collect();
@@ -393,14 +393,15 @@ pub fn objective_of(rate: &TriedRate) -> String {
     format!("{:.4}{spread}", rate.objective)
 }
 
-/// `0.4712 at 1e-3 (6 of 6 cells)`.
+/// `0.4712 at 1e-3 (6 of 6 cells)`, or with the largest drift: `(6 of 6 cells, to drift 15.9)`.
 pub fn tried(rate: &TriedRate) -> String {
     format!(
-        "{} at {:e} ({} of {})",
+        "{} at {:e} ({} of {}{})",
         objective_of(rate),
         rate.rate,
         rate.cells,
-        results::cell_count(rate.planned)
+        results::cell_count(rate.planned),
+        rate.reach.map_or_else(String::new, |reach| format!(", to drift {reach:.1}"))
     )
 }
 

@@ -4,9 +4,9 @@ use crate::diffusion::sample::Session;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lab::compare::cell::{Cell, adapter_folder, all_drawn, has_weights};
 use crate::lab::compare::draw;
-use crate::lab::compare::task::{Task, TaskFrontier};
+use crate::lab::compare::task::{Task, TaskFrontier, TaskSet};
 use crate::lab::evaluate::Towers;
-use crate::lab::results::{Evaluation, FrontierPoint, FrontierRecord};
+use crate::lab::results::{self, Evaluation, FrontierPoint, FrontierRecord};
 use std::path::{Path, PathBuf};
 
 impl Cell<'_> {
@@ -83,11 +83,16 @@ impl Cell<'_> {
 
     fn point_folder(&self, step: i64, scale: f64) -> PathBuf {
         let place = self.step_folder(step);
-        if self.is_scored_step(scale) { place } else { place.join(format!("scale-{scale}")) }
+        if self.is_scored_step(scale) { place } else { scale_folder(&place, scale) }
     }
 }
 
-/// Fails where the grid of a training that is done cannot be drawn: its weights, or a checkpoint, were removed since.
+fn scale_folder(step: &Path, scale: f64) -> PathBuf {
+    step.join(format!("scale-{scale}"))
+}
+
+/// Fails where the grid of a training that is done cannot be drawn: its weights, or a checkpoint, were removed since. Pictures that were
+/// drawn before need none; whether they are those that are wanted is seen when they would be drawn.
 pub(super) fn check_weights(comparison: &Path, task: &Task) -> Result<()> {
     let Some(frontier) = task.frontier.as_ref().filter(|_| super::scored(comparison, task).is_none()) else {
         return Ok(());
@@ -95,7 +100,12 @@ pub(super) fn check_weights(comparison: &Path, task: &Task) -> Result<()> {
     let config = task.train_config(comparison);
     let missing = frontier.points.iter().find_map(|(step, scale)| {
         let adapter = adapter_folder(&config, *step);
-        let drawn = *scale == 1.0 && task.steps.contains(step);
+        let place = scale_folder(
+            &super::step_folder(&results::cell_folder(comparison, &task.cell.id), *step),
+            *scale,
+        );
+        let has_pictures = |set: &TaskSet| place.join(set.set.name()).join(draw::MANIFEST_FILE).is_file();
+        let drawn = *scale == 1.0 && task.steps.contains(step) || frontier.sets.iter().all(has_pictures);
         (!drawn && !has_weights(&adapter)).then_some(adapter)
     });
     missing.map_or(Ok(()), |adapter| Err(gone(&adapter)))

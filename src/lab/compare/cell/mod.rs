@@ -234,7 +234,7 @@ impl Cell<'_> {
     }
 
     fn step_folder(&self, step: i64) -> PathBuf {
-        self.folder.join(format!("step-{step:06}"))
+        step_folder(&self.folder, step)
     }
 
     fn drawing(
@@ -411,4 +411,9 @@ fn weight_files(run: &Path) -> [PathBuf; 7] {
         text.join(peft::CONFIG_FILE),
         run.join(FULL_UNET),
     ]
+}
+
+/// Where a cell keeps what was drawn after a step.
+fn step_folder(cell: &Path, step: i64) -> PathBuf {
+    cell.join(format!("step-{step:06}"))
 }

@@ -43,7 +43,10 @@ impl Cell<'_> {
     ) -> Result<Vec<(&'s TaskSet, ScoredSubject)>> {
         let look_alikes = self.look_alikes()?;
         let scored = |set: &'s TaskSet| {
-            let real = self.real_pictures(set.set.name())?;
+            let mut real = self.real_pictures(set.set.name())?;
+            if set.set == Set::Validation && self.task.validates_with_train {
+                real.extend(self.real_pictures("train")?);
+            }
             let masks = match set.set {
                 Set::Test => score::masks(&self.subject_folder().join("masks"), self.observer)?,
                 _ => Vec::new(),

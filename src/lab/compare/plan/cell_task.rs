@@ -92,6 +92,7 @@ impl Planner<'_> {
             classifier: None,
             scored_with: ScoredWith::new(),
             weight_changes: self.config.weight_changes,
+            validates_with_train: self.validates_with_train(),
             remove_weights: self.config.remove_weights,
             is_final: false,
             jobs: self.config.jobs,

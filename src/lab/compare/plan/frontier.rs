@@ -22,6 +22,12 @@ impl Planner<'_> {
             ))
     }
 
+    /// Whether likeness on validation is to the pictures that are trained on too. One picture that is left out is too few for a curve:
+    /// what its background has in common with a prompt's counts for more than the subject.
+    pub(super) fn validates_with_train(&self) -> bool {
+        self.config.frontier.is_some()
+    }
+
     /// The grid of a cell: the validation prompts choose a point of it, or a learning rate; the test prompts tell scores for the
     /// tables.
     pub(super) fn frontier(&self, task: &Task) -> Option<TaskFrontier> {

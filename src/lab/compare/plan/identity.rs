@@ -27,6 +27,8 @@ impl Planner<'_> {
         let drawn = (&task.drift_prompts, task.num_drift_images, &task.sampling, batch);
         let how = (task.class_look_alikes, &task.control);
         let key = (&self.identity, pictures, set, drawn, steps, how);
-        hash(format!("{key:?}").as_bytes())[..16].to_string()
+        let with_train =
+            if set.set == Set::Validation && self.validates_with_train() { " with train" } else { "" };
+        hash(format!("{key:?}{with_train}").as_bytes())[..16].to_string()
     }
 }

@@ -22,7 +22,7 @@ pub struct CellPlaces<'a> {
     pub fidelity: Vec<Vec<f64>>,
     /// Drift, `[prompt without the subject][place]`.
     pub drift: Vec<Vec<f64>>,
-    /// Likeness to the validation pictures on the validation prompts, of each place; empty without such pictures.
+    /// Likeness on the validation prompts, to the pictures that are trained on or left out, of each place; empty without such pictures.
     pub validation: Vec<f64>,
 }
 

@@ -39,6 +39,11 @@ impl Envelope {
         self.points.iter().map(|point| point.0)
     }
 
+    /// The largest drift that was measured.
+    pub fn reach(&self) -> f64 {
+        self.reach
+    }
+
     /// The largest likeness.
     pub fn top(&self) -> f64 {
         self.points[self.points.len() - 1].2

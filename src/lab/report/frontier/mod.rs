@@ -112,8 +112,8 @@ pub fn about(a: &Analysis) -> Vec<String> {
             a.resampled
         ),
         format!(
-            "The chosen point has the most likeness on validation pictures and prompts within the limit of drift; what stands \
-             there is its score on the {} set.",
+            "The chosen point has the most likeness on validation prompts, to the pictures that are trained on or left out for \
+             validation, within the limit of drift; what stands there is its score on the {} set.",
             a.set.name()
         ),
     ]

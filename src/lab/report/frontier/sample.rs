@@ -107,7 +107,7 @@ pub fn means(cells: &[&CellPlaces], of: PromptValues) -> Option<Vec<f64>> {
     Some(by_subject(cells, of).means(None))
 }
 
-/// Likeness on validation at each place: the mean over subjects, of those that have validation pictures, of the means over their
+/// Likeness on validation at each place: the mean over subjects, of those that have pictures of their own, of the means over their
 /// cells.
 pub fn validation(cells: &[&CellPlaces]) -> Option<Vec<f64>> {
     let mut subjects: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
