@@ -39,6 +39,8 @@ pub struct AdapterFile {
     pub metadata: BTreeMap<String, String>,
     /// What a user should know, one sentence each.
     pub notes: Vec<String>,
+    /// The Python class of the network that it was on, where the config says.
+    pub class: Option<String>,
 }
 
 impl AdapterFile {
@@ -94,7 +96,8 @@ impl AdapterFile {
             ));
         }
         let FoundLayer { biases, unused, .. } = found;
-        Ok(Self { config: config.finish(), layers, biases, unused, metadata, notes })
+        let class = config.class.take();
+        Ok(Self { config: config.finish(), layers, biases, unused, metadata, notes, class })
     }
 }
 

@@ -61,6 +61,8 @@ pub(super) struct ReadConfig {
     targets: Value,
     base_model: Option<String>,
     pub notes: Vec<String>,
+    /// Of the network that it was on.
+    pub class: Option<String>,
 }
 
 impl AdapterConfig {
@@ -148,6 +150,7 @@ impl ReadConfig {
             targets: value["target_modules"].clone(),
             base_model: value["base_model_name_or_path"].as_str().map(str::to_string),
             notes: fields.notes,
+            class: value["auto_mapping"]["base_model_class"].as_str().map(str::to_string),
         })
     }
 

@@ -6,9 +6,11 @@ use crate::adapter::peft::AdapterFile;
 use crate::adapter::{Adapter, Dora, Full, Lora};
 use crate::error::{Error, Result};
 use crate::model::control::{EncoderConfig, FILE_STEM, encoder_of};
+use crate::model::text::{SECOND_TEXT_ENCODER, in_second_tower};
 use crate::platform::adapter_layout::{AdapterForm, AdapterParts};
 use crate::platform::files;
 use crate::platform::host;
+use crate::weights::family;
 use crate::weights::pickle::refuse_pickle;
 use crate::weights::tensor_file::TensorFile;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,12 +21,21 @@ use tch::{Kind, Tensor};
 pub const UNET_CLASS: (&str, &str) = ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition");
 /// See [`UNET_CLASS`].
 pub const TEXT_CLASS: (&str, &str) = ("CLIPTextModel", "transformers.models.clip.modeling_clip");
+/// See [`UNET_CLASS`]: the second text encoder of Stable Diffusion XL.
+pub const SECOND_TEXT_CLASS: (&str, &str) = ("CLIPTextModelWithProjection", TEXT_CLASS.1);
 /// Where a run keeps its text encoder's adapter, below the UNet's.
 pub const TEXT_ENCODER: &str = "text_encoder";
 /// Where a run keeps the adapters of its networks, and their classes.
-pub const HOMES: [(&str, (&str, &str)); 2] = [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS)];
+pub const HOMES: [(&str, (&str, &str)); 3] =
+    [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS), (SECOND_TEXT_ENCODER, SECOND_TEXT_CLASS)];
 /// A fully fine-tuned UNet in a run folder, as diffusers' `from_pretrained(RUN, subfolder="unet")` reads it.
 pub const FULL_UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+
+/// Keys of metadata that name an adapter's base model (Stability's specification, kohya's scripts).
+const SAY_BASE: [&str; 2] = ["modelspec.architecture", "ss_base_model_version"];
+
+/// Beginnings of layers of the UNet's outermost level that attend, with underscores, in both spellings.
+const OUTER_ATTENTION: [&str; 3] = ["down_blocks_0_attentions_", "input_blocks_1_1_", "input_blocks_2_1_"];
 
 /// Parts of keys by which the control networks of other tools are known.
 const OF_OTHER_CONTROLS: [&str; 4] =
@@ -37,6 +48,10 @@ pub struct LayerNames {
     pub unet: Vec<(String, Option<String>)>,
     /// Of the text encoder.
     pub text_encoder: Vec<(String, Option<String>)>,
+    /// Of the second text encoder of Stable Diffusion XL, without [`SECOND_TEXT_ENCODER`] before them.
+    pub text_encoder_2: Vec<(String, Option<String>)>,
+    /// Whether the model is of Stable Diffusion XL; `None` where none is known.
+    pub is_xl: Option<bool>,
 }
 
 /// An adapter that was read and is not on a network yet.
@@ -104,14 +119,14 @@ impl LoadedAdapter {
         loaded.notes.extend(found.note);
         for (form, place) in &found.parts {
             match form {
-                AdapterForm::Peft => loaded.add(AdapterFile::read(place)?, place)?,
+                AdapterForm::Peft => loaded.add(AdapterFile::read(place)?, place, names)?,
                 AdapterForm::Lora => {
                     refuse_pickle(place)?;
                     loaded.add_lora(place, names)?;
                 }
                 AdapterForm::FullUNet => {
                     let file = TensorFile::open(place)?;
-                    loaded.describe("full fine-tuning", false);
+                    loaded.describe("full fine-tuning", None);
                     loaded.base_fingerprint = file.texts().remove("base_fingerprint");
                     loaded.full = Some(file);
                 }
@@ -128,25 +143,35 @@ impl LoadedAdapter {
     }
 
     /// Adds to what it is: a part that is `what`.
-    fn describe(&mut self, what: &str, of_text_encoder: bool) {
+    fn describe(&mut self, what: &str, text_encoder: Option<&str>) {
         let before = std::mem::take(&mut self.what);
-        self.what = match (before.is_empty(), of_text_encoder) {
-            (true, false) => what.to_string(),
-            (true, true) => format!("{what}, of the text encoder"),
-            (false, true) if before == what => format!("{what} and text encoder"),
-            (false, true) => format!("{before}, and {what} of the text encoder"),
-            (false, false) => format!("{before}, and {what}"),
+        self.what = match (before.is_empty(), text_encoder) {
+            (true, None) => what.to_string(),
+            (true, Some(tower)) => format!("{what}, of the {tower}"),
+            (false, Some(tower)) if before == what => format!("{what} and {tower}"),
+            (false, Some(tower)) => format!("{before}, and {what} of the {tower}"),
+            (false, None) => format!("{before}, and {what}"),
         };
     }
 
-    fn add(&mut self, file: AdapterFile, place: &Path) -> Result<()> {
-        self.describe(&file.config.method.describe(), file.is_of_text_encoder());
+    fn add(&mut self, file: AdapterFile, place: &Path, names: &LayerNames) -> Result<()> {
+        let home = home_of(&file, place);
+        let found: Vec<&str> = file.layers.keys().map(String::as_str).collect();
+        names.check_family(place, home == SECOND_TEXT_ENCODER, &found, &[])?;
+        let tower = match home {
+            TEXT_ENCODER => Some("text encoder"),
+            SECOND_TEXT_ENCODER => Some("second text encoder"),
+            _ => None,
+        };
+        self.describe(&file.config.method.describe(), tower);
         self.unused.extend(file.unused);
         self.notes.extend(file.notes);
+        let is_second = home == SECOND_TEXT_ENCODER;
+        let own = |name| if is_second { in_second_tower(name) } else { name };
         for (name, adapter) in file.layers {
-            self.add_layer(name, adapter, place)?;
+            self.add_layer(own(name), adapter, place)?;
         }
-        self.biases.extend(file.biases);
+        self.biases.extend(file.biases.into_iter().map(|(name, bias)| (own(name), bias)));
         let fingerprint = file.metadata.get("base_fingerprint").cloned();
         self.base_fingerprint = self.base_fingerprint.take().or(fingerprint);
         Ok(())
@@ -176,10 +201,17 @@ impl LoadedAdapter {
             ));
         }
         let file = LoraFile::read(path)?;
+        let is_second = |layer: &LoraLayer| layer.part == lora_file::LoraPart::TextEncoder2;
+        let of_unet = file.layers.iter().filter(|layer| layer.part == lora_file::LoraPart::UNet);
+        let found: Vec<&str> = of_unet.map(|layer| layer.name.as_str()).collect();
+        let said = TensorFile::open(path)?.texts();
+        let said: Vec<&str> = SAY_BASE.iter().filter_map(|key| said.get(*key)).map(String::as_str).collect();
+        names.check_family(path, file.layers.iter().any(is_second), &found, &said)?;
         let mut matched = false;
         let parts = [
             (lora_file::LoraPart::UNet, &names.unet),
             (lora_file::LoraPart::TextEncoder, &names.text_encoder),
+            (lora_file::LoraPart::TextEncoder2, &names.text_encoder_2),
         ];
         for (part, names) in parts {
             let own: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
@@ -190,14 +222,15 @@ impl LoadedAdapter {
             for (name, layer) in resolved.layers {
                 let adapter = lora_layer(layer)
                     .map_err(|problem| Error::format(path, format!("`{}`: {problem}", layer.name)))?;
-                self.add_layer(name, adapter, path)?;
+                let is_second = part == lora_file::LoraPart::TextEncoder2;
+                self.add_layer(if is_second { in_second_tower(name) } else { name }, adapter, path)?;
                 matched = true;
             }
         }
         let ranks: BTreeSet<i64> = file.layers.iter().map(LoraLayer::rank).collect();
         let ranks: Vec<String> = ranks.iter().map(i64::to_string).collect();
         let dora = file.layers.iter().any(|layer| layer.magnitude.is_some());
-        self.describe(&format!("{} file, r {}", if dora { "DoRA" } else { "LoRA" }, ranks.join(", ")), false);
+        self.describe(&format!("{} file, r {}", if dora { "DoRA" } else { "LoRA" }, ranks.join(", ")), None);
         if !matched {
             return Err(Error::format(
                 path,
@@ -286,6 +319,48 @@ impl LoadedAdapter {
     }
 }
 
+/// Where a run keeps an adapter that was read at `place`: the second text encoder's is known by its class, or by its folder.
+fn home_of(file: &AdapterFile, place: &Path) -> &'static str {
+    // Below its network's folder may be one of a step, or of a name.
+    let in_folder = || place.iter().rev().take(2).any(|part| part == SECOND_TEXT_ENCODER);
+    let is_second = || file.class.as_deref() == Some(SECOND_TEXT_CLASS.0) || in_folder();
+    match file.is_of_text_encoder() {
+        false => "",
+        true if is_second() => SECOND_TEXT_ENCODER,
+        true => TEXT_ENCODER,
+    }
+}
+
+impl LayerNames {
+    /// Refuses an adapter of Stable Diffusion XL for a model of 1.x or 2.x, and the reverse: `unet` are its layers there, `said` is what
+    /// its metadata call its base model.
+    fn check_family(&self, path: &Path, has_second: bool, unet: &[&str], said: &[&str]) -> Result<()> {
+        let Some(is_xl) = self.is_xl else { return Ok(()) };
+        let said_xl = said.iter().any(|text| family::names_xl(text));
+        let said_other = !said_xl && said.iter().any(|text| family::names_one_or_two(text));
+        let plain = |name: &str| name.replace('.', "_");
+        let own = self.unet.iter().flat_map(|(name, ldm)| [Some(name), ldm.as_ref()]).flatten();
+        let own: BTreeSet<String> = own.map(|name| plain(name)).collect();
+        let foreign: Vec<String> =
+            unet.iter().map(|name| plain(name)).filter(|name| !own.contains(name)).collect();
+        let is_deep =
+            |name: &String| name.contains("_transformer_blocks_") && !name.contains("_transformer_blocks_0_");
+        // XL has no attention at its outermost level.
+        let is_outer = |name: &String| OUTER_ATTENTION.iter().any(|start| name.starts_with(start));
+        let of_xl = has_second || said_xl || foreign.iter().any(is_deep);
+        let of_other = said_other || foreign.iter().any(is_outer);
+        let [own, found] = match (is_xl, of_xl, of_other) {
+            (false, true, false) => ["1.x or 2.x", "XL"],
+            (true, false, true) => ["XL", "1.x or 2.x"],
+            _ => return Ok(()),
+        };
+        let problem = format!(
+            "expected an adapter for Stable Diffusion {own}, as the model is, found one for Stable Diffusion {found}"
+        );
+        Err(Error::format(path, problem).with_hint("give the model that it was trained on"))
+    }
+}
+
 /// The PEFT folders of an adapter.
 pub struct PeftFiles {
     /// Each with the place in [`HOMES`] of its network.
@@ -313,7 +388,7 @@ pub fn peft_files(path: &Path, hint: &str) -> Result<PeftFiles> {
             );
         }
         let file = AdapterFile::read(place)?;
-        let home = if file.is_of_text_encoder() { TEXT_ENCODER } else { "" };
+        let home = home_of(&file, place);
         if files.iter().any(|(other, _)| *other == home) {
             return Err(Error::format(path, "expected an adapter for each network, found two for one"));
         }

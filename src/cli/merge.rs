@@ -2,7 +2,7 @@
 
 use crate::adapter::combine::{How, combine};
 use crate::adapter::peft::{self, AdapterFile};
-use crate::attach::loaded::{HOMES, PeftFiles, peft_files};
+use crate::attach::loaded::{HOMES, PeftFiles, TEXT_ENCODER, peft_files};
 use crate::cli::adapter_with_strength;
 use crate::cli::choice::choice;
 use crate::cli::stdout::print_line;
@@ -129,6 +129,10 @@ fn merge_place(
     text.extend(bases.first().map(|base| ("base_fingerprint", (*base).clone())));
     peft::write(&folder, &config, class, &tensors, Kind::Float, &text)?;
     let values: usize = tensors.iter().map(|(_, t)| t.numel()).sum();
-    let network = if place.is_empty() { "UNet" } else { "text encoder" };
+    let network = match place {
+        "" => "UNet",
+        TEXT_ENCODER => "text encoder",
+        _ => "second text encoder",
+    };
     Ok(Some(Merged { network, method: config.method.describe(), values }))
 }

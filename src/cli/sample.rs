@@ -12,7 +12,7 @@ use crate::cli::stdout::print_line;
 use crate::cli::terminal;
 use crate::data::image::grid::{Grid, GridRow};
 use crate::data::image::{RgbImage, png};
-use crate::diffusion::sample::{From, Noise, Picture, Request, SampleSettings, Session, Start};
+use crate::diffusion::sample::{From, Noise, Picture, Request, SampleSettings, Session, Start, TextSettings};
 use crate::diffusion::sampler::SamplerKind;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
@@ -188,7 +188,7 @@ impl Job<'_> {
         }
         let asked = (args.pictures.num_images, args.pictures.seed);
         self.source.check(asked, session, &self.settings, self.start.as_ref())?;
-        let all = self.prompts.iter().chain([&args.negative_prompt]).map(String::as_str);
+        let all = self.prompts.iter().chain(args.all_others()).map(String::as_str);
         let all: Vec<&str> = all.filter(|p| !p.is_empty()).collect();
         prompts::note_of_syntax(all.iter().copied(), observer);
         if !all.is_empty() {
@@ -312,7 +312,7 @@ fn asked_prompts(args: &SampleArgs, pairs: Option<&PairsFlags>) -> Result<Vec<St
     if let Some(path) = &args.prompt_file {
         prompts.extend(prompts::read(path)?);
     }
-    if prompts.iter().chain([&args.negative_prompt]).any(|prompt| prompt.contains('\0')) {
+    if prompts.iter().chain(args.all_others()).any(|prompt| prompt.contains('\0')) {
         return Err(Error::config("prompt: expected text, found a NUL character in it"));
     }
     if prompts.is_empty() {
@@ -347,7 +347,14 @@ fn settings(
         karras: args.sampling.karras_sigmas,
         steps: args.sampling.steps,
         guidance: args.sampling.guidance,
+        guidance_rescale: args.sampling.guidance_rescale,
         width: args.pictures.width.unwrap_or(own[0]),
         height: args.pictures.height.unwrap_or(own[1]),
+        texts: TextSettings {
+            prompt_2: args.texts.prompt_2.clone(),
+            negative_prompt_2: args.texts.negative_prompt_2.clone(),
+            clip_skip: args.texts.clip_skip,
+        },
+        sizes: args.sizes.settings(),
     })
 }

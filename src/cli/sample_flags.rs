@@ -4,6 +4,7 @@ use crate::cli::choice::choice;
 use crate::cli::control::ControlArgs;
 use crate::cli::model_flags::ModelFlags;
 use crate::cli::start::StartArgs;
+use crate::diffusion::sample::SizeSettings;
 use crate::diffusion::sampler::{SamplerKind, Spacing};
 use crate::platform::device::{DeviceChoice, Precision};
 use clap::Args;
@@ -37,6 +38,10 @@ pub struct SampleArgs {
     /// What not to draw
     #[arg(long, default_value = "", hide_default_value = true)]
     pub negative_prompt: String,
+    #[command(flatten)]
+    pub texts: TextArgs,
+    #[command(flatten)]
+    pub sizes: SizeArgs,
     /// Folder for the pictures: PROMPT-PICTURE.png, counted from 0000-0000 (with --pairs, their own names), and grid.png
     #[arg(long, alias = "output-dir", value_name = "DIR")]
     pub output: PathBuf,
@@ -61,6 +66,82 @@ pub struct SampleArgs {
     pub start: StartArgs,
     #[command(flatten)]
     pub exchange: ExchangeArgs,
+}
+
+impl SampleArgs {
+    /// Every text beside the prompts.
+    pub fn all_others(&self) -> impl Iterator<Item = &String> {
+        let second = self.texts.prompt_2.iter().chain(&self.texts.negative_prompt_2);
+        [&self.negative_prompt].into_iter().chain(second)
+    }
+}
+
+/// How texts are read.
+#[derive(Debug, Args)]
+pub struct TextArgs {
+    /// What the second text encoder of Stable Diffusion XL reads, of every prompt [default: the prompt]
+    #[arg(long, value_name = "PROMPT", help_heading = "Texts")]
+    pub prompt_2: Option<String>,
+    /// What it reads of what not to draw [default: --negative-prompt]
+    #[arg(long, value_name = "PROMPT", requires = "negative_prompt", help_heading = "Texts")]
+    pub negative_prompt_2: Option<String>,
+    /// Layers of the text encoders that are left out for the prompt, as in diffusers: A1111's Clip skip is one more, and is for the
+    /// negative prompt too
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Texts")]
+    pub clip_skip: usize,
+}
+
+/// What Stable Diffusion XL is told of sizes.
+#[derive(Debug, Args)]
+pub struct SizeArgs {
+    /// Size of the picture before it was cropped: small ones give blurred pictures [default: that of the picture]
+    #[arg(long, value_name = "WIDTHxHEIGHT", value_parser = size, help_heading = "Stable Diffusion XL")]
+    pub original_size: Option<[i64; 2]>,
+    /// Where the picture was cropped: 0,0 gives centred subjects [default: 0,0]
+    #[arg(long, alias = "crops-coords-top-left", value_name = "TOP,LEFT", value_parser = place, help_heading = "Stable Diffusion XL")]
+    pub crop: Option<[i64; 2]>,
+    /// Size of the result [default: that of the picture]
+    #[arg(long, value_name = "WIDTHxHEIGHT", value_parser = size, help_heading = "Stable Diffusion XL")]
+    pub target_size: Option<[i64; 2]>,
+    /// As --original-size, of what not to draw; goes with --negative-target-size
+    #[arg(long, value_name = "WIDTHxHEIGHT", value_parser = size, help_heading = "Stable Diffusion XL")]
+    pub negative_original_size: Option<[i64; 2]>,
+    /// As --crop, of what not to draw
+    #[arg(long, alias = "negative-crops-coords-top-left", value_name = "TOP,LEFT", value_parser = place, help_heading = "Stable Diffusion XL")]
+    pub negative_crop: Option<[i64; 2]>,
+    /// As --target-size, of what not to draw
+    #[arg(long, value_name = "WIDTHxHEIGHT", value_parser = size, help_heading = "Stable Diffusion XL")]
+    pub negative_target_size: Option<[i64; 2]>,
+}
+
+impl SizeArgs {
+    /// As settings.
+    pub fn settings(&self) -> SizeSettings {
+        SizeSettings {
+            original: self.original_size,
+            crop: self.crop,
+            target: self.target_size,
+            negative_original: self.negative_original_size,
+            negative_crop: self.negative_crop,
+            negative_target: self.negative_target_size,
+        }
+    }
+}
+
+/// `1024x768` as height and width.
+fn size(text: &str) -> Result<[i64; 2], String> {
+    let [width, height] = two(text, 'x').ok_or("expected WIDTHxHEIGHT, such as 1024x768")?;
+    Ok([height, width])
+}
+
+/// `0,128` as top and left.
+fn place(text: &str) -> Result<[i64; 2], String> {
+    two(text, ',').ok_or_else(|| "expected TOP,LEFT, such as 0,128".to_string())
+}
+
+fn two(text: &str, between: char) -> Option<[i64; 2]> {
+    let (first, second) = text.split_once(between)?;
+    Some([first.trim().parse().ok()?, second.trim().parse().ok()?])
 }
 
 /// How many pictures, from which seeds and how large.
@@ -98,6 +179,10 @@ pub struct SamplingArgs {
     /// Classifier-free guidance; 1 is none
     #[arg(long, aliases = ["guidance-scale", "cfg", "cfg-scale"], default_value_t = 7.5, help_heading = "Sampling")]
     pub guidance: f64,
+    /// How far guidance's contrast is brought back to that of the prompt alone: 0 not at all, 1 wholly; 0.7 for models of zero terminal
+    /// SNR
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, help_heading = "Sampling")]
+    pub guidance_rescale: f64,
     /// Pictures drawn at once; in a batch of another size pixels may be off by a level of 255
     #[arg(long, default_value_t = 4, help_heading = "Sampling")]
     pub batch_size: usize,

@@ -8,12 +8,12 @@ use crate::diffusion::stable_diffusion::{StableDiffusion, scheduler_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::control::{CONTROL_ENCODER, EncoderConfig, FILE_STEM, encoder_of};
 use crate::model::layers::Layers;
+use crate::model::text::in_second_tower;
 use crate::platform::adapter_layout::{AdapterForm, AdapterParts};
 use crate::platform::files;
 use crate::platform::host;
 use crate::weights::checkpoint;
 use crate::weights::family;
-use crate::weights::part::Part;
 use crate::weights::pickle::refuse_pickle;
 use crate::weights::request::ModelRequest;
 use crate::weights::source::Source;
@@ -224,10 +224,10 @@ fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<FileRep
     }
     let ranks: BTreeSet<i64> = file.layers.iter().map(LoraLayer::rank).collect();
     report.facts.push(("rank".into(), format!("{ranks:?}").replace(['{', '}'], "")));
-    let text = file.layers.iter().filter(|layer| layer.part == lora_file::LoraPart::TextEncoder).count();
+    let text = file.layers.iter().filter(|layer| layer.part != lora_file::LoraPart::UNet).count();
     report.facts.push((
         "layers".into(),
-        format!("{} of the UNet, {text} of the text encoder", file.layers.len() - text),
+        format!("{} of the UNet, {text} of the text encoders", file.layers.len() - text),
     ));
     report.odd.extend(file.notes.iter().cloned());
     if !file.unused.is_empty() {
@@ -238,9 +238,10 @@ fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<FileRep
             let names = model.layer_names()?;
             let mut loaded = LoadedAdapter::read(path, &names)?;
             report.odd.extend(loaded.other_base(&model.fingerprint()?));
-            let names = [names.unet, names.text_encoder].concat();
+            let second = names.text_encoder_2.iter().map(|(name, _)| in_second_tower(name));
+            let others = names.unet.iter().chain(&names.text_encoder).map(|(name, _)| name.clone());
             let mut layers = BTreeMap::new();
-            for (name, _) in names {
+            for name in others.chain(second) {
                 if let Some(adapter) = loaded.take_layer(&name) {
                     layers.insert(name, adapter);
                 }
@@ -262,7 +263,7 @@ fn whole_model(asked: &ModelRequest) -> Result<Vec<FileReport>> {
     let source = Source::open_as(asked)?;
     let path = source.path();
     let mut reports = Vec::new();
-    for part in Part::ALL {
+    for part in source.parts() {
         let tensors = source.tensors(part)?;
         let mut report = FileReport {
             path: path.display().to_string(),

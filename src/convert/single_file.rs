@@ -9,7 +9,7 @@ use crate::platform::files;
 use crate::platform::host;
 use crate::weights::checkpoint::EMBEDDED;
 use crate::weights::config::{TextConfig, UNetConfig};
-use crate::weights::ldm::{LdmTextTower, TensorForm};
+use crate::weights::ldm::{LdmText, LdmTextTower, TensorForm};
 use crate::weights::part::{Part, Text};
 use crate::weights::prediction::{VELOCITY_MARKER, ZERO_SNR_MARKER};
 use crate::weights::python_json;
@@ -43,7 +43,7 @@ pub fn write_checkpoint(
     refuse_existing(path)?;
     let mut notes = Vec::new();
     let mut recipes: BTreeMap<String, Recipe> = BTreeMap::new();
-    for (part, tensors) in Part::ALL.into_iter().zip(&model.tensors) {
+    for (&part, tensors) in &model.tensors {
         let names = source.names(part)?;
         let mut lost = tensors.unknown().to_vec();
         for name in model.names(part) {
@@ -140,14 +140,14 @@ pub fn write_folder(
     let model = Model::open(source, replaced, kind)?;
     refuse_existing(dir)?;
     let mut notes = Vec::new();
-    for (part, tensors) in Part::ALL.into_iter().zip(&model.tensors) {
+    for (part, tensors) in &model.tensors {
         if !tensors.unknown().is_empty() {
             let lost = tensor_file::list(tensors.unknown());
             notes.push(format!("{}: not written, for want of a name in folders: {lost}", part.folder()));
         }
     }
     files::stage_dir(dir, |dir| {
-        for part in Part::ALL {
+        for &part in model.tensors.keys() {
             let folder = dir.join(part.folder());
             files::create_dir_all(&folder)?;
             model.write_part(part, &folder.join(format!("{}.safetensors", part.stem())))?;
@@ -170,7 +170,7 @@ type Recipe = Vec<(Part, String, TensorForm)>;
 /// The tensors of all parts, with some replaced.
 struct Model<'a> {
     source: &'a Source,
-    tensors: [Tensors; 3],
+    tensors: BTreeMap<Part, Tensors>,
     replaced: &'a Replaced,
     target: Option<Kind>,
     linear_projection: bool,
@@ -178,12 +178,20 @@ struct Model<'a> {
 
 impl<'a> Model<'a> {
     fn open(source: &'a Source, replaced: &'a Replaced, target: Option<Kind>) -> Result<Self> {
-        let [unet, text, vae] = Part::ALL.map(|part| source.tensors(part));
-        let tensors = [unet?, text?, vae?];
+        let parts = source.parts();
+        if parts.contains(&Part::TextEncoder2) {
+            return Err(Error::format(
+                source.path(),
+                "expected a model of Stable Diffusion 1.x or 2.x, found one of XL, whose files are read and not written",
+            )
+            .with_hint("draw with it: hra sample --model MODEL --adapter ADAPTER"));
+        }
+        let tensors =
+            parts.into_iter().map(|part| Ok((part, source.tensors(part)?))).collect::<Result<_>>()?;
         let linear_projection =
             UNetConfig::parse(&source.text("unet/config.json")?)?.0.attention.use_linear_projection;
         let model = Self { source, tensors, replaced, target, linear_projection };
-        for tensors in &model.tensors {
+        for tensors in model.tensors.values() {
             let mut problems = tensors.problems().to_vec();
             // 8-bit floats, quantised weights: nothing that could be converted, or that a reader would take as it is.
             let odd = tensors.names().filter(|name| is_weight(name) && !tensors.is_float(name));
@@ -222,7 +230,7 @@ impl<'a> Model<'a> {
     }
 
     fn part(&self, part: Part) -> &Tensors {
-        &self.tensors[part as usize]
+        &self.tensors[&part]
     }
 
     /// What is to be written of a part.
@@ -307,7 +315,7 @@ fn is_vae_attention(part: Part, name: &str) -> bool {
 
 /// The 24th block of OpenCLIP's tower, if there are only 23.
 fn add_last_block(recipes: &mut BTreeMap<String, Recipe>) {
-    let block = |i: i64| format!("{}transformer.resblocks.{i}.", LdmTextTower::OpenClip.prefix());
+    let block = |i: i64| format!("{}transformer.resblocks.{i}.", LdmText::TWO.prefix);
     let (before, last) = (block(OPEN_CLIP_LAYERS - 1), block(OPEN_CLIP_LAYERS));
     if recipes.keys().any(|key| key.starts_with(&last)) {
         return;

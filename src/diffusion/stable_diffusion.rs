@@ -3,9 +3,11 @@
 
 use crate::attach::loaded::LayerNames;
 use crate::diffusion::noise::SchedulerConfig;
+use crate::diffusion::prompt::Prompt;
 use crate::error::{Error, Result};
+use crate::model::conditioning::POOLED;
 use crate::model::layers::{Layer, Layers, Module};
-use crate::model::text::{TextEncoder, Tokenizer};
+use crate::model::text::{SECOND_TEXT_ENCODER, TextEncoder, TextOutput, TextStates, Tokenizer};
 use crate::model::{Conditioning, Denoiser, UNet, Vae};
 use crate::platform::host;
 use crate::platform::hub;
@@ -14,21 +16,45 @@ use crate::weights::part::Part;
 use crate::weights::request::ModelRequest;
 use crate::weights::source::{SCHEDULER, Source};
 use crate::weights::tensor_file;
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
+/// The key of `model_index.json` that says what no prompt becomes; true where it does not say (diffusers).
+const FORCE_ZEROS: &str = "force_zeros_for_empty_prompt";
+
+/// Numbers of sizes that Stable Diffusion XL is told.
+const XL_NUMBERS: i64 = 6;
+
+/// Those of its refiner, and the score.
+const REFINER_NUMBERS: i64 = 5;
+
 /// A tokenizer and the encoder that reads its ids.
 pub struct TextTower {
+    /// Which of the model's it is.
+    pub part: Part,
     /// Prompts to ids.
     pub tokenizer: Tokenizer,
     /// Ids to states.
     pub encoder: TextEncoder,
 }
 
-/// Ids of prompts, `(b, n)` for each text tower.
-pub struct Tokens(Vec<Tensor>);
+/// Ids of prompts, and how they are read.
+pub struct Tokens {
+    /// `(b, n)` for each text tower.
+    ids: Vec<Tensor>,
+    /// So many layers of the towers more than usual are left out.
+    clip_skip: usize,
+}
 
-/// Stable Diffusion 1.x or 2.x, frozen.
+impl Tokens {
+    /// The same with so many layers of the towers left out, as diffusers counts them: 0 is usual, and A1111's `Clip skip` is one more.
+    pub fn skipping(self, clip_skip: usize) -> Self {
+        Self { clip_skip, ..self }
+    }
+}
+
+/// Stable Diffusion 1.x, 2.x or XL, frozen.
 pub struct StableDiffusion {
     /// Where it was loaded from, a folder or a checkpoint file.
     pub dir: PathBuf,
@@ -40,6 +66,8 @@ pub struct StableDiffusion {
     pub unet: UNet,
     /// Pictures to latents and back, f32.
     pub vae: Vae,
+    /// Whether guidance away from no prompt is away from zeros, in place of what an empty text becomes.
+    pub zeros_for_no_prompt: bool,
     /// The noise schedule and how the model was trained on it.
     pub scheduler: SchedulerConfig,
     /// What a user should know about the files, one sentence each.
@@ -76,15 +104,20 @@ impl StableDiffusion {
         // The UNet first: it is the largest, and reading the others on top of it keeps the peak low.
         let (unet, unused) = UNet::load(&source, kind, device)?;
         note("unet", unused);
-        let (encoder, unused) = TextEncoder::load(&source, kind, device)?;
-        note("text_encoder", unused);
+        let mut texts = Vec::new();
+        for part in source.text_parts() {
+            let (encoder, unused) = TextEncoder::load(&source, part, kind, device)?;
+            note(part.folder(), unused);
+            let tokenizer = Tokenizer::load(&source, part, encoder.length() as usize)?;
+            texts.push(TextTower { part, tokenizer, encoder });
+        }
         let (vae, unused) = Vae::load(&source, device)?;
         note("vae", unused);
         note("checkpoint", source.foreign_keys());
-        let tokenizer = Tokenizer::load(&source, encoder.length() as usize)?;
-        let texts = vec![TextTower { tokenizer, encoder }];
         let dir = source.path().to_path_buf();
-        let model = Self { dir, source, texts, unet, vae, scheduler, notes };
+        let zeros_for_no_prompt =
+            unet.added().is_some() && source.pipeline_value(FORCE_ZEROS) != Some(Value::Bool(false));
+        let model = Self { dir, source, texts, unet, vae, zeros_for_no_prompt, scheduler, notes };
         model.check_fit()?;
         Ok(model)
     }
@@ -96,24 +129,29 @@ impl StableDiffusion {
     }
 
     /// Tokens of prompts, and a warning for each prompt that was cut.
-    pub fn tokens(&self, prompts: &[&str]) -> Result<(Tokens, Vec<String>)> {
-        let mut warnings = Vec::new();
+    pub fn tokens<'a, P: Copy + Into<Prompt<'a>>>(&self, prompts: &[P]) -> Result<(Tokens, Vec<String>)> {
+        let mut warnings: Vec<String> = Vec::new();
         let mut ids = Vec::new();
-        for tower in &self.texts {
+        for (i, tower) in self.texts.iter().enumerate() {
             let mut rows = Vec::new();
             for prompt in prompts {
+                let prompt: Prompt = (*prompt).into();
+                let prompt = if i == 0 { prompt.first } else { prompt.second };
                 let (row, cut) = tower.tokenizer.encode(prompt)?;
                 if cut > 0 {
                     let room = tower.tokenizer.length() - 2;
-                    warnings.push(format!(
+                    let warning = format!(
                         "prompt `{prompt}` has {cut} tokens more than the {room} that fit; they are left out"
-                    ));
+                    );
+                    if !warnings.contains(&warning) {
+                        warnings.push(warning);
+                    }
                 }
                 rows.push(host::tensor(&row));
             }
             ids.push(Tensor::stack(&rows, 0));
         }
-        Ok((Tokens(ids), warnings))
+        Ok((Tokens { ids, clip_skip: 0 }, warnings))
     }
 
     /// What tokens become, in the compute dtype, without gradient.
@@ -124,9 +162,34 @@ impl StableDiffusion {
 
     /// As [`Self::conditioning`], where text encoders train.
     pub fn conditioning_with_gradient(&self, tokens: &Tokens) -> Conditioning {
-        let states = self.texts.iter().zip(&tokens.0).map(|(tower, ids)| tower.encoder.forward(ids));
-        let beside = states.reduce(|left, right| Tensor::cat(&[left, right], -1));
-        Conditioning::new(beside.expect("a model has a text encoder"))
+        let skipped = tokens.clip_skip;
+        let asked = if self.is_xl() { TextStates::Raw { skipped } } else { TextStates::Normed { skipped } };
+        let outputs = self.texts.iter().zip(&tokens.ids).map(|(tower, ids)| tower.encoder.output(ids, asked));
+        let outputs: Vec<TextOutput> = outputs.collect();
+        let states: Vec<&Tensor> = outputs.iter().map(|output| &output.states).collect();
+        let conditioning = Conditioning::new(Tensor::cat(&states, -1));
+        match outputs.into_iter().rev().find_map(|output| output.pooled) {
+            Some(pooled) if self.is_xl() => conditioning.with(POOLED, pooled),
+            _ => conditioning,
+        }
+    }
+
+    /// The most layers of the text towers that can be left out: [`Tokens::skipping`].
+    pub fn most_skipped(&self) -> usize {
+        let layers = self.texts.iter().map(|tower| tower.encoder.layers()).min().unwrap_or(0);
+        if self.is_xl() { layers.saturating_sub(1) } else { layers }
+    }
+
+    /// Whether this is Stable Diffusion XL, which is told pooled text and sizes beside the text states.
+    pub fn is_xl(&self) -> bool {
+        self.unet.added().is_some()
+    }
+
+    /// Whether this is XL's refiner, which is told a score of the picture.
+    pub fn is_refiner(&self) -> bool {
+        let pooled = self.texts.iter().rev().find_map(|tower| tower.encoder.pooled_width());
+        let numbers = self.unet.added().zip(pooled).and_then(|(added, pooled)| added.numbers(pooled));
+        numbers == Some(REFINER_NUMBERS)
     }
 
     /// The network that predicts.
@@ -149,14 +212,30 @@ impl StableDiffusion {
         Ok(self.source.text("unet/config.json")?.content)
     }
 
-    /// What the layers of the UNet and the text encoder are called, also in LDM checkpoints.
+    /// What the layers of the UNet and the text encoders are called, also in LDM checkpoints.
     pub fn layer_names(&mut self) -> Result<LayerNames> {
-        let (unet, text) = (self.source.names(Part::UNet)?, self.source.names(Part::TextEncoder)?);
+        let unet = self.source.names(Part::UNet)?;
         let named = |layers: Vec<&mut Layer>, names: LdmNames| {
-            layers.into_iter().map(|layer| (layer.name.clone(), names.layer(&layer.name))).collect()
+            let own = |layer: &Layer| {
+                let in_second =
+                    layer.name.strip_prefix(SECOND_TEXT_ENCODER).and_then(|rest| rest.strip_prefix('.'));
+                in_second.unwrap_or(&layer.name).to_string()
+            };
+            layers.iter().map(|layer| own(layer)).map(|name| (name.clone(), names.layer(&name))).collect()
         };
-        let towers = self.texts.iter_mut().flat_map(|tower| tower.encoder.layers_mut()).collect();
-        Ok(LayerNames { unet: named(self.unet.layers_mut(), unet), text_encoder: named(towers, text) })
+        let is_xl = Some(self.is_xl());
+        let unet = named(self.unet.layers_mut(), unet);
+        let mut found = LayerNames { unet, is_xl, ..LayerNames::default() };
+        for tower in &mut self.texts {
+            let names = named(tower.encoder.layers_mut(), self.source.names(tower.part)?);
+            let place = if tower.part == Part::TextEncoder2 {
+                &mut found.text_encoder_2
+            } else {
+                &mut found.text_encoder
+            };
+            *place = names;
+        }
+        Ok(found)
     }
 
     /// The folder's or file's own name, or its repository's on the hub, for the settings that a picture carries.
@@ -179,8 +258,13 @@ impl StableDiffusion {
         self.unet.in_channels() == 2 * self.vae.latent_channels() + 1
     }
 
-    /// Refuses a model of [`Self::is_inpainting`], for what shows a UNet latents alone.
+    /// Refuses a model of [`Self::is_inpainting`] or [`Self::is_xl`], for what shows a UNet latents and text states alone.
     pub fn expect_text_to_image(&self) -> Result<()> {
+        if self.is_xl() {
+            let problem =
+                "expected a model of Stable Diffusion 1.x or 2.x, found one of XL, which only draws here";
+            return Err(Error::format(&self.dir, problem).with_hint("hra sample draws with it"));
+        }
         if !self.is_inpainting() {
             return Ok(());
         }
@@ -215,7 +299,20 @@ impl StableDiffusion {
             self.vae.latent_channels(),
             self.unet.out_channels(),
         );
-        for TextTower { tokenizer, encoder } in &self.texts {
+        if let Some(added) = self.unet.added() {
+            let pooled = self.texts.iter().rev().find_map(|tower| tower.encoder.pooled_width()).unwrap_or(0);
+            let numbers = added.numbers(pooled);
+            if ![Some(XL_NUMBERS), Some(REFINER_NUMBERS)].contains(&numbers) {
+                problems.push(format!(
+                    "unet: projection_class_embeddings_input_dim (pooled text of {pooled} values, {} for each of \
+                     {XL_NUMBERS} sizes): expected {}, found {}",
+                    added.of_number,
+                    pooled + XL_NUMBERS * added.of_number,
+                    added.total
+                ));
+            }
+        }
+        for TextTower { tokenizer, encoder, .. } in &self.texts {
             let (largest, known) = (tokenizer.largest_id(), encoder.vocabulary());
             if i64::from(largest) >= known {
                 problems.push(format!(

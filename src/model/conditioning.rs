@@ -2,6 +2,12 @@
 
 use tch::Tensor;
 
+/// Pooled text `(b, d)`, beside the states of Stable Diffusion XL.
+pub const POOLED: &str = "pooled";
+
+/// Numbers of the picture's sizes `(b, 6)`, of a refiner `(b, 5)`, beside the states of Stable Diffusion XL.
+pub const SIZES: &str = "sizes";
+
 /// Text states, and whatever else a kind of model is told beside them, by name. Every tensor's first dimension is the batch.
 pub struct Conditioning {
     states: Tensor,
@@ -63,6 +69,11 @@ impl Conditioning {
             states: cat(&|c: &Self| c.states.shallow_clone()),
             beside: all[0].beside.iter().enumerate().map(|(i, (name, _))| (*name, beside(i))).collect(),
         }
+    }
+
+    /// As many zeros.
+    pub fn zeros_like(&self) -> Self {
+        self.map(Tensor::zeros_like)
     }
 
     /// The same tensors.

@@ -1,9 +1,11 @@
 //! The half of the UNet that a ControlNet is a copy of: first convolution, timestep embedding, the way down and the middle.
 
 use crate::model::attention::SpatialTransformer;
+use crate::model::conditioning::{Conditioning, POOLED, SIZES};
+use crate::model::denoiser::Call;
 use crate::model::layers::{Layer, Module, timestep_features};
 use crate::model::resnet::{Downsample, Resnet, Upsample};
-use crate::weights::config::{UNetConfig, UNetLevel};
+use crate::weights::config::{AddedInputs, UNetConfig, UNetLevel};
 use crate::weights::scope::Scope;
 use tch::{Kind, Tensor};
 
@@ -36,11 +38,36 @@ struct TimeEmbedding {
     linear_2: Layer,
 }
 
+impl TimeEmbedding {
+    fn new(scope: &Scope, d_in: i64, width: i64) -> Self {
+        Self {
+            linear_1: Layer::linear(&scope.at("linear_1"), d_in, width, true),
+            linear_2: Layer::linear(&scope.at("linear_2"), width, width, true),
+        }
+    }
+
+    fn forward(&self, features: &Tensor) -> Tensor {
+        self.linear_2.forward(&self.linear_1.forward(features).silu())
+    }
+
+    fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
+        out.extend([&mut self.linear_1, &mut self.linear_2].map(Module::Layer));
+    }
+}
+
+/// What Stable Diffusion XL adds to the timestep's embedding: pooled text, and numbers of the picture's sizes (arXiv 2307.01952,
+/// section 2.2; diffusers `text_time`).
+struct AddEmbedding {
+    inputs: AddedInputs,
+    embedding: TimeEmbedding,
+}
+
 /// The first half of a UNet. Field names are the checkpoint's.
 pub(super) struct DownPath {
     config: UNetConfig,
     conv_in: Layer,
     time_embedding: TimeEmbedding,
+    add_embedding: Option<AddEmbedding>,
     down_blocks: Vec<Block>,
     mid_block: Block,
     /// Channels of every tensor that a skip connection carries, in the order of their making.
@@ -94,10 +121,11 @@ impl DownPath {
                 1,
                 same_padding(kernel),
             ),
-            time_embedding: TimeEmbedding {
-                linear_1: Layer::linear(&scope.at("time_embedding.linear_1"), c0, time, true),
-                linear_2: Layer::linear(&scope.at("time_embedding.linear_2"), time, time, true),
-            },
+            time_embedding: TimeEmbedding::new(&scope.at("time_embedding"), c0, time),
+            add_embedding: config.added().map(|inputs| AddEmbedding {
+                inputs,
+                embedding: TimeEmbedding::new(&scope.at("add_embedding"), inputs.total, time),
+            }),
             down_blocks,
             mid_block,
             skip_channels,
@@ -106,17 +134,34 @@ impl DownPath {
         }
     }
 
-    /// The timestep embedding `(b, 4 c0)` of `timesteps (b)`, with the activation that every use of it begins with.
-    pub(super) fn time(&self, timesteps: &Tensor) -> Tensor {
-        let width = self.config.block_out_channels[0];
-        let features = timestep_features(
-            timesteps,
-            width,
-            self.config.time.flip_sin_to_cos,
-            self.config.time.freq_shift,
-        );
-        let time = self.time_embedding.linear_1.forward(&features.to_kind(self.kind)).silu();
-        self.time_embedding.linear_2.forward(&time).silu()
+    /// The embedding `(b, 4 c0)` of a call's timesteps, and of what is added to it, with the activation that every use of it begins
+    /// with.
+    pub(super) fn time(&self, call: &Call) -> Tensor {
+        let features = self.features(call.timesteps, self.config.block_out_channels[0]);
+        let time = self.time_embedding.forward(&features.to_kind(self.kind));
+        match &self.add_embedding {
+            None => time.silu(),
+            Some(added) => (time + self.added(added, call.conditioning)).silu(),
+        }
+    }
+
+    /// Numbers `(n)` as they are shown, `(n, width)`.
+    fn features(&self, numbers: &Tensor, width: i64) -> Tensor {
+        timestep_features(numbers, width, self.config.time.flip_sin_to_cos, self.config.time.freq_shift)
+    }
+
+    fn added(
+        &self,
+        AddEmbedding { inputs, embedding }: &AddEmbedding,
+        conditioning: &Conditioning,
+    ) -> Tensor {
+        let told =
+            |name| conditioning.get(name).expect("a conditioning is made for the UNet that it goes to");
+        let (pooled, numbers) = (told(POOLED), told(SIZES));
+        let features = self.features(&numbers.reshape([-1]), inputs.of_number);
+        let features = features.reshape([numbers.size()[0], -1]); // [b, numbers * width]
+        let all = Tensor::cat(&[pooled.to_kind(self.kind), features.to_kind(self.kind)], -1);
+        embedding.forward(&all)
     }
 
     /// The first convolution's output `(b, c0, h, w)`, and the hint on it.
@@ -159,9 +204,9 @@ impl DownPath {
     }
 
     pub(super) fn collect<'a>(&'a mut self, out: &mut Vec<Module<'a>>) {
-        let TimeEmbedding { linear_1, linear_2 } = &mut self.time_embedding;
-        let first = [&mut self.conv_in, linear_1, linear_2];
-        out.extend(first.map(Module::Layer));
+        out.push(Module::Layer(&mut self.conv_in));
+        self.time_embedding.collect(out);
+        self.add_embedding.iter_mut().for_each(|added| added.embedding.collect(out));
         self.down_blocks.iter_mut().for_each(|b| b.collect(out));
         self.mid_block.collect(out);
     }

@@ -1,4 +1,4 @@
-//! The denoising UNet of Stable Diffusion 1.x and 2.x (diffusers `UNet2DConditionModel`), any sizes and block types.
+//! The denoising UNet of Stable Diffusion 1.x, 2.x and XL (diffusers `UNet2DConditionModel`), any sizes and block types.
 //!
 //! Field names are the checkpoint's. A timestep belongs to each sample of a batch. Compute dtype f32, bf16 or f16.
 
@@ -7,7 +7,7 @@ use crate::model::denoiser::{Call, Denoiser, Signals};
 use crate::model::down::{Block, DownPath, attentions, same_padding};
 use crate::model::layers::{Layer, Layers, Module, Norm};
 use crate::model::resnet::{Resnet, Upsample};
-use crate::weights::config::{UNetConfig, UNetLevel};
+use crate::weights::config::{AddedInputs, UNetConfig, UNetLevel};
 use crate::weights::part::Part;
 use crate::weights::scope::{Scope, Weights};
 use crate::weights::source::Source;
@@ -79,6 +79,11 @@ impl UNet {
         self.down.config().sample_size.as_ref().and_then(serde_json::Value::as_i64)
     }
 
+    /// What it is told beside the timestep and the text states; `None` for Stable Diffusion 1.x and 2.x.
+    pub fn added(&self) -> Option<AddedInputs> {
+        self.down.config().added()
+    }
+
     /// Width of the text states that it attends to.
     pub fn context_width(&self) -> i64 {
         self.down.config().attention.cross_attention_dim
@@ -116,7 +121,7 @@ impl UNet {
 impl Denoiser for UNet {
     fn predict(&self, call: Call, signals: &Signals) -> Tensor {
         let context = call.conditioning.states().to_kind(self.kind);
-        let time = self.down.time(call.timesteps);
+        let time = self.down.time(&call);
         let (middle, skips) = self.down.forward(call.sample, &time, &context, signals.hint.as_ref());
         let (middle, skips) = self.steered(middle, skips, signals);
         let x = self.up(middle, skips, &time, &context);

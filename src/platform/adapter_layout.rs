@@ -71,7 +71,7 @@ pub struct LayoutPart {
 /// What a folder holds of an adapter.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct AdapterLayout {
-    /// The UNet's before the text encoder's; empty where there is a control encoder alone.
+    /// The UNet's before the text encoders'; empty where there is a control encoder alone.
     pub parts: Vec<LayoutPart>,
     /// Weights and adapters that are part of none of it.
     pub unused: Vec<String>,
@@ -221,12 +221,12 @@ impl<'a> Listing<'a> {
     fn layout(&self, dir: &str) -> std::result::Result<AdapterLayout, NoAdapter> {
         let top = self.named(dir)?;
         let unet = self.network(&join(dir, UNET))?;
-        let text = self.text_encoder(dir)?;
+        let texts = self.text_encoders(dir)?;
         if let (Some(top), Some(unet)) = (&top, &unet) {
             return Err(several(&[&top.place, &unet.place].map(|place| shown(place))));
         }
         let (others, steps) = self.others(dir);
-        let mut parts: Vec<LayoutPart> = [top, unet, text].into_iter().flatten().collect();
+        let mut parts: Vec<LayoutPart> = [top, unet].into_iter().chain(texts).flatten().collect();
         if parts.is_empty() {
             parts.extend(self.own(dir)?);
         }
@@ -303,17 +303,15 @@ impl<'a> Listing<'a> {
         }
     }
 
-    fn text_encoder(&self, dir: &str) -> std::result::Result<Option<LayoutPart>, NoAdapter> {
-        for name in &TEXT_ENCODERS[1..] {
-            if self.network(&join(dir, name))?.is_some() {
-                return Err(NoAdapter {
-                    found: format!("one for {name}/ too"),
-                    hint: "a second text encoder is of Stable Diffusion XL or 3, which are not supported"
-                        .into(),
-                });
-            }
+    fn text_encoders(&self, dir: &str) -> std::result::Result<[Option<LayoutPart>; 2], NoAdapter> {
+        let [first, second, third] = TEXT_ENCODERS.map(|name| self.network(&join(dir, name)));
+        if third?.is_some() {
+            return Err(NoAdapter {
+                found: format!("one for {}/ too", TEXT_ENCODERS[2]),
+                hint: "a third text encoder is of Stable Diffusion 3, which is not supported".into(),
+            });
         }
-        self.network(&join(dir, TEXT_ENCODERS[0]))
+        Ok([first?, second?])
     }
 
     /// The weights of a whole UNet, where nothing else is an adapter.
@@ -342,7 +340,8 @@ impl<'a> Listing<'a> {
     /// Weights right in the folder and in those of networks, and whole adapters, that `parts` do not use.
     fn unused(&self, dir: &str, parts: &[LayoutPart], others: &[String]) -> Vec<String> {
         let mut unused = Vec::new();
-        for folder in [dir.to_string(), join(dir, UNET), join(dir, TEXT_ENCODERS[0])] {
+        let [first, second, _] = TEXT_ENCODERS.map(|name| join(dir, name));
+        for folder in [dir.to_string(), join(dir, UNET), first, second] {
             for file in self.files(&folder).into_iter().filter(|name| is_weights(name)) {
                 let name = join(&folder, file);
                 let is_used = parts.iter().any(|part| match part.form {

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::weights::ema::{self, EMA};
 use crate::weights::family;
-use crate::weights::ldm::{LdmTextTower, UNET, VAE};
+use crate::weights::ldm::{LdmText, UNET, VAE};
 use crate::weights::part::{Text, read_below};
 use crate::weights::prediction::{SaidPrediction, VELOCITY_MARKER, ZERO_SNR_MARKER};
 use crate::weights::tensor_file::{self, TensorFile};
@@ -18,7 +18,8 @@ pub const EMBEDDED: &str = "hra/";
 pub(super) struct Checkpoint {
     /// Its tensors; averaged ones by the UNet's own keys where they stand for it.
     pub(super) file: Arc<TensorFile>,
-    pub(super) tower: LdmTextTower,
+    /// Its text towers, in their order.
+    pub(super) towers: Vec<LdmText>,
     /// What it says of its prediction.
     pub(super) said: SaidPrediction,
     config: Option<PathBuf>,
@@ -51,10 +52,15 @@ impl Checkpoint {
                 "the checkpoint has the UNet only averaged over its training (EMA, model_ema.*); that one is used".into(),
             );
         }
-        let tower = check_parts(&file, has_other_vae)?;
-        let said = SaidPrediction::of(&file, tower == LdmTextTower::OpenClip);
+        let towers = check_parts(&file, has_other_vae)?;
+        let said = SaidPrediction::of(&file, towers == [LdmText::TWO]);
         let config = config.map(Path::to_path_buf);
-        Ok(Self { file: Arc::new(file), tower, said, config, notes })
+        Ok(Self { file: Arc::new(file), towers, said, config, notes })
+    }
+
+    /// The folder that says what it does not.
+    pub(super) fn config(&self) -> Option<&Path> {
+        self.config.as_deref()
     }
 
     /// What the user's folder or the header has of a text file. A part comes from one of them, so that no two tokenizers mix.
@@ -69,7 +75,7 @@ impl Checkpoint {
 
     /// Keys that belong to no part and are not known to be left over from training.
     pub(super) fn foreign_keys(&self) -> Vec<String> {
-        const LEFT_OVER: [&str; 13] = [
+        const LEFT_OVER: [&str; 14] = [
             "model_ema.",
             "embedding_manager.",
             "cond_stage_model.logit_scale",
@@ -81,12 +87,14 @@ impl Checkpoint {
             "logvar",
             "lvlb_weights",
             "scale_factor",
+            "denoiser.sigmas",
             VELOCITY_MARKER,
             ZERO_SNR_MARKER,
         ];
         let known = |key: &String| {
-            let parts = [UNET, VAE, self.tower.prefix()];
-            parts.iter().chain(&LEFT_OVER).any(|prefix| key.starts_with(prefix))
+            let mut parts = [UNET, VAE].into_iter().chain(self.towers.iter().map(|place| place.prefix));
+            parts.any(|prefix| key.starts_with(prefix))
+                || LEFT_OVER.iter().any(|prefix| key.starts_with(prefix))
         };
         self.file.names().into_iter().filter(|key| !known(key)).collect()
     }
@@ -95,21 +103,26 @@ impl Checkpoint {
 /// Whether a file with these keys is meant as a whole model: it has a UNet, of whatever family, or a text tower beside a VAE.
 pub fn is_model(names: &[String]) -> bool {
     let has = |prefix: &str| names.iter().any(|name| name.starts_with(prefix));
-    has(UNET) || has(EMA) || has("cond_stage_model.") && has(VAE)
+    has(UNET) || has(EMA) || (has("cond_stage_model.") || has("conditioner.embedders.")) && has(VAE)
 }
 
-/// Fails unless the file has keys of all parts; otherwise, which text tower it has.
-fn check_parts(file: &TensorFile, has_other_vae: bool) -> Result<LdmTextTower> {
+/// Fails unless the file has keys of all parts; otherwise, which text towers it has.
+fn check_parts(file: &TensorFile, has_other_vae: bool) -> Result<Vec<LdmText>> {
     let names = file.names();
     let has = |prefix: &str| names.iter().any(|name| name.starts_with(prefix));
-    let tower = [LdmTextTower::OpenClip, LdmTextTower::Clip].into_iter().find(|tower| has(tower.prefix()));
+    let towers = LdmText::of_keys(has);
+    let is_xl = has("conditioner.embedders.") || has("model.diffusion_model.label_emb.") && towers.is_empty();
     let mut missing: Vec<&str> = [UNET, VAE].into_iter().filter(|prefix| !has(prefix)).collect();
     missing.retain(|prefix| *prefix != VAE || !has_other_vae);
-    if tower.is_none() {
-        missing.push("cond_stage_model.");
+    match &towers[..] {
+        [] if !is_xl => missing.push("cond_stage_model."),
+        [] => missing.extend([LdmText::XL_FIRST.prefix, LdmText::XL_SECOND.prefix]),
+        [LdmText::XL_FIRST] => missing.push(LdmText::XL_SECOND.prefix),
+        [LdmText::XL_SECOND] => missing.push(LdmText::XL_FIRST.prefix),
+        _ => {}
     }
-    if let (Some(tower), true) = (tower, missing.is_empty()) {
-        return Ok(tower);
+    if missing.is_empty() {
+        return Ok(towers);
     }
     if let Some(family) = family::of_keys(&names) {
         return Err(family::refusal(file.path(), "checkpoint", family));
@@ -118,7 +131,8 @@ fn check_parts(file: &TensorFile, has_other_vae: bool) -> Result<LdmTextTower> {
     let error = Error::format(
         file.path(),
         format!(
-            "expected a Stable Diffusion checkpoint, found no {} but {}",
+            "expected a Stable Diffusion {}checkpoint, found no {} but {}",
+            if is_xl { "XL " } else { "" },
             listed.join(", no "),
             tensor_file::list(&names)
         ),

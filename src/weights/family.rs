@@ -25,26 +25,7 @@ struct OtherFamily {
 const TRANSFORMER: &str = "a diffusion transformer, such as Flux or Stable Diffusion 3";
 
 /// Of two that share a name the narrower is first.
-const FAMILIES: [OtherFamily; 11] = [
-    OtherFamily {
-        name: "Stable Diffusion XL",
-        keys: &[
-            &["conditioner.embedders.1."],
-            &["conditioner.embedders.0.transformer."],
-            &["label_emb."],
-            &["add_embedding."],
-        ],
-        classes: &["StableDiffusionXL"],
-        adapter: &["lora_te2_", "text_encoder_2."],
-        words: &["stable-diffusion-xl", "sdxl"],
-    },
-    OtherFamily {
-        name: "Stable Diffusion XL, its refiner",
-        keys: &[&["conditioner.embedders."]],
-        classes: &[],
-        adapter: &[],
-        words: &[],
-    },
+const FAMILIES: [OtherFamily; 9] = [
     OtherFamily {
         name: "HunyuanVideo",
         keys: &[&["txt_in.individual_token_refiner."]],
@@ -115,10 +96,11 @@ const FAMILIES: [OtherFamily; 11] = [
     },
 ];
 
-/// The family of a checkpoint with these keys; `None` where it may be Stable Diffusion 1.x or 2.x, or is no model.
+/// The family of a checkpoint with these keys; `None` where it may be Stable Diffusion, or is no model.
 pub fn of_keys(names: &[String]) -> Option<&'static str> {
-    // The text tower of 1.x and 2.x. Their unCLIP models have a `label_emb` too.
-    if names.iter().any(|name| name.starts_with("cond_stage_model.")) {
+    // The text towers of 1.x and 2.x, and of XL.
+    let own = ["cond_stage_model.", "conditioner.embedders."];
+    if names.iter().any(|name| own.iter().any(|start| name.starts_with(start))) {
         return None;
     }
     let inner = |name: &'_ str| name.strip_prefix("model.diffusion_model.").unwrap_or(name).to_string();
@@ -142,6 +124,20 @@ pub fn of_adapter(names: &[String], said: &[&str]) -> Option<&'static str> {
     sure.or_else(|| FAMILIES.iter().find(by_words)).or(found).map(|family| family.name)
 }
 
+/// Whether metadata that call a model so mean Stable Diffusion XL.
+pub fn names_xl(said: &str) -> bool {
+    let said = said.to_lowercase();
+    said.contains("stable-diffusion-xl") || said.contains("sdxl")
+}
+
+/// Whether metadata that call a model so mean Stable Diffusion 1.x or 2.x.
+pub fn names_one_or_two(said: &str) -> bool {
+    let said = said.to_lowercase();
+    ["stable-diffusion-v1", "stable-diffusion-v2", "sd_v1", "sd_v2"]
+        .iter()
+        .any(|start| said.starts_with(start))
+}
+
 /// The family of a model folder: by the class that its `model_index.json` names, else by the folders in it.
 pub fn of_folder(dir: &Path) -> Option<String> {
     let class = |name: &str| {
@@ -162,14 +158,16 @@ pub fn of_folder(dir: &Path) -> Option<String> {
         let named = classes.into_iter().flatten().next();
         return Some(named.unwrap_or_else(|| TRANSFORMER.into()));
     }
-    (has("unet") && has("text_encoder_2")).then(|| "Stable Diffusion XL".into())
+    None
 }
 
 /// The refusal of `what` (a checkpoint, a model folder) at `path`, which is of `family`.
 pub fn refusal(path: &Path, what: &str, family: &str) -> Error {
-    let problem =
-        format!("expected a Stable Diffusion 1.x or 2.x model, found a {what} of another family ({family})");
-    Error::format(path, problem).with_hint("models of this family are not supported; give one of 1.x or 2.x")
+    let problem = format!(
+        "expected a Stable Diffusion 1.x, 2.x or XL model, found a {what} of another family ({family})"
+    );
+    Error::format(path, problem)
+        .with_hint("models of this family are not supported; give one of 1.x, 2.x or XL")
 }
 
 /// What is wrong with an adapter of `family`.
@@ -194,9 +192,6 @@ mod tests {
     #[test]
     fn published_checkpoints_are_named() {
         for (key, family) in [
-            ("conditioner.embedders.1.model.ln_final.bias", "Stable Diffusion XL"),
-            ("conditioner.embedders.0.model.ln_final.bias", "Stable Diffusion XL, its refiner"),
-            ("model.diffusion_model.label_emb.0.0.weight", "Stable Diffusion XL"),
             ("double_blocks.0.img_attn.norm.key_norm.scale", "Flux"),
             ("model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale", "Flux"),
             ("single_transformer_blocks.0.proj_mlp.weight", "Flux"),
@@ -211,10 +206,14 @@ mod tests {
         ] {
             assert_eq!(of_keys(&names(&[key])), Some(family), "{key}");
         }
-        let own = ["down_blocks.0.resnets.0.conv1.weight", "model.diffusion_model.out.2.weight"];
-        assert_eq!(of_keys(&names(&own)), None);
-        let un_clip = ["model.diffusion_model.label_emb.0.0.weight", "cond_stage_model.model.ln_final.bias"];
-        assert_eq!(of_keys(&names(&un_clip)), None);
+        for own in [
+            "down_blocks.0.resnets.0.conv1.weight",
+            "model.diffusion_model.out.2.weight",
+            "model.diffusion_model.label_emb.0.0.weight",
+            "conditioner.embedders.1.model.ln_final.bias",
+        ] {
+            assert_eq!(of_keys(&names(&[own])), None, "{own}");
+        }
     }
 
     #[test]
@@ -224,13 +223,13 @@ mod tests {
             ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "Flux"),
             ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", "Stable Diffusion 3"),
             ("transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight", TRANSFORMER),
-            ("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha", "Stable Diffusion XL"),
         ] {
             assert_eq!(of_adapter(&names(&[key]), &[]), Some(family), "{key}");
         }
         let plain = names(&["lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight"]);
         assert_eq!(of_adapter(&plain, &["sd_v1"]), None);
         assert_eq!(of_adapter(&plain, &["stable-diffusion-v1/lora"]), None);
-        assert_eq!(of_adapter(&plain, &["sdxl_base_v1-0"]), Some("Stable Diffusion XL"));
+        assert_eq!(of_adapter(&plain, &["sdxl_base_v1-0"]), None);
+        assert_eq!(of_adapter(&plain, &["stable-diffusion-3-medium"]), Some("Stable Diffusion 3"));
     }
 }

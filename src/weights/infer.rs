@@ -1,13 +1,15 @@
 //! What a checkpoint's shapes say of its model, as the config files that a Hugging Face folder would have.
 //!
-//! Shapes tell sizes and blocks, not numbers of heads, activations or norm groups. Those are the ones of the two families
-//! that were published as checkpoints, told apart by the width of the text states: 768 is Stable Diffusion 1.x, 1024 is
-//! 2.x. For any other width the user has to give the files.
+//! Shapes tell sizes and blocks, not numbers of heads, activations or norm groups. Those are the ones of the families that were
+//! published as checkpoints, told apart by the width of the text states: 768 is Stable Diffusion 1.x, 1024 is 2.x, 2048 is XL and
+//! 1280 its refiner. For any other width the user has to give the files.
 
 use crate::error::{Error, Result};
-use crate::weights::ldm::LdmTextTower;
+use crate::weights::ldm::{LdmText, LdmTextTower, VAE};
+use crate::weights::part::Part;
 use crate::weights::prediction::Prediction;
 use crate::weights::tensor_file::TensorFile;
+use crate::weights::vae_file::XL_SCALE;
 use serde_json::{Value, json};
 
 /// Values in a head of attention, wherever a family has a fixed width and not a fixed number of them.
@@ -16,10 +18,21 @@ const HEAD: i64 = 64;
 /// Layers of OpenCLIP's tower that Stable Diffusion 2.x uses: all but the last of 24.
 const OPEN_CLIP_LAYERS: usize = 23;
 
+/// Values for each of the numbers of sizes that Stable Diffusion XL is told.
+const SIZE_FEATURES: i64 = 256;
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ModelFamily {
     One,
     Two,
+    Xl,
+    Refiner,
+}
+
+impl ModelFamily {
+    fn is_xl(self) -> bool {
+        matches!(self, Self::Xl | Self::Refiner)
+    }
 }
 
 /// The hub's repository whose settings fit the file, for a hint; `prediction` is what is known of it.
@@ -28,6 +41,9 @@ pub fn hub_repository(file: &TensorFile, prediction: Option<Prediction>) -> &'st
     let inpainting =
         dimension_of(file, "model.diffusion_model.input_blocks.0.0.weight", 1).is_ok_and(|n| n == 9);
     match (context_width(file), inpainting, prediction) {
+        (Some(2048), true, _) => "diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
+        (Some(2048), false, _) => "stabilityai/stable-diffusion-xl-base-1.0",
+        (Some(1280), ..) => "stabilityai/stable-diffusion-xl-refiner-1.0",
         (Some(1024), true, _) => "stabilityai/stable-diffusion-2-inpainting",
         (Some(1024), false, Some(Prediction::Velocity)) => "stabilityai/stable-diffusion-2-1",
         (Some(1024), false, Some(_)) => "stabilityai/stable-diffusion-2-1-base",
@@ -89,13 +105,18 @@ pub fn unet(file: &TensorFile, velocity: bool) -> Result<Value> {
     let linear = file.shape(&at("middle_block.1.proj_in.weight")).is_some_and(|shape| shape.len() == 2);
     let heads: Value = match family {
         ModelFamily::One => 8.into(),
-        ModelFamily::Two => channels.iter().map(|c| c / HEAD).collect(),
+        _ => channels.iter().map(|c| c / HEAD).collect(),
     };
-    Ok(json!({
+    let usual_size = match family {
+        ModelFamily::Xl | ModelFamily::Refiner => 128,
+        ModelFamily::Two if velocity => 96,
+        ModelFamily::One | ModelFamily::Two => 64,
+    };
+    let mut config = json!({
         "_class_name": "UNet2DConditionModel",
         "in_channels": size("input_blocks.0.0.weight", 1)?,
         "out_channels": size("out.2.weight", 0)?,
-        "sample_size": size_of_metadata(file).unwrap_or(if velocity && family == ModelFamily::Two { 96 } else { 64 }),
+        "sample_size": size_of_metadata(file).unwrap_or(usual_size),
         "block_out_channels": channels,
         "layers_per_block": one_or_each(layers),
         "transformer_layers_per_block": one_or_each(depths.iter().map(|d| (*d).max(1)).collect()),
@@ -108,7 +129,13 @@ pub fn unet(file: &TensorFile, velocity: bool) -> Result<Value> {
         "upcast_attention": family == ModelFamily::Two,
         "norm_num_groups": 32,
         "act_fn": "silu",
-    }))
+    });
+    if family.is_xl() {
+        config["addition_embed_type"] = "text_time".into();
+        config["addition_time_embed_dim"] = SIZE_FEATURES.into();
+        config["projection_class_embeddings_input_dim"] = size("label_emb.0.0.weight", 1)?.into();
+    }
+    Ok(config)
 }
 
 /// Latents along one edge of the square pictures that the metadata name (`512x512`), as published files have it.
@@ -119,7 +146,18 @@ fn size_of_metadata(file: &TensorFile) -> Option<i64> {
     (height.trim() == width.trim()).then_some(pixels / 8)
 }
 
-/// `vae/config.json`, of LDM's keys behind `prefix`.
+/// `vae/config.json` of a whole checkpoint.
+pub fn vae_of_checkpoint(file: &TensorFile) -> Result<Value> {
+    let mut config = vae(file, VAE)?;
+    if family(file)?.is_xl() {
+        config["scaling_factor"] = XL_SCALE.into();
+        config["force_upcast"] = true.into();
+        config["sample_size"] = 1024.into();
+    }
+    Ok(config)
+}
+
+/// `vae/config.json` of Stable Diffusion 1.x or 2.x, of LDM's keys behind `prefix`.
 pub fn vae(file: &TensorFile, prefix: &str) -> Result<Value> {
     vae_of(file, &|i, j| format!("{prefix}encoder.down.{i}.block.{j}.conv2.weight"), prefix)
 }
@@ -153,10 +191,10 @@ fn vae_of(file: &TensorFile, block: &dyn Fn(usize, usize) -> String, prefix: &st
     }))
 }
 
-/// `text_encoder/config.json`.
-pub fn text_encoder(file: &TensorFile, tower: LdmTextTower) -> Result<Value> {
+/// The `config.json` of a text tower.
+pub fn text_encoder(file: &TensorFile, LdmText { part, tower, prefix }: LdmText) -> Result<Value> {
     let family = family(file)?;
-    let plain = file.shape("cond_stage_model.transformer.embeddings.token_embedding.weight").is_some();
+    let plain = file.shape(&format!("{prefix}embeddings.token_embedding.weight")).is_some();
     let [tokens, positions, hidden, block] = match tower {
         LdmTextTower::OpenClip => {
             ["token_embedding.weight", "positional_embedding", "mlp.c_fc.weight", "transformer.resblocks"]
@@ -169,21 +207,23 @@ pub fn text_encoder(file: &TensorFile, tower: LdmTextTower) -> Result<Value> {
         ],
     };
     let inner = if tower == LdmTextTower::Clip && !plain { "text_model." } else { "" };
-    let at = |name: &str| format!("{}{inner}{name}", tower.prefix());
+    let at = |name: &str| format!("{prefix}{inner}{name}");
     let layers = count(|i| file.shape(&at(&format!("{block}.{i}.{hidden}"))).is_some());
     let width = dimension_of(file, &at(tokens), 1)?;
     let two = family == ModelFamily::Two;
+    let projects = part == Part::TextEncoder2;
+    let projected = || dimension_of(file, &at("text_projection"), 1);
     Ok(json!({
-        "architectures": ["CLIPTextModel"],
+        "architectures": [if projects { "CLIPTextModelWithProjection" } else { "CLIPTextModel" }],
         "model_type": "clip_text_model",
         "vocab_size": dimension_of(file, &at(tokens), 0)?,
         "hidden_size": width,
-        "projection_dim": if two { width / 2 } else { width },
+        "projection_dim": if projects { projected()? } else if two { width / 2 } else { width },
         "intermediate_size": dimension_of(file, &at(&format!("{block}.0.{hidden}")), 0)?,
-        "num_hidden_layers": if tower == LdmTextTower::OpenClip { layers.min(OPEN_CLIP_LAYERS) } else { layers },
+        "num_hidden_layers": if two { layers.min(OPEN_CLIP_LAYERS) } else { layers },
         "num_attention_heads": width / HEAD,
         "max_position_embeddings": dimension_of(file, &at(positions), 0)?,
-        "hidden_act": if two { "gelu" } else { "quick_gelu" },
+        "hidden_act": if tower == LdmTextTower::OpenClip { "gelu" } else { "quick_gelu" },
         "layer_norm_eps": 1e-5,
     }))
 }
@@ -193,19 +233,16 @@ fn one_or_each(numbers: Vec<usize>) -> Value {
     if numbers.iter().all(|n| *n == numbers[0]) { numbers[0].into() } else { numbers.into() }
 }
 
-/// Fails unless the UNet is one of the two families, by whose settings what shapes do not tell is filled in.
-pub fn check_family(file: &TensorFile) -> Result<()> {
-    family(file).map(|_| ())
-}
-
 fn family(file: &TensorFile) -> Result<ModelFamily> {
     match context_width(file) {
         Some(768) => Ok(ModelFamily::One),
         Some(1024) => Ok(ModelFamily::Two),
+        Some(2048) => Ok(ModelFamily::Xl),
+        Some(1280) => Ok(ModelFamily::Refiner),
         found => Err(Error::format(
             file.path(),
-            format!("expected a UNet that attends to text states of width 768 (Stable Diffusion 1.x) or 1024 (2.x), \
-                     found {}", found.map_or("none".to_string(), |width| width.to_string())),
+            format!("expected a UNet that attends to text states of width 768 (Stable Diffusion 1.x), 1024 (2.x), \
+                     2048 (XL) or 1280 (its refiner), found {}", found.map_or("none".to_string(), |width| width.to_string())),
         ).with_hint("for another model give --config DIR (--model-config for training): a folder with \
                      unet/config.json, vae/config.json, text_encoder/config.json, tokenizer/ and scheduler/")),
     }

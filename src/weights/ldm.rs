@@ -6,6 +6,7 @@
 //! architectures themselves: `ldm/modules/diffusionmodules/{openaimodel,model}.py`, `open_clip/transformer.py`.
 
 use crate::weights::config::UNetLevel;
+use crate::weights::part::Part;
 use std::collections::HashMap;
 
 /// How the tensor of one layout comes out of the other's.
@@ -33,13 +34,60 @@ impl LdmTextTower {
     pub fn of_activation(hidden_act: &str) -> Self {
         if hidden_act == "gelu" { Self::OpenClip } else { Self::Clip }
     }
+}
 
+/// A text tower's place in checkpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LdmText {
+    /// Which tower it is in a folder.
+    pub part: Part,
+    /// How its tensors are named.
+    pub tower: LdmTextTower,
     /// How its keys begin.
-    pub fn prefix(self) -> &'static str {
-        match self {
-            Self::Clip => "cond_stage_model.transformer.",
-            Self::OpenClip => "cond_stage_model.model.",
+    pub prefix: &'static str,
+}
+
+impl LdmText {
+    /// Of Stable Diffusion 1.x.
+    pub const ONE: Self =
+        Self { part: Part::TextEncoder, tower: LdmTextTower::Clip, prefix: "cond_stage_model.transformer." };
+    /// Of Stable Diffusion 2.x.
+    pub const TWO: Self =
+        Self { part: Part::TextEncoder, tower: LdmTextTower::OpenClip, prefix: "cond_stage_model.model." };
+    /// The first of Stable Diffusion XL.
+    pub const XL_FIRST: Self = Self {
+        part: Part::TextEncoder,
+        tower: LdmTextTower::Clip,
+        prefix: "conditioner.embedders.0.transformer.",
+    };
+    /// The second of Stable Diffusion XL.
+    pub const XL_SECOND: Self = Self {
+        part: Part::TextEncoder2,
+        tower: LdmTextTower::OpenClip,
+        prefix: "conditioner.embedders.1.model.",
+    };
+    /// The only one of Stable Diffusion XL's refiner, which is the second of its folder.
+    pub const REFINER: Self = Self { prefix: "conditioner.embedders.0.model.", ..Self::XL_SECOND };
+
+    /// Those of a model in its folder's order: `activation` is the first tower's, `parts` are the text towers that it has.
+    pub fn of_folder(activation: &str, parts: &[Part]) -> Vec<Self> {
+        match parts {
+            [Part::TextEncoder] if LdmTextTower::of_activation(activation) == LdmTextTower::Clip => {
+                vec![Self::ONE]
+            }
+            [Part::TextEncoder] => vec![Self::TWO],
+            [Part::TextEncoder2] => vec![Self::REFINER],
+            _ => vec![Self::XL_FIRST, Self::XL_SECOND],
         }
+    }
+
+    /// Those of a checkpoint whose keys begin so.
+    pub fn of_keys(has: impl Fn(&str) -> bool) -> Vec<Self> {
+        let one = |place: &Self| has(place.prefix);
+        if let Some(single) = [Self::TWO, Self::ONE].into_iter().find(one) {
+            return vec![single];
+        }
+        [Self::REFINER, Self::XL_FIRST, Self::XL_SECOND].into_iter().filter(one).collect()
     }
 }
 
@@ -69,6 +117,8 @@ impl LdmNames {
             ("conv_norm_out", "out.0"),
             ("conv_out", "out.2"),
             ("mid_block.attentions.0", "middle_block.1"),
+            ("add_embedding.linear_1", "label_emb.0.0"),
+            ("add_embedding.linear_2", "label_emb.0.2"),
         ] {
             names.pair(today, ldm);
         }
@@ -151,11 +201,11 @@ impl LdmNames {
         names
     }
 
-    /// The text tower's, by its number of layers. OpenCLIP's has a block more in its table: Stable Diffusion 2.x takes
+    /// A text tower's, by its number of layers. OpenCLIP's has a block more in its table: Stable Diffusion 2.x takes
     /// the states before the last of 24 blocks, and Hugging Face folders leave that one out.
-    pub fn text(tower: LdmTextTower, layers: i64) -> Self {
-        let mut names = Self::empty(tower.prefix());
-        if tower == LdmTextTower::Clip {
+    pub fn text(place: LdmText, layers: i64) -> Self {
+        let mut names = Self::empty(place.prefix);
+        if place.tower == LdmTextTower::Clip {
             for module in ["embeddings", "encoder", "final_layer_norm"] {
                 names.pair(module, &format!("text_model.{module}"));
             }
@@ -288,8 +338,8 @@ mod tests {
     fn published_keys_are_met() {
         let unet = LdmNames::unet(&levels());
         let vae = LdmNames::vae(4, 2);
-        let clip = LdmNames::text(LdmTextTower::Clip, 12);
-        let open = LdmNames::text(LdmTextTower::OpenClip, 23);
+        let clip = LdmNames::text(LdmText::ONE, 12);
+        let open = LdmNames::text(LdmText::TWO, 23);
         let same = [
             (
                 &unet,
@@ -364,7 +414,7 @@ mod tests {
 
     #[test]
     fn open_clips_projections_are_stacked_or_turned() {
-        let open = LdmNames::text(LdmTextTower::OpenClip, 23);
+        let open = LdmNames::text(LdmText::TWO, 23);
         let key = "cond_stage_model.model.transformer.resblocks.7.attn.in_proj_bias";
         let stacked = ["q", "k", "v"].map(|p| format!("encoder.layers.7.self_attn.{p}_proj.bias"));
         for (i, name) in stacked.iter().enumerate() {
@@ -382,7 +432,7 @@ mod tests {
         let ldm = "output_blocks.3.1.transformer_blocks.0.attn1.to_q";
         assert_eq!(unet.layer(layer).as_deref(), Some(ldm));
         assert_eq!(unet.layer("down_blocks.3.attentions.0.proj_in"), None, "that level does not attend");
-        let open = LdmNames::text(LdmTextTower::OpenClip, 2);
+        let open = LdmNames::text(LdmText::TWO, 2);
         assert_eq!(open.layer("encoder.layers.0.self_attn.q_proj"), None);
         assert_eq!(
             open.layer("encoder.layers.0.self_attn.out_proj").as_deref(),

@@ -9,28 +9,43 @@ use std::path::{Path, PathBuf};
 pub enum Part {
     /// The denoiser.
     UNet,
-    /// The text tower.
+    /// The text tower; of Stable Diffusion XL the first, OpenAI's.
     TextEncoder,
+    /// The second text tower of Stable Diffusion XL, OpenCLIP's.
+    TextEncoder2,
     /// Pictures to latents and back.
     Vae,
 }
 
 impl Part {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::UNet, Self::TextEncoder, Self::Vae];
+    pub const ALL: [Self; 4] = [Self::UNet, Self::TextEncoder, Self::TextEncoder2, Self::Vae];
+
+    /// The text towers, in the order in which their states stand beside each other.
+    pub const TEXTS: [Self; 2] = [Self::TextEncoder, Self::TextEncoder2];
 
     /// Its folder in a model folder.
     pub fn folder(self) -> &'static str {
         match self {
             Self::UNet => "unet",
             Self::TextEncoder => "text_encoder",
+            Self::TextEncoder2 => "text_encoder_2",
             Self::Vae => "vae",
         }
     }
 
     /// The name of its weight file, without ending.
     pub fn stem(self) -> &'static str {
-        if self == Self::TextEncoder { "model" } else { "diffusion_pytorch_model" }
+        if self.tokenizer().is_some() { "model" } else { "diffusion_pytorch_model" }
+    }
+
+    /// Of a text tower: the folder of its tokenizer.
+    pub fn tokenizer(self) -> Option<&'static str> {
+        match self {
+            Self::TextEncoder => Some("tokenizer"),
+            Self::TextEncoder2 => Some("tokenizer_2"),
+            Self::UNet | Self::Vae => None,
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::weights::checkpoint::Checkpoint;
 use crate::weights::config::{TextConfig, UNetConfig, VaeConfig};
 use crate::weights::family;
 use crate::weights::infer;
-use crate::weights::ldm::{LdmNames, LdmTextTower, VAE};
+use crate::weights::ldm::{LdmNames, LdmText, VAE};
 use crate::weights::part::{Part, Text, read_below};
 use crate::weights::pickle::refuse_pickle;
 use crate::weights::prediction::{Prediction, SaidPrediction};
@@ -25,15 +25,22 @@ use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
 /// Every text file of a model folder that says how pictures are drawn. (`model_index.json` lists parts; ours are fixed.)
-pub const TEXT_FILES: [&str; 10] = [
+pub const TEXT_FILES: [&str; 17] = [
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
+    "text_encoder_2/config.json",
     "tokenizer/added_tokens.json",
     "tokenizer/merges.txt",
     "tokenizer/special_tokens_map.json",
     "tokenizer/tokenizer.json",
     "tokenizer/tokenizer_config.json",
     "tokenizer/vocab.json",
+    "tokenizer_2/added_tokens.json",
+    "tokenizer_2/merges.txt",
+    "tokenizer_2/special_tokens_map.json",
+    "tokenizer_2/tokenizer.json",
+    "tokenizer_2/tokenizer_config.json",
+    "tokenizer_2/vocab.json",
     "unet/config.json",
     "vae/config.json",
 ];
@@ -79,7 +86,8 @@ impl Source {
                 let found = if path.exists() { "a pipe or device" } else { "nothing" };
                 let problem = format!("expected a Stable Diffusion folder, found {found}");
                 return Err(Error::format(path, problem).with_hint(
-                    "give a folder with model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/, or a checkpoint \
+                    "give a folder with model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/ (Stable \
+                     Diffusion XL: text_encoder_2/ and tokenizer_2/ too), or a checkpoint \
                      file (.safetensors)",
                 ));
             }
@@ -113,20 +121,21 @@ impl Source {
                 .filter(|name| name.starts_with(&format!("{part}/")))
                 .any(|name| !matches!(checkpoint.given(name), Ok(None))),
         };
-        let needed: &[&str] = match self.checkpoint {
-            None => &["unet", "vae", "text_encoder", "tokenizer", "scheduler"],
-            Some(_) => &["tokenizer", "scheduler"],
-        };
-        let missing =
-            needed.iter().copied().filter(|part| !there(part) && (*part != "vae" || self.vae.is_none()));
-        let missing: Vec<&str> = missing.collect();
+        let texts = self.text_parts();
+        let mut needed = if self.is_checkpoint() { vec![] } else { vec!["unet", "vae"] };
+        needed.extend(texts.iter().filter(|_| !self.is_checkpoint()).map(|part| part.folder()));
+        needed.extend(texts.iter().filter_map(|part| part.tokenizer()));
+        needed.push("scheduler");
+        needed.retain(|part| !there(part) && (*part != "vae" || self.vae.is_none()));
+        let missing = needed;
+        let kind =
+            if texts.contains(&Part::TextEncoder2) { "Stable Diffusion XL" } else { "Stable Diffusion" };
         if missing.is_empty() {
             return Ok(());
         }
         let listed = missing.join("/, no ");
         let Some(checkpoint) = &self.checkpoint else {
-            let error =
-                Error::format(&self.path, format!("expected a Stable Diffusion folder, found no {listed}/"));
+            let error = Error::format(&self.path, format!("expected a {kind} folder, found no {listed}/"));
             return Err(if missing == ["vae"] {
                 error.with_hint("give a VAE with --vae FILE|DIR (vae in [model] of a training)")
             } else {
@@ -136,8 +145,9 @@ impl Source {
         let problem = format!("expected a checkpoint that holds its settings, found no {listed}/");
         let repository = infer::hub_repository(&checkpoint.file, self.prediction.or(checkpoint.said.best()));
         Err(Error::format(&self.path, problem).with_hint(format!(
-            "give --config DIR (--model-config for training): a folder with tokenizer/ and scheduler/, such as the JSON and text \
-             files of {repository}"
+            "give --config DIR (--model-config for training): a folder with {} and scheduler/, such as the JSON and text files of \
+             {repository}",
+            texts.iter().filter_map(|part| part.tokenizer()).map(|dir| format!("{dir}/")).collect::<Vec<_>>().join(", ")
         )))
     }
 
@@ -181,12 +191,11 @@ impl Source {
         let file = &checkpoint.file;
         let inferred = match name {
             "unet/config.json" => infer::unet(file, self.predicts_velocity())?,
-            "vae/config.json" if has_vae(file) => {
-                infer::check_family(file)?;
-                infer::vae(file, VAE)?
-            }
-            "text_encoder/config.json" => infer::text_encoder(file, checkpoint.tower)?,
-            _ => return Ok(None),
+            "vae/config.json" if has_vae(file) => infer::vae_of_checkpoint(file)?,
+            _ => match checkpoint.towers.iter().find(|place| name == config_of(place.part)) {
+                Some(place) => infer::text_encoder(file, *place)?,
+                None => return Ok(None),
+            },
         };
         Ok(Some(Text { content: format!("{inferred:#}\n"), path: self.path.join(name) }))
     }
@@ -215,8 +224,8 @@ impl Source {
             });
         };
         let mut spare = None;
-        if part == Part::TextEncoder && checkpoint.tower == LdmTextTower::OpenClip {
-            let config = TextConfig::parse(&self.text("text_encoder/config.json")?)?;
+        if part == Part::TextEncoder && checkpoint.towers == [LdmText::TWO] {
+            let config = TextConfig::parse(&self.text(&config_of(part))?)?;
             spare = Some(format!("encoder.layers.{}.", config.num_hidden_layers));
         }
         let names = match part {
@@ -232,7 +241,7 @@ impl Source {
     /// A VAE in place of the model's own makes no other model of it: adapters fit as before ([`Self::vae_fingerprint`] tells it).
     pub fn fingerprint(&self) -> Result<String> {
         let mut hash = Sha256::new();
-        for part in Part::ALL {
+        for part in self.parts() {
             hash.update(part.folder());
             let tensors = match (part, &self.vae) {
                 (Part::Vae, Some(vae)) if !self.has_own_vae() => vae.tensors()?,
@@ -264,13 +273,55 @@ impl Source {
         Ok(match part {
             Part::UNet => LdmNames::unet(&UNetConfig::parse(&self.text("unet/config.json")?)?.1),
             Part::Vae => vae_names(Some(&self.text("vae/config.json")?))?,
-            Part::TextEncoder => {
-                let config = TextConfig::parse(&self.text("text_encoder/config.json")?)?;
-                let tower = self.checkpoint.as_ref().map(|checkpoint| checkpoint.tower);
-                let tower = tower.unwrap_or_else(|| LdmTextTower::of_activation(&config.hidden_act));
-                LdmNames::text(tower, config.num_hidden_layers)
+            Part::TextEncoder | Part::TextEncoder2 => {
+                let config = TextConfig::parse(&self.text(&config_of(part))?)?;
+                let place = self.text_places(&config.hidden_act).into_iter().find(|place| place.part == part);
+                let missing =
+                    || Error::format(&self.path, format!("expected a {}, found none", part.folder()));
+                LdmNames::text(place.ok_or_else(missing)?, config.num_hidden_layers)
             }
         })
+    }
+
+    /// Where the text towers lie in this checkpoint, or in the one that would be made of this folder, whose first tower has this
+    /// activation.
+    fn text_places(&self, activation: &str) -> Vec<LdmText> {
+        let of_folder = || LdmText::of_folder(activation, &self.text_parts());
+        self.checkpoint.as_ref().map_or_else(of_folder, |checkpoint| checkpoint.towers.clone())
+    }
+
+    /// The parts that this model has or should have, in the order of [`Part::ALL`].
+    pub fn parts(&self) -> Vec<Part> {
+        let texts = self.text_parts();
+        Part::ALL.into_iter().filter(|part| part.tokenizer().is_none() || texts.contains(part)).collect()
+    }
+
+    /// The text towers that it has or should have, in their order: one of Stable Diffusion 1.x and 2.x, both of XL, the second
+    /// alone of XL's refiner.
+    pub fn text_parts(&self) -> Vec<Part> {
+        if let Some(checkpoint) = &self.checkpoint {
+            return checkpoint.towers.iter().map(|place| place.part).collect();
+        }
+        let unet = read_below(&self.path, "unet/config.json").ok().flatten();
+        let is_xl = unet.is_some_and(|text| text.content.contains("\"text_time\""))
+            || self.path.join(Part::TextEncoder2.folder()).is_dir();
+        let is_refiner = || {
+            let said = self.pipeline_value("text_encoder");
+            said.is_some_and(|value| value[0].is_null())
+                && !self.path.join(Part::TextEncoder.folder()).is_dir()
+        };
+        match is_xl {
+            false => vec![Part::TextEncoder],
+            true if is_refiner() => vec![Part::TextEncoder2],
+            true => Part::TEXTS.to_vec(),
+        }
+    }
+
+    /// A value of `model_index.json`, where there is one that can be read: of the folder, or of that which says what a checkpoint is.
+    pub fn pipeline_value(&self, key: &str) -> Option<Value> {
+        let dir = self.checkpoint.as_ref().map_or(Some(self.path.as_path()), Checkpoint::config)?;
+        let text = read_below(dir, "model_index.json").ok().flatten()?;
+        python_json::parse(&text.content).ok()?.remove(key)
     }
 
     /// A text of the checkpoint's own metadata; none for a folder.
@@ -294,6 +345,11 @@ impl Source {
         let (text, _) = self.scheduler().ok().flatten()?;
         python_json::parse(&text.content).ok()?.remove(key)
     }
+}
+
+/// The config of a part, as folders have it.
+pub fn config_of(part: Part) -> String {
+    format!("{}/config.json", part.folder())
 }
 
 /// The names of a VAE with this config; without one, of none.

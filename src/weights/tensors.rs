@@ -64,10 +64,11 @@ impl Tensors {
     pub(super) fn in_checkpoint(file: &Arc<TensorFile>, names: &LdmNames, spare: Option<String>) -> Self {
         let mut tensors = Self { spare, ..Self::empty(file.path()) };
         tensors.files.push(file.clone());
+        let is_clip = names.prefix().ends_with(".transformer.");
         for key in file.names().into_iter().filter(|key| key.starts_with(names.prefix())) {
             // Some files leave CLIP's inner prefix out, as transformers 5 does.
-            let clip = key.strip_prefix("cond_stage_model.transformer.").filter(|k| !k.starts_with("text_"));
-            let usual = clip.map(|rest| format!("cond_stage_model.transformer.text_model.{rest}"));
+            let clip = key.strip_prefix(names.prefix()).filter(|k| is_clip && !k.starts_with("text_"));
+            let usual = clip.map(|rest| format!("{}text_model.{rest}", names.prefix()));
             let found = names.tensors(usual.as_ref().unwrap_or(&key));
             if found.is_empty() && !is_by_custom(&key) {
                 tensors.unknown.push(key.clone());
@@ -191,7 +192,8 @@ impl Tensors {
         Ok(match entry.form {
             TensorForm::Same => file.read(&entry.key)?,
             TensorForm::Third(i) => file.read_rows(&entry.key, i, 3)?,
-            TensorForm::Transposed => file.read(&entry.key)?.f_tr()?,
+            // In a folder's order of numbers, so that it multiplies to the same last bits.
+            TensorForm::Transposed => file.read(&entry.key)?.f_tr()?.f_contiguous()?,
         })
     }
 }
@@ -202,7 +204,7 @@ pub(super) fn current_name(part: Part, key: &str) -> Option<String> {
         Part::UNet => None,
         Part::Vae => current_vae_name(key),
         // Files of transformers 4 have the prefix, those of 5 do not.
-        Part::TextEncoder => key.strip_prefix("text_model.").map(str::to_string),
+        Part::TextEncoder | Part::TextEncoder2 => key.strip_prefix("text_model.").map(str::to_string),
     }
 }
 

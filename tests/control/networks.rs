@@ -12,7 +12,9 @@ use hra::adapter::target::{ATTENTION, TargetRule};
 use hra::attach;
 use hra::attach::parameters::Parameters;
 use hra::diffusion::noise::NoiseSchedule;
-use hra::diffusion::sample::{From, Noise, Request, SampleSettings, Session, Steering, Strength};
+use hra::diffusion::sample::{
+    From, Noise, Request, SampleSettings, Session, SizeSettings, Steering, Strength, TextSettings,
+};
 use hra::diffusion::sampler::SamplerKind;
 use hra::model::control::{ConditionEncoder, Control, ControlNet, EncoderConfig, Passes};
 use hra::model::layers::{Layers, Module};
@@ -206,8 +208,11 @@ fn settings(sampler: SamplerKind, steps: usize, guidance: f64) -> SampleSettings
         karras: None,
         steps,
         guidance,
+        guidance_rescale: 0.0,
         width: 40,
         height: 24,
+        texts: TextSettings::default(),
+        sizes: SizeSettings::default(),
     }
 }
 

@@ -62,7 +62,7 @@ fn number(out: &str, what: &str) -> f64 {
 fn every_form_gives_the_adapters_latents_at_every_strength() {
     for (kind, adapters) in [
         ("sd15", &["hra-r4-conv=1", "hra-r4=-1", "hra-r4-gs=0.5"][..]),
-        ("sd21", &["hra-r4=1.5", "lora-r4-conv=0.25"]),
+        ("sd21", &["hra-r4=1.5", "lora-r4=0.25"]),
     ] {
         let bench = Bench::new(kind);
         let base = bench.latents(&bench.place("pipeline"), &[]);

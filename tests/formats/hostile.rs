@@ -15,7 +15,7 @@ use hra::model::text::Tokenizer;
 use hra::platform::files;
 use hra::train::checkpoint;
 use hra::weights::config::{TextConfig, UNetConfig, VaeConfig};
-use hra::weights::part::Text;
+use hra::weights::part::{Part, Text};
 use hra::weights::source::Source;
 use hra::weights::tensor_file::{self, TensorFile};
 use serde_json::{Value, json};
@@ -129,7 +129,7 @@ fn tokenizer(dir: &Path, edit: impl FnOnce(&mut Value)) -> hra::Error {
     edit(&mut value);
     fs::create_dir_all(dir.join("tokenizer")).unwrap();
     fs::write(dir.join("tokenizer/tokenizer.json"), value.to_string()).unwrap();
-    Tokenizer::load(&Source::open(dir, None).unwrap(), 77).map(|_| ()).unwrap_err()
+    Tokenizer::load(&Source::open(dir, None).unwrap(), Part::TextEncoder, 77).map(|_| ()).unwrap_err()
 }
 
 #[test]

@@ -174,7 +174,7 @@ fn what_cannot_be_honoured_is_refused_by_key() {
         (with("unet.a.lora_down.weight", ones(&[2, 5])), [down, "says the same"]),
         (with("unet.a.lora_mid.weight", ones(&[2, 2])), ["lora_mid", "tucker"]),
         (with("unet.a.lora_B.bias", ones(&[3])), ["lora_B.bias", "lora_bias"]),
-        (with("lora_te2_x.lora_up.weight", ones(&[3, 2])), ["lora_te2_x", "SDXL"]),
+        (with("lora_te3_x.lora_up.weight", ones(&[3, 2])), ["lora_te3_x", "SD 3"]),
         (vec![("unet.a.weight".into(), ones(&[3, 5]))], ["expected LoRA tensors", "unet.a.weight"]),
     ] {
         let told = read(&tensors, &[]).expect_err(words[1]);

@@ -9,7 +9,9 @@ mod support {
     pub mod base;
     pub mod cases;
     pub mod error;
+    pub mod grown;
     pub mod process;
+    pub mod xl_cases;
 }
 
 mod adapters;
@@ -24,3 +26,4 @@ mod samplers;
 mod sampling;
 mod scores;
 mod spectrum;
+mod xl;

@@ -3,7 +3,7 @@
 use crate::support::all_cases::cases;
 use crate::support::error::relative_error;
 use hra::StableDiffusion;
-use hra::diffusion::sample::{From, Noise, Request, SampleSettings, Session};
+use hra::diffusion::sample::{From, Noise, Request, SampleSettings, Session, SizeSettings, TextSettings};
 use hra::diffusion::sampler::{SamplerKind, SamplerPlan};
 use hra::platform::choice::Choice;
 use hra::platform::observer::Silent;
@@ -37,8 +37,11 @@ fn every_scheduler_gives_the_latents_of_python() {
                 karras: None,
                 steps: json["steps"].as_u64().unwrap() as usize,
                 guidance: json["guidance"].as_f64().unwrap(),
+                guidance_rescale: 0.0,
                 width: latents.size()[3] * factor,
                 height: latents.size()[2] * factor,
+                texts: TextSettings::default(),
+                sizes: SizeSettings::default(),
             };
             let steps = if case.has(&steps) {
                 case.get(&steps)

@@ -364,7 +364,7 @@ fn broken_models_are_refused_with_every_problem() {
     let sdxl = config.replacen("\"addition_embed_type\": null", "\"addition_embed_type\": \"text_time\"", 1);
     refused(
         &sample(&broken_model(&scratch, "sdxl", "unet/config.json", sdxl.as_bytes())),
-        &["addition_embed_type", "not supported"],
+        &["expected a Stable Diffusion XL folder, found no text_encoder_2/, no tokenizer_2/"],
     );
 
     refused(&sample("nowhere"), &["nowhere", "expected a Stable Diffusion folder, found nothing"]);

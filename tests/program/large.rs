@@ -198,7 +198,8 @@ fn make_model(dir: &Path) {
     assert_eq!(unet, UNET_VALUES, "values of the UNet");
     let vae = fill(dir, Part::Vae, || Vae::load(&model, device));
     assert_eq!(vae, VAE_VALUES, "values of the VAE");
-    let text = fill(dir, Part::TextEncoder, || TextEncoder::load(&model, Kind::Float, device));
+    let text =
+        fill(dir, Part::TextEncoder, || TextEncoder::load(&model, Part::TextEncoder, Kind::Float, device));
     assert_eq!(text, TEXT_VALUES, "values of the text tower");
 }
 

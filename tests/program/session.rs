@@ -5,7 +5,7 @@ use crate::support::error::relative_error;
 use hra::StableDiffusion;
 use hra::attach::loaded::{FULL_UNET, LoadedAdapter};
 use hra::data::image::RgbImage;
-use hra::diffusion::sample::{Made, Request, SampleSettings, Session, Start};
+use hra::diffusion::sample::{Made, Request, SampleSettings, Session, SizeSettings, Start, TextSettings};
 use hra::diffusion::sampler::SamplerKind;
 use hra::model::layers::{Layers, Module};
 use hra::platform::observer::Silent;
@@ -33,8 +33,11 @@ fn settings(prompt: &str) -> SampleSettings {
         karras: None,
         steps: 2,
         guidance: 4.0,
+        guidance_rescale: 0.0,
         width: 16,
         height: 24,
+        texts: TextSettings::default(),
+        sizes: SizeSettings::default(),
     }
 }
 

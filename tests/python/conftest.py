@@ -15,14 +15,18 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def hra():
-    """Call the binary; returns the finished process. A failure shows the command and what it printed."""
+    """Call the binary; returns the finished process. A failure shows the command and what it printed; one that is expected (`fails`)
+    returns what it said."""
     binary = pathlib.Path(os.environ.get("HRA_BIN", cases.REPO / "target/release/hra"))
     if not binary.is_file():
         pytest.fail(f"no binary at {binary}: run `make build`, or set HRA_BIN")
 
-    def call(*words):
+    def call(*words, fails=False):
         words = [str(binary), *map(str, words)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+        if fails:
+            assert done.returncode == 2, f"{' '.join(words)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
+            return done.stderr
         assert done.returncode == 0, f"{' '.join(words)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

@@ -59,7 +59,8 @@ RESNET = [("norm1.", "in_layers.0."), ("conv1.", "in_layers.2."), ("time_emb_pro
           ("norm2.", "out_layers.0."), ("conv2.", "out_layers.3."), ("conv_shortcut.", "skip_connection.")]
 
 
-def unet_to_ldm(unet):
+def unet_to_ldm(unet, leave_out="/"):
+    """All tensors but those whose names begin with `leave_out`."""
     table, n = [], 1
     for i, block in enumerate(unet.down_blocks):
         for j in range(len(block.resnets)):
@@ -82,7 +83,7 @@ def unet_to_ldm(unet):
             table.append((f"up_blocks.{i}.upsamplers.0.conv.", f"output_blocks.{n - 1}.{place}.conv.", []))
     table += [("time_embedding.linear_1.", "time_embed.0.", []), ("time_embedding.linear_2.", "time_embed.2.", []),
               ("conv_in.", "input_blocks.0.0.", []), ("conv_norm_out.", "out.0.", []), ("conv_out.", "out.2.", [])]
-    return rename(unet.state_dict(), table)
+    return rename({k: v for k, v in unet.state_dict().items() if not k.startswith(leave_out)}, table)
 
 
 def vae_to_ldm(vae):

@@ -18,7 +18,8 @@ use tch::Kind;
 fn control_case(case: &Case) -> Case {
     let path = case.dir.join("control.safetensors");
     let path = if path.is_file() { path } else { case.dir.join("expected.safetensors") };
-    Case { name: case.name.clone(), dir: case.dir.clone(), expected: TensorFile::open(&path).unwrap() }
+    let expected = TensorFile::open(&path).unwrap();
+    Case { name: case.name.clone(), dir: case.dir.clone(), expected, _scratch: case._scratch.clone() }
 }
 
 /// Whether the case has a ControlNet, which then gives the same tensors.

@@ -4,11 +4,21 @@ use super::Comparer;
 use crate::support::cases::Case;
 use hra::StableDiffusion;
 use hra::model::Conditioning;
+use hra::model::conditioning::{POOLED, SIZES};
 use tch::Tensor;
+
+/// What the UNet is told in the stored call.
+pub fn told(here: &Comparer, case: &Case) -> Conditioning {
+    let states = Conditioning::new(here.input(case, "unet.context"));
+    if !case.has("unet.pooled") {
+        return states;
+    }
+    states.with(POOLED, here.input(case, "unet.pooled")).with(SIZES, here.input(case, "unet.time_ids"))
+}
 
 /// The stored call of the UNet.
 pub fn unet_call(here: &Comparer, case: &Case, model: &StableDiffusion) -> Tensor {
-    let conditioning = Conditioning::new(here.input(case, "unet.context"));
+    let conditioning = told(here, case);
     let (sample, timestep) = (here.input(case, "unet.sample"), here.input(case, "unet.timestep"));
     model.denoiser().forward(&sample, &timestep, &conditioning)
 }

@@ -3,6 +3,7 @@
 use super::base::{pin_threads, root};
 use hra::weights::tensor_file::TensorFile;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tch::Tensor;
 
 /// One folder of reference tensors that Python wrote (see tests/fixtures/README.md).
@@ -10,6 +11,8 @@ pub struct Case {
     pub name: String,
     pub dir: PathBuf,
     pub expected: TensorFile,
+    /// Where its files are no longer than it is.
+    pub _scratch: Option<Arc<tempfile::TempDir>>,
 }
 
 /// The cases of this repository.
@@ -27,7 +30,7 @@ pub fn cases_in(folder: &Path) -> Vec<Case> {
         let path = dir.join("expected.safetensors");
         if path.is_file() {
             let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-            cases.push(Case { name, expected: TensorFile::open(&path).unwrap(), dir });
+            cases.push(Case { name, expected: TensorFile::open(&path).unwrap(), dir, _scratch: None });
         }
     }
     cases

@@ -66,13 +66,11 @@ const ROLES: [(&str, Role); 21] = [
 ];
 
 /// Beginnings of keys that name another kind of model.
-const OTHER_MODELS: [(&str, &str); 9] = [
-    ("lora_te2_", "a second text encoder (SDXL), which Stable Diffusion 1 and 2 do not have"),
-    ("text_encoder_2.", "a second text encoder (SDXL), which Stable Diffusion 1 and 2 do not have"),
-    ("lora_te3_", "a third text encoder (SD 3), which Stable Diffusion 1 and 2 do not have"),
-    ("text_encoder_3.", "a third text encoder (SD 3), which Stable Diffusion 1 and 2 do not have"),
-    ("transformer.", "a diffusion transformer, which Stable Diffusion 1 and 2 do not have"),
-    ("lora_transformer_", "a diffusion transformer, which Stable Diffusion 1 and 2 do not have"),
+const OTHER_MODELS: [(&str, &str); 7] = [
+    ("lora_te3_", "a third text encoder (SD 3), which Stable Diffusion 1, 2 and XL do not have"),
+    ("text_encoder_3.", "a third text encoder (SD 3), which Stable Diffusion 1, 2 and XL do not have"),
+    ("transformer.", "a diffusion transformer, which Stable Diffusion 1, 2 and XL do not have"),
+    ("lora_transformer_", "a diffusion transformer, which Stable Diffusion 1, 2 and XL do not have"),
     ("lora_controlnet", "a control LoRA, which belongs to a ControlNet"),
     ("lora_prior_", "Stable Cascade, another model"),
     ("bundle_emb.", "trained tokens (a bundled embedding), which are not read"),
@@ -108,11 +106,13 @@ const OTHER_METHODS: [(&str, &str); 22] = [
 ];
 
 /// Beginnings that say which part a layer is of; one that begins with another is the longer and comes first.
-const PARTS: [(&str, LoraPart); 7] = [
+const PARTS: [(&str, LoraPart); 9] = [
     ("unet.", LoraPart::UNet),
     ("text_encoder.", LoraPart::TextEncoder),
+    ("text_encoder_2.", LoraPart::TextEncoder2),
     ("lora_unet_", LoraPart::UNet),
     ("lora_te1_", LoraPart::TextEncoder),
+    ("lora_te2_", LoraPart::TextEncoder2),
     ("lora_te_", LoraPart::TextEncoder),
     ("model.diffusion_model.", LoraPart::UNet),
     ("diffusion_model.", LoraPart::UNet),
@@ -138,7 +138,7 @@ pub fn parse(key: &str) -> LoraKey {
     // The processors of old gave all attention the UNet's names.
     let renamed = match part {
         LoraPart::UNet => &[(".to_out", ".to_out.0")][..],
-        LoraPart::TextEncoder => {
+        LoraPart::TextEncoder | LoraPart::TextEncoder2 => {
             &[(".to_q", ".q_proj"), (".to_k", ".k_proj"), (".to_v", ".v_proj"), (".to_out", ".out_proj")]
         }
     };
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn what_is_not_done_is_told_apart_from_what_is_unknown() {
         for (key, word) in [
-            ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "SDXL"),
+            ("lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight", "SD 3"),
             ("transformer.blocks.0.attn.to_q.lora_A.weight", "transformer"),
             ("lora_unet_conv_in.lora_mid.weight", "tucker"),
             ("base_model.model.conv_in.lora_B.bias", "lora_bias"),

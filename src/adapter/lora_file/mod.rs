@@ -200,7 +200,7 @@ fn role_name(role: Role) -> &'static str {
 fn read_settings(file: &TensorFile, problems: &mut Vec<String>) -> Vec<(LoraPart, LoraFileSettings)> {
     let mut found = Vec::new();
     if let Some(text) = file.text(part::METADATA) {
-        for part in [LoraPart::UNet, LoraPart::TextEncoder] {
+        for part in LoraPart::ALL {
             match LoraFileSettings::read(text, part) {
                 Ok(settings) => found.extend(settings.map(|settings| (part, settings))),
                 Err(mut wrong) => {

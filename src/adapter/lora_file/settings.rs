@@ -58,14 +58,13 @@ impl LoraFileSettings {
             let start = format!("{}.", part.name());
             whole.iter().filter_map(|(k, v)| Some((k.strip_prefix(&start)?.to_string(), v.clone()))).collect()
         };
-        let parts = [LoraPart::UNet, LoraPart::TextEncoder].map(prefixed);
+        let own = prefixed(part);
         let fields = match part {
             // Without a name they are those of the UNet, which alone writes so (`unet.save_lora_adapter`).
-            LoraPart::UNet if parts.iter().all(Map::is_empty) => &whole,
-            LoraPart::UNet => &parts[0],
-            LoraPart::TextEncoder => &parts[1],
+            LoraPart::UNet if LoraPart::ALL.into_iter().all(|part| prefixed(part).is_empty()) => whole,
+            _ => own,
         };
-        if fields.is_empty() { Ok(None) } else { Self::from_fields(fields).map(Some) }
+        if fields.is_empty() { Ok(None) } else { Self::from_fields(&fields).map(Some) }
     }
 
     fn from_fields(fields: &Map<String, Value>) -> Result<Self, Vec<String>> {

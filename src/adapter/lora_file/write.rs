@@ -113,7 +113,7 @@ fn diffusers_names(change: &LayerProduct) -> Names {
     let attention =
         change.part == LoraPart::UNet && [".to_q", ".to_k", ".to_v", ".to_out.0"].into_iter().any(ends_in);
     let stem = match (change.part, attention) {
-        (LoraPart::TextEncoder, _) => format!("{place}.lora_linear_layer"),
+        (LoraPart::TextEncoder | LoraPart::TextEncoder2, _) => format!("{place}.lora_linear_layer"),
         (LoraPart::UNet, false) => format!("{place}.lora"),
         (LoraPart::UNet, true) => {
             let (block, projection) = place.split_once(".to_").unwrap_or((&place, ""));
@@ -126,7 +126,9 @@ fn diffusers_names(change: &LayerProduct) -> Names {
         // transformers puts the adapter's name into the key before its end, and needs an end to find.
         magnitude: match change.part {
             LoraPart::UNet => format!("{place}.lora_magnitude_vector"),
-            LoraPart::TextEncoder => format!("{place}.lora_magnitude_vector.weight"),
+            LoraPart::TextEncoder | LoraPart::TextEncoder2 => {
+                format!("{place}.lora_magnitude_vector.weight")
+            }
         },
         alpha: None,
     }
@@ -136,6 +138,7 @@ fn kohya_names(change: &LayerProduct) -> Names {
     let prefix = match change.part {
         LoraPart::UNet => "lora_unet_",
         LoraPart::TextEncoder => "lora_te_",
+        LoraPart::TextEncoder2 => "lora_te2_",
     };
     let place = format!("{prefix}{}", full_name(change).replace('.', "_"));
     Names {
@@ -149,7 +152,7 @@ fn kohya_names(change: &LayerProduct) -> Names {
 /// Other programs have `text_model.` before the text encoder's names.
 fn full_name(change: &LayerProduct) -> String {
     match change.part {
-        LoraPart::TextEncoder if !change.layer.starts_with("text_model.") => {
+        LoraPart::TextEncoder | LoraPart::TextEncoder2 if !change.layer.starts_with("text_model.") => {
             format!("text_model.{}", change.layer)
         }
         _ => change.layer.clone(),

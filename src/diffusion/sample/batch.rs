@@ -19,6 +19,7 @@ pub(super) struct Drawing<'a> {
     /// Of the negative prompt and the prompt, or of the prompt alone.
     pub(super) conditioning: &'a Conditioning,
     pub(super) guidance: f64,
+    pub(super) guidance_rescale: f64,
     pub(super) picture: Option<&'a PreparedStart>,
     pub(super) tick: Option<&'a dyn Fn()>,
     pub(super) observer: &'a dyn Observer,
@@ -53,7 +54,8 @@ pub(super) fn draw_batch(drawing: &Drawing, noise: &Noise, mut steered: Option<S
             return Ok(output);
         }
         let halves = output.chunk(2, 0);
-        Ok(&halves[0] + (&halves[1] - &halves[0]) * drawing.guidance)
+        let guided = &halves[0] + (&halves[1] - &halves[0]) * drawing.guidance;
+        Ok(rescaled(guided, &halves[1], drawing.guidance_rescale))
     };
     let mut step_noise = |i: usize| {
         if noise.steps.dim() != 5 || i as i64 >= noise.steps.size()[0] {
@@ -76,6 +78,17 @@ pub(super) fn draw_batch(drawing: &Drawing, noise: &Noise, mut steered: Option<S
         None => x,
     };
     plan.run_keeping(begin.x.shallow_clone(), &mut denoise, &mut step_noise, &mut keep, &mut progress)
+}
+
+/// A guided prediction `(b, c, h, w)` with its deviation brought back towards that of the prompt's alone (arXiv 2305.08891, equations
+/// 15 and 16).
+fn rescaled(guided: Tensor, of_prompt: &Tensor, by: f64) -> Tensor {
+    if by == 0.0 {
+        return guided;
+    }
+    let deviation = |t: &Tensor| t.std_dim(&[1i64, 2, 3][..], true, true);
+    let back = &guided * (deviation(of_prompt) / deviation(&guided));
+    back * by + guided * (1.0 - by)
 }
 
 /// Decoder output `(1, 3, h, w)` in about [-1, 1] to pixels.

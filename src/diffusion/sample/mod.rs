@@ -8,11 +8,13 @@ mod batch;
 mod noise;
 mod session;
 mod settings;
+mod sizes;
 mod start;
 mod steering;
 
 pub use noise::Noise;
 pub use session::{From, Made, Picture, Request, Session};
-pub use settings::SampleSettings;
+pub use settings::{SampleSettings, TextSettings};
+pub use sizes::SizeSettings;
 pub use start::Start;
 pub use steering::{Steering, Strength, conditions};

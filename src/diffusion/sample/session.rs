@@ -4,15 +4,18 @@
 use crate::attach::fixed::{AttachReport, attach_fixed};
 use crate::attach::loaded::{LayerNames, LoadedAdapter};
 use crate::attach::{detach, set_enabled};
+use crate::diffusion::prompt::Prompt;
 use crate::diffusion::sample::batch::{Drawing, draw_batch, to_image};
 use crate::diffusion::sample::noise::Noise;
 use crate::diffusion::sample::settings::SampleSettings;
+use crate::diffusion::sample::sizes::ToldPicture;
 use crate::diffusion::sample::start::{PreparedStart, Start};
 use crate::diffusion::sample::steering::{Steered, Steering};
 use crate::diffusion::sampler::SamplerPlan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::Conditioning;
+use crate::model::conditioning::SIZES;
 use crate::model::control::Control;
 use crate::model::layers::Layers;
 use crate::platform::host;
@@ -88,6 +91,15 @@ pub struct Made {
     pub plans: usize,
 }
 
+/// What a text becomes depends on these.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct TextKey {
+    adapted: bool,
+    /// For each text tower.
+    texts: [String; 2],
+    clip_skip: usize,
+}
+
 /// A model that draws. `M` and `C` own a model and a control, or borrow them.
 pub struct Session<M = StableDiffusion, C = Control> {
     model: M,
@@ -100,7 +112,7 @@ pub struct Session<M = StableDiffusion, C = Control> {
     enabled: bool,
     /// Whether an adapter changes what texts become.
     adapts_text: bool,
-    texts: HashMap<(bool, String), Conditioning>,
+    texts: HashMap<TextKey, Conditioning>,
     starts: HashMap<u64, PreparedStart>,
     plans: HashMap<String, Arc<SamplerPlan>>,
     made: Made,
@@ -284,6 +296,12 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
                  and a mask",
             ).with_hint("give --image FILE --mask FILE"));
         }
+        if self.model().is_refiner() && start.is_none() {
+            return Err(Error::config(
+                "this model is a refiner of Stable Diffusion XL, which draws from a picture and not from noise alone",
+            )
+            .with_hint("give --image FILE --strength 0.3"));
+        }
         if let Some(start) = start {
             start.validate(settings, self.model())?;
         }
@@ -329,7 +347,7 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
                 (&drawn, seeds)
             }
         };
-        let conditioning = self.conditioning(settings)?;
+        let conditioning = self.conditioning(settings, request.start.is_some())?;
         self.prepare(request.start);
         let model = self.model();
         let drawing = Drawing {
@@ -337,6 +355,7 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             plan: &plan,
             conditioning: &conditioning,
             guidance: settings.guidance,
+            guidance_rescale: settings.guidance_rescale,
             picture: request.start.and_then(|start| self.starts.get(&start.id())),
             tick: request.tick,
             observer,
@@ -374,25 +393,46 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
         self.control.as_ref().map(Borrow::borrow).ok_or_else(missing)
     }
 
-    /// What the negative prompt and the prompt become, or with no guidance the prompt alone.
-    fn conditioning(&mut self, settings: &SampleSettings) -> Result<Conditioning> {
+    /// What the negative prompt and the prompt become, or with no guidance the prompt alone; with what is told of sizes.
+    fn conditioning(&mut self, settings: &SampleSettings, has_start: bool) -> Result<Conditioning> {
+        let prompt = self.text(settings.positive(), settings.texts.clip_skip)?;
+        let mut rows = vec![prompt];
+        if settings.is_guided() {
+            let zeros = self.model().zeros_for_no_prompt && settings.negative_prompt.is_empty();
+            let negative = match zeros {
+                true => rows[0].zeros_like(),
+                // All layers: diffusers' pipelines leave some out for the prompt alone.
+                false => self.text(settings.negative(), 0)?,
+            };
+            rows.insert(0, negative);
+        }
+        let all = Conditioning::cat(&rows.iter().collect::<Vec<_>>());
+        let model = self.model();
+        if !model.is_xl() {
+            return Ok(all);
+        }
+        let size = [settings.height, settings.width];
+        let told = ToldPicture { size, has_start, is_refiner: model.is_refiner() };
+        let sizes = [settings.sizes.of_negative(told), settings.sizes.of_prompt(told)];
+        let sizes = sizes[2 - rows.len()..].iter().map(|numbers| host::tensor(numbers)).collect::<Vec<_>>();
+        Ok(all.with(SIZES, host::to_device(&Tensor::stack(&sizes, 0), model.device())))
+    }
+
+    /// What a text becomes. Each is encoded alone, so that it does not depend on the texts before it.
+    fn text(&mut self, prompt: Prompt, clip_skip: usize) -> Result<Conditioning> {
         let adapted = self.enabled && self.adapts_text;
-        let prompts = [settings.negative_prompt.as_str(), settings.prompt.as_str()];
-        let prompts = if settings.is_guided() { &prompts[..] } else { &prompts[1..] };
-        if self.texts.len() + prompts.len() > MOST_TEXTS {
-            self.texts.retain(|(_, text), _| prompts.contains(&text.as_str()));
+        let key = TextKey { adapted, texts: [prompt.first, prompt.second].map(str::to_string), clip_skip };
+        if let Some(known) = self.texts.get(&key) {
+            return Ok(known.shallow_clone());
         }
-        let key = |text: &str| (adapted, text.to_string());
-        // Each alone, so that what it becomes does not depend on the texts before it.
-        for text in prompts {
-            if !self.texts.contains_key(&key(text)) {
-                let (new, _) = self.model().encode_prompts(&[text])?;
-                self.made.texts += 1;
-                self.texts.insert(key(text), new);
-            }
+        if self.texts.len() >= MOST_TEXTS {
+            self.texts.clear();
         }
-        let rows: Vec<&Conditioning> = prompts.iter().map(|prompt| &self.texts[&key(prompt)]).collect();
-        Ok(Conditioning::cat(&rows))
+        let (tokens, _) = self.model().tokens(&[prompt])?;
+        let new = self.model().conditioning(&tokens.skipping(clip_skip));
+        self.made.texts += 1;
+        self.texts.insert(key, new.shallow_clone());
+        Ok(new)
     }
 
     /// Encodes a picture to start from, where that was not done.

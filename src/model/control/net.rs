@@ -56,7 +56,7 @@ impl ControlNet {
 
     /// The signals for one UNet call, times `scale`.
     pub fn forward(&self, call: Call, features: &Tensor, scale: f64) -> Signals {
-        let time = self.down.time(call.timesteps);
+        let time = self.down.time(&call);
         let context = call.conditioning.states().to_kind(self.kind);
         let (middle, skips) = self.down.forward(call.sample, &time, &context, Some(features));
         let skips = skips.iter().zip(&self.down_blocks).map(|(x, conv)| conv.forward(x) * scale).collect();
@@ -74,12 +74,14 @@ impl ControlNet {
         } else if own.attention.cross_attention_dim != unet.context_width() {
             let (expected, found) = (unet.context_width(), own.attention.cross_attention_dim);
             format!("cross_attention_dim: expected {expected}, found {found}")
+        } else if own.added() != unet.added() {
+            "expected one that is told the same beside the timestep".to_string()
         } else if own.in_channels != unet.out_channels() {
             format!("in_channels: expected {}, found {}", unet.out_channels(), own.in_channels)
         } else {
             return self.embedding.misfit(unet, factor);
         };
-        Some(format!("{problem}; a ControlNet belongs to one kind of model (1.5, 2.1 ..)"))
+        Some(format!("{problem}; a ControlNet belongs to one kind of model (1.5, 2.1, XL ..)"))
     }
 }
 

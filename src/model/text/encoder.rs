@@ -9,8 +9,16 @@ use crate::platform::host;
 use crate::weights::config::TextConfig;
 use crate::weights::part::Part;
 use crate::weights::scope::{Scope, Weights};
-use crate::weights::source::Source;
+use crate::weights::source::{Source, config_of};
 use tch::{Device, Kind, Tensor};
+
+/// Before the names of the second tower's layers, which are called as those of the first.
+pub const SECOND_TEXT_ENCODER: &str = "text_encoder_2";
+
+/// The name that a layer of the second tower has in a whole model.
+pub fn in_second_tower(name: impl std::fmt::Display) -> String {
+    format!("{SECOND_TEXT_ENCODER}.{name}")
+}
 
 /// Text tower with frozen weights.
 pub struct TextEncoder {
@@ -18,9 +26,34 @@ pub struct TextEncoder {
     position_embedding: Tensor,
     layers: Vec<EncoderLayer>,
     final_layer_norm: Norm,
+    projection: Option<Projection>,
     length: i64,
     vocabulary: i64,
     device: Device,
+}
+
+/// What makes one vector of a prompt (transformers `CLIPTextModelWithProjection`).
+struct Projection {
+    layer: Layer,
+    /// The token whose state it takes; `None` for the largest id.
+    token: Option<i64>,
+}
+
+/// What a tower makes of token ids.
+pub struct TextOutput {
+    /// `(b, n, width)`
+    pub states: Tensor,
+    /// The projected state of the end token `(b, projection)`, of a tower that has a projection.
+    pub pooled: Option<Tensor>,
+}
+
+/// Which states of a tower count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TextStates {
+    /// Those after so many layers less than all, and the final norm: Stable Diffusion 1.x and 2.x.
+    Normed { skipped: usize },
+    /// Those after one layer and so many more less than all, without the norm: Stable Diffusion XL.
+    Raw { skipped: usize },
 }
 
 /// What a layer of CLIP's towers, of texts and of pictures, is made of.
@@ -96,11 +129,25 @@ impl EncoderLayer {
 }
 
 impl TextEncoder {
-    /// Loads the text encoder of `source`. The second value names tensors of the file that the tower lacks.
-    pub fn load(source: &Source, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
-        let config = TextConfig::parse(&source.text("text_encoder/config.json")?)?;
-        let weights = Weights::open(source, Part::TextEncoder, kind, device)?;
-        let encoder = Self::new(&weights.root(), &config, device);
+    /// Loads a text tower of `source`; the second one of Stable Diffusion XL has a projection. The second value names tensors of the
+    /// file that the tower lacks.
+    pub fn load(source: &Source, part: Part, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
+        let text = source.text(&config_of(part))?;
+        let config = TextConfig::parse(&text)?;
+        let weights = Weights::open(source, part, kind, device)?;
+        let mut encoder = Self::new(&weights.root(), &config, device);
+        if part == Part::TextEncoder2 {
+            let (scope, width) = (weights.root().at("text_projection"), config.projection(&text)?);
+            let layer = Layer::linear(&scope, config.hidden_size, width, false);
+            encoder.projection = Some(Projection { layer, token: config.pooled_token() });
+            for module in encoder.modules_mut() {
+                let name = match module {
+                    Module::Layer(layer) => &mut layer.name,
+                    Module::Norm(norm) => &mut norm.name,
+                };
+                *name = in_second_tower(&name);
+            }
+        }
         let mut unused = weights.finish()?;
         // A constant that old files store, and the projection of the image-text loss.
         unused.retain(|name| !name.ends_with("position_ids") && name != "text_projection.weight");
@@ -119,6 +166,7 @@ impl TextEncoder {
                 .map(|i| EncoderLayer::new(&scope.at("encoder.layers").at(i), sizes))
                 .collect(),
             final_layer_norm: Norm::layer(&scope.at("final_layer_norm"), width, config.layer_norm_eps),
+            projection: None,
             length: config.max_position_embeddings,
             vocabulary: config.vocab_size,
             device,
@@ -127,14 +175,47 @@ impl TextEncoder {
 
     /// Token ids `(b, n)`, n at most [`Self::length`], to the last hidden states after the final norm, `(b, n, width)`.
     pub fn forward(&self, ids: &Tensor) -> Tensor {
+        self.output(ids, TextStates::Normed { skipped: 0 }).states
+    }
+
+    /// The states that are asked for, and the pooled output where there is one. At most [`Self::layers`] can be skipped.
+    pub fn output(&self, ids: &Tensor, asked: TextStates) -> TextOutput {
         let ids = host::to_device(ids, self.device);
-        let (b, n) = (ids.size()[0], ids.size()[1]);
-        let tokens = Tensor::embedding(&self.token_embedding, &ids, -1, false, false); // [b, n, width]
-        let mut x = tokens + self.position_embedding.narrow(0, 0, n).expand([b, n, -1], false);
-        for layer in &self.layers {
-            x = layer.forward(&x, Sees::Past);
+        let left_out = match asked {
+            TextStates::Normed { skipped } => skipped,
+            TextStates::Raw { skipped } => skipped + 1,
+        };
+        let counted = self.layers.len().saturating_sub(left_out);
+        let mut states = self.embedded(&ids);
+        for layer in &self.layers[..counted] {
+            states = layer.forward(&states, Sees::Past);
         }
-        self.final_layer_norm.forward(&x)
+        let pooled = self.projection.as_ref().map(|projection| {
+            let rest = self.layers[counted..].iter();
+            let last = rest.fold(states.shallow_clone(), |x, layer| layer.forward(&x, Sees::Past));
+            projection.forward(&self.final_layer_norm.forward(&last), &ids)
+        });
+        if let TextStates::Normed { .. } = asked {
+            states = self.final_layer_norm.forward(&states);
+        }
+        TextOutput { states, pooled }
+    }
+
+    /// Token ids `(b, n)` to what the first layer sees, `(b, n, width)`.
+    fn embedded(&self, ids: &Tensor) -> Tensor {
+        let (b, n) = (ids.size()[0], ids.size()[1]);
+        let tokens = Tensor::embedding(&self.token_embedding, ids, -1, false, false); // [b, n, width]
+        tokens + self.position_embedding.narrow(0, 0, n).expand([b, n, -1], false)
+    }
+
+    /// Number of layers.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Width of the pooled output, of a tower that has one.
+    pub fn pooled_width(&self) -> Option<i64> {
+        self.projection.as_ref().map(|projection| projection.layer.weight().size()[0])
     }
 
     /// The most tokens it can take.
@@ -153,6 +234,19 @@ impl TextEncoder {
     }
 }
 
+impl Projection {
+    /// Normed last states `(b, n, width)` of `ids (b, n)` to `(b, projection)`.
+    fn forward(&self, states: &Tensor, ids: &Tensor) -> Tensor {
+        let marked = match self.token {
+            Some(token) => ids.eq(token).to_kind(Kind::Int),
+            None => ids.to_kind(Kind::Int),
+        };
+        let place = marked.argmax(1, true).unsqueeze(-1); // [b, 1, 1], the first of several
+        let place = place.expand([-1, 1, states.size()[2]], false);
+        self.layer.forward(&states.gather(1, &place, false).squeeze_dim(1))
+    }
+}
+
 impl Layers for TextEncoder {
     fn modules_mut(&mut self) -> Vec<Module<'_>> {
         let mut out = Vec::new();
@@ -163,6 +257,7 @@ impl Layers for TextEncoder {
             out.extend([&mut l.fc1, &mut l.fc2].map(Module::Layer));
         }
         out.push(Module::Norm(&mut self.final_layer_norm));
+        out.extend(self.projection.as_mut().map(|projection| Module::Layer(&mut projection.layer)));
         out
     }
 }

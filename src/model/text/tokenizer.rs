@@ -6,8 +6,7 @@
 use crate::data::caption::bounded;
 use crate::error::{Error, Result};
 use crate::model::text::tokenizer_json::{self, MAX_ID};
-use crate::weights::part::Text;
-use crate::weights::part::read_below;
+use crate::weights::part::{Part, Text, read_below};
 use crate::weights::source::Source;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -40,10 +39,11 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Loads the tokenizer of `source`. `length` is the text tower's: a tokenizer without one of its own pads to it.
-    pub fn load(source: &Source, length: usize) -> Result<Self> {
-        let find = |name: &str| source.find(&format!("tokenizer/{name}"));
-        Self::read(&Files { dir: source.path().join("tokenizer"), find: &find }, length)
+    /// Loads the tokenizer of a text tower of `source`. `length` is the tower's: a tokenizer without one of its own pads to it.
+    pub fn load(source: &Source, tower: Part, length: usize) -> Result<Self> {
+        let folder = tower.tokenizer().unwrap_or_default();
+        let find = |name: &str| source.find(&format!("{folder}/{name}"));
+        Self::read(&Files { dir: source.path().join(folder), find: &find }, length)
     }
 
     /// [`Self::load`] of a folder that has the tokenizer's files at its top, as that of a whole CLIP model.

@@ -9,9 +9,14 @@ use crate::platform::hub::wanted::Wanted;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-/// The parts of a model that have weights, and the stem of their file names (diffusers' and transformers').
-const PARTS: [(&str, &str); 3] =
-    [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")];
+/// The parts of every model that have weights, and the stem of their file names in diffusers.
+const PARTS: [(&str, &str); 2] = [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")];
+
+/// Text encoders with their tokenizers; the second is of Stable Diffusion XL, whose refiner has no other.
+const TEXTS: [(&str, &str); 2] = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")];
+
+/// The stem of a text encoder's weight files in transformers.
+const TEXT_STEM: &str = "model";
 
 /// Endings of files that Python's pickle wrote, which can run code when they are read.
 const PICKLED: [&str; 4] = [".bin", ".ckpt", ".pt", ".pth"];
@@ -41,33 +46,36 @@ pub fn choose(names: &BTreeSet<String>, wanted: Wanted) -> Result<FileChoice> {
 fn model(names: &BTreeSet<String>) -> Result<FileChoice> {
     // Before gigabytes are fetched that are not read.
     let has = |part: &str| names.contains(&format!("{part}/config.json"));
-    let other = match (has("unet"), has("text_encoder_2"), has("transformer")) {
-        (true, true, _) => Some("Stable Diffusion XL"),
-        (false, _, true) => Some("a diffusion transformer, such as Flux, Stable Diffusion 3 or PixArt"),
-        _ => None,
-    };
-    if let Some(family) = other {
-        return Err(Error::hub(format!(
-            "a Stable Diffusion 1.x or 2.x folder, found one of another family ({family}), which is not supported"
-        )));
+    if has("transformer") && !has("unet") {
+        return Err(Error::hub(
+            "a Stable Diffusion folder, found one of another family (a diffusion transformer, such as Flux, Stable Diffusion 3 or \
+             PixArt), which is not supported",
+        ));
     }
+    let second = has(TEXTS[1].0);
+    let first = !second || names.iter().any(|name| is_in(name, TEXTS[0].0));
+    let texts: Vec<(&str, &str)> =
+        TEXTS.into_iter().zip([first, second]).filter_map(|(text, there)| there.then_some(text)).collect();
+    let of_texts = texts.iter().map(|(part, _)| (*part, TEXT_STEM));
+    let parts: Vec<(&str, &str)> = PARTS.into_iter().chain(of_texts).collect();
     let mut files: Vec<String> = Vec::new();
     let mut missing: Vec<String> = Vec::new();
     let mut need = |name: String| {
         if names.contains(&name) { files.push(name) } else { missing.push(name) }
     };
-    PARTS.iter().for_each(|(part, _)| need(format!("{part}/config.json")));
+    parts.iter().for_each(|(part, _)| need(format!("{part}/config.json")));
     need("scheduler/scheduler_config.json".into());
     files.extend(names.get("model_index.json").cloned());
-    let tokenizer: Vec<String> = names.iter().filter(|n| is_in(n, "tokenizer")).cloned().collect();
-    let has = |name: &str| tokenizer.iter().any(|n| n.strip_prefix("tokenizer/") == Some(name));
-    let complete = has("tokenizer.json") || (has("vocab.json") && has("merges.txt"));
-    if !complete {
-        missing.push("tokenizer/vocab.json with tokenizer/merges.txt".into());
+    for (_, folder) in texts {
+        let has = |name: &str| names.contains(&format!("{folder}/{name}"));
+        let complete = has("tokenizer.json") || has("vocab.json") && has("merges.txt");
+        if !complete {
+            missing.push(format!("{folder}/vocab.json with {folder}/merges.txt"));
+        }
+        files.extend(names.iter().filter(|n| is_in(n, folder)).cloned());
     }
-    files.extend(tokenizer);
     let mut pickled = false;
-    for (part, stem) in PARTS {
+    for (part, stem) in parts {
         match weights(names, part, stem) {
             Some(found) => files.extend(found),
             None => {
@@ -79,7 +87,8 @@ fn model(names: &BTreeSet<String>) -> Result<FileChoice> {
     if missing.is_empty() {
         return Ok(FileChoice { files, entry: PathBuf::new(), note: None });
     }
-    let lack = Error::hub(format!("a Stable Diffusion folder, without {}", missing.join(", ")));
+    let kind = if second { "Stable Diffusion XL" } else { "Stable Diffusion" };
+    let lack = Error::hub(format!("a {kind} folder, without {}", missing.join(", ")));
     if pickled {
         return Err(lack.with_hint(
             "it has pickled weights, which can run code and are not read; convert them once in Python: \
@@ -295,12 +304,28 @@ mod tests {
 
     #[test]
     fn a_repository_of_another_family_is_named_before_it_is_fetched() {
-        let xl =
-            ["unet/config.json", "text_encoder_2/config.json", "unet/diffusion_pytorch_model.safetensors"];
-        let told = |names: &[&str]| choose(&with(names), Wanted::Model).unwrap_err().to_string();
-        assert!(told(&xl).contains("another family (Stable Diffusion XL)"));
         let flux = set(&["transformer/config.json", "text_encoder_2/config.json", "model_index.json"]);
         assert!(choose(&flux, Wanted::Model).unwrap_err().to_string().contains("such as Flux"));
+    }
+
+    #[test]
+    fn stable_diffusion_xl_has_both_text_encoders_and_its_refiner_the_second() {
+        let unet = "unet/diffusion_pytorch_model.safetensors";
+        let text = "text_encoder/model.safetensors";
+        let second = [
+            "text_encoder_2/config.json",
+            "text_encoder_2/model.safetensors",
+            "tokenizer_2/vocab.json",
+            "tokenizer_2/merges.txt",
+        ];
+        let all = with(&[&[unet, text][..], &second].concat());
+        assert_eq!(BTreeSet::from_iter(choose(&all, Wanted::Model).unwrap().files), all);
+        let is_first = |name: &String| name.starts_with("text_encoder/") || name.starts_with("tokenizer/");
+        let refiner: BTreeSet<String> = all.iter().filter(|name| !is_first(name)).cloned().collect();
+        assert_eq!(BTreeSet::from_iter(choose(&refiner, Wanted::Model).unwrap().files), refiner);
+        let half = with(&[&[unet, text][..], &second[..2]].concat());
+        let told = choose(&half, Wanted::Model).unwrap_err().to_string();
+        assert!(told.contains("a Stable Diffusion XL folder, without tokenizer_2/vocab.json"), "{told}");
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod adapters;
 mod commands;
 mod models;
 mod pictures;
+mod xl;
 
 use crate::support::base::root;
 use crate::support::finished::Finished;

@@ -53,7 +53,7 @@ pub fn vae(scratch: &Path, input: &[u8]) {
 /// The text encoder of a model folder.
 pub fn text_encoder(scratch: &Path, input: &[u8]) {
     if let Some(source) = part(scratch, Part::TextEncoder, input) {
-        let _ = TextEncoder::load(&source, Kind::Float, Device::Cpu);
+        let _ = TextEncoder::load(&source, Part::TextEncoder, Kind::Float, Device::Cpu);
     }
 }
 
@@ -82,7 +82,7 @@ pub fn scheduler(scratch: &Path, input: &[u8]) {
 
 fn encode(scratch: &Path) {
     let Ok(source) = Source::open(scratch, None) else { return };
-    let Ok(tokenizer) = Tokenizer::load(&source, 77) else { return };
+    let Ok(tokenizer) = Tokenizer::load(&source, Part::TextEncoder, 77) else { return };
     let _ = tokenizer.largest_id();
     for prompt in
         ["", "a photo of a sks dog, 4k!! <|endoftext|> \u{e9}\u{301}\u{1f415}\u{0}", &"ab ".repeat(200)]
@@ -115,7 +115,7 @@ pub fn checkpoint(scratch: &Path, input: &[u8]) {
     let path = scratch.join("model.safetensors");
     let Ok(source) = Source::open(&path, None) else { return };
     let _ = (source.check_complete(), source.foreign_keys(), source.fingerprint());
-    for part in Part::ALL {
+    for part in source.parts() {
         let _ = source.names(part);
         let Ok(tensors) = source.tensors(part) else { continue };
         for name in tensors.names() {

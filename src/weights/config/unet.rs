@@ -1,7 +1,8 @@
-//! What a model folder's JSON files say about its parts. Nothing about a model comes from a flag.
+//! `unet/config.json`, and what of it a ControlNet's has.
 
 use crate::error::{Error, Result};
-use crate::weights::bounds::{MAX_FACTOR, MAX_WIDTH, Transformer, is_factor, out_of_range};
+use crate::weights::bounds::{MAX_FACTOR, MAX_WIDTH, is_factor};
+use crate::weights::config::{MAX_LEVELS, parse_json};
 use crate::weights::part::Text;
 use serde::Deserialize;
 use serde_json::Value;
@@ -30,11 +31,8 @@ impl PerLevel {
     }
 }
 
-const MAX_LEVELS: usize = 16;
 /// Blocks of all kinds in one UNet (Stable Diffusion XL's has about 100): each costs memory before its weights are missed.
 const MAX_BLOCKS: i64 = 2048;
-/// Tokens of a prompt: attention to the text takes the square of it.
-const MAX_TOKENS: i64 = 4096;
 
 /// `unet/config.json`, with diffusers' defaults for what it lacks.
 #[derive(Debug, Clone, Deserialize)]
@@ -59,6 +57,8 @@ pub struct UNetConfig {
     pub norm: UNetNorm,
     #[serde(flatten)]
     pub attention: UNetAttention,
+    #[serde(flatten)]
+    pub added: UNetAdded,
     /// Every other key, for the ones that change the architecture.
     #[serde(flatten)]
     pub rest: serde_json::Map<String, Value>,
@@ -94,6 +94,7 @@ impl Default for UNetConfig {
             time: UNetTime::default(),
             norm: UNetNorm::default(),
             attention: UNetAttention::default(),
+            added: UNetAdded::default(),
             rest: Default::default(),
         }
     }
@@ -157,6 +158,34 @@ impl Default for UNetAttention {
     }
 }
 
+/// What it is told beside the timestep and the text states.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct UNetAdded {
+    pub addition_embed_type: Option<String>,
+    pub addition_time_embed_dim: Option<i64>,
+    pub projection_class_embeddings_input_dim: Option<i64>,
+}
+
+/// Sizes of what Stable Diffusion XL adds to the timestep's embedding (diffusers `text_time`): pooled text, and numbers of the
+/// picture's sizes, each shown as the timestep is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AddedInputs {
+    /// Values for each number.
+    pub of_number: i64,
+    /// Values in all.
+    pub total: i64,
+}
+
+impl AddedInputs {
+    /// How many numbers there are beside pooled text of this width: 6 sizes, of a refiner 4 and a score. `None` where no whole
+    /// number of them fits.
+    pub fn numbers(&self, pooled: i64) -> Option<i64> {
+        let rest = self.total - pooled;
+        (rest > 0 && rest % self.of_number == 0).then(|| rest / self.of_number)
+    }
+}
+
 /// One level of the UNet, outermost first, with every size known.
 #[derive(Debug, Clone)]
 pub struct UNetLevel {
@@ -175,6 +204,13 @@ impl UNetConfig {
         let config: Self = parse_json(text)?;
         let levels = config.levels().map_err(|problems| Error::format(&text.path, problems.join("\n")))?;
         Ok((config, levels))
+    }
+
+    /// What is added to the timestep's embedding; `None` for Stable Diffusion 1.x and 2.x. [`Self::levels`] checks it.
+    pub fn added(&self) -> Option<AddedInputs> {
+        self.added.addition_embed_type.as_ref()?;
+        let of_number = self.added.addition_time_embed_dim?;
+        Some(AddedInputs { of_number, total: self.added.projection_class_embeddings_input_dim? })
     }
 
     /// The levels, or every problem with them.
@@ -250,6 +286,13 @@ impl UNetConfig {
             ("conv_in_kernel", self.conv_in_kernel, 1, 7),
             ("conv_out_kernel", self.conv_out_kernel, 1, 7),
             ("downsample_padding", self.downsample_padding, 0, 1),
+            ("addition_time_embed_dim", self.added.addition_time_embed_dim.unwrap_or(1), 1, MAX_WIDTH),
+            (
+                "projection_class_embeddings_input_dim",
+                self.added.projection_class_embeddings_input_dim.unwrap_or(1),
+                1,
+                MAX_WIDTH,
+            ),
         ] {
             if !(least..=most).contains(&value) {
                 problems.push(format!("{name}: expected {least} to {most}, found {value}"));
@@ -291,25 +334,51 @@ impl UNetConfig {
         problems
     }
 
+    /// What stands in the way of the added inputs.
+    fn added_problems(&self) -> Vec<String> {
+        let UNetAdded { addition_embed_type, addition_time_embed_dim, projection_class_embeddings_input_dim } =
+            &self.added;
+        let Some(kind) = addition_embed_type else { return Vec::new() };
+        if kind != "text_time" {
+            return vec![format!(
+                "addition_embed_type: expected text_time (Stable Diffusion XL) or none, found {kind}"
+            )];
+        }
+        [
+            ("addition_time_embed_dim", addition_time_embed_dim),
+            ("projection_class_embeddings_input_dim", projection_class_embeddings_input_dim),
+        ]
+        .into_iter()
+        .filter(|(_, value)| value.is_none())
+        .map(|(name, _)| {
+            format!("{name}: expected a number beside addition_embed_type text_time, found none")
+        })
+        .collect()
+    }
+
     /// Settings of other model families, which would change the network silently if they were passed over.
     fn unsupported(&self) -> Vec<String> {
-        let mut problems = Vec::new();
+        let mut problems = self.added_problems();
+        if self.rest.get("time_cond_proj_dim").is_some_and(|value| !value.is_null()) {
+            problems.push(
+                "time_cond_proj_dim: a latent consistency model (LCM), whose UNet is told the guidance scale, is not supported"
+                    .into(),
+            );
+        }
         let mut expect = |what: &str, found: &Value, allowed: &[Value]| {
             if !allowed.contains(found) {
                 problems.push(format!(
-                    "{what}: {found} is not supported (not a Stable Diffusion 1.x or 2.x UNet?)"
+                    "{what}: {found} is not supported (not a Stable Diffusion 1.x, 2.x or XL UNet?)"
                 ));
             }
         };
         let none = [Value::Null, Value::Bool(false), Value::from("default"), Value::from("positional")];
         for key in [
-            "addition_embed_type",
             "class_embed_type",
             "num_class_embeds",
             "encoder_hid_dim",
             "encoder_hid_dim_type",
             "time_embedding_type",
-            "time_cond_proj_dim",
             "time_embedding_dim",
             "time_embedding_act_fn",
             "timestep_post_act",
@@ -339,159 +408,4 @@ impl UNetConfig {
         expect("resnet_time_scale_shift", &shift, &[Value::from("default"), Value::from("scale_shift")]);
         problems
     }
-}
-
-/// `text_encoder/config.json`.
-#[derive(Debug, Clone, Deserialize)]
-pub struct TextConfig {
-    pub vocab_size: i64,
-    pub hidden_size: i64,
-    pub intermediate_size: i64,
-    pub num_hidden_layers: i64,
-    pub num_attention_heads: i64,
-    #[serde(default = "text_length")]
-    pub max_position_embeddings: i64,
-    #[serde(default = "quick_gelu")]
-    pub hidden_act: String,
-    #[serde(default = "text_eps")]
-    pub layer_norm_eps: f64,
-}
-
-fn text_length() -> i64 {
-    77
-}
-
-fn quick_gelu() -> String {
-    "quick_gelu".into()
-}
-
-fn text_eps() -> f64 {
-    1e-5
-}
-
-impl TextConfig {
-    /// Parses and checks `text_encoder/config.json`.
-    pub fn parse(text: &Text) -> Result<Self> {
-        let config: Self = parse_json(text)?;
-        let sizes = [
-            ("vocab_size", config.vocab_size, 1 << 24),
-            ("max_position_embeddings", config.max_position_embeddings, MAX_TOKENS),
-        ];
-        let mut problems = out_of_range(&sizes);
-        problems.extend(
-            Transformer {
-                hidden_size: config.hidden_size,
-                intermediate_size: config.intermediate_size,
-                num_hidden_layers: config.num_hidden_layers,
-                num_attention_heads: config.num_attention_heads,
-                layer_norm_eps: config.layer_norm_eps,
-            }
-            .problems(),
-        );
-        if !["quick_gelu", "gelu"].contains(&config.hidden_act.as_str()) {
-            problems.push(format!("hidden_act: expected quick_gelu or gelu, found {}", config.hidden_act));
-        }
-        if problems.is_empty() { Ok(config) } else { Err(Error::format(&text.path, problems.join("\n"))) }
-    }
-}
-
-/// `vae/config.json`.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(default)]
-pub struct VaeConfig {
-    pub in_channels: i64,
-    pub out_channels: i64,
-    pub block_out_channels: Vec<i64>,
-    pub down_block_types: Option<Vec<String>>,
-    pub up_block_types: Option<Vec<String>>,
-    pub layers_per_block: i64,
-    pub latent_channels: i64,
-    pub norm_num_groups: i64,
-    pub scaling_factor: f64,
-    pub shift_factor: Option<f64>,
-    pub act_fn: String,
-    pub use_quant_conv: bool,
-    pub use_post_quant_conv: bool,
-    pub mid_block_add_attention: bool,
-}
-
-impl Default for VaeConfig {
-    fn default() -> Self {
-        Self {
-            in_channels: 3,
-            out_channels: 3,
-            block_out_channels: vec![64],
-            down_block_types: None,
-            up_block_types: None,
-            layers_per_block: 1,
-            latent_channels: 4,
-            norm_num_groups: 32,
-            scaling_factor: 0.18215,
-            shift_factor: None,
-            act_fn: "silu".into(),
-            use_quant_conv: true,
-            use_post_quant_conv: true,
-            mid_block_add_attention: true,
-        }
-    }
-}
-
-impl VaeConfig {
-    /// Parses and checks `vae/config.json`: the crate's VAE has one architecture, other ones are refused.
-    pub fn parse(text: &Text) -> Result<Self> {
-        let config: Self = parse_json(text)?;
-        let levels = config.block_out_channels.len();
-        let mut problems = Vec::new();
-        if levels == 0 || levels > MAX_LEVELS {
-            problems.push(format!("block_out_channels: expected 1 to {MAX_LEVELS} numbers, found {levels}"));
-        }
-        for c in &config.block_out_channels {
-            let divides = config.norm_num_groups > 0 && c % config.norm_num_groups == 0;
-            if !(1..=MAX_WIDTH).contains(c) || !divides {
-                problems
-                    .push(format!("{c} channels do not divide into {} norm groups", config.norm_num_groups));
-            }
-        }
-        for (types, plain) in
-            [(&config.down_block_types, "DownEncoderBlock2D"), (&config.up_block_types, "UpDecoderBlock2D")]
-        {
-            if let Some(types) = types
-                && (types.len() != levels || types.iter().any(|t| t != plain))
-            {
-                problems.push(format!("expected {levels} blocks of type {plain}, found {types:?}"));
-            }
-        }
-        if config.in_channels != 3 || config.out_channels != 3 {
-            problems.push("expected a VAE of RGB pictures (3 channels)".into());
-        }
-        if !(1..=64).contains(&config.layers_per_block) || !(1..=256).contains(&config.latent_channels) {
-            problems.push("layers_per_block or latent_channels is out of range".into());
-        }
-        if !is_factor(config.scaling_factor) || config.scaling_factor <= 0.0 {
-            let found = config.scaling_factor;
-            problems.push(format!(
-                "scaling_factor: expected a positive number up to {MAX_FACTOR:e}, found {found:e}"
-            ));
-        }
-        let usual = config.act_fn == "silu"
-            && config.use_quant_conv
-            && config.use_post_quant_conv
-            && config.mid_block_add_attention
-            && config.shift_factor.is_none_or(|s| s == 0.0);
-        if !usual {
-            problems.push(
-                "not the VAE of Stable Diffusion 1.x or 2.x (activation, quant_conv, shift_factor)".into(),
-            );
-        }
-        if problems.is_empty() { Ok(config) } else { Err(Error::format(&text.path, problems.join("\n"))) }
-    }
-
-    /// Pixels along one edge of a latent.
-    pub fn factor(&self) -> i64 {
-        1 << (self.block_out_channels.len() - 1)
-    }
-}
-
-fn parse_json<T: serde::de::DeserializeOwned>(text: &Text) -> Result<T> {
-    serde_json::from_str(&text.content).map_err(|e| Error::format(&text.path, e.to_string()))
 }
