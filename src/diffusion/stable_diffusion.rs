@@ -3,7 +3,7 @@
 
 use crate::attach::loaded::LayerNames;
 use crate::diffusion::noise::SchedulerConfig;
-use crate::diffusion::prompt::Prompt;
+use crate::diffusion::prompt::PromptTexts;
 use crate::error::{Error, Result};
 use crate::model::conditioning::POOLED;
 use crate::model::layers::{Layer, Layers, Module};
@@ -129,13 +129,16 @@ impl StableDiffusion {
     }
 
     /// Tokens of prompts, and a warning for each prompt that was cut.
-    pub fn tokens<'a, P: Copy + Into<Prompt<'a>>>(&self, prompts: &[P]) -> Result<(Tokens, Vec<String>)> {
+    pub fn tokens<'a, P: Copy + Into<PromptTexts<'a>>>(
+        &self,
+        prompts: &[P],
+    ) -> Result<(Tokens, Vec<String>)> {
         let mut warnings: Vec<String> = Vec::new();
         let mut ids = Vec::new();
         for (i, tower) in self.texts.iter().enumerate() {
             let mut rows = Vec::new();
             for prompt in prompts {
-                let prompt: Prompt = (*prompt).into();
+                let prompt: PromptTexts = (*prompt).into();
                 let prompt = if i == 0 { prompt.first } else { prompt.second };
                 let (row, cut) = tower.tokenizer.encode(prompt)?;
                 if cut > 0 {

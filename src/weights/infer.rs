@@ -9,7 +9,6 @@ use crate::weights::ldm::{LdmText, LdmTextTower, VAE};
 use crate::weights::part::Part;
 use crate::weights::prediction::Prediction;
 use crate::weights::tensor_file::TensorFile;
-use crate::weights::vae_file::XL_SCALE;
 use serde_json::{Value, json};
 
 /// Values in a head of attention, wherever a family has a fixed width and not a fixed number of them.
@@ -17,6 +16,9 @@ const HEAD: i64 = 64;
 
 /// Layers of OpenCLIP's tower that Stable Diffusion 2.x uses: all but the last of 24.
 const OPEN_CLIP_LAYERS: usize = 23;
+
+/// What the latents of Stable Diffusion XL are multiplied by.
+pub const XL_SCALE: f64 = 0.13025;
 
 /// Values for each of the numbers of sizes that Stable Diffusion XL is told.
 const SIZE_FEATURES: i64 = 256;

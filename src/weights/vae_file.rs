@@ -14,9 +14,6 @@ use std::sync::Arc;
 /// What the latents of Stable Diffusion 1.x and 2.x are multiplied by.
 pub const USUAL_SCALE: f64 = 0.18215;
 
-/// What those of Stable Diffusion XL are multiplied by.
-pub const XL_SCALE: f64 = 0.13025;
-
 /// A VAE that takes the place of a model's own.
 #[derive(Debug)]
 pub struct VaeFile {
@@ -58,7 +55,7 @@ impl VaeFile {
         }
         let mut notes = vec![format!("the VAE is that of {}", path.display())];
         let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
-        if !place.is_dir() && name.contains("xl") && expected > XL_SCALE * 1.001 {
+        if !place.is_dir() && name.contains("xl") && expected > infer::XL_SCALE * 1.001 {
             notes.push(format!(
                 "{}: its name sounds like a VAE of Stable Diffusion XL, whose latents are others; the file itself does not tell",
                 path.display()

@@ -4,7 +4,7 @@
 use crate::attach::fixed::{AttachReport, attach_fixed};
 use crate::attach::loaded::{LayerNames, LoadedAdapter};
 use crate::attach::{detach, set_enabled};
-use crate::diffusion::prompt::Prompt;
+use crate::diffusion::prompt::PromptTexts;
 use crate::diffusion::sample::batch::{Drawing, draw_batch, to_image};
 use crate::diffusion::sample::noise::Noise;
 use crate::diffusion::sample::settings::SampleSettings;
@@ -419,7 +419,7 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
     }
 
     /// What a text becomes. Each is encoded alone, so that it does not depend on the texts before it.
-    fn text(&mut self, prompt: Prompt, clip_skip: usize) -> Result<Conditioning> {
+    fn text(&mut self, prompt: PromptTexts, clip_skip: usize) -> Result<Conditioning> {
         let adapted = self.enabled && self.adapts_text;
         let key = TextKey { adapted, texts: [prompt.first, prompt.second].map(str::to_string), clip_skip };
         if let Some(known) = self.texts.get(&key) {

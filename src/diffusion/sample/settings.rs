@@ -1,6 +1,6 @@
 //! What a set of pictures is drawn from, beside noise.
 
-use crate::diffusion::prompt::Prompt;
+use crate::diffusion::prompt::PromptTexts;
 use crate::diffusion::sample::sizes::SizeSettings;
 use crate::diffusion::sampler::{SamplerKind, SamplerPlan, Spacing};
 use crate::diffusion::stable_diffusion::StableDiffusion;
@@ -133,12 +133,12 @@ impl SampleSettings {
     }
 
     /// What the text encoders read of the prompt.
-    pub fn positive(&self) -> Prompt<'_> {
+    pub fn positive(&self) -> PromptTexts<'_> {
         both(&self.prompt, self.texts.prompt_2.as_deref())
     }
 
     /// What the text encoders read of the negative prompt.
-    pub fn negative(&self) -> Prompt<'_> {
+    pub fn negative(&self) -> PromptTexts<'_> {
         both(&self.negative_prompt, self.texts.negative_prompt_2.as_deref())
     }
 
@@ -219,6 +219,6 @@ impl SampleSettings {
 }
 
 /// An empty second text is none, as in diffusers.
-fn both<'a>(first: &'a str, second: Option<&'a str>) -> Prompt<'a> {
-    Prompt { first, second: second.filter(|text| !text.is_empty()).unwrap_or(first) }
+fn both<'a>(first: &'a str, second: Option<&'a str>) -> PromptTexts<'a> {
+    PromptTexts { first, second: second.filter(|text| !text.is_empty()).unwrap_or(first) }
 }
