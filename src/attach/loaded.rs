@@ -31,9 +31,6 @@ pub const HOMES: [(&str, (&str, &str)); 3] =
 /// A fully fine-tuned UNet in a run folder, as diffusers' `from_pretrained(RUN, subfolder="unet")` reads it.
 pub const FULL_UNET: &str = "unet/diffusion_pytorch_model.safetensors";
 
-/// Keys of metadata that name an adapter's base model (Stability's specification, kohya's scripts).
-const SAY_BASE: [&str; 2] = ["modelspec.architecture", "ss_base_model_version"];
-
 /// Beginnings of layers of the UNet's outermost level that attend, with underscores, in both spellings.
 const OUTER_ATTENTION: [&str; 3] = ["down_blocks_0_attentions_", "input_blocks_1_1_", "input_blocks_2_1_"];
 
@@ -204,9 +201,7 @@ impl LoadedAdapter {
         let is_second = |layer: &LoraLayer| layer.part == lora_file::LoraPart::TextEncoder2;
         let of_unet = file.layers.iter().filter(|layer| layer.part == lora_file::LoraPart::UNet);
         let found: Vec<&str> = of_unet.map(|layer| layer.name.as_str()).collect();
-        let said = TensorFile::open(path)?.texts();
-        let said: Vec<&str> = SAY_BASE.iter().filter_map(|key| said.get(*key)).map(String::as_str).collect();
-        names.check_family(path, file.layers.iter().any(is_second), &found, &said)?;
+        names.check_family(path, file.layers.iter().any(is_second), &found, &file.said)?;
         let mut matched = false;
         let parts = [
             (lora_file::LoraPart::UNet, &names.unet),
@@ -334,7 +329,7 @@ fn home_of(file: &AdapterFile, place: &Path) -> &'static str {
 impl LayerNames {
     /// Refuses an adapter of Stable Diffusion XL for a model of 1.x or 2.x, and the reverse: `unet` are its layers there, `said` is what
     /// its metadata call its base model.
-    fn check_family(&self, path: &Path, has_second: bool, unet: &[&str], said: &[&str]) -> Result<()> {
+    fn check_family(&self, path: &Path, has_second: bool, unet: &[&str], said: &[String]) -> Result<()> {
         let Some(is_xl) = self.is_xl else { return Ok(()) };
         let said_xl = said.iter().any(|text| family::names_xl(text));
         let said_other = !said_xl && said.iter().any(|text| family::names_one_or_two(text));

@@ -178,16 +178,12 @@ struct Model<'a> {
 
 impl<'a> Model<'a> {
     fn open(source: &'a Source, replaced: &'a Replaced, target: Option<Kind>) -> Result<Self> {
-        let parts = source.parts();
-        if parts.contains(&Part::TextEncoder2) {
-            return Err(Error::format(
-                source.path(),
-                "expected a model of Stable Diffusion 1.x or 2.x, found one of XL, whose files are read and not written",
-            )
-            .with_hint("draw with it: hra sample --model MODEL --adapter ADAPTER"));
-        }
-        let tensors =
-            parts.into_iter().map(|part| Ok((part, source.tensors(part)?))).collect::<Result<_>>()?;
+        source.refuse_xl()?;
+        let tensors = source
+            .parts()
+            .into_iter()
+            .map(|part| Ok((part, source.tensors(part)?)))
+            .collect::<Result<_>>()?;
         let linear_projection =
             UNetConfig::parse(&source.text("unet/config.json")?)?.0.attention.use_linear_projection;
         let model = Self { source, tensors, replaced, target, linear_projection };

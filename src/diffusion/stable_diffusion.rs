@@ -7,7 +7,7 @@ use crate::diffusion::prompt::PromptTexts;
 use crate::error::{Error, Result};
 use crate::model::conditioning::POOLED;
 use crate::model::layers::{Layer, Layers, Module};
-use crate::model::text::{SECOND_TEXT_ENCODER, TextEncoder, TextOutput, TextStates, Tokenizer};
+use crate::model::text::{TextEncoder, TextOutput, TextStates, Tokenizer, in_own_tower};
 use crate::model::{Conditioning, Denoiser, UNet, Vae};
 use crate::platform::host;
 use crate::platform::hub;
@@ -190,9 +190,12 @@ impl StableDiffusion {
 
     /// Whether this is XL's refiner, which is told a score of the picture.
     pub fn is_refiner(&self) -> bool {
-        let pooled = self.texts.iter().rev().find_map(|tower| tower.encoder.pooled_width());
-        let numbers = self.unet.added().zip(pooled).and_then(|(added, pooled)| added.numbers(pooled));
-        numbers == Some(REFINER_NUMBERS)
+        self.unet.added().and_then(|added| added.numbers(self.pooled_width())) == Some(REFINER_NUMBERS)
+    }
+
+    /// Width of the pooled text; 0 where no tower has any.
+    fn pooled_width(&self) -> i64 {
+        self.texts.iter().rev().find_map(|tower| tower.encoder.pooled_width()).unwrap_or(0)
     }
 
     /// The network that predicts.
@@ -219,12 +222,8 @@ impl StableDiffusion {
     pub fn layer_names(&mut self) -> Result<LayerNames> {
         let unet = self.source.names(Part::UNet)?;
         let named = |layers: Vec<&mut Layer>, names: LdmNames| {
-            let own = |layer: &Layer| {
-                let in_second =
-                    layer.name.strip_prefix(SECOND_TEXT_ENCODER).and_then(|rest| rest.strip_prefix('.'));
-                in_second.unwrap_or(&layer.name).to_string()
-            };
-            layers.iter().map(|layer| own(layer)).map(|name| (name.clone(), names.layer(&name))).collect()
+            let own = layers.iter().map(|layer| in_own_tower(&layer.name));
+            own.map(|name| (name.to_string(), names.layer(name))).collect()
         };
         let is_xl = Some(self.is_xl());
         let unet = named(self.unet.layers_mut(), unet);
@@ -263,11 +262,7 @@ impl StableDiffusion {
 
     /// Refuses a model of [`Self::is_inpainting`] or [`Self::is_xl`], for what shows a UNet latents and text states alone.
     pub fn expect_text_to_image(&self) -> Result<()> {
-        if self.is_xl() {
-            let problem =
-                "expected a model of Stable Diffusion 1.x or 2.x, found one of XL, which only draws here";
-            return Err(Error::format(&self.dir, problem).with_hint("hra sample draws with it"));
-        }
+        self.source.refuse_xl()?;
         if !self.is_inpainting() {
             return Ok(());
         }
@@ -303,9 +298,8 @@ impl StableDiffusion {
             self.unet.out_channels(),
         );
         if let Some(added) = self.unet.added() {
-            let pooled = self.texts.iter().rev().find_map(|tower| tower.encoder.pooled_width()).unwrap_or(0);
-            let numbers = added.numbers(pooled);
-            if ![Some(XL_NUMBERS), Some(REFINER_NUMBERS)].contains(&numbers) {
+            let pooled = self.pooled_width();
+            if ![Some(XL_NUMBERS), Some(REFINER_NUMBERS)].contains(&added.numbers(pooled)) {
                 problems.push(format!(
                     "unet: projection_class_embeddings_input_dim (pooled text of {pooled} values, {} for each of \
                      {XL_NUMBERS} sizes): expected {}, found {}",

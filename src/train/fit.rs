@@ -12,12 +12,7 @@ use toml::Value;
 
 /// Refuses a method that some layer that `config` names is too small for, with the largest rank that fits all of them.
 pub(super) fn check(config: &TrainConfig, source: &Source) -> Result<()> {
-    if source.text_parts().contains(&Part::TextEncoder2) {
-        return Err(Error::format(
-            source.path(),
-            "expected a model of Stable Diffusion 1.x or 2.x to train on, found one of XL, which only draws here",
-        ));
-    }
+    source.refuse_xl()?;
     let Some(method) = config.adapter.method()?.filter(|method| !method.trains_whole_network()) else {
         return Ok(());
     };

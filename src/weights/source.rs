@@ -303,7 +303,8 @@ impl Source {
             return checkpoint.towers.iter().map(|place| place.part).collect();
         }
         let unet = read_below(&self.path, "unet/config.json").ok().flatten();
-        let is_xl = unet.is_some_and(|text| text.content.contains("\"text_time\""))
+        let unet: Value = unet.and_then(|text| serde_json::from_str(&text.content).ok()).unwrap_or_default();
+        let is_xl = unet["addition_embed_type"] == "text_time"
             || self.path.join(Part::TextEncoder2.folder()).is_dir();
         let is_refiner = || {
             let said = self.pipeline_value("text_encoder");
@@ -315,6 +316,17 @@ impl Source {
             true if is_refiner() => vec![Part::TextEncoder2],
             true => Part::TEXTS.to_vec(),
         }
+    }
+
+    /// Refuses Stable Diffusion XL, for what only knows 1.x and 2.x.
+    pub fn refuse_xl(&self) -> Result<()> {
+        if !self.text_parts().contains(&Part::TextEncoder2) {
+            return Ok(());
+        }
+        let problem =
+            "expected a model of Stable Diffusion 1.x or 2.x, found one of XL, which only draws here";
+        Err(Error::format(&self.path, problem)
+            .with_hint("draw with it: hra sample --model MODEL --adapter ADAPTER"))
     }
 
     /// A value of `model_index.json`, where there is one that can be read: of the folder, or of that which says what a checkpoint is.

@@ -8,6 +8,7 @@ mod support {
     pub mod all_cases;
     pub mod base;
     pub mod cases;
+    pub mod copied;
     pub mod error;
     pub mod grown;
     pub mod process;

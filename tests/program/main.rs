@@ -5,6 +5,7 @@
 mod support {
     pub mod background;
     pub mod base;
+    pub mod copied;
     pub mod error;
     pub mod finished;
     pub mod memory;

@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cases
 import xl_cases
+from test_lora_file import lora
 from test_single_file import UNET, VAE, open_clip_to_ldm, text_state, unet_to_ldm, vae_to_ldm
 
 PROMPT, NEGATIVE = "an owl's nest, 2 RED hearts!! on a blue background", "a red apple!"
@@ -154,16 +155,6 @@ def test_a_single_file_without_a_part_is_named(hra, model, tmp_path):
 
 
 # Adapters
-
-
-def lora(part, seed, **settings):
-    torch.manual_seed(seed)
-    part.add_adapter(LoraConfig(**settings))
-    with torch.no_grad():
-        for name, parameter in part.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape))
-    return {k: v.clone().contiguous() for k, v in get_peft_model_state_dict(part).items()}
 
 
 def adapted(model):

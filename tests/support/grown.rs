@@ -2,6 +2,7 @@
 
 use super::base::{pin_threads, root};
 use super::cases::Case;
+use super::copied::copy;
 use hra::weights::tensor_file::{self, TensorFile};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -29,18 +30,6 @@ pub fn stored_xl() -> Case {
     grow(&dir);
     let expected = TensorFile::open(&dir.join("expected.safetensors")).unwrap();
     Case { name: "xl".into(), dir, expected, _scratch: Some(Arc::new(scratch)) }
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }
 
 /// Writes the files that `weights.json.gz` names.

@@ -70,6 +70,8 @@ pub struct LoraFile {
     pub unused: Vec<String>,
     /// What a user should know, one sentence each.
     pub notes: Vec<String>,
+    /// What its trainers call the base model (kohya's scripts, Stability's specification).
+    pub said: Vec<String>,
 }
 
 /// Layers of a file by the names of a model's layers.
@@ -109,11 +111,8 @@ impl LoraFile {
                 }
             }
         }
-        // What its trainers say of the base model (kohya's scripts, Stability's specification).
-        let said: Vec<&str> = ["modelspec.architecture", "ss_base_model_version"]
-            .iter()
-            .filter_map(|key| file.text(key))
-            .collect();
+        let keys = ["modelspec.architecture", "ss_base_model_version"];
+        let said: Vec<&str> = keys.iter().filter_map(|key| file.text(key)).collect();
         if let Some(family) = family::of_adapter(&file.names(), &said) {
             problems.insert(0, family::adapter_problem(family));
         }
@@ -157,7 +156,8 @@ impl LoraFile {
                     .to_string(),
             );
         }
-        Ok(Self { layers, unused, notes })
+        let said = said.into_iter().map(String::from).collect();
+        Ok(Self { layers, unused, notes, said })
     }
 
     /// Finds the layers of `part` in a model. `names` are the model's own; `ldm` gives further names (first) of some of them

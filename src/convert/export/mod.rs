@@ -96,14 +96,8 @@ struct Goals {
 pub fn export(model: &mut StableDiffusion, request: &ExportRequest) -> Result<Written> {
     let _guard = tch::no_grad_guard();
     files::refuse_existing(&request.output)?;
+    model.source.refuse_xl()?;
     let adapters = read(model, &request.adapters)?;
-    if model.is_xl() {
-        return Err(Error::config(format!(
-            "{}: expected a model of Stable Diffusion 1.x or 2.x, found one of XL, for which nothing is written",
-            model.dir.display()
-        ))
-        .with_hint("its adapters are read as they are: hra sample --model MODEL --adapter ADAPTER"));
-    }
     if let Some((alone, _)) = adapters.iter().find(|(adapter, _)| adapter.is_control_alone) {
         return Err(Error::config(format!(
             "{}: a control encoder alone changes nothing of the model; there is nothing to write",

@@ -274,7 +274,7 @@ fn rates(a: &Analysis) -> Markup {
                         tr .chosen[tried.rate == best.rate] {
                             th scope="row" { @if number == 0 { (best.method) } }
                             td { (format!("{:e}", tried.rate)) @if tried.rate == best.rate { " (chosen)" } }
-                            td { (words::objective_of(tried)) @if let Some(reach) = tried.reach { (format!(", to drift {reach:.1}")) } }
+                            td { (words::objective_of(tried)) (words::reach_of(tried)) }
                             td { (tried.cells) " of " (tried.planned) }
                         }
                     }

@@ -130,14 +130,14 @@ fn best_rate(
         }
     }
     let fullest = rates.iter().map(|r| r.cells).max()?;
-    let reaches = |r: &&TriedRate| {
-        r.cells == fullest && r.reach.zip(judge.plan.search_drift).is_none_or(|(reach, drift)| reach >= drift)
-    };
-    let any_reaches = rates.iter().any(|r| reaches(&r));
-    let mut full = rates.iter().filter(|r| r.cells == fullest && (!any_reaches || reaches(r)));
-    let first = full.next()?;
+    let full: Vec<&TriedRate> = rates.iter().filter(|r| r.cells == fullest).collect();
+    let reaches =
+        |r: &TriedRate| r.reach.zip(judge.plan.search_drift).is_none_or(|(reach, drift)| reach >= drift);
+    let reaching: Vec<&TriedRate> = full.iter().copied().filter(|r| reaches(r)).collect();
+    let mut counted = if reaching.is_empty() { full } else { reaching }.into_iter();
+    let first = counted.next()?;
     // Of equal ones the smaller rate.
-    let best = full.fold(first, |best, r| if r.objective > best.objective { r } else { best });
+    let best = counted.fold(first, |best, r| if r.objective > best.objective { r } else { best });
     let at_edge = grid.len() > 1 && (grid.first() == Some(&best.rate) || grid.last() == Some(&best.rate));
     let (rate, objective) = (best.rate, best.objective);
     Some(BestRate { method: method.label.clone(), rate, objective, at_edge, rates })

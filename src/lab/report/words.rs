@@ -401,8 +401,13 @@ pub fn tried(rate: &TriedRate) -> String {
         rate.rate,
         rate.cells,
         results::cell_count(rate.planned),
-        rate.reach.map_or_else(String::new, |reach| format!(", to drift {reach:.1}"))
+        reach_of(rate)
     )
+}
+
+/// How far a rate's trainings drift, where that was asked for: `, to drift 15.9`.
+pub fn reach_of(rate: &TriedRate) -> String {
+    rate.reach.map_or_else(String::new, |reach| format!(", to drift {reach:.1}"))
 }
 
 /// The rate with what was tried.

@@ -20,6 +20,11 @@ pub fn in_second_tower(name: impl std::fmt::Display) -> String {
     format!("{SECOND_TEXT_ENCODER}.{name}")
 }
 
+/// The name that a layer has in its own tower: the inverse of [`in_second_tower`], and of others the same.
+pub fn in_own_tower(name: &str) -> &str {
+    name.strip_prefix(SECOND_TEXT_ENCODER).and_then(|rest| rest.strip_prefix('.')).unwrap_or(name)
+}
+
 /// Text tower with frozen weights.
 pub struct TextEncoder {
     token_embedding: Tensor,

@@ -4,5 +4,5 @@ pub mod encoder;
 pub mod tokenizer;
 mod tokenizer_json;
 
-pub use encoder::{SECOND_TEXT_ENCODER, TextEncoder, TextOutput, TextStates, in_second_tower};
+pub use encoder::{SECOND_TEXT_ENCODER, TextEncoder, TextOutput, TextStates, in_own_tower, in_second_tower};
 pub use tokenizer::Tokenizer;

@@ -7,27 +7,14 @@ mod pictures;
 mod xl;
 
 use crate::support::base::root;
+use crate::support::copied::copy;
 use crate::support::finished::Finished;
 use crate::support::scratch::Scratch;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// A folder of the very small Stable Diffusion of the fixtures.
 fn case(name: &str) -> PathBuf {
     root().join("tests/fixtures/cases/sd15").join(name)
-}
-
-/// Copies a folder with all that is in it.
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let place = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy(&entry.path(), &place);
-        } else {
-            fs::copy(entry.path(), place).unwrap();
-        }
-    }
 }
 
 /// The paths of `(folder of the fixtures, place)` in a new folder of the scratch folder.
