@@ -87,8 +87,9 @@ impl TrainedPart {
     }
 
     fn write(&self, dir: &Path, tensors: &[(String, Tensor)], text: &[(&str, String)]) -> Result<()> {
-        if let Some(folder) = self.weights(dir).parent() {
-            files::create_dir_all(folder)?;
+        // In a folder that must be there: one that was taken away meanwhile is not made anew.
+        if !self.place().is_empty() {
+            files::create_dir(&dir.join(self.place()))?;
         }
         match self {
             Self::Peft { place, config, class } => {
