@@ -5,12 +5,14 @@ mod reference;
 mod support {
     pub mod base;
     pub mod cases;
+    pub mod copied;
     pub mod error;
     pub mod finished;
+    pub mod grown;
 }
 
 use hra::platform::device::{self, DeviceChoice};
-use reference::{Compared, Comparer, Compute, adapters, control, networks, samplers, training};
+use reference::{Compared, Comparer, Compute, adapters, control, networks, samplers, training, xl};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,6 +20,7 @@ use std::process::{Command, Stdio};
 use support::base::root;
 use support::cases::stored_cases;
 use support::finished::{Finished, finished};
+use support::grown::stored_xl;
 use tch::{Device, Kind};
 
 /// On CUDA sums are added up in another order: f32 may err by so many times what f32 on the CPU may.
@@ -47,7 +50,24 @@ fn compute_cases(compute: Compute, planted: f64) -> BTreeMap<String, Compared> {
         assert!(control::controlnet(&here, &case), "{} has a ControlNet", case.name);
         assert!(control::encoder(&here, &case), "{} has a control encoder", case.name);
     }
+    compute_xl(&here);
     here.finish()
+}
+
+fn compute_xl(here: &Comparer) {
+    let case = stored_xl();
+    xl::texts(here, &case);
+    xl::adapted_texts(here, &case);
+    networks::unet_and_vae(here, &case);
+    for adapter in adapters::names(&case, "out") {
+        adapters::outputs_losses_and_gradients(here, &case, &adapter);
+    }
+    // Twelve steps add up what half precision rounds.
+    if here.compute.kind == Kind::Float {
+        xl::drawings(here, &case);
+        xl::adapted_drawings(here, &case);
+        xl::controlled_drawing(here, &case);
+    }
 }
 
 /// Prints a check as tools/gpu_check reads it; whether it passed.

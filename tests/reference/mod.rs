@@ -6,6 +6,7 @@ pub mod control;
 pub mod networks;
 pub mod samplers;
 pub mod training;
+pub mod xl;
 
 use crate::support::cases::Case;
 use crate::support::error::relative_error;
