@@ -13,6 +13,7 @@ fn main() {
         .pic(true)
         .warnings(false)
         .include(&include)
+        .include(include.join("torch/csrc/api/include"))
         .flag("-std=c++17")
         .flag("-D_GLIBCXX_USE_CXX11_ABI=1")
         .file("src/extra.cpp")

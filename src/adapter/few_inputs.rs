@@ -20,7 +20,7 @@ pub fn within(frozen: &Frozen, x: &Tensor, u: &Tensor, p: &Tensor) -> Tensor {
             frozen.forward(&x)
         }
         Side::Output => {
-            let up = frozen.matrix().matmul(p); // [d_out, r]
+            let up = frozen.times(p); // [d_out, r]
             frozen.forward(x) - frozen.low_rank(x, &u.tr(), &up)
         }
     }

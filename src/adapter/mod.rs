@@ -52,7 +52,7 @@ pub enum Geometry {
 /// The frozen part of a layer, as its adapter sees it.
 #[derive(Debug, Clone, Copy)]
 pub struct Frozen<'a> {
-    /// `(d_out, d_in)`, or `(d_out, c, kh, kw)` for a convolution; in the compute dtype, without gradient.
+    /// `(d_out, d_in)`, or `(d_out, c, kh, kw)` for a convolution; without gradient, in the compute dtype or another that it rests in.
     pub weight: &'a Tensor,
     /// `(d_out)`; has a gradient where the adapter trains biases.
     pub bias: Option<&'a Tensor>,
@@ -66,8 +66,16 @@ impl Frozen<'_> {
         self.apply(x, self.weight, self.bias)
     }
 
-    /// The layer's operation with other numbers in it.
+    /// The layer's operation with other numbers in it, in the dtype of `x` and `bias`.
     pub fn apply(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        if weight.kind() != x.kind() {
+            debug_assert!(!weight.requires_grad(), "only what is frozen may rest in another dtype");
+            let convolution = match self.geometry {
+                Geometry::Linear => None,
+                Geometry::Conv { stride, padding } => Some((stride, padding)),
+            };
+            return host::rested(x, weight, bias, convolution);
+        }
         match self.geometry {
             Geometry::Linear => x.linear(weight, bias),
             Geometry::Conv { stride, padding } => {
@@ -76,9 +84,19 @@ impl Frozen<'_> {
         }
     }
 
-    /// The weight as a matrix `(d_out, d_in)`; a view.
-    pub fn matrix(&self) -> Tensor {
-        self.weight.flatten(1, -1)
+    /// The weight as a matrix `(d_out, d_in)` in `kind`; a view where it rests so.
+    pub fn matrix(&self, kind: Kind) -> Tensor {
+        self.weight.flatten(1, -1).to_kind(kind)
+    }
+
+    /// `W p` with gradient for `p (d_in, r)`, in its dtype: `(d_out, r)`.
+    pub fn times(&self, p: &Tensor) -> Tensor {
+        let matrix = self.weight.flatten(1, -1);
+        if matrix.kind() == p.kind() {
+            matrix.matmul(p)
+        } else {
+            host::rested(&p.tr(), &matrix, None, None).tr()
+        }
     }
 
     /// `y scale + b`: an output of the layer without its bias `y`, each of its `d_out` values times `scale` `(d_out)` f32.

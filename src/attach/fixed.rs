@@ -251,17 +251,18 @@ impl Effect<'_> {
 }
 
 fn attach_layer(layer: &mut Layer, form: Option<Form>, bias: Option<Tensor>, keep_base: bool) {
-    let (kind, device) = (layer.weight().kind(), layer.weight().device());
-    let shape = layer.weight().size();
-    let narrow = |t: &Tensor| host::to_device(&t.to_kind(Kind::Float).to_kind(kind), device).contiguous();
+    let (rest, device) = (layer.weight().kind(), layer.weight().device());
+    let (kind, shape) = (layer.kind(), layer.weight().size());
+    let narrow =
+        |t: &Tensor, kind| host::to_device(&t.to_kind(Kind::Float).to_kind(kind), device).contiguous();
     let bias = bias.map(|b| host::to_device(&b.to_kind(Kind::Float), device));
     match form {
         None => layer.attach(None, bias),
         Some(Form::LowRank { down, up }) => {
-            layer.attach(Some(Box::new(LowRank { down: narrow(&down), up: narrow(&up) })), bias);
+            layer.attach(Some(Box::new(LowRank { down: narrow(&down, kind), up: narrow(&up, kind) })), bias);
         }
         Some(Form::Dense(merged)) => {
-            let weight = narrow(&merged.reshape(&shape[..]));
+            let weight = narrow(&merged.reshape(&shape[..]), rest);
             if keep_base {
                 layer.attach(Some(Box::new(Full::new(weight))), bias);
             } else {

@@ -252,7 +252,7 @@ struct Alike<'a> {
 fn alike(network: &mut dyn Layers) -> Vec<Alike<'_>> {
     let mut groups: Vec<Alike> = Vec::new();
     for layer in network.layers_mut() {
-        let kind = layer.weight().kind();
+        let kind = layer.kind();
         let layer: &Layer = layer;
         let Some(attached) = layer.attached().filter(|attached| attached.enabled) else { continue };
         let Some(adapter) = attached.adapter.as_deref() else { continue };

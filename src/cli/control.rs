@@ -277,7 +277,7 @@ impl Asked<'_> {
         let (control, unused) = match (&args.controlnet, &self.encoders[..]) {
             (Some(dir), []) => {
                 let dir = hub::resolve(dir, Wanted::ControlNet, observer)?;
-                let (net, unused) = ControlNet::load(&dir, compute.kind, compute.device)?;
+                let (net, unused) = ControlNet::load(&dir, compute.numbers, compute.device)?;
                 (Control::Net(Box::new(net)), unused)
             }
             (None, [encoder]) => {

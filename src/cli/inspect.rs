@@ -49,7 +49,7 @@ pub fn run(args: &InspectArgs, observer: &dyn Observer) -> Result<()> {
         Some(model) => (ModelRequest::of(&path), Some(args.files.request(model, observer)?)),
     };
     if args.model.is_none() && args.files.are_given() && Source::open_as(&asked).is_err() {
-        observer.note("--config, --vae and --prediction have no effect: they are about a model; --model names an adapter's");
+        observer.note("--config, --vae, --vae-dtype and --prediction have no effect: they are about a model; --model names an adapter's");
     }
     let mut model = model.map(|asked| StableDiffusion::open(&asked, Kind::Float, host::CPU)).transpose()?;
     model.iter().flat_map(|model| &model.notes).for_each(|note| observer.note(note));

@@ -4,6 +4,7 @@ use crate::cli::choice::choice;
 use crate::error::Result;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
+use crate::platform::precision::Precision;
 use crate::weights::prediction::Prediction;
 use crate::weights::request::ModelRequest;
 use clap::Args;
@@ -18,6 +19,9 @@ pub struct ModelFlags {
     /// VAE in place of the model's own: folder of diffusers', file (diffusers' keys, or those of checkpoints), or hub id
     #[arg(long, alias = "pretrained-vae-model-name-or-path", value_name = "VAE")]
     vae: Option<PathBuf>,
+    /// Number format of the VAE [default: f32]; f16 computes in f32 where its config asks for that (force_upcast)
+    #[arg(long, value_parser = choice::<Precision>())]
+    vae_dtype: Option<Precision>,
     /// What the model predicts [default: what its files say]
     #[arg(long, alias = "prediction-type", value_parser = choice::<Prediction>())]
     prediction: Option<Prediction>,
@@ -26,7 +30,7 @@ pub struct ModelFlags {
 impl ModelFlags {
     /// Whether any of them was given.
     pub fn are_given(&self) -> bool {
-        self.config.is_some() || self.vae.is_some() || self.prediction.is_some()
+        self.config.is_some() || self.vae.is_some() || self.vae_dtype.is_some() || self.prediction.is_some()
     }
 
     /// The model at `model`, a path or hub id, as these flags ask for it; fetched where it is on the hub.
@@ -41,6 +45,7 @@ impl ModelFlags {
             path: path.to_path_buf(),
             config: self.config.clone(),
             vae,
+            vae_dtype: self.vae_dtype,
             prediction: self.prediction,
         })
     }

@@ -119,7 +119,7 @@ fn open(
     adapters: &[(PathBuf, f64)],
     compute: &device::Compute,
 ) -> Result<Session> {
-    let mut model = StableDiffusion::open(asked, compute.kind, compute.device)?;
+    let mut model = StableDiffusion::open(asked, compute.numbers, compute.device)?;
     model.notes.iter().for_each(|note| eprintln!("note: {note}"));
     device::set_threads(args.machine.threads, attach::weight_count(&mut model.unet))?;
     if adapters.is_empty() {

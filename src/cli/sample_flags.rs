@@ -194,7 +194,7 @@ pub struct MachineArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value_t = DeviceChoice::Auto, help_heading = "Sampling")]
     pub device: DeviceChoice,
-    /// Number format of the model
+    /// Number format of the model at rest; a CPU computes in f32 what it is slow in (f16, and bf16 without AMX)
     #[arg(long, alias = "mixed-precision", value_parser = choice::<Precision>(), default_value = "f32", help_heading = "Sampling")]
     pub dtype: Precision,
     /// CPU threads, 1024 at most, also for reading pictures; those that wait for work soon sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise [default: libtorch's choice]

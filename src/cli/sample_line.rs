@@ -55,6 +55,7 @@ fn with_adapter(config: &TrainConfig, adapter: &str) -> String {
     let beyond = [
         ("config", model.model_config.as_ref().map(path)),
         ("vae", model.vae.as_ref().map(path)),
+        ("vae-dtype", model.vae_dtype.map(|dtype| dtype.to_string())),
         ("prediction", model.prediction.map(|prediction| prediction.to_string())),
     ];
     format!(

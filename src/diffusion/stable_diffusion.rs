@@ -11,6 +11,7 @@ use crate::model::text::{TextEncoder, TextOutput, TextStates, Tokenizer, in_own_
 use crate::model::{Conditioning, Denoiser, UNet, Vae};
 use crate::platform::host;
 use crate::platform::hub;
+use crate::platform::precision::Numbers;
 use crate::weights::ldm::LdmNames;
 use crate::weights::part::Part;
 use crate::weights::request::ModelRequest;
@@ -18,7 +19,7 @@ use crate::weights::source::{SCHEDULER, Source};
 use crate::weights::tensor_file;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// The key of `model_index.json` that says what no prompt becomes; true where it does not say (diffusers).
 const FORCE_ZEROS: &str = "force_zeros_for_empty_prompt";
@@ -75,24 +76,31 @@ pub struct StableDiffusion {
 }
 
 impl StableDiffusion {
-    /// Loads a folder, or a checkpoint that says itself what it is; UNet and text encoder in `kind`, the VAE in f32.
-    pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Self> {
-        Self::load_with(path, None, kind, device)
+    /// Loads a folder, or a checkpoint that says itself what it is; UNet and text encoders with `numbers`, the VAE in f32 unless its user
+    /// asks for another format.
+    pub fn load(path: &Path, numbers: impl Into<Numbers>, device: Device) -> Result<Self> {
+        Self::load_with(path, None, numbers, device)
     }
 
     /// As [`Self::load`]; `config` is a folder with what a checkpoint does not say (see [`Source::open`]).
-    pub fn load_with(path: &Path, config: Option<&Path>, kind: Kind, device: Device) -> Result<Self> {
-        Self::from_source(Source::open(path, config)?, kind, device)
+    pub fn load_with(
+        path: &Path,
+        config: Option<&Path>,
+        numbers: impl Into<Numbers>,
+        device: Device,
+    ) -> Result<Self> {
+        Self::from_source(Source::open(path, config)?, numbers, device)
     }
 
     /// As [`Self::load`], with what its user says of it.
-    pub fn open(asked: &ModelRequest, kind: Kind, device: Device) -> Result<Self> {
-        Self::from_source(Source::open_as(asked)?, kind, device)
+    pub fn open(asked: &ModelRequest, numbers: impl Into<Numbers>, device: Device) -> Result<Self> {
+        Self::from_source(Source::open_as(asked)?, numbers, device)
     }
 
     /// As [`Self::load`], of what is open already.
-    pub fn from_source(source: Source, kind: Kind, device: Device) -> Result<Self> {
+    pub fn from_source(source: Source, numbers: impl Into<Numbers>, device: Device) -> Result<Self> {
         source.check_complete()?;
+        let numbers = numbers.into();
         let _guard = tch::no_grad_guard();
         let scheduler = scheduler_of(&source)?;
         let mut notes = source.notes();
@@ -102,18 +110,19 @@ impl StableDiffusion {
             }
         };
         // The UNet first: it is the largest, and reading the others on top of it keeps the peak low.
-        let (unet, unused) = UNet::load(&source, kind, device)?;
+        let (unet, unused) = UNet::load(&source, numbers, device)?;
         note("unet", unused);
         let mut texts = Vec::new();
         for part in source.text_parts() {
-            let (encoder, unused) = TextEncoder::load(&source, part, kind, device)?;
+            let (encoder, unused) = TextEncoder::load(&source, part, numbers, device)?;
             note(part.folder(), unused);
             let tokenizer = Tokenizer::load(&source, part, encoder.length() as usize)?;
             texts.push(TextTower { part, tokenizer, encoder });
         }
-        let (vae, unused) = Vae::load(&source, device)?;
+        let (vae, unused) = Vae::load_as_asked(&source, device)?;
         note("vae", unused);
         note("checkpoint", source.foreign_keys());
+        notes.extend(vae.note());
         let dir = source.path().to_path_buf();
         let zeros_for_no_prompt =
             unet.added().is_some() && source.pipeline_value(FORCE_ZEROS) != Some(Value::Bool(false));

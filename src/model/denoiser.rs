@@ -2,7 +2,8 @@
 
 use crate::model::conditioning::Conditioning;
 use crate::model::layers::Layers;
-use tch::{Device, Kind, Tensor};
+use crate::platform::precision::Numbers;
+use tch::{Device, Tensor};
 
 /// What a denoiser is asked about.
 #[derive(Clone, Copy)]
@@ -45,6 +46,6 @@ pub trait Denoiser: Layers {
     /// Where its weights are.
     fn device(&self) -> Device;
 
-    /// The compute dtype.
-    fn kind(&self) -> Kind;
+    /// How it holds numbers.
+    fn numbers(&self) -> Numbers;
 }

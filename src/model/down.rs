@@ -27,7 +27,7 @@ impl Block {
 
     /// One residual block and the attention after it.
     pub(super) fn layer(&self, i: usize, x: &Tensor, time: &Tensor, context: &Tensor) -> Tensor {
-        let x = self.resnets[i].forward(x, time);
+        let x = self.resnets[i].forward(x, Some(time));
         self.attentions.get(i).map_or_else(|| x.shallow_clone(), |a| a.forward(&x, context))
     }
 }
@@ -76,7 +76,7 @@ pub(super) struct DownPath {
 }
 
 impl DownPath {
-    pub(super) fn new(scope: &Scope, config: UNetConfig, levels: &[UNetLevel], kind: Kind) -> Self {
+    pub(super) fn new(scope: &Scope, config: UNetConfig, levels: &[UNetLevel]) -> Self {
         let c0 = levels[0].channels;
         let time = 4 * c0;
         let last = levels.len() - 1;
@@ -130,7 +130,7 @@ impl DownPath {
             mid_block,
             skip_channels,
             config,
-            kind,
+            kind: scope.numbers().compute,
         }
     }
 
@@ -196,7 +196,7 @@ impl DownPath {
             }
         }
         x = self.mid_block.layer(0, &x, time, context);
-        (self.mid_block.resnets[1].forward(&x, time), skips)
+        (self.mid_block.resnets[1].forward(&x, Some(time)), skips)
     }
 
     pub(super) fn config(&self) -> &UNetConfig {

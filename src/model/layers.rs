@@ -11,6 +11,7 @@ pub struct Layer {
     weight: Tensor,
     bias: Option<Tensor>,
     geometry: Geometry,
+    kind: Kind,
     attached: Option<Attached>,
 }
 
@@ -32,6 +33,7 @@ impl Layer {
             weight: scope.tensor("weight", &[d_out, d_in]),
             bias: bias.then(|| scope.tensor("bias", &[d_out])),
             geometry: Geometry::Linear,
+            kind: scope.numbers().compute,
             attached: None,
         }
     }
@@ -43,14 +45,15 @@ impl Layer {
             weight: scope.tensor("weight", &[c_out, c_in, kernel, kernel]),
             bias: Some(scope.tensor("bias", &[c_out])),
             geometry: Geometry::Conv { stride, padding },
+            kind: scope.numbers().compute,
             attached: None,
         }
     }
 
     /// A convolution of given numbers: weight `(c_out, c_in, kernel, kernel)`, bias `(c_out)`.
     pub fn conv_of(name: String, weight: Tensor, bias: Tensor, stride: i64, padding: i64) -> Self {
-        let geometry = Geometry::Conv { stride, padding };
-        Self { name, weight, bias: Some(bias), geometry, attached: None }
+        let (geometry, kind) = (Geometry::Conv { stride, padding }, weight.kind());
+        Self { name, weight, bias: Some(bias), geometry, kind, attached: None }
     }
 
     /// The layer's output, in the dtype of `x`.
@@ -64,14 +67,19 @@ impl Layer {
         }
     }
 
-    /// The frozen weight, `(d_out, d_in)` or `(d_out, c, kh, kw)`.
+    /// The frozen weight, `(d_out, d_in)` or `(d_out, c, kh, kw)`, in the dtype that it rests in.
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }
 
-    /// The frozen weight as a matrix `(d_out, d_in)`, a view in the compute dtype.
+    /// The frozen weight as a matrix `(d_out, d_in)`, a view.
     pub fn matrix(&self) -> Tensor {
-        self.frozen(None).matrix()
+        self.weight.flatten(1, -1)
+    }
+
+    /// The dtype that it computes in.
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// The frozen bias `(d_out)`.

@@ -14,4 +14,4 @@ pub mod vae;
 pub use conditioning::Conditioning;
 pub use denoiser::{Call, Denoiser, Signals};
 pub use unet::UNet;
-pub use vae::Vae;
+pub use vae::{LatentScaling, Vae};

@@ -7,6 +7,7 @@ use crate::model::denoiser::{Call, Denoiser, Signals};
 use crate::model::down::{Block, DownPath, attentions, same_padding};
 use crate::model::layers::{Layer, Layers, Module, Norm};
 use crate::model::resnet::{Resnet, Upsample};
+use crate::platform::precision::Numbers;
 use crate::weights::config::{AddedInputs, UNetConfig, UNetLevel};
 use crate::weights::part::Part;
 use crate::weights::scope::{Scope, Weights};
@@ -19,21 +20,21 @@ pub struct UNet {
     up_blocks: Vec<Block>,
     conv_norm_out: Norm,
     conv_out: Layer,
-    kind: Kind,
+    numbers: Numbers,
     device: Device,
 }
 
 impl UNet {
     /// Loads the UNet of `source`. The second value names tensors of the file that the network lacks.
-    pub fn load(source: &Source, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
+    pub fn load(source: &Source, numbers: impl Into<Numbers>, device: Device) -> Result<(Self, Vec<String>)> {
         let (config, levels) = UNetConfig::parse(&source.text("unet/config.json")?)?;
-        let weights = Weights::open(source, Part::UNet, kind, device)?;
-        let unet = Self::new(&weights.root(), config, &levels, kind, device);
+        let weights = Weights::open(source, Part::UNet, numbers.into(), device)?;
+        let unet = Self::new(&weights.root(), config, &levels, device);
         Ok((unet, weights.finish()?))
     }
 
-    fn new(scope: &Scope, config: UNetConfig, levels: &[UNetLevel], kind: Kind, device: Device) -> Self {
-        let down = DownPath::new(scope, config.clone(), levels, kind);
+    fn new(scope: &Scope, config: UNetConfig, levels: &[UNetLevel], device: Device) -> Self {
+        let down = DownPath::new(scope, config.clone(), levels);
         let c0 = levels[0].channels;
         let last = levels.len() - 1;
         let mut skips = down.skip_channels.clone();
@@ -59,7 +60,7 @@ impl UNet {
             up_blocks,
             conv_norm_out: Norm::groups(&scope.at("conv_norm_out"), groups, c0, config.norm.norm_eps),
             conv_out: Layer::conv(&conv_out, c0, config.out_channels, kernel, 1, pad),
-            kind,
+            numbers: scope.numbers(),
             device,
         }
     }
@@ -92,10 +93,10 @@ impl UNet {
     /// The middle's output and the skip connections with what a control adds to them.
     fn steered(&self, middle: Tensor, mut skips: Vec<Tensor>, signals: &Signals) -> (Tensor, Vec<Tensor>) {
         for (skip, signal) in skips.iter_mut().zip(&signals.skips) {
-            *skip = &*skip + signal.to_kind(self.kind);
+            *skip = &*skip + signal.to_kind(self.numbers.compute);
         }
         let middle = match &signals.middle {
-            Some(signal) => middle + signal.to_kind(self.kind),
+            Some(signal) => middle + signal.to_kind(self.numbers.compute),
             None => middle,
         };
         (middle, skips)
@@ -120,7 +121,7 @@ impl UNet {
 
 impl Denoiser for UNet {
     fn predict(&self, call: Call, signals: &Signals) -> Tensor {
-        let context = call.conditioning.states().to_kind(self.kind);
+        let context = call.conditioning.states().to_kind(self.numbers.compute);
         let time = self.down.time(&call);
         let (middle, skips) = self.down.forward(call.sample, &time, &context, signals.hint.as_ref());
         let (middle, skips) = self.steered(middle, skips, signals);
@@ -140,8 +141,8 @@ impl Denoiser for UNet {
         self.device
     }
 
-    fn kind(&self) -> Kind {
-        self.kind
+    fn numbers(&self) -> Numbers {
+        self.numbers
     }
 }
 

@@ -1,7 +1,7 @@
 //! Where and in which number format to compute, and what a process must do before its first tensor.
 //!
 //! [`start`] comes first in `main`; [`resolve`] turns what the user asked for into a [`Compute`] or an error that names
-//! what is missing. Number formats follow accelerate's `--mixed_precision no|fp16|bf16`.
+//! what is missing.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,9 +12,10 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
 use crate::error::{Error, Result};
-use crate::platform::choice::{Choice, Named, named};
 use crate::platform::cuda;
 pub use crate::platform::cuda::{CudaState, load_cuda};
+use crate::platform::precision::cpu_has_tiles;
+pub use crate::platform::precision::{Numbers, Precision};
 
 /// The device a user asks for: `auto`, `cpu`, `cuda` (the first GPU) or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -76,61 +77,6 @@ impl From<DeviceChoice> for String {
     }
 }
 
-/// The number format of the frozen base model; adapters and the optimiser are always f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub enum Precision {
-    /// 32-bit floats.
-    #[default]
-    #[serde(rename = "f32", alias = "fp32", alias = "no", alias = "float32")]
-    F32,
-    /// Brain floats: the range of f32 with 8 bits of mantissa.
-    #[serde(rename = "bf16", alias = "bfloat16")]
-    Bf16,
-    /// Half floats.
-    #[serde(rename = "f16", alias = "fp16", alias = "float16")]
-    F16,
-}
-
-impl Choice for Precision {
-    const CHOICES: &'static [Named<Self>] = &[
-        named(Self::F32, "f32", &["fp32", "no", "float32"], "32-bit floats"),
-        named(Self::Bf16, "bf16", &["bfloat16"], "Brain floats: the range of f32 with 8 bits of mantissa"),
-        named(Self::F16, "f16", &["fp16", "float16"], "Half floats"),
-    ];
-}
-
-impl Precision {
-    /// libtorch's name of this format.
-    pub fn kind(self) -> Kind {
-        match self {
-            Self::F32 => Kind::Float,
-            Self::Bf16 => Kind::BFloat16,
-            Self::F16 => Kind::Half,
-        }
-    }
-
-    /// The precision with this format of libtorch's, if it is one.
-    pub fn of(kind: Kind) -> Option<Self> {
-        Self::CHOICES.iter().map(|choice| choice.value).find(|precision| precision.kind() == kind)
-    }
-}
-
-impl FromStr for Precision {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        Self::find_exactly(text).ok_or_else(|| {
-            Error::config(format!("precision: expected f32 (fp32, no), bf16 or f16 (fp16), found `{text}`"))
-        })
-    }
-}
-
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(self.word())
-    }
-}
-
 /// How a device is called: `cpu` or `cuda:N`.
 pub fn name(device: Device) -> String {
     match device {
@@ -150,8 +96,8 @@ pub fn adds_mask(device: Device) -> bool {
 pub struct Compute {
     /// The device of every tensor.
     pub device: Device,
-    /// The number format of the base model.
-    pub kind: Kind,
+    /// The number formats of the base model.
+    pub numbers: Numbers,
     /// What the user should be told about the choice, one sentence each.
     pub notes: Vec<String>,
 }
@@ -173,19 +119,24 @@ pub fn resolve(choice: DeviceChoice, precision: Option<Precision>) -> Result<Com
         }
         _ => None,
     };
-    let keep_half = std::env::var_os("HRA_F16_ON_CPU").is_some();
-    let mut compute = choose(choice, precision.unwrap_or_default(), available, keep_half)?;
+    let precision = precision.unwrap_or_default();
+    let mut on_cpu = Numbers::on_cpu(precision, cpu_has_tiles());
+    // Slow; tests of training in f16 ask for it.
+    if std::env::var_os("HRA_F16_ON_CPU").is_some() && precision == Precision::F16 {
+        on_cpu = Kind::Half.into();
+    }
+    let mut compute = choose(choice, precision, available, on_cpu)?;
     compute.notes.extend(unused);
     Ok(compute)
 }
 
-/// The decision itself, without a look at the machine: `available` is the number of usable GPUs or why there is none.
-/// `keep_half` computes f16 on the CPU, slowly, which tests of training in f16 ask for (`HRA_F16_ON_CPU`).
+/// The decision itself, without a look at the machine: `available` is the number of usable GPUs or why there is none, `on_cpu` the
+/// formats that a CPU is given.
 fn choose(
     choice: DeviceChoice,
     precision: Precision,
     available: Result<i64>,
-    keep_half: bool,
+    on_cpu: Numbers,
 ) -> Result<Compute> {
     let device = match (choice, available) {
         (DeviceChoice::Cuda(_), Err(why)) => {
@@ -202,15 +153,11 @@ fn choose(
         (DeviceChoice::Auto | DeviceChoice::Cpu, _) => Device::Cpu,
     };
     let mut notes = Vec::new();
-    let kind = match (device, precision) {
-        // libtorch's CPU kernels for half are partly missing and partly slower than f32.
-        (Device::Cpu, Precision::F16) if !keep_half => {
-            notes.push("f16 is computed as f32 on the CPU".to_string());
-            Kind::Float
-        }
-        (_, precision) => precision.kind(),
-    };
-    Ok(Compute { device, kind, notes })
+    let numbers = if device == Device::Cpu { on_cpu } else { precision.kind().into() };
+    if numbers.rest != numbers.compute {
+        notes.push(format!("weights in {numbers}, which this CPU is faster in"));
+    }
+    Ok(Compute { device, numbers, notes })
 }
 
 /// Sets the process up; call it first in `main`, before any thread is started and before the first tch call.
@@ -367,32 +314,15 @@ mod tests {
         }
     }
 
-    #[test]
-    fn precisions_have_the_names_of_other_tools() {
-        for (names, precision, kind) in [
-            (["f32", "fp32", "no"], Precision::F32, Kind::Float),
-            (["bf16", "bfloat16", "bf16"], Precision::Bf16, Kind::BFloat16),
-            (["f16", "fp16", "float16"], Precision::F16, Kind::Half),
-        ] {
-            for name in names {
-                assert_eq!(name.parse::<Precision>().ok(), Some(precision));
-                assert_eq!(serde_json::from_value::<Precision>(name.into()).ok(), Some(precision));
-            }
-            assert_eq!(precision.to_string(), names[0]);
-            assert_eq!(serde_json::to_value(precision).ok(), Some(names[0].into()));
-            assert_eq!(precision.kind(), kind);
-        }
-        let message = "fp8".parse::<Precision>().expect_err("fp8").to_string();
-        assert_eq!(message, "precision: expected f32 (fp32, no), bf16 or f16 (fp16), found `fp8`");
-    }
-
     fn why() -> Result<i64> {
         Err(Error::device("there is no driver").with_hint("install one"))
     }
 
     #[test]
     fn auto_takes_cuda_where_it_works() {
-        let on = |choice, available| choose(choice, Precision::F32, available, false).map(|c| c.device).ok();
+        let on = |choice, available| {
+            choose(choice, Precision::F32, available, Kind::Float.into()).map(|c| c.device).ok()
+        };
         assert_eq!(on(DeviceChoice::Auto, Ok(2)), Some(Device::Cuda(0)));
         assert_eq!(on(DeviceChoice::Auto, Ok(0)), Some(Device::Cpu));
         assert_eq!(on(DeviceChoice::Auto, why()), Some(Device::Cpu));
@@ -403,7 +333,8 @@ mod tests {
     #[test]
     fn asking_for_a_missing_gpu_is_an_error_with_the_reason() {
         let message = |choice, available| {
-            choose(choice, Precision::F32, available, false).expect_err("there is no such device").to_string()
+            let chosen = choose(choice, Precision::F32, available, Kind::Float.into());
+            chosen.expect_err("there is no such device").to_string()
         };
         assert_eq!(
             message(DeviceChoice::Cuda(0), why()),
@@ -420,14 +351,14 @@ mod tests {
     }
 
     #[test]
-    fn only_half_on_the_cpu_falls_back() {
-        let on_cpu =
-            |precision| choose(DeviceChoice::Cpu, precision, Ok(0), false).expect("the CPU is there");
-        assert_eq!(on_cpu(Precision::F16).kind, Kind::Float);
-        assert_eq!(on_cpu(Precision::F16).notes, ["f16 is computed as f32 on the CPU"]);
-        assert_eq!((on_cpu(Precision::Bf16).kind, on_cpu(Precision::Bf16).notes.len()), (Kind::BFloat16, 0));
-        let on_gpu = choose(DeviceChoice::Auto, Precision::F16, Ok(1), false).expect("a GPU is there");
-        assert_eq!((on_gpu.kind, on_gpu.notes.len()), (Kind::Half, 0));
+    fn a_cpu_that_computes_in_another_format_says_so() {
+        let numbers = Numbers { rest: Kind::Half, compute: Kind::Float };
+        let of = |choice, available| choose(choice, Precision::F16, available, numbers).expect("it is there");
+        let on_cpu = of(DeviceChoice::Cpu, Ok(0));
+        assert_eq!(on_cpu.numbers, numbers);
+        assert_eq!(on_cpu.notes, ["weights in f16, computed in f32, which this CPU is faster in"]);
+        let on_gpu = of(DeviceChoice::Auto, Ok(1));
+        assert_eq!((on_gpu.numbers, on_gpu.notes.len()), (Kind::Half.into(), 0));
     }
 
     #[test]

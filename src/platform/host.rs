@@ -73,6 +73,11 @@ pub fn upload(tensor: &Tensor, device: Device) -> Result<Tensor> {
     Ok(tensor.f_to_device(device)?)
 }
 
+/// A layer's output where its weight rests in another dtype than `x` ([`torch_extra::rested`]). Panics as tch's own operations do.
+pub fn rested(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, convolution: Option<(i64, i64)>) -> Tensor {
+    torch_extra::rested(x, weight, bias, convolution).map_err(tch::TchError::Torch).unwrap()
+}
+
 /// The tensor on the host.
 pub fn to_host(tensor: &Tensor) -> Tensor {
     tensor.to_device(CPU)

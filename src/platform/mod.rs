@@ -11,6 +11,7 @@ pub mod files;
 pub mod host;
 pub mod hub;
 pub mod observer;
+pub mod precision;
 pub mod random;
 pub mod seed;
 pub mod spreadsheet;

@@ -13,6 +13,7 @@ pub fn request(settings: &ModelSection, observer: &dyn Observer) -> Result<Model
         path: hub::resolve(&settings.pretrained_model_name_or_path, Wanted::Model, observer)?,
         config: settings.model_config.clone(),
         vae,
+        vae_dtype: settings.vae_dtype,
         prediction: settings.prediction,
     })
 }

@@ -136,7 +136,7 @@ impl Batches {
         let timesteps: Vec<i64> = rows.iter().map(|r| r.timestep).collect();
         let conditions: Vec<&Tensor> = rows.iter().filter_map(|r| r.condition.as_ref()).collect();
         Ok(Batch {
-            latents: latents * model.vae.scaling_factor(),
+            latents: model.vae.scaling().to_unet(&latents),
             noise: noise.get(1),
             timesteps: host::to_device(&host::tensor(&timesteps), device),
             conditioning: Conditioning::cat(&conditionings.iter().collect::<Vec<_>>()),

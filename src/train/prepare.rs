@@ -137,7 +137,7 @@ pub(super) fn prepare(
     let regulariser_weight = method.as_ref().map_or(0.0, |method| method.regulariser_weight());
     let has_adapter = method.is_some() && !whole;
     let networks = Networks { schedule, control, layers, has_adapter, regulariser_weight, model };
-    let kind = networks.model.denoiser().kind();
+    let kind = networks.model.denoiser().numbers().compute;
     let (optimisation, taken, earlier) =
         optimisation(&config, checkpoint, (parameters, parts), kind, &folder, observer)?;
     let metrics = Metrics::open(folder.path(), taken, resume.is_some(), observer)?;
@@ -176,7 +176,7 @@ impl Inputs {
         let source = Source::open_as(&asked)?;
         source.check_complete()?;
         fit::check(&config, &source)?;
-        let mut model = StableDiffusion::from_source(source, compute.kind, compute.device)?;
+        let mut model = StableDiffusion::from_source(source, compute.numbers, compute.device)?;
         model.expect_text_to_image()?;
         model.notes.iter().for_each(|note| observer.note(note));
         device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;

@@ -176,7 +176,7 @@ impl HeldOut {
             let window = pictures.crop_window(image, resolution, Crop::Center);
             let (pixels, condition) = pictures.prepare(image, resolution, window)?;
             let (mean, _) = encode(model, &pixels);
-            let latents = mean * model.vae.scaling_factor(); // [1, c, h, w]
+            let latents = model.vae.scaling().to_unet(&mean); // [1, c, h, w]
             let mut shape = latents.size();
             shape[0] = HELD_OUT_TIMESTEPS;
             let noise = random::normal(seed::derive(config.seed, "held-out noise", image as u64), &shape);

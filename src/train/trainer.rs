@@ -2,7 +2,6 @@
 
 use crate::attach::{self, Movement};
 use crate::error::{Error, ErrorKind, Result};
-use crate::platform::choice::Choice;
 use crate::platform::device::{self, PeakMemory, Precision};
 use crate::platform::observer::{Counter, Event, Observer};
 use crate::platform::{files, host};
@@ -170,9 +169,9 @@ impl<'a> Trainer<'a> {
             return;
         }
         let Networks { model, control, layers, .. } = &self.networks;
-        let precision = Precision::of(model.denoiser().kind()).map_or("mixed formats", Precision::word);
+        let numbers = model.denoiser().numbers();
         self.observer.say(&format!(
-            "training {} values on {layers} layers{}, steps {} to {total}, on {} in {precision}",
+            "training {} values on {layers} layers{}, steps {} to {total}, on {} in {numbers}",
             self.optimisation.parameters.count(),
             if control.is_some() { " and in the control encoder" } else { "" },
             first + 1,

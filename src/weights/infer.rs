@@ -20,6 +20,9 @@ const OPEN_CLIP_LAYERS: usize = 23;
 /// What the latents of Stable Diffusion XL are multiplied by.
 pub const XL_SCALE: f64 = 0.13025;
 
+/// Channels of the latents of Stable Diffusion 1.x, 2.x and XL, whose VAEs all have the convolutions around the latents.
+const USUAL_CHANNELS: i64 = 4;
+
 /// Values for each of the numbers of sizes that Stable Diffusion XL is told.
 const SIZE_FEATURES: i64 = 256;
 
@@ -175,6 +178,10 @@ fn vae_of(file: &TensorFile, block: &dyn Fn(usize, usize) -> String, prefix: &st
     let size = |name: &str, dimension: usize| dimension_of(file, &at(name), dimension);
     let has = |i: usize, j: usize| file.shape(&block(i, j)).is_some();
     let levels = count(|i| has(i, 0));
+    // Where one alone is there, or the latents are those of Stable Diffusion, the other is missing.
+    let there = |name: &&str| file.shape(&at(&format!("{name}.weight"))).is_some();
+    let is_usual = size("decoder.conv_in.weight", 1).is_ok_and(|channels| channels == USUAL_CHANNELS);
+    let is_quantised = is_usual || ["quant_conv", "post_quant_conv"].iter().any(there);
     let channels: Vec<i64> =
         (0..levels).map(|i| dimension_of(file, &block(i, 0), 0)).collect::<Result<_>>()?;
     Ok(json!({
@@ -185,7 +192,9 @@ fn vae_of(file: &TensorFile, block: &dyn Fn(usize, usize) -> String, prefix: &st
         "down_block_types": vec!["DownEncoderBlock2D"; levels],
         "up_block_types": vec!["UpDecoderBlock2D"; levels],
         "layers_per_block": count(|j| has(0, j)),
-        "latent_channels": size("post_quant_conv.weight", 0)?,
+        "latent_channels": if is_quantised { size("post_quant_conv.weight", 0)? } else { size("decoder.conv_in.weight", 1)? },
+        "use_quant_conv": is_quantised,
+        "use_post_quant_conv": is_quantised,
         "norm_num_groups": 32,
         "scaling_factor": 0.18215,
         "sample_size": 512,

@@ -1,5 +1,6 @@
 //! Which model is meant.
 
+use crate::platform::precision::Precision;
 use crate::weights::prediction::Prediction;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,8 @@ pub struct ModelRequest {
     pub config: Option<PathBuf>,
     /// A VAE in place of the model's own: a folder of diffusers', or a file with its keys or LDM's.
     pub vae: Option<PathBuf>,
+    /// Number format of the VAE; `None` for f32.
+    pub vae_dtype: Option<Precision>,
     /// What the UNet predicts, whatever the files say.
     pub prediction: Option<Prediction>,
 }

@@ -4,8 +4,8 @@
 //! stand-in without memory is given instead, and [`Weights::finish`] reports all problems of the part at once.
 
 use crate::error::{Error, Result};
-use crate::platform::device::Precision;
 use crate::platform::host;
+use crate::platform::precision::{Numbers, Precision};
 use crate::weights::part::Part;
 use crate::weights::source::Source;
 use crate::weights::tensors::Tensors;
@@ -14,12 +14,12 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fmt::Display;
 use std::path::Path;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
-/// The tensors of one model part, for a network in `kind` on a device.
+/// The tensors of one model part, for a network with certain numbers on a device.
 pub struct Weights {
     tensors: Tensors,
-    kind: Kind,
+    numbers: Numbers,
     device: Device,
     problems: RefCell<Vec<String>>,
     used: RefCell<HashSet<String>>,
@@ -27,18 +27,18 @@ pub struct Weights {
 
 impl Weights {
     /// Opens the weights of a part.
-    pub fn open(source: &Source, part: Part, kind: Kind, device: Device) -> Result<Self> {
-        Ok(Self::new(source.tensors(part)?, kind, device))
+    pub fn open(source: &Source, part: Part, numbers: Numbers, device: Device) -> Result<Self> {
+        Ok(Self::new(source.tensors(part)?, numbers, device))
     }
 
     /// Opens the weights of a folder that holds one model: `STEM.safetensors`, or the index of its shards.
-    pub fn in_folder(dir: &Path, stem: &str, kind: Kind, device: Device) -> Result<Self> {
-        Ok(Self::new(Tensors::in_folder(dir, stem, |_| None)?, kind, device))
+    pub fn in_folder(dir: &Path, stem: &str, numbers: Numbers, device: Device) -> Result<Self> {
+        Ok(Self::new(Tensors::in_folder(dir, stem, |_| None)?, numbers, device))
     }
 
-    fn new(tensors: Tensors, kind: Kind, device: Device) -> Self {
+    fn new(tensors: Tensors, numbers: Numbers, device: Device) -> Self {
         let problems = RefCell::new(tensors.problems().to_vec());
-        Self { tensors, kind, device, problems, used: RefCell::default() }
+        Self { tensors, numbers, device, problems, used: RefCell::default() }
     }
 
     /// The top of the name tree.
@@ -80,9 +80,16 @@ impl Weights {
                     format!("`{key}`: expected floating point, found {}", self.tensors.dtype(name))
                 } else {
                     match self.converted(name) {
-                        Ok(tensor) if host::all_finite(&tensor) => return tensor.reshape(shape),
+                        Ok(tensor) if host::all_finite(&tensor) => {
+                            let tensor = tensor.reshape(shape);
+                            return if shape.len() == 1 {
+                                tensor.to_kind(self.numbers.compute)
+                            } else {
+                                tensor
+                            };
+                        }
                         Ok(_) if self.tensors.read(name).is_ok_and(|tensor| host::all_finite(&tensor)) => {
-                            let dtype = Precision::of(self.kind).unwrap_or_default();
+                            let dtype = Precision::of(self.numbers.rest).unwrap_or_default();
                             format!("`{key}`: holds numbers that --dtype {dtype} does not hold")
                         }
                         Ok(_) => format!("`{key}`: holds numbers that are not finite"),
@@ -93,11 +100,11 @@ impl Weights {
         };
         self.problems.borrow_mut().push(problem);
         // Never computed with: finish() fails. An expanded scalar costs no memory, however large a config's sizes are.
-        host::zeros(&[1], self.kind).expand(shape, false)
+        host::zeros(&[1], self.numbers.rest).expand(shape, false)
     }
 
     fn converted(&self, name: &str) -> Result<Tensor> {
-        Ok(host::upload(&self.tensors.read(name)?, self.device)?.f_to_kind(self.kind)?)
+        Ok(host::upload(&self.tensors.read(name)?, self.device)?.f_to_kind(self.numbers.rest)?)
     }
 }
 
@@ -123,9 +130,14 @@ impl Scope<'_> {
         Self { weights: self.weights, prefix: format!("{}{dot}{name}", self.prefix) }
     }
 
-    /// The tensor `name` below this place, which must have this shape.
+    /// The tensor `name` below this place, which must have this shape; as it rests, a vector as it computes.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Tensor {
         self.weights.tensor(&self.at(name).prefix, shape)
+    }
+
+    /// How the network holds its numbers.
+    pub fn numbers(&self) -> Numbers {
+        self.weights.numbers
     }
 
     /// This place's full name, as in the checkpoint.

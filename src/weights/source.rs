@@ -7,6 +7,7 @@
 
 use crate::error::{Error, Result};
 use crate::platform::files;
+use crate::platform::precision::Precision;
 use crate::weights::checkpoint::Checkpoint;
 use crate::weights::config::{TextConfig, UNetConfig, VaeConfig};
 use crate::weights::family;
@@ -55,6 +56,7 @@ pub struct Source {
     checkpoint: Option<Checkpoint>,
     /// In place of the model's own.
     vae: Option<VaeFile>,
+    vae_dtype: Precision,
     /// What the user says that it predicts.
     prediction: Option<Prediction>,
 }
@@ -69,7 +71,7 @@ impl Source {
     ///
     /// Errors: it is a model of another family, a pickle, or lacks a part; the VAE in place of its own is none for it.
     pub fn open_as(asked: &ModelRequest) -> Result<Self> {
-        let ModelRequest { path, config, vae, prediction } = asked;
+        let ModelRequest { path, config, vae, vae_dtype, prediction } = asked;
         let checkpoint = if path.is_dir() {
             if let Some(config) = config {
                 return Err(Error::config(format!(
@@ -94,10 +96,17 @@ impl Source {
             refuse_pickle(path)?;
             Some(Checkpoint::open(path, config.as_deref(), vae.is_some())?)
         };
-        let mut source = Self { path: path.clone(), checkpoint, vae: None, prediction: *prediction };
+        let mut source = Self {
+            path: path.clone(),
+            checkpoint,
+            vae: None,
+            vae_dtype: vae_dtype.unwrap_or_default(),
+            prediction: *prediction,
+        };
         if let Some(vae) = vae {
             let own = source.find_own("vae/config.json").ok().flatten();
-            source.vae = Some(VaeFile::open(vae, own.as_ref())?);
+            let is_xl = source.text_parts().contains(&Part::TextEncoder2);
+            source.vae = Some(VaeFile::open(vae, own.as_ref(), is_xl)?);
         }
         Ok(source)
     }
@@ -105,6 +114,11 @@ impl Source {
     /// The folder or file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The number format that its VAE is asked for.
+    pub fn vae_dtype(&self) -> Precision {
+        self.vae_dtype
     }
 
     /// Whether this is one file.

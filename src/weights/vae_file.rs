@@ -35,17 +35,26 @@ enum VaeLayout {
 }
 
 impl VaeFile {
-    /// Opens the VAE at `path` for a model whose own VAE has the config `own`, if it says.
+    /// Opens the VAE at `path` for a model whose own VAE has the config `own`, if it says, and which is of Stable Diffusion XL or not.
     ///
     /// A file's config is the one beside it, else what its metadata hold, else the model's own, else what the shapes tell. Errors: no
     /// VAE is there, or its latents are scaled otherwise than the model's, as those of other families are.
-    pub fn open(path: &Path, own: Option<&Text>) -> Result<Self> {
+    pub fn open(path: &Path, own: Option<&Text>, is_xl: bool) -> Result<Self> {
+        let usual = if is_xl { infer::XL_SCALE } else { USUAL_SCALE };
         let inner = path.join(Part::Vae.folder());
         let place = if inner.is_dir() { inner } else { path.to_path_buf() };
-        let (layout, config) =
-            if place.is_dir() { (VaeLayout::Folder, of_folder(&place)?) } else { of_file(&place, own)? };
-        let expected = own.map(VaeConfig::parse).transpose()?.map_or(USUAL_SCALE, |own| own.scaling_factor);
-        let found = VaeConfig::parse(&config)?.scaling_factor;
+        let (layout, config) = if place.is_dir() {
+            (VaeLayout::Folder, of_folder(&place)?)
+        } else {
+            of_file(&place, own, usual)?
+        };
+        let (own, found) = (own.map(VaeConfig::parse).transpose()?, VaeConfig::parse(&config)?);
+        if own.as_ref().is_some_and(|own| !own.shifts_as(&found)) {
+            let problem = "expected a VAE whose latents are shifted as the model's are (shift_factor, latents_mean, latents_std), found \
+                           another one";
+            return Err(Error::format(&place, problem).with_hint("--vae takes one of this model's family"));
+        }
+        let (expected, found) = (own.map_or(usual, |own| own.scaling_factor), found.scaling_factor);
         if (found / expected - 1.0).abs() > 1e-3 {
             let problem = format!(
                 "expected a VAE whose latents are scaled by {expected}, as the model's are, found one with {found}"
@@ -98,7 +107,8 @@ fn of_folder(dir: &Path) -> Result<Text> {
     }
 }
 
-fn of_file(path: &Path, own: Option<&Text>) -> Result<(VaeLayout, Text)> {
+/// One file's; where nothing says how its latents are scaled, by `usual`.
+fn of_file(path: &Path, own: Option<&Text>, usual: f64) -> Result<(VaeLayout, Text)> {
     // A pipe is not opened: it would block for ever.
     if path.is_file() {
         refuse_pickle(path)?;
@@ -120,9 +130,13 @@ fn of_file(path: &Path, own: Option<&Text>) -> Result<(VaeLayout, Text)> {
     let beside = path.parent().map(|dir| read_below(dir, "config.json")).transpose()?.flatten();
     let beside = beside.filter(|text| text.content.contains("AutoencoderKL"));
     let embedded = file.text("hra/vae/config.json").map(|text| text.to_string());
-    let inferred = || match &layout {
-        VaeLayout::Ldm(_, prefix) => infer::vae(&file, prefix),
-        _ => infer::vae_of_today(&file),
+    let inferred = || {
+        let mut config = match &layout {
+            VaeLayout::Ldm(_, prefix) => infer::vae(&file, prefix),
+            _ => infer::vae_of_today(&file),
+        }?;
+        config["scaling_factor"] = usual.into();
+        Ok::<_, Error>(config)
     };
     let content = match (beside, embedded, own) {
         (Some(text), _, _) => return Ok((layout, text)),

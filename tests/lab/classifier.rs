@@ -163,7 +163,7 @@ fn measured(session: &Session, plan: &Plan, out: &Path) -> Vec<Vec<f64>> {
     let (model, asked) = (session.model(), plan.classifier.as_ref().unwrap());
     let latents = |file: &str| -> Tensor {
         let picture = load_rgb(&out.join(file)).unwrap();
-        model.vae.encode(&tensor::signed(&picture)).0 * model.vae.scaling_factor()
+        model.vae.scaling().to_unet(&model.vae.encode(&tensor::signed(&picture)).0)
     };
     let latents: Vec<Tensor> = asked.pictures.iter().map(|picture| latents(&picture.file)).collect();
     let noise = (asked.num_noises, asked.seed);

@@ -16,6 +16,7 @@ mod support {
 }
 
 mod adapters;
+mod autoencoder;
 mod data;
 mod each_method;
 mod images;
@@ -23,6 +24,7 @@ mod methods;
 mod noise;
 mod parameters;
 mod parity;
+mod rested;
 mod samplers;
 mod sampling;
 mod scores;

@@ -222,9 +222,13 @@ fn half_precision_draws_nearly_the_same_picture() {
         let file = format!("{dtype}.safetensors");
         let told =
             sample(&scratch, dtype, &["--prompt", "a red apple", "--dtype", dtype, "--save-latents", &file]);
-        assert_eq!(told.contains("f16 is computed as f32 on the CPU"), dtype == "f16");
+        // Of bf16 it depends on the CPU.
+        assert!(
+            dtype == "bf16" || told.contains("weights in f16, computed in f32") == (dtype == "f16"),
+            "{told}"
+        );
     }
     let of = |dtype: &str| latents(&scratch.path(&format!("{dtype}.safetensors")));
     assert!(relative_error(&of("bf16"), &of("f32")) < 0.1);
-    assert!(relative_error(&of("f16"), &of("f32")) < 1e-6);
+    assert!(relative_error(&of("f16"), &of("f32")) < 0.01);
 }

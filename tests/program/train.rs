@@ -361,7 +361,7 @@ fn a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_last_checkpoint
     assert!(!scratch.path("run/adapter_config.json").exists());
 }
 
-/// f16 is computed as f32 on a CPU unless a test asks for it.
+/// Layers compute f16 in f32 on a CPU unless a test asks for it.
 fn train_in_f16(scratch: &Scratch, out: &str, more: &[&str]) -> Finished {
     let flags = scratch.train_flags(out, &[&["--dtype", "f16"], more].concat());
     let mut command = scratch.command(&flags.iter().map(String::as_str).collect::<Vec<_>>());

@@ -35,7 +35,7 @@ def text_config(vocabulary=2274, **own):
         eos_token_id=vocabulary - 1, **own)
 
 
-def build(folder, seed, in_channels=4, refiner=False):
+def build(folder, seed, in_channels=None, refiner=False, latents=4, **of_vae):
     """Writes the folder as `save_pretrained` does; the first prompt's tower is left out of a refiner. Returns it."""
     torch.manual_seed(seed)
     first = CLIPTextModel(text_config(
@@ -44,14 +44,14 @@ def build(folder, seed, in_channels=4, refiner=False):
         hidden_size=32, intermediate_size=80, num_attention_heads=4, hidden_act="gelu", projection_dim=28, pad_token_id=0))
     numbers = 5 if refiner else 6
     unet = UNet2DConditionModel(
-        block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8, sample_size=16, in_channels=in_channels,
+        block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8, sample_size=16, in_channels=in_channels or latents, out_channels=latents,
         cross_attention_dim=32 if refiner else 56, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=[1, 1, 3],
         attention_head_dim=[1, 2, 4], use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=10,
         projection_class_embeddings_input_dim=28 + numbers * 10)
     vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4, sample_size=64,
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, scaling_factor=0.13025)
+        block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=latents, sample_size=64,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, scaling_factor=0.13025, **of_vae)
     for module in (first, second, unet, vae):
         shake(module)
     words = [

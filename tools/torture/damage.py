@@ -1,5 +1,6 @@
 """Seeded damage to a good file: what a broken download, a full disk, another program or a hostile sender makes of it."""
 
+import copy
 import json
 import struct
 import zlib
@@ -135,7 +136,8 @@ def change(rng, value):
     elif how == 3 and isinstance(inner[key], (int, float)) and not isinstance(inner[key], bool):
         inner[key] = rng.choice((-inner[key], inner[key] + 1, inner[key] * 2, inner[key] * 1e10, inner[key] / 2))
     else:
-        inner[key] = rng.choice(HOSTILE)
+        # A copy: what is damaged further would else damage the list, and hold itself in the end.
+        inner[key] = copy.deepcopy(rng.choice(HOSTILE))
 
 
 def json_values(rng, content, _):

@@ -2,6 +2,11 @@
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdio>
 #include <exception>
@@ -25,6 +30,50 @@ int guarded(char* message, size_t room, Call call) {
 std::optional<at::Tensor> optional(at::Tensor* tensor) {
   return tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt;
 }
+
+// A linear map or a convolution whose frozen weight rests in another number format than it computes in: the weight is converted
+// anew for each pass, so that the graph keeps no copy of it.
+struct Rested : torch::autograd::Function<Rested> {
+  // Stride and padding of a convolution; a linear map has a stride of 0.
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, int64_t stride, int64_t padding) {
+    context->save_for_backward({weight});
+    context->saved_data["stride"] = stride;
+    context->saved_data["padding"] = padding;
+    context->saved_data["has_bias"] = bias.has_value();
+    context->saved_data["shape"] = x.sizes().vec();
+    const auto converted = weight.to(x.scalar_type());
+    return stride ? at::conv2d(x, converted, bias, stride, padding) : at::linear(x, converted, bias);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    const auto& gradient = gradients[0];
+    const auto stride = context->saved_data["stride"].toInt();
+    at::Tensor of_x, of_bias;
+    if (context->needs_input_grad(0)) {
+      const auto weight = context->get_saved_variables()[0].to(gradient.scalar_type());
+      if (stride) {
+        const auto padding = context->saved_data["padding"].toInt();
+        // Only its shape counts, and memory that nobody touches is none.
+        const auto x = at::empty(context->saved_data["shape"].toIntVector(), gradient.options());
+        of_x = std::get<0>(at::convolution_backward(gradient, x, weight, std::nullopt, {stride, stride}, {padding, padding},
+                                                    {1, 1}, false, {0, 0}, 1, {true, false, false}));
+      } else {
+        of_x = gradient.matmul(weight);
+      }
+    }
+    // Inputs that are no tensors are not counted.
+    if (context->saved_data["has_bias"].toBool() && context->needs_input_grad(2)) {
+      std::vector<int64_t> summed;
+      for (int64_t dimension = 0; dimension < gradient.dim(); ++dimension) {
+        if (dimension != (stride ? 1 : gradient.dim() - 1)) summed.push_back(dimension);
+      }
+      of_bias = summed.empty() ? gradient : gradient.sum(summed);
+    }
+    return {of_x, at::Tensor(), of_bias, at::Tensor(), at::Tensor()};
+  }
+};
 } // namespace
 
 extern "C" {
@@ -48,6 +97,14 @@ at::Tensor* torch_extra_to_cuda(at::Tensor* tensor, int index, char* message, si
     copy = new at::Tensor(tensor->contiguous().pin_memory().to(tensor->options().device(device), /*non_blocking=*/true));
   });
   return copy;
+}
+
+// The output of `Rested`; null where it fails.
+at::Tensor* torch_extra_rested(at::Tensor* x, at::Tensor* weight, at::Tensor* bias, int64_t stride, int64_t padding,
+                               char* message, size_t room) {
+  at::Tensor* output = nullptr;
+  guarded(message, room, [&] { output = new at::Tensor(Rested::apply(*x, *weight, optional(bias), stride, padding)); });
+  return output;
 }
 
 // Peak bytes of device `index` in this process: allocated to tensors, and reserved from the driver.

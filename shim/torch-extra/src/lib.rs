@@ -28,6 +28,15 @@ unsafe extern "C" {
         message: *mut c_char,
         room: usize,
     ) -> TensorPointer;
+    fn torch_extra_rested(
+        x: TensorPointer,
+        weight: TensorPointer,
+        bias: TensorPointer,
+        stride: i64,
+        padding: i64,
+        message: *mut c_char,
+        room: usize,
+    ) -> TensorPointer;
     fn torch_extra_device_peaks(index: c_int, peaks: *mut i64, message: *mut c_char, room: usize) -> c_int;
 }
 
@@ -111,6 +120,29 @@ pub fn to_cuda(tensor: &Tensor, index: usize) -> Result<Tensor, String> {
         c_int::from(copy.is_null())
     })?;
     Ok(unsafe { Tensor::from_ptr(copy.cast()) })
+}
+
+/// `x W^T + b`, or the convolution of `x` where `convolution` gives stride and padding, in the dtype of `x` and `bias`. `weight`, which
+/// rests in another, gets no gradient: it is converted in the forward pass and again in the backward pass, and the graph keeps no
+/// converted copy.
+///
+/// # Errors
+/// libtorch's own message, such as that there is no memory for it.
+pub fn rested(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    convolution: Option<(i64, i64)>,
+) -> Result<Tensor, String> {
+    let (stride, padding) = convolution.unwrap_or_default();
+    let mut output: TensorPointer = std::ptr::null_mut();
+    // SAFETY: the tensors live through the call; what comes back is null or a new tensor, which is ours.
+    checked(|message, room| unsafe {
+        let bias = bias.map_or(std::ptr::null_mut(), pointer);
+        output = torch_extra_rested(pointer(x), pointer(weight), bias, stride, padding, message, room);
+        c_int::from(output.is_null())
+    })?;
+    Ok(unsafe { Tensor::from_ptr(output.cast()) })
 }
 
 /// The most bytes that libtorch's allocator has given to tensors of GPU `index`, and has taken from the driver, in this process.

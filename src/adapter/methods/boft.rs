@@ -282,7 +282,7 @@ impl Adapter for Boft {
                 frozen.apply(&turned, frozen.weight, None)
             }
             Geometry::Conv { .. } => {
-                let rotated = times_transpose(&frozen.matrix(), &factors);
+                let rotated = times_transpose(&frozen.matrix(x.kind()), &factors);
                 frozen.apply(x, &rotated.view_as(frozen.weight), None)
             }
         };

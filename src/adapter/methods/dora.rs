@@ -121,10 +121,10 @@ impl Dora {
     }
 
     /// `|W + s B A|` of each row, `(d_out)` f32, without gradient.
-    fn norms(&self, frozen: &Frozen) -> Tensor {
+    fn norms(&self, frozen: &Frozen, kind: Kind) -> Tensor {
         let _guard = tch::no_grad_guard();
         let (a, b) = self.lora.factors(); // [r, d_in], [d_out, r] with s in it
-        let weight = frozen.matrix();
+        let weight = frozen.matrix(kind);
         let own = weight.norm_scalaropt_dim_dtype(2, [1], false, Kind::Float).to_kind(Kind::Double).square();
         let wa = weight.matmul(&a.to_kind(weight.kind()).tr()); // [d_out, r]
         let b = b.to_kind(Kind::Double);
@@ -138,7 +138,7 @@ impl Dora {
 
 impl Adapter for Dora {
     fn forward(&self, frozen: &Frozen, x: &Tensor) -> Tensor {
-        let scale = self.magnitude.view(-1) / self.norms(frozen); // [d_out]
+        let scale = self.magnitude.view(-1) / self.norms(frozen, x.kind()); // [d_out]
         let y = self.lora.product(frozen, x);
         frozen.scaled(&y, &scale)
     }

@@ -186,7 +186,7 @@ impl Adapter for EtherPlus {
                 frozen.bias.map_or_else(|| y.shallow_clone(), |bias| &y + bias.to_kind(y.kind()))
             }
             Geometry::Conv { .. } => {
-                let turned = self.input.apply(&frozen.matrix()); // [d_out, d_in]
+                let turned = self.input.apply(&frozen.matrix(x.kind())); // [d_out, d_in]
                 let weight = self.output.apply(&turned.tr()).tr();
                 frozen.apply(x, &weight.reshape(frozen.weight.size()), frozen.bias)
             }

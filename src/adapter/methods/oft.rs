@@ -352,7 +352,7 @@ impl Adapter for Oft {
         match frozen.geometry {
             Geometry::Linear => frozen.forward(&blocks::rotate(x, &r)),
             Geometry::Conv { .. } => {
-                let rotated = blocks::rotate(&frozen.matrix(), &r.transpose(1, 2));
+                let rotated = blocks::rotate(&frozen.matrix(x.kind()), &r.transpose(1, 2));
                 frozen.apply(x, &rotated.view_as(frozen.weight), frozen.bias)
             }
         }

@@ -374,7 +374,7 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             for latents in latents.split(1, 0) {
                 check_finite(&latents, "latents", model, &settings.prompt)?;
                 // One at a time: the decoder is what needs most memory, and a picture must not depend on its neighbours.
-                let pixels = model.vae.decode(&(&latents / model.vae.scaling_factor()));
+                let pixels = model.vae.decode(&model.vae.scaling().from_unet(&latents));
                 check_finite(&pixels, "pixels of the VAE", model, &settings.prompt)?;
                 let mut image = to_image(&pixels)?;
                 if let Some(start) = request.start {
@@ -452,7 +452,7 @@ fn check_finite(numbers: &Tensor, what: &str, model: &StableDiffusion, prompt: &
     if host::all_finite(numbers) {
         return Ok(());
     }
-    let hint = match model.denoiser().kind() {
+    let hint = match model.denoiser().numbers().compute {
         Kind::Float => {
             "`hra inspect` names the tensors of a model or an adapter that are not finite; an adapter's strength nearer 0, or less \
              --guidance, keeps large numbers small"

@@ -11,6 +11,7 @@ use crate::diffusion::sample::settings::SampleSettings;
 use crate::diffusion::sampler::SamplerPlan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
+use crate::model::LatentScaling;
 use crate::platform::host;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tch::Tensor;
@@ -105,7 +106,11 @@ impl Start {
         let pixels = tensor::signed(&self.image).permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
         let posterior = |pixels: &Tensor| {
             let (mean, log_variance) = model.vae.encode(pixels);
-            Posterior { mean, deviation: (log_variance * 0.5).exp(), scale: model.vae.scaling_factor() }
+            Posterior {
+                mean,
+                deviation: (log_variance * 0.5).exp(),
+                scaling: model.vae.scaling().shallow_clone(),
+            }
         };
         let masked = self.mask.as_ref().filter(|_| model.is_inpainting());
         let masked = masked.map(|mask| posterior(&(&pixels * tensor::of_mask(mask).rsub_scalar(1.0))));
@@ -148,7 +153,7 @@ struct Posterior {
     mean: Tensor,
     /// `(1, c, h, w)`
     deviation: Tensor,
-    scale: f64,
+    scaling: LatentScaling,
 }
 
 impl Posterior {
@@ -158,7 +163,7 @@ impl Posterior {
             Some(noise) => &self.mean + &self.deviation * host::to_device(noise, self.mean.device()),
             None => self.mean.expand([batch, -1, -1, -1], true),
         };
-        latents * self.scale
+        self.scaling.to_unet(&latents)
     }
 }
 

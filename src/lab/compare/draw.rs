@@ -68,7 +68,7 @@ pub struct DrawnPairing {
 /// Loads the base model of a training, to draw with.
 pub fn open(config: &TrainConfig, compute: &Compute, observer: &dyn Observer) -> Result<Session> {
     let asked = base::request(&config.model, observer)?;
-    let mut model = StableDiffusion::open(&asked, compute.kind, compute.device)?;
+    let mut model = StableDiffusion::open(&asked, compute.numbers, compute.device)?;
     model.expect_text_to_image()?;
     device::set_threads(config.threads, attach::weight_count(&mut model.unet))?;
     Session::open(model, Vec::new(), None)

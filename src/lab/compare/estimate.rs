@@ -130,7 +130,7 @@ impl Probe {
     fn measure(train: &TrainConfig, config: &CompareConfig, observer: &dyn Observer) -> Result<Self> {
         let compute = device::resolve(train.device, Some(train.model.dtype))?;
         let asked = base::request(&train.model, observer)?;
-        let mut model = StableDiffusion::open(&asked, compute.kind, compute.device)?;
+        let mut model = StableDiffusion::open(&asked, compute.numbers, compute.device)?;
         model.expect_text_to_image()?;
         let cores = device::cores();
         let threads = train.threads.unwrap_or((cores / config.jobs).max(1) as i32);

@@ -60,7 +60,7 @@ impl Clip {
                 ),
             ));
         }
-        let weights = Weights::in_folder(dir, "model", Kind::Float, device)?;
+        let weights = Weights::in_folder(dir, "model", Kind::Float.into(), device)?;
         let (root, width) = (weights.root(), config.vision.width);
         let vision = root.at("vision_model");
         let norm = |name: &str| Norm::layer(&vision.at(name), width, config.vision.eps);

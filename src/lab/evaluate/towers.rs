@@ -121,7 +121,7 @@ pub fn identity(paths: &TowerPaths, observer: &dyn Observer) -> Result<String> {
         for text in TEXTS.map(|name| dir.join(name)).iter().filter(|path| path.is_file()) {
             hash.update(files::read_to_string(text)?);
         }
-        Weights::in_folder(dir, "model", Kind::Float, host::CPU)?.identify(&mut hash)?;
+        Weights::in_folder(dir, "model", Kind::Float.into(), host::CPU)?.identify(&mut hash)?;
         found.push(format!("{name} {}", short(hash)));
     }
     for (net, file) in paths.lpips() {

@@ -29,7 +29,7 @@ impl Vit {
         let _guard = tch::no_grad_guard();
         let config = VitConfig::read(dir)?;
         let processor = Processor::read(dir)?;
-        let weights = Weights::in_folder(dir, "model", Kind::Float, device)?;
+        let weights = Weights::in_folder(dir, "model", Kind::Float.into(), device)?;
         // Files of models with a head have a prefix.
         let root = weights.root();
         let prefixed = weights.shape(&format!("{}.embeddings.cls_token", config.prefix())).is_some();

@@ -156,7 +156,7 @@ impl ConditionEncoder {
     /// Loads the control encoder in the folder `dir`. The second value names tensors that it lacks.
     pub fn load(dir: &Path, device: Device) -> Result<(Self, Vec<String>)> {
         let config = EncoderConfig::read(dir)?;
-        let weights = Weights::in_folder(dir, FILE_STEM, Kind::Float, device)?;
+        let weights = Weights::in_folder(dir, FILE_STEM, Kind::Float.into(), device)?;
         let encoder = Self::new(&weights.root(), config);
         Ok((encoder, weights.finish()?))
     }
@@ -172,7 +172,7 @@ impl ConditionEncoder {
     /// Conditions `(b, 3, H, W)` in [0, 1] to `(b, c0, H / factor, W / factor)`, with gradient.
     pub fn forward(&self, conditions: &Tensor) -> Tensor {
         let (last, inner) = self.convolutions.split_last().expect("there are two convolutions or more");
-        let kind = self.convolutions[0].weight().kind();
+        let kind = self.convolutions[0].kind();
         let x = inner.iter().fold(conditions.to_kind(kind), |x, layer| layer.forward(&x).silu());
         last.forward(&x)
     }

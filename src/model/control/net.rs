@@ -9,6 +9,7 @@ use crate::model::denoiser::{Call, Denoiser, Signals};
 use crate::model::down::DownPath;
 use crate::model::layers::Layer;
 use crate::platform::files;
+use crate::platform::precision::Numbers;
 use crate::weights::config::UNetConfig;
 use crate::weights::part::Text;
 use crate::weights::scope::Weights;
@@ -30,19 +31,21 @@ pub struct ControlNet {
 
 impl ControlNet {
     /// Loads the ControlNet in the folder `dir`. The second value names tensors of the file that it lacks.
-    pub fn load(dir: &Path, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
+    pub fn load(dir: &Path, numbers: impl Into<Numbers>, device: Device) -> Result<(Self, Vec<String>)> {
         let (config, embedding, reversed_channels) = read_config(dir)?;
         let levels = config
             .levels()
             .map_err(|problems| Error::format(&dir.join("config.json"), problems.join("\n")))?;
-        let weights = Weights::in_folder(dir, FILE_STEM, kind, device)?;
+        let numbers = numbers.into();
+        let weights = Weights::in_folder(dir, FILE_STEM, numbers, device)?;
         let root = weights.root();
-        let down = DownPath::new(&root, config, &levels, kind);
+        let down = DownPath::new(&root, config, &levels);
         let conv = |name: String, c: i64| Layer::conv(&root.at(name), c, c, 1, 1, 0);
         let skips = down.skip_channels.iter().enumerate();
         let down_blocks = skips.map(|(i, c)| conv(format!("controlnet_down_blocks.{i}"), *c)).collect();
         let mid_block = conv("controlnet_mid_block".into(), levels[levels.len() - 1].channels);
         let embedding = ConditionEncoder::new(&root.at("controlnet_cond_embedding"), embedding);
+        let kind = numbers.compute;
         let net = Self { down, embedding, down_blocks, mid_block, reversed_channels, kind };
         Ok((net, weights.finish()?))
     }

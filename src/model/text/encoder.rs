@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::model::attention::{Sees, attend, join_heads, split_heads};
 use crate::model::layers::{Layer, Layers, Module, Norm};
 use crate::platform::host;
+use crate::platform::precision::Numbers;
 use crate::weights::config::TextConfig;
 use crate::weights::part::Part;
 use crate::weights::scope::{Scope, Weights};
@@ -34,6 +35,7 @@ pub struct TextEncoder {
     projection: Option<Projection>,
     length: i64,
     vocabulary: i64,
+    kind: Kind,
     device: Device,
 }
 
@@ -136,10 +138,15 @@ impl EncoderLayer {
 impl TextEncoder {
     /// Loads a text tower of `source`; the second one of Stable Diffusion XL has a projection. The second value names tensors of the
     /// file that the tower lacks.
-    pub fn load(source: &Source, part: Part, kind: Kind, device: Device) -> Result<(Self, Vec<String>)> {
+    pub fn load(
+        source: &Source,
+        part: Part,
+        numbers: impl Into<Numbers>,
+        device: Device,
+    ) -> Result<(Self, Vec<String>)> {
         let text = source.text(&config_of(part))?;
         let config = TextConfig::parse(&text)?;
-        let weights = Weights::open(source, part, kind, device)?;
+        let weights = Weights::open(source, part, numbers.into(), device)?;
         let mut encoder = Self::new(&weights.root(), &config, device);
         if part == Part::TextEncoder2 {
             let (scope, width) = (weights.root().at("text_projection"), config.projection(&text)?);
@@ -174,6 +181,7 @@ impl TextEncoder {
             projection: None,
             length: config.max_position_embeddings,
             vocabulary: config.vocab_size,
+            kind: scope.numbers().compute,
             device,
         }
     }
@@ -210,7 +218,8 @@ impl TextEncoder {
     fn embedded(&self, ids: &Tensor) -> Tensor {
         let (b, n) = (ids.size()[0], ids.size()[1]);
         let tokens = Tensor::embedding(&self.token_embedding, ids, -1, false, false); // [b, n, width]
-        tokens + self.position_embedding.narrow(0, 0, n).expand([b, n, -1], false)
+        let positions = self.position_embedding.narrow(0, 0, n).expand([b, n, -1], false);
+        tokens.to_kind(self.kind) + positions.to_kind(self.kind)
     }
 
     /// Number of layers.

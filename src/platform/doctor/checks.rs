@@ -6,6 +6,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Error;
+use crate::platform::precision::{Numbers, Precision, cpu_has_tiles};
 use crate::platform::{device, random};
 
 /// One operation on one device in one number format.
@@ -46,7 +47,7 @@ pub(super) fn formats(device: Device) -> (String, Vec<(&'static str, Kind)>) {
 /// Says so where the CPU takes this many times as long in bf16 as in f32, as processors without instructions for it do.
 const SLOW: f64 = 2.0;
 
-/// A warning where bf16 is far slower on the CPU than f32, with the ratio that was measured.
+/// A word where bf16 is far slower on the CPU than f32, with the ratio that was measured.
 pub(super) fn slow_bf16(checks: &[Check]) -> Option<String> {
     let time = |precision: &str, operation: &str| {
         let mut of_cpu = checks.iter().filter(|check| check.device == "cpu");
@@ -55,9 +56,12 @@ pub(super) fn slow_bf16(checks: &[Check]) -> Option<String> {
     let ratio = |check: &Check| Some(time("bf16", check.operation)? / time("f32", check.operation)?);
     let slowest = checks.iter().filter_map(|check| Some((ratio(check)?, check.operation)));
     let (ratio, operation) = slowest.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(ratio, _)| *ratio > SLOW)?;
-    Some(format!(
-        "bf16 on this CPU takes {ratio:.1} times as long as f32 ({operation}); give --dtype f32 where it computes"
-    ))
+    let then = if Numbers::on_cpu(Precision::Bf16, cpu_has_tiles()).compute == Kind::BFloat16 {
+        "give --dtype f32 where it computes"
+    } else {
+        "with --dtype bf16 weights rest in bf16 and layers compute in f32"
+    };
+    Some(format!("bf16 on this CPU takes {ratio:.1} times as long as f32 ({operation}); {then}"))
 }
 
 type Operation = fn(Device, Kind) -> std::result::Result<Measured, tch::TchError>;

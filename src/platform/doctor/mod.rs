@@ -19,6 +19,7 @@ use crate::platform::cuda::{self, CudaState, Driver, Gpu};
 use crate::platform::device::{self, PeakMemory, kib_line, peak_memory};
 use crate::platform::doctor::attention::AttentionKernel;
 use crate::platform::doctor::checks::{Check, check_device, formats, slow_bf16};
+use crate::platform::precision::cpu_flags;
 
 /// Everything that `hra doctor` found.
 #[derive(Debug, Serialize)]
@@ -149,16 +150,15 @@ fn python_version(text: &str) -> Option<String> {
 }
 
 fn cpu() -> Cpu {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let flags: Vec<_> = cpuinfo(&info, "flags").unwrap_or_default().split(' ').collect();
+    let flags = cpu_flags();
     Cpu {
         model: cpu_model(),
         cores: device::cores(),
         threads: tch::get_num_threads(),
         features: ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
             .into_iter()
-            .filter(|feature| flags.contains(feature))
+            .filter(|feature| flags.iter().any(|flag| flag == feature))
             .collect(),
         memory_total: kib_line(&memory, "MemTotal:"),
         memory_available: kib_line(&memory, "MemAvailable:"),

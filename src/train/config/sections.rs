@@ -26,6 +26,9 @@ pub struct ModelSection {
     pub model_config: Option<PathBuf>,
     /// VAE in place of the model's own: folder of diffusers', file (diffusers' keys, or those of checkpoints), or hub id.
     pub vae: Option<PathBuf>,
+    /// Number format of the VAE; f32 where it does not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae_dtype: Option<Precision>,
     /// What the model predicts.
     pub prediction: Option<Prediction>,
     /// Number format of the frozen model; the adapter is always f32.
@@ -38,6 +41,7 @@ impl Default for ModelSection {
             pretrained_model_name_or_path: PathBuf::new(),
             model_config: None,
             vae: None,
+            vae_dtype: None,
             prediction: None,
             dtype: Precision::F32,
         }

@@ -6,6 +6,9 @@ use crate::weights::config::{MAX_LEVELS, parse_json};
 use crate::weights::part::Text;
 use serde::Deserialize;
 
+/// What latents of one channel deviate by is far above this; below it f32 has no use for it.
+const SMALLEST_DEVIATION: f64 = 1e-6;
+
 /// `vae/config.json`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default)]
@@ -19,7 +22,13 @@ pub struct VaeConfig {
     pub latent_channels: i64,
     pub norm_num_groups: i64,
     pub scaling_factor: f64,
+    /// Taken from every number of a latent before it is scaled.
     pub shift_factor: Option<f64>,
+    /// Taken from each channel of a latent in place of the shift, and what it is divided by.
+    pub latents_mean: Option<Vec<f64>>,
+    pub latents_std: Option<Vec<f64>>,
+    /// Whether it needs f32 where the rest computes in f16.
+    pub force_upcast: bool,
     pub act_fn: String,
     pub use_quant_conv: bool,
     pub use_post_quant_conv: bool,
@@ -39,6 +48,9 @@ impl Default for VaeConfig {
             norm_num_groups: 32,
             scaling_factor: 0.18215,
             shift_factor: None,
+            latents_mean: None,
+            latents_std: None,
+            force_upcast: false,
             act_fn: "silu".into(),
             use_quant_conv: true,
             use_post_quant_conv: true,
@@ -48,7 +60,7 @@ impl Default for VaeConfig {
 }
 
 impl VaeConfig {
-    /// Parses and checks `vae/config.json`: the crate's VAE has one architecture, other ones are refused.
+    /// Parses and checks `vae/config.json`: diffusers' `AutoencoderKL` of pictures in RGB, other ones are refused.
     pub fn parse(text: &Text) -> Result<Self> {
         let config: Self = parse_json(text)?;
         let levels = config.block_out_channels.len();
@@ -84,17 +96,48 @@ impl VaeConfig {
                 "scaling_factor: expected a positive number up to {MAX_FACTOR:e}, found {found:e}"
             ));
         }
-        let usual = config.act_fn == "silu"
-            && config.use_quant_conv
-            && config.use_post_quant_conv
-            && config.mid_block_add_attention
-            && config.shift_factor.is_none_or(|s| s == 0.0);
-        if !usual {
-            problems.push(
-                "not the VAE of Stable Diffusion 1.x or 2.x (activation, quant_conv, shift_factor)".into(),
-            );
+        if config.act_fn != "silu" {
+            problems.push(format!("act_fn: expected silu, found {}", config.act_fn));
         }
+        problems.extend(config.latent_problems());
         if problems.is_empty() { Ok(config) } else { Err(Error::format(&text.path, problems.join("\n"))) }
+    }
+
+    /// What is wrong with the numbers that latents are shifted and divided by.
+    fn latent_problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if let Some(shift) = self.shift_factor.filter(|shift| !is_factor(*shift)) {
+            problems.push(format!("shift_factor: expected a number up to {MAX_FACTOR:e}, found {shift:e}"));
+        }
+        let lists = [("latents_mean", &self.latents_mean), ("latents_std", &self.latents_std)];
+        for (name, values) in lists.into_iter().filter_map(|(name, values)| Some((name, values.as_ref()?))) {
+            let fits =
+                |value: &f64| is_factor(*value) && (name == "latents_mean" || *value > SMALLEST_DEVIATION);
+            if values.len() as i64 != self.latent_channels || !values.iter().all(fits) {
+                problems.push(format!(
+                    "{name}: expected {} numbers, one for each channel of a latent{}, found {values:?}",
+                    self.latent_channels,
+                    if name == "latents_mean" { "" } else { ", positive" },
+                ));
+            }
+        }
+        if self.latents_mean.is_some() != self.latents_std.is_some() {
+            problems.push("expected both latents_mean and latents_std, or neither".into());
+        }
+        problems
+    }
+
+    /// Whether it has all that the VAE of Stable Diffusion 1.x and 2.x has.
+    pub fn is_usual(&self) -> bool {
+        self.use_quant_conv && self.use_post_quant_conv && self.mid_block_add_attention
+    }
+
+    /// Whether latents are shifted and divided as another's are; the factor alone may differ.
+    pub fn shifts_as(&self, other: &Self) -> bool {
+        let shift = |config: &Self| config.shift_factor.unwrap_or_default();
+        shift(self) == shift(other)
+            && self.latents_mean == other.latents_mean
+            && self.latents_std == other.latents_std
     }
 
     /// Pixels along one edge of a latent.

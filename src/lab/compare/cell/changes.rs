@@ -42,7 +42,7 @@ impl Cell<'_> {
         let TrainConfig { adapter, model, threads, output_dir, .. } = &self.config;
         // On the CPU, whatever the cell ran on: what is measured needs f64.
         let asked = base::request(model, self.observer)?;
-        let mut model = StableDiffusion::open(&asked, self.compute.kind, host::CPU)?;
+        let mut model = StableDiffusion::open(&asked, self.compute.numbers, host::CPU)?;
         device::set_threads(*threads, attach::weight_count(&mut model.unet))?;
         let whole = adapter.method()?.is_some_and(|method| method.trains_whole_network());
         // Of a whole network the layers that the comparison's adapters are on.

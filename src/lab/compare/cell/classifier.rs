@@ -111,7 +111,7 @@ impl Cell<'_> {
             let index = folder.images().iter().position(|image| image.path == path).ok_or_else(missing)?;
             let window = folder.crop_window(index, resolution, Crop::Center);
             let (mean, _) = model.vae.encode(&tensor::signed(&folder.prepare(index, resolution, window)?));
-            Ok(mean * model.vae.scaling_factor())
+            Ok(model.vae.scaling().to_unet(&mean))
         };
         if asked.pictures.is_empty() {
             return Err(Error::data("classifier: expected pictures to classify, found none"));

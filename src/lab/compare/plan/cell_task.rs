@@ -150,7 +150,8 @@ impl Planner<'_> {
             t.prior.sample_batch_size,
         );
         let prediction = t.model.prediction.map_or_else(String::new, |prediction| format!(" {prediction}"));
-        format!("{} {how:?}{prediction}", self.model)
+        let vae = t.model.vae_dtype.map_or_else(String::new, |dtype| format!(" VAE in {dtype}"));
+        format!("{} {how:?}{prediction}{vae}", self.model)
     }
 
     fn base_id(&self, subject: &Subject) -> String {

@@ -1,36 +1,38 @@
-//! The variational autoencoder, in f32: the `diffusers` crate's, which needs two arrangements to serve us.
+//! The `diffusers` crate's autoencoder, in f32, which needs two arrangements to serve us.
 //!
 //! Its `encode` hides mean and log-variance and only draws samples. So it is built with twice the latent channels: the
 //! file's weights give (mean, log-variance) as the *mean* of that wider distribution, whose own log-variance is held at
 //! -200 by a bias, so a draw from it is its mean to the last bit. The decoder's extra inputs have weight zero. One
 //! instance serves both directions, and decoding pads the latents with zeros.
 
+use super::autoencoder::Autoencoder;
 use crate::error::{Error, Result};
+use crate::model::layers::Module;
 use crate::platform::host;
 use crate::platform::random;
 use crate::weights::config::VaeConfig;
-use crate::weights::part::Part;
 use crate::weights::scope::Weights;
-use crate::weights::source::Source;
 use crate::weights::tensors::current_vae_name;
 use diffusers::models::vae::{AutoEncoderKL, AutoEncoderKLConfig};
-use tch::{Device, Kind, Tensor, nn};
+use std::path::Path;
+use tch::{Device, Tensor, nn};
 
 /// Log-variance of the outer distribution: its standard deviation, exp(-100), vanishes beside any f32 number.
 const NO_VARIANCE: f64 = -200.0;
 
-/// Pictures to latents and back.
-pub struct Vae {
+/// The crate's network.
+pub struct OfCrate {
     inner: AutoEncoderKL,
-    config: VaeConfig,
-    device: Device,
 }
 
-impl Vae {
-    /// Loads the VAE of `source`. The second value names tensors of the file that the network lacks.
-    pub fn load(source: &Source, device: Device) -> Result<(Self, Vec<String>)> {
-        let config = VaeConfig::parse(&source.text("vae/config.json")?)?;
-        let weights = Weights::open(source, Part::Vae, Kind::Float, device)?;
+impl OfCrate {
+    /// With weights of f32, of the model at `path`. The second value names tensors of the file that the network lacks.
+    pub fn load(
+        weights: Weights,
+        config: &VaeConfig,
+        path: &Path,
+        device: Device,
+    ) -> Result<(Self, Vec<String>)> {
         // The crate allocates before we can look, so a config that the file does not bear out is refused first.
         let blocks = config.block_out_channels.iter().enumerate();
         for ((level, &channels), block) in
@@ -40,10 +42,8 @@ impl Vae {
             let expected = [channels, channels, 3, 3];
             if weights.shape(&name).is_none_or(|found| found != expected) {
                 let _ = weights.root().tensor(&name, &expected);
-                return Err(weights
-                    .finish()
-                    .err()
-                    .unwrap_or_else(|| Error::format(source.path(), "the VAE's weights do not fit")));
+                let other = || Error::format(path, "the VAE's weights do not fit");
+                return Err(weights.finish().err().unwrap_or_else(other));
             }
         }
         let mut store = nn::VarStore::new(device);
@@ -65,38 +65,21 @@ impl Vae {
             fill(&mut variable, &current, &weights, z);
         }
         let unused = weights.finish()?;
-        Ok((Self { inner, config, device }, unused))
+        Ok((Self { inner }, unused))
+    }
+}
+
+impl Autoencoder for OfCrate {
+    fn moments(&self, pictures: &Tensor) -> Tensor {
+        self.inner.encode(pictures).sample()
     }
 
-    /// Pictures `(b, 3, h, w)` in [-1, 1] to mean and log-variance, each `(b, z, h/f, w/f)`, without scaling factor.
-    pub fn encode(&self, pictures: &Tensor) -> (Tensor, Tensor) {
-        let _guard = tch::no_grad_guard();
-        let moments =
-            self.inner.encode(&host::to_device(pictures, self.device).to_kind(Kind::Float)).sample();
-        let halves = moments.chunk(2, 1);
-        (halves[0].shallow_clone(), halves[1].clamp(-30.0, 20.0))
+    fn decode(&self, latents: &Tensor) -> Tensor {
+        self.inner.decode(&Tensor::cat(&[latents, &latents.zeros_like()], 1))
     }
 
-    /// Latents `(b, z, h, w)` without scaling factor to pictures `(b, 3, f h, f w)`, about [-1, 1].
-    pub fn decode(&self, latents: &Tensor) -> Tensor {
-        let _guard = tch::no_grad_guard();
-        let latents = host::to_device(latents, self.device).to_kind(Kind::Float);
-        self.inner.decode(&Tensor::cat(&[&latents, &latents.zeros_like()], 1))
-    }
-
-    /// What latents are multiplied by for the UNet.
-    pub fn scaling_factor(&self) -> f64 {
-        self.config.scaling_factor
-    }
-
-    /// Pixels along one edge of a latent.
-    pub fn factor(&self) -> i64 {
-        self.config.factor()
-    }
-
-    /// Channels of a latent.
-    pub fn latent_channels(&self) -> i64 {
-        self.config.latent_channels
+    fn modules_mut(&mut self) -> Vec<Module<'_>> {
+        Vec::new()
     }
 }
 

@@ -1,0 +1,131 @@
+//! Stable Diffusion XL's size, its weights in bf16 on disk and in memory: two drawing steps at 1024 px on the CPU, with 7 GB of disk.
+
+use super::fill::{all_finite, clip_l, config, fill, measured, text, tokenizer, vae};
+use crate::support::scratch::Scratch;
+use hra::model::text::TextEncoder;
+use hra::model::{UNet, Vae};
+use hra::weights::part::Part;
+use hra::weights::source::Source;
+use hra::weights::tensor_file::TensorFile;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use tch::{Device, Kind};
+
+/// Values of the UNet, of both text towers and of the VAE of Stable Diffusion XL 1.0, as they are published.
+const UNET_VALUES: i64 = 2_567_463_684;
+const TEXT_VALUES: i64 = 123_060_480;
+const TEXT_2_VALUES: i64 = 694_659_840;
+const VAE_VALUES: i64 = 83_653_863;
+
+#[test]
+#[ignore = "makes 7 GB of weights and computes for minutes"]
+fn stable_diffusion_xl_of_full_size_draws() {
+    let scratch = Scratch::new();
+    let model = kept_model().unwrap_or_else(|| scratch.path("sdxl"));
+    if !model.is_dir() {
+        let started = Instant::now();
+        make_model(&model);
+        println!("made the model in {:.0} s", started.elapsed().as_secs_f64());
+    }
+    // As this CPU computes, and as one without arithmetic of bf16 does.
+    for (name, isa) in [("as chosen", "ALL"), ("in f32", "AVX512_CORE")] {
+        let latents = scratch.path(&format!("{name}.safetensors"));
+        let [model, out, latents] = [&model, &scratch.path(name), &latents].map(|path| text(path));
+        let words = [
+            "sample",
+            "--device=cpu",
+            "--dtype=bf16",
+            "--model",
+            &model,
+            "--prompt",
+            "a fluent 3d emoji of a cat face",
+            "--steps=2",
+            "--save-latents",
+            &latents,
+            "--output",
+            &out,
+        ];
+        let what = format!("two drawing steps with guidance at 1024 px, {name}");
+        let (drawn, peak) = measured(&scratch, &what, &words, &[("ONEDNN_MAX_CPU_ISA", isa)]);
+        println!("{}", drawn.err);
+        assert!(peak < 24_000_000_000, "{peak} bytes");
+        assert!(name == "as chosen" || drawn.err.contains("computed in f32"), "{}", drawn.err);
+        let latents = TensorFile::open(Path::new(&latents)).unwrap().read("latents").unwrap();
+        assert_eq!(latents.size(), [1, 4, 128, 128]);
+        assert!(all_finite(&latents));
+        let picture = image::open(Path::new(&out).join("0000-0000.png")).unwrap().to_rgb8();
+        assert_eq!(picture.dimensions(), (1024, 1024));
+        let first = picture.get_pixel(0, 0);
+        assert!(picture.pixels().any(|p| p != first), "the picture is one plain colour");
+    }
+}
+
+/// Where a developer keeps the model, to make it once: `HRA_LARGE_XL`.
+fn kept_model() -> Option<PathBuf> {
+    std::env::var_os("HRA_LARGE_XL").map(PathBuf::from)
+}
+
+/// Writes a model folder of Stable Diffusion XL's shape, with the embedded model's tokenizer.
+fn make_model(dir: &Path) {
+    config(
+        dir,
+        "unet",
+        "config.json",
+        json!({
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": 128,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "layers_per_block": 2,
+            "transformer_layers_per_block": [1, 2, 10],
+            "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20],
+            "use_linear_projection": true,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "norm_num_groups": 32,
+        }),
+    );
+    vae(dir, 1024, 0.13025);
+    clip_l(dir);
+    let bigg = json!({
+        "architectures": ["CLIPTextModelWithProjection"],
+        "vocab_size": 49408,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "max_position_embeddings": 77,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+    });
+    config(dir, "text_encoder_2", "config.json", bigg);
+    let scheduler = json!({
+        "_class_name": "EulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+    });
+    config(dir, "scheduler", "scheduler_config.json", scheduler);
+    tokenizer(dir, "tokenizer", None);
+    tokenizer(dir, "tokenizer_2", Some("!"));
+
+    let (device, kind) = (Device::Cpu, Kind::BFloat16);
+    let model = Source::open(dir, None).unwrap();
+    let unet = fill(dir, Part::UNet, kind, || UNet::load(&model, kind, device));
+    assert_eq!(unet, UNET_VALUES, "values of the UNet");
+    let vae = fill(dir, Part::Vae, kind, || Vae::load_ours(&model, Kind::Float, device));
+    assert_eq!(vae, VAE_VALUES, "values of the VAE");
+    for (part, expected) in [(Part::TextEncoder, TEXT_VALUES), (Part::TextEncoder2, TEXT_2_VALUES)] {
+        let found = fill(dir, part, kind, || TextEncoder::load(&model, part, kind, device));
+        assert_eq!(found, expected, "values of {}", part.folder());
+    }
+}
