@@ -6,7 +6,8 @@ use crate::cli::model_flags::ModelFlags;
 use crate::cli::start::StartArgs;
 use crate::diffusion::sample::SizeSettings;
 use crate::diffusion::sampler::{SamplerKind, Spacing};
-use crate::platform::device::{DeviceChoice, Precision};
+use crate::platform::device::DeviceChoice;
+use crate::platform::precision::Precision;
 use clap::Args;
 use std::path::PathBuf;
 

@@ -1,8 +1,9 @@
 //! The `hra sample` line that draws with what was trained, to be pasted.
 
 use crate::lab::compare::recommended::Recommended;
-use crate::platform::device::{DeviceChoice, Precision};
+use crate::platform::device::DeviceChoice;
 use crate::platform::files::shell_word;
+use crate::platform::precision::Precision;
 use crate::train::config::TrainConfig;
 use std::path::{Path, PathBuf};
 

@@ -14,8 +14,7 @@ use tch::{Device, Kind};
 use crate::error::{Error, Result};
 use crate::platform::cuda;
 pub use crate::platform::cuda::{CudaState, load_cuda};
-use crate::platform::precision::cpu_has_tiles;
-pub use crate::platform::precision::{Numbers, Precision};
+use crate::platform::precision::{Numbers, Precision};
 
 /// The device a user asks for: `auto`, `cpu`, `cuda` (the first GPU) or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -120,7 +119,7 @@ pub fn resolve(choice: DeviceChoice, precision: Option<Precision>) -> Result<Com
         _ => None,
     };
     let precision = precision.unwrap_or_default();
-    let mut on_cpu = Numbers::on_cpu(precision, cpu_has_tiles());
+    let mut on_cpu = Numbers::on(Device::Cpu, precision);
     // Slow; tests of training in f16 ask for it.
     if std::env::var_os("HRA_F16_ON_CPU").is_some() && precision == Precision::F16 {
         on_cpu = Kind::Half.into();

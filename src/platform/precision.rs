@@ -64,8 +64,7 @@ impl fmt::Display for Precision {
 }
 
 /// How a network holds numbers. Where the formats differ, a layer converts its weight for each pass (diffusers calls that layerwise
-/// casting); vectors, which are small, are rounded as
-/// the rest and then rest as they compute.
+/// casting); vectors, which are small, are rounded as the rest and then rest as they compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Numbers {
     /// Of matrices and filters at rest.
@@ -83,13 +82,16 @@ impl From<Kind> for Numbers {
 impl Numbers {
     /// Those that a network in `precision` is given on a device.
     pub fn on(device: Device, precision: Precision) -> Self {
-        if device == Device::Cpu { Self::on_cpu(precision, cpu_has_tiles()) } else { precision.kind().into() }
+        match device {
+            Device::Cpu => Self::on_cpu(precision, precision == Precision::Bf16 && cpu_has_tiles()),
+            _ => precision.kind().into(),
+        }
     }
 
     /// Those of a CPU, which computes bf16 in matrix tiles (`tiles`) or not. Without tiles libtorch takes several times as long for bf16
-    /// as for f32, and for f16 on every CPU as long or longer (`hra doctor` measures
-    /// bf16; a convolution with `ONEDNN_MAX_CPU_ISA` at AVX512_CORE took 2.9 times as long, with AMX a third).
-    pub fn on_cpu(precision: Precision, tiles: bool) -> Self {
+    /// as for f32, and for f16 on every CPU as long or longer (`hra doctor` measures bf16; a convolution with `ONEDNN_MAX_CPU_ISA` at
+    /// AVX512_CORE took 2.9 times as long, with AMX a third).
+    fn on_cpu(precision: Precision, tiles: bool) -> Self {
         let rest = precision.kind();
         Self { rest, compute: if rest == Kind::BFloat16 && tiles { rest } else { Kind::Float } }
     }
@@ -104,7 +106,7 @@ impl fmt::Display for Numbers {
 }
 
 /// Whether this CPU computes bf16 in matrix tiles (AMX), which oneDNN may have been told to leave alone (`ONEDNN_MAX_CPU_ISA`).
-pub fn cpu_has_tiles() -> bool {
+fn cpu_has_tiles() -> bool {
     let allowed = std::env::var("ONEDNN_MAX_CPU_ISA").map(|isa| isa.to_ascii_uppercase());
     let allowed =
         allowed.map_or(true, |isa| isa.contains("AMX") || ["", "ALL", "DEFAULT"].contains(&isa.as_str()));
@@ -114,9 +116,16 @@ pub fn cpu_has_tiles() -> bool {
 /// What Linux says that this CPU can (`flags` of /proc/cpuinfo on x86, `Features` on Arm); nothing elsewhere.
 pub fn cpu_flags() -> Vec<String> {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = info.lines().filter_map(|line| line.split_once(':'));
-    let mut flags = line.filter(|(name, _)| ["flags", "Features"].contains(&name.trim()));
-    flags.next().map(|(_, flags)| flags.split_whitespace().map(str::to_string).collect()).unwrap_or_default()
+    let flags = cpuinfo(&info, "flags").or_else(|| cpuinfo(&info, "Features")).unwrap_or_default();
+    flags.split_whitespace().map(str::to_string).collect()
+}
+
+/// The first value of a `name : value` line of /proc/cpuinfo; an Arm machine has no `model name`.
+pub(crate) fn cpuinfo<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(key, _)| key.trim() == name)
+        .map(|(_, v)| v.trim())
 }
 
 #[cfg(test)]

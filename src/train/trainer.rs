@@ -2,8 +2,9 @@
 
 use crate::attach::{self, Movement};
 use crate::error::{Error, ErrorKind, Result};
-use crate::platform::device::{self, PeakMemory, Precision};
+use crate::platform::device::{self, PeakMemory};
 use crate::platform::observer::{Counter, Event, Observer};
+use crate::platform::precision::Precision;
 use crate::platform::{files, host};
 use crate::train::checkpoint::{self, TrainState};
 use crate::train::config::TrainConfig;

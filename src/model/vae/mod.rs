@@ -7,7 +7,7 @@ mod autoencoder;
 mod network;
 mod of_crate;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::layers::{Layers, Module};
 use crate::platform::host;
 use crate::platform::precision::Numbers;
@@ -24,46 +24,40 @@ use tch::{Device, Kind, Tensor};
 pub struct LatentScaling {
     factor: f64,
     /// `(1, z, 1, 1)`, or one for all channels.
-    shift: Option<Tensor>,
-    /// `(1, z, 1, 1)`
-    deviation: Option<Tensor>,
+    shift: Tensor,
+    /// As [`Self::shift`].
+    deviation: Tensor,
 }
 
 impl LatentScaling {
     /// As the VAE's config says: diffusers' pipelines of Stable Diffusion XL use `latents_mean` and `latents_std`, those of later models
     /// `shift_factor`.
     fn new(config: &VaeConfig, device: Device) -> Self {
-        let by_channel = |values: &[f64]| {
-            let values = host::tensor(values).to_kind(Kind::Float);
+        let by_channel = |values: Option<&Vec<f64>>, for_all: f64| {
+            let values = host::tensor(values.map_or(&[for_all][..], Vec::as_slice)).to_kind(Kind::Float);
             host::to_device(&values.view([1, -1, 1, 1]), device)
         };
-        let mean = config.latents_mean.as_deref().map(by_channel);
-        let one = || config.shift_factor.filter(|shift| *shift != 0.0).map(|shift| by_channel(&[shift]));
         Self {
             factor: config.scaling_factor,
-            shift: mean.or_else(one),
-            deviation: config.latents_std.as_deref().map(by_channel),
+            shift: by_channel(config.latents_mean.as_ref(), config.shift_factor.unwrap_or(0.0)),
+            deviation: by_channel(config.latents_std.as_ref(), 1.0),
         }
     }
 
     /// Latents `(b, z, h, w)` of [`Vae::encode`] as the UNet sees them.
     pub fn to_unet(&self, latents: &Tensor) -> Tensor {
-        let shifted = self.shift.as_ref().map_or_else(|| latents.shallow_clone(), |shift| latents - shift);
-        let scaled = shifted * self.factor;
-        self.deviation.as_ref().map_or_else(|| scaled.shallow_clone(), |deviation| &scaled / deviation)
+        (latents - &self.shift) * self.factor / &self.deviation
     }
 
     /// Latents of the UNet for [`Vae::decode`]: the inverse of [`Self::to_unet`].
     pub fn from_unet(&self, latents: &Tensor) -> Tensor {
-        let widened = self.deviation.as_ref().map_or_else(|| latents.shallow_clone(), |d| latents * d);
-        let scaled = widened / self.factor;
-        self.shift.as_ref().map_or_else(|| scaled.shallow_clone(), |shift| &scaled + shift)
+        latents * &self.deviation / self.factor + &self.shift
     }
 
     /// The same tensors.
     pub fn shallow_clone(&self) -> Self {
-        let same = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::shallow_clone);
-        Self { factor: self.factor, shift: same(&self.shift), deviation: same(&self.deviation) }
+        let [shift, deviation] = [&self.shift, &self.deviation].map(Tensor::shallow_clone);
+        Self { factor: self.factor, shift, deviation }
     }
 }
 
@@ -81,21 +75,19 @@ pub struct Vae {
 impl Vae {
     /// Loads the VAE of `source` in f32. The second value names tensors of the file that the network lacks.
     pub fn load(source: &Source, device: Device) -> Result<(Self, Vec<String>)> {
-        Self::load_in(source, Kind::Float, device)
+        Self::load_in(source, config(source)?, Kind::Float.into(), device)
     }
 
     /// As [`Self::load`], in the format that the model's user asks for; f16 computes in f32 where the config asks for that, as
     /// diffusers' pipelines of Stable Diffusion XL do.
     pub fn load_as_asked(source: &Source, device: Device) -> Result<(Self, Vec<String>)> {
-        let asked = source.vae_dtype();
-        let mut numbers = Numbers::on(device, asked);
-        let is_raised = numbers.compute == Kind::Half && config(source)?.force_upcast;
+        let (config, mut numbers) = (config(source)?, Numbers::on(device, source.vae_dtype()));
+        let is_raised = numbers.compute == Kind::Half && config.force_upcast;
         if is_raised {
             numbers.compute = Kind::Float;
         }
-        let (mut vae, unused) = Self::load_in(source, numbers, device)?;
-        vae.is_raised = is_raised;
-        Ok((vae, unused))
+        let (vae, unused) = Self::load_in(source, config, numbers, device)?;
+        Ok((Self { is_raised, ..vae }, unused))
     }
 
     /// What a user should know of its numbers.
@@ -103,47 +95,43 @@ impl Vae {
         self.is_raised.then(|| "the VAE computes in f32, as its config asks (force_upcast)".to_string())
     }
 
-    /// As [`Self::load`], with other numbers.
-    pub fn load_in(
-        source: &Source,
-        numbers: impl Into<Numbers>,
-        device: Device,
-    ) -> Result<(Self, Vec<String>)> {
-        let (config, numbers) = (config(source)?, numbers.into());
-        if !config.is_usual() || numbers != Kind::Float.into() {
-            return Self::load_ours(source, numbers, device);
-        }
-        let weights = Weights::open(source, Part::Vae, numbers, device)?;
-        let (network, unused) = OfCrate::load(weights, &config, source.path(), device)?;
-        Ok((Self::new(Box::new(network), config, false, device), unused))
-    }
-
-    /// As [`Self::load_in`], with our own network wherever it could be the crate's: it can carry adapters.
+    /// As [`Self::load`], with our own network and other numbers: it can carry adapters.
     pub fn load_ours(
         source: &Source,
         numbers: impl Into<Numbers>,
         device: Device,
     ) -> Result<(Self, Vec<String>)> {
-        let config = config(source)?;
-        let weights = Weights::open(source, Part::Vae, numbers.into(), device)?;
-        let network = Network::new(&weights.root(), &config);
-        let unused = weights.finish()?;
-        let switched_off = |name: &&String| {
-            name.starts_with("quant_conv.")
-                || name.starts_with("post_quant_conv.")
-                || name.contains(".mid_block.attentions.")
-        };
-        if let Some(name) = unused.iter().find(switched_off) {
-            let problem = format!("the VAE's config says that it has no `{name}`, but its weights have it");
-            return Err(Error::format(source.path(), problem)
-                .with_hint("vae/config.json: use_quant_conv, use_post_quant_conv and mid_block_add_attention say what there is"));
-        }
-        Ok((Self::new(Box::new(network), config, true, device), unused))
+        Self::load_with(source, config(source)?, numbers.into(), true, device)
     }
 
-    fn new(network: Box<dyn Autoencoder>, config: VaeConfig, is_ours: bool, device: Device) -> Self {
+    /// With the network that serves.
+    fn load_in(
+        source: &Source,
+        config: VaeConfig,
+        numbers: Numbers,
+        device: Device,
+    ) -> Result<(Self, Vec<String>)> {
+        let is_ours = !config.is_usual() || numbers != Kind::Float.into();
+        Self::load_with(source, config, numbers, is_ours, device)
+    }
+
+    fn load_with(
+        source: &Source,
+        config: VaeConfig,
+        numbers: Numbers,
+        is_ours: bool,
+        device: Device,
+    ) -> Result<(Self, Vec<String>)> {
+        let (weights, path) = (Weights::open(source, Part::Vae, numbers, device)?, source.path());
+        let (network, unused): (Box<dyn Autoencoder>, _) = if is_ours {
+            let (network, unused) = Network::load(weights, &config, path)?;
+            (Box::new(network), unused)
+        } else {
+            let (network, unused) = OfCrate::load(weights, &config, path, device)?;
+            (Box::new(network), unused)
+        };
         let scaling = LatentScaling::new(&config, device);
-        Self { network, config, scaling, is_ours, is_raised: false, device }
+        Ok((Self { network, config, scaling, is_ours, is_raised: false, device }, unused))
     }
 
     /// Pictures `(b, 3, h, w)` in [-1, 1] to mean and log-variance, each `(b, z, h/f, w/f)`, as the network gives them.

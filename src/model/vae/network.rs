@@ -2,11 +2,13 @@
 //! attention in the middle, in any numbers, and able to carry adapters. Field names are the checkpoint's.
 
 use super::autoencoder::Autoencoder;
+use crate::error::{Error, Result};
 use crate::model::attention::{Sees, attend, join_heads, split_heads};
 use crate::model::layers::{Layer, Module, Norm};
 use crate::model::resnet::{Downsample, Resnet, Upsample};
 use crate::weights::config::VaeConfig;
-use crate::weights::scope::Scope;
+use crate::weights::scope::{Scope, Weights};
+use std::path::Path;
 use tch::{Kind, Tensor};
 
 /// Of every norm in it.
@@ -22,8 +24,25 @@ pub struct Network {
 }
 
 impl Network {
-    /// With the weights at `scope`.
-    pub fn new(scope: &Scope, config: &VaeConfig) -> Self {
+    /// With the weights of the model at `path`. The second value names tensors of the file that it lacks; those of a part that the
+    /// config says is not there are an error.
+    pub fn load(weights: Weights, config: &VaeConfig, path: &Path) -> Result<(Self, Vec<String>)> {
+        let network = Self::new(&weights.root(), config);
+        let unused = weights.finish()?;
+        let switched_off = |name: &&String| {
+            name.starts_with("quant_conv.")
+                || name.starts_with("post_quant_conv.")
+                || name.contains(".mid_block.attentions.")
+        };
+        if let Some(name) = unused.iter().find(switched_off) {
+            let problem = format!("the VAE's config says that it has no `{name}`, but its weights have it");
+            return Err(Error::format(path, problem)
+                .with_hint("vae/config.json: use_quant_conv, use_post_quant_conv and mid_block_add_attention say what there is"));
+        }
+        Ok((network, unused))
+    }
+
+    fn new(scope: &Scope, config: &VaeConfig) -> Self {
         let z = config.latent_channels;
         let conv = |name: &str, channels: i64| Layer::conv(&scope.at(name), channels, channels, 1, 1, 0);
         Self {
@@ -39,17 +58,11 @@ impl Network {
 impl Autoencoder for Network {
     fn moments(&self, pictures: &Tensor) -> Tensor {
         let moments = self.encoder.forward(&pictures.to_kind(self.kind));
-        let moments =
-            self.quant_conv.as_ref().map_or_else(|| moments.shallow_clone(), |conv| conv.forward(&moments));
-        moments.to_kind(Kind::Float)
+        through(&self.quant_conv, moments).to_kind(Kind::Float)
     }
 
     fn decode(&self, latents: &Tensor) -> Tensor {
-        let latents = latents.to_kind(self.kind);
-        let latents = self
-            .post_quant_conv
-            .as_ref()
-            .map_or_else(|| latents.shallow_clone(), |conv| conv.forward(&latents));
+        let latents = through(&self.post_quant_conv, latents.to_kind(self.kind));
         self.decoder.forward(&latents).to_kind(Kind::Float)
     }
 
@@ -59,6 +72,14 @@ impl Autoencoder for Network {
         self.decoder.collect(&mut out);
         out.extend(self.quant_conv.iter_mut().chain(&mut self.post_quant_conv).map(Module::Layer));
         out
+    }
+}
+
+/// `x` after the convolution, where there is one.
+fn through(conv: &Option<Layer>, x: Tensor) -> Tensor {
+    match conv {
+        Some(conv) => conv.forward(&x),
+        None => x,
     }
 }
 

@@ -6,7 +6,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Error;
-use crate::platform::precision::{Numbers, Precision, cpu_has_tiles};
+use crate::platform::precision::{Numbers, Precision};
 use crate::platform::{device, random};
 
 /// One operation on one device in one number format.
@@ -56,7 +56,7 @@ pub(super) fn slow_bf16(checks: &[Check]) -> Option<String> {
     let ratio = |check: &Check| Some(time("bf16", check.operation)? / time("f32", check.operation)?);
     let slowest = checks.iter().filter_map(|check| Some((ratio(check)?, check.operation)));
     let (ratio, operation) = slowest.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(ratio, _)| *ratio > SLOW)?;
-    let then = if Numbers::on_cpu(Precision::Bf16, cpu_has_tiles()).compute == Kind::BFloat16 {
+    let then = if Numbers::on(Device::Cpu, Precision::Bf16).compute == Kind::BFloat16 {
         "give --dtype f32 where it computes"
     } else {
         "with --dtype bf16 weights rest in bf16 and layers compute in f32"

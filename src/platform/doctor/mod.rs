@@ -19,7 +19,7 @@ use crate::platform::cuda::{self, CudaState, Driver, Gpu};
 use crate::platform::device::{self, PeakMemory, kib_line, peak_memory};
 use crate::platform::doctor::attention::AttentionKernel;
 use crate::platform::doctor::checks::{Check, check_device, formats, slow_bf16};
-use crate::platform::precision::cpu_flags;
+use crate::platform::precision::{cpu_flags, cpuinfo};
 
 /// Everything that `hra doctor` found.
 #[derive(Debug, Serialize)]
@@ -182,14 +182,6 @@ pub fn device_name(device: Device) -> String {
 fn cpu_model() -> Option<String> {
     let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     cpuinfo(&info, "model name").map(str::to_string)
-}
-
-/// The first value of a `name : value` line of /proc/cpuinfo; an Arm machine has no `model name`.
-fn cpuinfo<'a>(text: &'a str, name: &str) -> Option<&'a str> {
-    text.lines()
-        .filter_map(|line| line.split_once(':'))
-        .find(|(key, _)| key.trim() == name)
-        .map(|(_, v)| v.trim())
 }
 
 fn attention_of(device: Device) -> Result<Vec<AttentionKernel>> {

@@ -8,7 +8,7 @@ use crate::adapter::peft::Bias;
 use crate::data::pairs::ConditionKind;
 use crate::diffusion::sampler::SamplerKind;
 use crate::platform::choice::{Word, words};
-use crate::platform::device::Precision;
+use crate::platform::precision::Precision;
 use crate::train::config::{MethodName, TrainConfig};
 use crate::train::optim::LrSchedule;
 use crate::weights::prediction::Prediction;

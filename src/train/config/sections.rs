@@ -9,7 +9,7 @@ use crate::data::image::edges::Thresholds;
 use crate::data::pairs::{ConditionKind, PairSettings};
 use crate::diffusion::sampler::SamplerKind;
 use crate::error::{Error, Result};
-use crate::platform::device::Precision;
+use crate::platform::precision::Precision;
 use crate::train::config::MethodName;
 use crate::train::optim::{AdamWConfig, LrSchedule};
 use crate::weights::prediction::Prediction;

@@ -4,14 +4,21 @@ use crate::support::finished::Finished;
 use crate::support::memory;
 use crate::support::scratch::Scratch;
 use crate::support::training::tiny_sd;
+use hra::model::text::TextEncoder;
+use hra::model::{UNet, Vae};
 use hra::platform::{random as draws, seed};
 use hra::weights::part::Part;
-use hra::weights::tensor_file;
+use hra::weights::source::Source;
+use hra::weights::tensor_file::{self, TensorFile};
 use hra::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
+
+/// Values of the VAE of [`vae`], and of the text tower of [`clip_l`], as model cards and papers count them.
+const VAE_VALUES: i64 = 83_653_863;
+pub const CLIP_L_VALUES: i64 = 123_060_480;
 
 /// A shard of a model part is closed when it holds this many values: what is in memory at once stays small.
 const SHARD_VALUES: i64 = 1 << 28;
@@ -70,9 +77,22 @@ pub fn clip_l(dir: &Path) {
     config(dir, "text_encoder", "config.json", value);
 }
 
+/// Writes random weights in `kind` for every part of the model in `dir`, each of which must have as many values as is published.
+pub fn weights(dir: &Path, kind: Kind, unet: i64, texts: &[(Part, i64)]) {
+    let (device, model) = (Device::Cpu, Source::open(dir, None).unwrap());
+    let found = fill(dir, Part::UNet, kind, || UNet::load(&model, kind, device));
+    assert_eq!(found, unet, "values of the UNet");
+    let found = fill(dir, Part::Vae, kind, || Vae::load_ours(&model, kind, device));
+    assert_eq!(found, VAE_VALUES, "values of the VAE");
+    for (part, expected) in texts {
+        let found = fill(dir, *part, kind, || TextEncoder::load(&model, *part, kind, device));
+        assert_eq!(found, *expected, "values of {}", part.folder());
+    }
+}
+
 /// Writes random weights, in shards, for the network that a part's config describes; how many values it has.
 /// What the network needs it says itself: loaded from an empty file, it lists every tensor as missing, with its shape.
-pub fn fill<T>(model: &Path, part: Part, kind: Kind, load: impl Fn() -> Result<T>) -> i64 {
+fn fill<T>(model: &Path, part: Part, kind: Kind, load: impl Fn() -> Result<T>) -> i64 {
     let (dir, stem) = (model.join(part.folder()), part.stem());
     let empty = dir.join(format!("{stem}.safetensors"));
     tensor_file::write(&empty, &[], &[]).unwrap();
@@ -128,6 +148,17 @@ fn random(name: &str, shape: &[i64]) -> Tensor {
 
 pub fn values(shape: &[i64]) -> i64 {
     shape.iter().product()
+}
+
+/// The finite latents and the picture of more than one colour that a drawing of `side` pixels left.
+pub fn assert_drawn(latents: &Path, out: &Path, side: u32) {
+    let latents = TensorFile::open(latents).unwrap().read("latents").unwrap();
+    assert_eq!(latents.size(), [1, 4, i64::from(side / 8), i64::from(side / 8)]);
+    assert!(all_finite(&latents));
+    let picture = image::open(out.join("0000-0000.png")).unwrap().to_rgb8();
+    assert_eq!(picture.dimensions(), (side, side));
+    let first = picture.get_pixel(0, 0);
+    assert!(picture.pixels().any(|p| p != first), "the picture is one plain colour");
 }
 
 pub fn all_finite(tensor: &Tensor) -> bool {
