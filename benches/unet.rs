@@ -90,7 +90,8 @@ fn attach_new(model: &mut StableDiffusion, settings: &str) -> Vec<Tensor> {
     let method = TrainConfig::from_tables(&[&settings]).expect("the settings are right").adapter.method();
     let method = method.ok().flatten().expect("the words name a method");
     let targets = TargetRule::from_words(&ATTENTION.map(String::from)).expect("plain names");
-    attach::attach_new(&mut model.unet, &targets, &method, Bias::None, 0).expect("the layers can be adapted");
+    attach::attach_new(&mut model.unet, ("", &targets), &method, Bias::None, 0)
+        .expect("the layers can be adapted");
     let parameters = attach::pack_parameters(&mut [&mut model.unet]);
     parameters.views().iter().map(|(_, view)| view.shallow_clone()).collect()
 }

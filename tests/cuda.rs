@@ -9,6 +9,7 @@ mod support {
     pub mod error;
     pub mod finished;
     pub mod grown;
+    pub mod stored_xl;
 }
 
 use hra::platform::device::{self, DeviceChoice};
@@ -20,7 +21,7 @@ use std::process::{Command, Stdio};
 use support::base::root;
 use support::cases::stored_cases;
 use support::finished::{Finished, finished};
-use support::grown::stored_xl;
+use support::stored_xl::stored_xl;
 use tch::{Device, Kind};
 
 /// On CUDA sums are added up in another order: f32 may err by so many times what f32 on the CPU may.
@@ -62,6 +63,7 @@ fn compute_xl(here: &Comparer) {
     for adapter in adapters::names(&case, "out") {
         adapters::outputs_losses_and_gradients(here, &case, &adapter);
     }
+    training::three_steps(here, &case);
     // Twelve steps add up what half precision rounds.
     if here.compute.kind == Kind::Float {
         xl::drawings(here, &case);

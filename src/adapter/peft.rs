@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use tch::{Kind, Tensor};
 
-pub use crate::adapter::peft_config::{AdapterConfig, Bias};
+pub use crate::adapter::peft_config::{AdapterConfig, Bias, PythonClass};
 pub use crate::platform::adapter_layout::{PEFT_CONFIG as CONFIG_FILE, PEFT_WEIGHTS as WEIGHTS_FILE};
 
 /// The longest config that is read; PEFT's own have a few kilobytes.
@@ -48,7 +48,9 @@ impl AdapterFile {
     pub fn is_of_text_encoder(&self) -> bool {
         let mut names = self.layers.keys().chain(self.biases.keys());
         names.all(|name| {
-            ["encoder.layers.", "final_layer_norm", "embeddings."].iter().any(|start| name.starts_with(start))
+            ["encoder.layers.", "final_layer_norm", "embeddings.", "text_projection"]
+                .iter()
+                .any(|start| name.starts_with(start))
         })
     }
 
@@ -208,7 +210,7 @@ impl AdapterFile {
 pub fn write(
     dir: &Path,
     config: &AdapterConfig,
-    class: (&str, &str),
+    class: PythonClass,
     tensors: &[(String, Tensor)],
     kind: Kind,
     text: &[(&str, String)],
@@ -217,7 +219,7 @@ pub fn write(
         Error::config(format!("{}: expected an adapter to write, found none", config.method.describe()))
     })?;
     let tensors: Vec<(String, Tensor)> =
-        tensors.iter().map(|(name, t)| (format!("base_model.model.{name}"), t.to_kind(kind))).collect();
+        tensors.iter().map(|(name, t)| (class.key(name), t.to_kind(kind))).collect();
     let text: Vec<(&str, String)> =
         text.iter().map(|(k, v)| (*k, v.clone())).chain(config.method.metadata()).collect();
     tensor_file::write(&dir.join(WEIGHTS_FILE), &tensors, &text)?;

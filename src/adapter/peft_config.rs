@@ -65,10 +65,31 @@ pub(super) struct ReadConfig {
     pub class: Option<String>,
 }
 
+/// A network as Python has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PythonClass {
+    /// Its class.
+    pub name: &'static str,
+    /// The class's module.
+    pub module: &'static str,
+    /// What stands before its layers' names there, and not here.
+    pub before: &'static str,
+}
+
+/// A layer of text towers that stands beside the transformer, and has nothing before its name.
+const PROJECTION: &str = "text_projection";
+
+impl PythonClass {
+    /// The name of a layer's tensor in PEFT's files.
+    pub fn key(&self, name: &str) -> String {
+        let before = if name.starts_with(PROJECTION) { "" } else { self.before };
+        format!("base_model.model.{before}{name}")
+    }
+}
+
 impl AdapterConfig {
-    /// The whole field set that PEFT writes; `None` for full fine-tuning, which is no adapter of PEFT's. `class` is the
-    /// adapted model's class and its module in Python.
-    pub fn to_json(&self, class: (&str, &str)) -> Option<Value> {
+    /// The whole field set that PEFT writes for an adapter of a network; `None` for full fine-tuning, which is no adapter of PEFT's.
+    pub fn to_json(&self, class: PythonClass) -> Option<Value> {
         let (peft_type, own) = self.method.to_peft()?;
         let bias = match self.bias {
             Bias::None => "none".to_string(),
@@ -76,7 +97,7 @@ impl AdapterConfig {
             Bias::Only => only(peft_type),
         };
         let mut fields = json!({
-            "auto_mapping": {"base_model_class": class.0, "parent_library": class.1},
+            "auto_mapping": {"base_model_class": class.name, "parent_library": class.module},
             "base_model_name_or_path": self.base_model,
             "exclude_modules": null,
             "inference_mode": true,

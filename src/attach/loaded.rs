@@ -1,8 +1,8 @@
 //! Adapters as they lie on disk, whatever their form: PEFT folders of both networks, single LoRA files, and fully fine-tuned
 //! UNets ([`crate::platform::adapter_layout`] finds them). By layer name; what no layer asked for fitted nothing.
 
-use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
-use crate::adapter::peft::AdapterFile;
+use crate::adapter::lora_file::{LoraFile, LoraLayer};
+use crate::adapter::peft::{AdapterFile, PythonClass};
 use crate::adapter::{Adapter, Dora, Full, Lora};
 use crate::error::{Error, Result};
 use crate::model::control::{EncoderConfig, FILE_STEM, encoder_of};
@@ -11,25 +11,35 @@ use crate::platform::adapter_layout::{AdapterForm, AdapterParts};
 use crate::platform::files;
 use crate::platform::host;
 use crate::weights::family;
+use crate::weights::part::Part;
 use crate::weights::pickle::refuse_pickle;
 use crate::weights::tensor_file::TensorFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 
-/// Names of the Python classes that adapters are on, and their modules.
-pub const UNET_CLASS: (&str, &str) = ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition");
-/// See [`UNET_CLASS`].
-pub const TEXT_CLASS: (&str, &str) = ("CLIPTextModel", "transformers.models.clip.modeling_clip");
-/// See [`UNET_CLASS`]: the second text encoder of Stable Diffusion XL.
-pub const SECOND_TEXT_CLASS: (&str, &str) = ("CLIPTextModelWithProjection", TEXT_CLASS.1);
+/// The UNet's class in Python.
+pub const UNET_CLASS: PythonClass = PythonClass {
+    name: "UNet2DConditionModel",
+    module: "diffusers.models.unets.unet_2d_condition",
+    before: "",
+};
+/// The text encoder's, as transformers 5 has its layers.
+const TEXT_CLASS: PythonClass =
+    PythonClass { name: "CLIPTextModel", module: "transformers.models.clip.modeling_clip", before: "" };
+/// That of the second text encoder of Stable Diffusion XL, whose transformer has a name of its own.
+const SECOND_TEXT_CLASS: PythonClass =
+    PythonClass { name: "CLIPTextModelWithProjection", before: "text_model.", ..TEXT_CLASS };
 /// Where a run keeps its text encoder's adapter, below the UNet's.
 pub const TEXT_ENCODER: &str = "text_encoder";
 /// Where a run keeps the adapters of its networks, and their classes.
-pub const HOMES: [(&str, (&str, &str)); 3] =
+pub const HOMES: [(&str, PythonClass); 3] =
     [("", UNET_CLASS), (TEXT_ENCODER, TEXT_CLASS), (SECOND_TEXT_ENCODER, SECOND_TEXT_CLASS)];
 /// A fully fine-tuned UNet in a run folder, as diffusers' `from_pretrained(RUN, subfolder="unet")` reads it.
 pub const FULL_UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+
+/// What messages call the text encoder, of Stable Diffusion XL the first.
+const FIRST_TOWER: &str = "text encoder";
 
 /// Beginnings of layers of the UNet's outermost level that attend, with underscores, in both spellings.
 const OUTER_ATTENTION: [&str; 3] = ["down_blocks_0_attentions_", "input_blocks_1_1_", "input_blocks_2_1_"];
@@ -146,6 +156,9 @@ impl LoadedAdapter {
             (true, None) => what.to_string(),
             (true, Some(tower)) => format!("{what}, of the {tower}"),
             (false, Some(tower)) if before == what => format!("{what} and {tower}"),
+            (false, Some(_)) if before == format!("{what} and {FIRST_TOWER}") => {
+                format!("{what} and both text encoders")
+            }
             (false, Some(tower)) => format!("{before}, and {what} of the {tower}"),
             (false, None) => format!("{before}, and {what}"),
         };
@@ -156,19 +169,17 @@ impl LoadedAdapter {
         let found: Vec<&str> = file.layers.keys().map(String::as_str).collect();
         names.check_family(place, home == SECOND_TEXT_ENCODER, &found, &[])?;
         let tower = match home {
-            TEXT_ENCODER => Some("text encoder"),
+            TEXT_ENCODER => Some(FIRST_TOWER),
             SECOND_TEXT_ENCODER => Some("second text encoder"),
             _ => None,
         };
         self.describe(&file.config.method.describe(), tower);
         self.unused.extend(file.unused);
         self.notes.extend(file.notes);
-        let is_second = home == SECOND_TEXT_ENCODER;
-        let own = |name| if is_second { in_second_tower(name) } else { name };
         for (name, adapter) in file.layers {
-            self.add_layer(own(name), adapter, place)?;
+            self.add_layer(in_model(home, name), adapter, place)?;
         }
-        self.biases.extend(file.biases.into_iter().map(|(name, bias)| (own(name), bias)));
+        self.biases.extend(file.biases.into_iter().map(|(name, bias)| (in_model(home, name), bias)));
         let fingerprint = file.metadata.get("base_fingerprint").cloned();
         self.base_fingerprint = self.base_fingerprint.take().or(fingerprint);
         Ok(())
@@ -198,15 +209,15 @@ impl LoadedAdapter {
             ));
         }
         let file = LoraFile::read(path)?;
-        let is_second = |layer: &LoraLayer| layer.part == lora_file::LoraPart::TextEncoder2;
-        let of_unet = file.layers.iter().filter(|layer| layer.part == lora_file::LoraPart::UNet);
+        let is_second = |layer: &LoraLayer| layer.part == Part::TextEncoder2;
+        let of_unet = file.layers.iter().filter(|layer| layer.part == Part::UNet);
         let found: Vec<&str> = of_unet.map(|layer| layer.name.as_str()).collect();
         names.check_family(path, file.layers.iter().any(is_second), &found, &file.said)?;
         let mut matched = false;
         let parts = [
-            (lora_file::LoraPart::UNet, &names.unet),
-            (lora_file::LoraPart::TextEncoder, &names.text_encoder),
-            (lora_file::LoraPart::TextEncoder2, &names.text_encoder_2),
+            (Part::UNet, &names.unet),
+            (Part::TextEncoder, &names.text_encoder),
+            (Part::TextEncoder2, &names.text_encoder_2),
         ];
         for (part, names) in parts {
             let own: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
@@ -217,8 +228,7 @@ impl LoadedAdapter {
             for (name, layer) in resolved.layers {
                 let adapter = lora_layer(layer)
                     .map_err(|problem| Error::format(path, format!("`{}`: {problem}", layer.name)))?;
-                let is_second = part == lora_file::LoraPart::TextEncoder2;
-                self.add_layer(if is_second { in_second_tower(name) } else { name }, adapter, path)?;
+                self.add_layer(in_model(part.folder(), name), adapter, path)?;
                 matched = true;
             }
         }
@@ -314,11 +324,16 @@ impl LoadedAdapter {
     }
 }
 
+/// The name that a layer of an adapter at this place of [`HOMES`] has in a whole model.
+pub fn in_model(home: &str, name: String) -> String {
+    if home == SECOND_TEXT_ENCODER { in_second_tower(name) } else { name }
+}
+
 /// Where a run keeps an adapter that was read at `place`: the second text encoder's is known by its class, or by its folder.
-fn home_of(file: &AdapterFile, place: &Path) -> &'static str {
+pub fn home_of(file: &AdapterFile, place: &Path) -> &'static str {
     // Below its network's folder may be one of a step, or of a name.
     let in_folder = || place.iter().rev().take(2).any(|part| part == SECOND_TEXT_ENCODER);
-    let is_second = || file.class.as_deref() == Some(SECOND_TEXT_CLASS.0) || in_folder();
+    let is_second = || file.class.as_deref() == Some(SECOND_TEXT_CLASS.name) || in_folder();
     match file.is_of_text_encoder() {
         false => "",
         true if is_second() => SECOND_TEXT_ENCODER,

@@ -11,16 +11,17 @@ use crate::adapter::{Adapter, Method};
 use crate::attach::parameters::Parameters;
 use crate::error::{Error, Result};
 use crate::model::layers::{Layer, Layers, Module};
+use crate::model::text::in_own_tower;
 use crate::platform::host;
 use crate::platform::seed;
 use crate::weights::tensor_file;
 use std::any::{Any, TypeId};
 use tch::{Kind, Tensor};
 
-/// Puts new adapters on every layer that `targets` match (full fine-tuning: on every layer and norm); the number of them.
+/// Puts new adapters on every layer that the targets of a setting match (full fine-tuning: on every layer and norm); the number of them.
 pub fn attach_new(
     network: &mut dyn Layers,
-    targets: &TargetRule,
+    (setting, targets): (&str, &TargetRule),
     method: &Method,
     bias: Bias,
     run_seed: u64,
@@ -36,7 +37,7 @@ pub fn attach_new(
             Module::Norm(norm) if full => norm.attach(Some(own(norm.weight())), Some(own(norm.bias()))),
             Module::Norm(norm) if bias == Bias::All => norm.attach(None, Some(own(norm.bias()))),
             Module::Norm(_) => {}
-            Module::Layer(layer) if full || targets.matches(&layer.name) => {
+            Module::Layer(layer) if full || targets.matches(in_own_tower(&layer.name)) => {
                 let seed = seed::derive(run_seed, "adapter start", count as u64);
                 match method.start(layer.weight(), seed) {
                     Ok(adapter) => {
@@ -62,7 +63,7 @@ pub fn attach_new(
     }
     if count == 0 {
         return Err(Error::config(format!(
-            "target_modules: expected names of layers, but {} matches none",
+            "{setting}: expected names of layers, but {} matches none",
             targets.to_json()
         ))
         .with_hint(format!("layers are {}", tensor_file::list(&others))));

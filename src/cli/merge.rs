@@ -1,7 +1,7 @@
 //! `hra merge`.
 
 use crate::adapter::combine::{How, combine};
-use crate::adapter::peft::{self, AdapterFile};
+use crate::adapter::peft::{self, AdapterFile, PythonClass};
 use crate::attach::loaded::{HOMES, PeftFiles, TEXT_ENCODER, peft_files};
 use crate::cli::adapter_with_strength;
 use crate::cli::choice::choice;
@@ -110,7 +110,7 @@ fn merge_place(
     read: &[&ReadAdapter],
     how: How,
     place: &str,
-    class: (&str, &str),
+    class: PythonClass,
     dir: &Path,
 ) -> Result<Option<Merged>> {
     if read.is_empty() {

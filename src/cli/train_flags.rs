@@ -33,7 +33,7 @@ fn parser(kind: ValueKind) -> ValueParser {
         Count32 => of(whole::<u32>),
         Whole => of(whole::<i64>),
         Whole32 => of(whole::<i32>),
-        Number => of(number::<f64>),
+        Number | Numbers => of(number::<f64>),
         Colour => of(|text| number::<Background>(text).map(|colour| colour.to_string())),
         Device => of(|text| number::<DeviceChoice>(text).map(|choice| choice.to_string())),
         Words(values) => {
@@ -70,6 +70,9 @@ fn arg(heading: &'static str, key: &Key, defaults: &Table) -> Arg {
         arg = arg.action(ArgAction::Append);
     }
     if matches!(key.kind, List) {
+        arg = arg.value_delimiter(',');
+    }
+    if matches!(key.kind, Numbers) {
         arg = arg.value_delimiter(',');
     }
     if matches!(key.kind, Switch) {
@@ -109,8 +112,10 @@ impl FromArgMatches for Typed {
             if matches.value_source(key.name) != Some(ValueSource::CommandLine) {
                 continue;
             }
-            let mut values = matches.get_many::<Value>(key.name).into_iter().flatten().cloned();
-            let value = if is_list(key.kind) { Some(Value::Array(values.collect())) } else { values.next() };
+            let mut values: Vec<Value> =
+                matches.get_many::<Value>(key.name).into_iter().flatten().cloned().collect();
+            let several = is_list(key.kind) || matches!(key.kind, Numbers) && values.len() > 1;
+            let value = if several { Some(Value::Array(values)) } else { values.pop() };
             key.section.of_mut(&mut table).extend(value.map(|value| (key.name.to_string(), value)));
         }
         Ok(Self(table))
@@ -137,6 +142,7 @@ mod tests {
                 Switch => "true".into(),
                 Device => "cpu".into(),
                 Number => "0.5".into(),
+                Numbers => "0.5,0.25".into(),
                 Count | Count32 | Whole | Whole32 => "3".into(),
                 Colour => "black".into(),
                 Text | File | Files | Texts | List => "text".into(),

@@ -1,6 +1,6 @@
 //! What a file or folder is: `hra inspect`. Reports on adapters and models; knows nothing of the screen.
 
-use crate::adapter::lora_file::{self, LoraFile, LoraLayer};
+use crate::adapter::lora_file::{LoraFile, LoraLayer};
 use crate::adapter::peft::{self, AdapterFile};
 use crate::adapter::{Adapter, Form};
 use crate::attach::loaded::{self, LoadedAdapter};
@@ -14,6 +14,7 @@ use crate::platform::files;
 use crate::platform::host;
 use crate::weights::checkpoint;
 use crate::weights::family;
+use crate::weights::part::Part;
 use crate::weights::pickle::refuse_pickle;
 use crate::weights::request::ModelRequest;
 use crate::weights::source::Source;
@@ -147,7 +148,9 @@ fn of_other_family(path: &Path, what: &str, family: &str) -> FileReport {
     FileReport {
         path: path.display().to_string(),
         what: format!("{what} of {family}"),
-        odd: vec!["models of this family are not supported: only Stable Diffusion 1.x and 2.x are".into()],
+        odd: vec![
+            "models of this family are not supported: only Stable Diffusion 1.x, 2.x and XL are".into(),
+        ],
         ..FileReport::default()
     }
 }
@@ -189,7 +192,9 @@ fn peft_folder(dir: &Path, model: Option<&mut StableDiffusion>) -> Result<FileRe
     {
         report.odd.push("it was made for another base model than the one given".into());
     }
-    report.add_layers(&file.layers, model);
+    let home = loaded::home_of(&file, dir);
+    let layers = file.layers.into_iter().map(|(name, adapter)| (loaded::in_model(home, name), adapter));
+    report.add_layers(&layers.collect(), model);
     Ok(report)
 }
 
@@ -224,7 +229,7 @@ fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<FileRep
     }
     let ranks: BTreeSet<i64> = file.layers.iter().map(LoraLayer::rank).collect();
     report.facts.push(("rank".into(), format!("{ranks:?}").replace(['{', '}'], "")));
-    let text = file.layers.iter().filter(|layer| layer.part != lora_file::LoraPart::UNet).count();
+    let text = file.layers.iter().filter(|layer| layer.part != Part::UNet).count();
     report.facts.push((
         "layers".into(),
         format!("{} of the UNet, {text} of the text encoders", file.layers.len() - text),
@@ -249,7 +254,9 @@ fn lora_file(path: &Path, model: Option<&mut StableDiffusion>) -> Result<FileRep
             report.add_layers(&layers, Some(model));
             return Ok(report);
         }
-        None => file.layers.iter().map(|layer| Ok((layer.name.clone(), loaded::lora_layer(layer)?))),
+        None => file.layers.iter().map(|layer| {
+            Ok((loaded::in_model(layer.part.folder(), layer.name.clone()), loaded::lora_layer(layer)?))
+        }),
     };
     match layers.collect::<std::result::Result<_, String>>() {
         Ok(layers) => report.add_layers(&layers, None),

@@ -13,7 +13,7 @@ use crate::weights::ldm::{LdmText, LdmTextTower, TensorForm};
 use crate::weights::part::{Part, Text};
 use crate::weights::prediction::{VELOCITY_MARKER, ZERO_SNR_MARKER};
 use crate::weights::python_json;
-use crate::weights::source::{SCHEDULER, Source, TEXT_FILES};
+use crate::weights::source::{FORCE_ZEROS, PIPELINE, SCHEDULER, Source, TEXT_FILES, config_of};
 use crate::weights::tensor_file::{self, PlannedTensor};
 use crate::weights::tensors::Tensors;
 use serde_json::{Value, json};
@@ -90,6 +90,10 @@ pub fn write_checkpoint(
             text.push((format!("{EMBEDDED}{name}"), with_dtype(name, content, kind)));
         }
     }
+    if source.is_xl() {
+        // What no prompt becomes is said there alone.
+        text.push((format!("{EMBEDDED}{PIPELINE}"), model_index(source)?));
+    }
     let text: Vec<(&str, String)> = text.iter().map(|(key, text)| (key.as_str(), text.clone())).collect();
     let shapes: BTreeMap<String, Vec<i64>> = plan.iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
     tensor_file::write_stream(path, plan, &text, |key| {
@@ -104,6 +108,9 @@ pub fn write_checkpoint(
     })?;
     Ok(notes)
 }
+
+/// Channels that a UNet for inpainting sees of latents, mask and masked latents.
+const INPAINTING_CHANNELS: i64 = 9;
 
 /// The number format of the empty tensors by which a checkpoint is marked.
 const MARKER: Kind = Kind::Float;
@@ -120,9 +127,10 @@ fn markers(source: &Source) -> Result<Vec<&'static str>> {
     Ok(if tower(source)? == LdmTextTower::Clip { vec![VELOCITY_MARKER] } else { Vec::new() })
 }
 
-/// The text tower that LDM's code builds for the model.
+/// The text tower that LDM's code builds for the model; of Stable Diffusion XL the first.
 fn tower(source: &Source) -> Result<LdmTextTower> {
-    let config = TextConfig::parse(&source.text("text_encoder/config.json")?)?;
+    let first = source.text_parts().first().copied().unwrap_or(Part::TextEncoder);
+    let config = TextConfig::parse(&source.text(&config_of(first))?)?;
     Ok(LdmTextTower::of_activation(&config.hidden_act))
 }
 
@@ -158,8 +166,7 @@ pub fn write_folder(
             files::create_dir_all(path.parent().unwrap_or(dir))?;
             files::write_atomic(&path, with_dtype(name, content, kind).as_bytes())?;
         }
-        let index = model_index(&source.text(SCHEDULER)?.content);
-        files::write_atomic(&dir.join("model_index.json"), index.as_bytes())?;
+        files::write_atomic(&dir.join(PIPELINE), model_index(source)?.as_bytes())?;
         Ok(notes)
     })
 }
@@ -178,7 +185,6 @@ struct Model<'a> {
 
 impl<'a> Model<'a> {
     fn open(source: &'a Source, replaced: &'a Replaced, target: Option<Kind>) -> Result<Self> {
-        source.refuse_xl()?;
         let tensors = source
             .parts()
             .into_iter()
@@ -272,10 +278,10 @@ impl<'a> Model<'a> {
     /// One weight file of a folder.
     fn write_part(&self, part: Part, path: &Path) -> Result<()> {
         let tensors = self.part(part);
-        // The projection of the image-text loss is in OpenCLIP's checkpoints only because its training file was copied.
-        let left_out = |name: &str| {
-            tensors.is_spare(name) || self.source.is_checkpoint() && name.starts_with("text_projection")
-        };
+        // The projection of the image-text loss is in OpenCLIP's checkpoints of 2.x only because its training file was copied.
+        let is_copied = self.source.is_checkpoint() && part == Part::TextEncoder;
+        let left_out =
+            |name: &str| tensors.is_spare(name) || is_copied && name.starts_with("text_projection");
         let mut keys = BTreeMap::new();
         for name in self.names(part).filter(|name| !left_out(name)) {
             keys.insert(self.key_in_folder(part, name), name);
@@ -288,12 +294,16 @@ impl<'a> Model<'a> {
         tensor_file::write_stream(path, plan.collect(), &[], |key| self.read(part, keys[key]))
     }
 
-    /// Today's name; but the text tower's with the prefix that transformers 4 needs and 5 takes, unless the source is a
+    /// Today's name; but the text towers' with the prefix that transformers 4 needs and 5 takes, unless the source is a
     /// folder that goes without.
     fn key_in_folder(&self, part: Part, name: &str) -> String {
         let prefixed = match part {
-            Part::TextEncoder if self.source.is_checkpoint() => name != "text_projection.weight",
-            Part::TextEncoder => self.part(part).key(name).is_some_and(|key| key.starts_with("text_model.")),
+            Part::TextEncoder | Part::TextEncoder2 if self.source.is_checkpoint() => {
+                name != "text_projection.weight"
+            }
+            Part::TextEncoder | Part::TextEncoder2 => {
+                self.part(part).key(name).is_some_and(|key| key.starts_with("text_model."))
+            }
             _ => false,
         };
         if prefixed { format!("text_model.{name}") } else { name.to_string() }
@@ -339,6 +349,8 @@ fn modelspec(source: &Source, path: &Path) -> Result<Vec<(String, String)>> {
         None => source.metadata("modelspec.prediction_type"),
     };
     let architecture = match (tower(source)?, prediction) {
+        _ if source.text_parts() == [Part::TextEncoder2] => "stable-diffusion-xl-v1-refiner",
+        _ if source.is_xl() => "stable-diffusion-xl-v1-base",
         (LdmTextTower::Clip, _) => "stable-diffusion-v1",
         (LdmTextTower::OpenClip, Some("v")) => "stable-diffusion-v2-768-v",
         (LdmTextTower::OpenClip, _) => "stable-diffusion-v2-512",
@@ -354,24 +366,51 @@ fn modelspec(source: &Source, path: &Path) -> Result<Vec<(String, String)>> {
     Ok(spec)
 }
 
-/// `model_index.json` of a folder with our five parts.
-fn model_index(scheduler: &str) -> String {
-    let config = Value::from(python_json::parse(scheduler).unwrap_or_default());
-    let index = json!({
-        "_class_name": "StableDiffusionPipeline",
+/// `model_index.json` of a folder with the parts that the model has.
+fn model_index(source: &Source) -> Result<String> {
+    let scheduler = Value::from(python_json::parse(&source.text(SCHEDULER)?.content).unwrap_or_default());
+    let texts = source.text_parts();
+    let is_inpainting =
+        UNetConfig::parse(&source.text("unet/config.json")?)?.0.in_channels == INPAINTING_CHANNELS;
+    let class = match (&texts[..], is_inpainting) {
+        ([Part::TextEncoder], false) => "StableDiffusionPipeline",
+        ([Part::TextEncoder], true) => "StableDiffusionInpaintPipeline",
+        ([Part::TextEncoder2], _) => "StableDiffusionXLImg2ImgPipeline",
+        (_, false) => "StableDiffusionXLPipeline",
+        (_, true) => "StableDiffusionXLInpaintPipeline",
+    };
+    let mut index = json!({
+        "_class_name": class,
         "feature_extractor": [null, null],
-        "requires_safety_checker": false,
-        "safety_checker": [null, null],
-        "scheduler": ["diffusers", config["_class_name"].as_str().unwrap_or("DDIMScheduler")],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler["_class_name"].as_str().unwrap_or("DDIMScheduler")],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     });
-    format!("{index:#}\n")
+    for (part, class) in
+        [(Part::TextEncoder, "CLIPTextModel"), (Part::TextEncoder2, "CLIPTextModelWithProjection")]
+    {
+        let is_there = texts.contains(&part);
+        if is_there || source.is_xl() {
+            let entry =
+                |class: &str| if is_there { json!(["transformers", class]) } else { json!([null, null]) };
+            index[part.folder()] = entry(class);
+            index[part.tokenizer().unwrap_or_default()] = entry("CLIPTokenizer");
+        }
+    }
+    if source.is_xl() {
+        index["image_encoder"] = json!([null, null]);
+        index[FORCE_ZEROS] = source.pipeline_value(FORCE_ZEROS).unwrap_or(json!(true));
+        if texts == [Part::TextEncoder2] {
+            index["requires_aesthetics_score"] = json!(true);
+        }
+    } else {
+        index["requires_safety_checker"] = json!(false);
+        index["safety_checker"] = json!([null, null]);
+    }
+    Ok(format!("{index:#}\n"))
 }
 
-/// The text file `name`; the text tower's config with the number format that the weights now have, because transformers
+/// The text file `name`; a text tower's config with the number format that the weights now have, because transformers
 /// loads them as it says.
 fn with_dtype(name: &str, content: String, kind: Option<Kind>) -> String {
     let word = match kind {
@@ -381,7 +420,7 @@ fn with_dtype(name: &str, content: String, kind: Option<Kind>) -> String {
         _ => return content,
     };
     match serde_json::from_str(&content) {
-        Ok(Value::Object(mut map)) if name == "text_encoder/config.json" => {
+        Ok(Value::Object(mut map)) if Part::TEXTS.iter().any(|part| name == config_of(*part)) => {
             // Today's key and transformers 4's.
             let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
             map.insert(key.to_string(), json!(word));

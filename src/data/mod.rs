@@ -92,7 +92,7 @@ impl Crop {
 }
 
 /// The upper left corner of a square in a resized picture.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Window {
     /// Columns from the left.
     pub x: u32,

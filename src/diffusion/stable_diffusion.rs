@@ -3,9 +3,10 @@
 
 use crate::attach::loaded::LayerNames;
 use crate::diffusion::noise::SchedulerConfig;
+use crate::diffusion::picture_sizes::{PictureSizes, XL_NUMBERS};
 use crate::diffusion::prompt::PromptTexts;
 use crate::error::{Error, Result};
-use crate::model::conditioning::POOLED;
+use crate::model::conditioning::{POOLED, SIZES};
 use crate::model::layers::{Layer, Layers, Module};
 use crate::model::text::{TextEncoder, TextOutput, TextStates, Tokenizer, in_own_tower};
 use crate::model::{Conditioning, Denoiser, UNet, Vae};
@@ -15,19 +16,13 @@ use crate::platform::precision::Numbers;
 use crate::weights::ldm::LdmNames;
 use crate::weights::part::Part;
 use crate::weights::request::ModelRequest;
-use crate::weights::source::{SCHEDULER, Source};
+use crate::weights::source::{FORCE_ZEROS, SCHEDULER, Source};
 use crate::weights::tensor_file;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tch::{Device, Tensor};
 
-/// The key of `model_index.json` that says what no prompt becomes; true where it does not say (diffusers).
-const FORCE_ZEROS: &str = "force_zeros_for_empty_prompt";
-
-/// Numbers of sizes that Stable Diffusion XL is told.
-const XL_NUMBERS: i64 = 6;
-
-/// Those of its refiner, and the score.
+/// Numbers of sizes that XL's refiner is told, with the score.
 const REFINER_NUMBERS: i64 = 5;
 
 /// A tokenizer and the encoder that reads its ids.
@@ -61,7 +56,7 @@ pub struct StableDiffusion {
     pub dir: PathBuf,
     /// Its files, open for reading.
     pub source: Source,
-    /// What reads prompts, in the order in which their states stand beside each other.
+    /// What reads prompts, in the order in which their states stand beside each other; none after [`Self::release_texts`].
     pub texts: Vec<TextTower>,
     /// The denoiser.
     pub unet: UNet,
@@ -73,6 +68,10 @@ pub struct StableDiffusion {
     pub scheduler: SchedulerConfig,
     /// What a user should know about the files, one sentence each.
     pub notes: Vec<String>,
+    /// The most layers of the text towers that can be left out: [`Tokens::skipping`].
+    most_skipped: usize,
+    /// Width of the pooled text; 0 where no tower has any.
+    pooled_width: i64,
 }
 
 impl StableDiffusion {
@@ -112,13 +111,7 @@ impl StableDiffusion {
         // The UNet first: it is the largest, and reading the others on top of it keeps the peak low.
         let (unet, unused) = UNet::load(&source, numbers, device)?;
         note("unet", unused);
-        let mut texts = Vec::new();
-        for part in source.text_parts() {
-            let (encoder, unused) = TextEncoder::load(&source, part, numbers, device)?;
-            note(part.folder(), unused);
-            let tokenizer = Tokenizer::load(&source, part, encoder.length() as usize)?;
-            texts.push(TextTower { part, tokenizer, encoder });
-        }
+        let texts = text_towers(&source, numbers, device, &mut note)?;
         let (vae, unused) = Vae::load_as_asked(&source, device)?;
         note("vae", unused);
         note("checkpoint", source.foreign_keys());
@@ -126,9 +119,29 @@ impl StableDiffusion {
         let dir = source.path().to_path_buf();
         let zeros_for_no_prompt =
             unet.added().is_some() && source.pipeline_value(FORCE_ZEROS) != Some(Value::Bool(false));
-        let model = Self { dir, source, texts, unet, vae, zeros_for_no_prompt, scheduler, notes };
+        let layers = texts.iter().map(|tower| tower.encoder.layers()).min().unwrap_or(0);
+        // Of XL the states before the last layer's count already.
+        let most_skipped = if unet.added().is_some() { layers.saturating_sub(1) } else { layers };
+        let pooled_width = texts.iter().rev().find_map(|tower| tower.encoder.pooled_width()).unwrap_or(0);
+        let model = Self {
+            dir,
+            source,
+            texts,
+            unet,
+            vae,
+            zeros_for_no_prompt,
+            scheduler,
+            notes,
+            most_skipped,
+            pooled_width,
+        };
         model.check_fit()?;
         Ok(model)
+    }
+
+    /// Lets the text towers go, after which no prompt becomes anything.
+    pub fn release_texts(&mut self) {
+        self.texts.clear();
     }
 
     /// What prompts become, and a warning for each prompt that was cut.
@@ -142,6 +155,9 @@ impl StableDiffusion {
         &self,
         prompts: &[P],
     ) -> Result<(Tokens, Vec<String>)> {
+        if self.texts.is_empty() {
+            return Err(Error::config("prompts: the text encoders were let go, and read none"));
+        }
         let mut warnings: Vec<String> = Vec::new();
         let mut ids = Vec::new();
         for (i, tower) in self.texts.iter().enumerate() {
@@ -186,10 +202,27 @@ impl StableDiffusion {
         }
     }
 
+    /// Bytes of what a text becomes, without what is told beside its states.
+    pub fn bytes_of_text(&self) -> i64 {
+        let length = self.texts.iter().map(|tower| tower.encoder.length()).max().unwrap_or(1);
+        length * self.unet.context_width() * self.unet.numbers().compute.elt_size_in_bytes() as i64
+    }
+
     /// The most layers of the text towers that can be left out: [`Tokens::skipping`].
     pub fn most_skipped(&self) -> usize {
-        let layers = self.texts.iter().map(|tower| tower.encoder.layers()).min().unwrap_or(0);
-        if self.is_xl() { layers.saturating_sub(1) } else { layers }
+        self.most_skipped
+    }
+
+    /// The same with what Stable Diffusion XL is told of a picture's sizes, a row for each; of other models as it is.
+    pub fn told_sizes(&self, conditioning: Conditioning, sizes: &[PictureSizes]) -> Conditioning {
+        let numbers: Vec<Vec<f32>> = sizes.iter().map(|sizes| sizes.numbers().to_vec()).collect();
+        if self.is_xl() { self.told_numbers(conditioning, &numbers) } else { conditioning }
+    }
+
+    /// The same with numbers of sizes beside, a row for each.
+    pub(super) fn told_numbers(&self, conditioning: Conditioning, rows: &[Vec<f32>]) -> Conditioning {
+        let rows: Vec<Tensor> = rows.iter().map(|numbers| host::tensor(numbers)).collect();
+        conditioning.with(SIZES, host::to_device(&Tensor::stack(&rows, 0), self.device()))
     }
 
     /// Whether this is Stable Diffusion XL, which is told pooled text and sizes beside the text states.
@@ -199,12 +232,7 @@ impl StableDiffusion {
 
     /// Whether this is XL's refiner, which is told a score of the picture.
     pub fn is_refiner(&self) -> bool {
-        self.unet.added().and_then(|added| added.numbers(self.pooled_width())) == Some(REFINER_NUMBERS)
-    }
-
-    /// Width of the pooled text; 0 where no tower has any.
-    fn pooled_width(&self) -> i64 {
-        self.texts.iter().rev().find_map(|tower| tower.encoder.pooled_width()).unwrap_or(0)
+        self.unet.added().and_then(|added| added.numbers(self.pooled_width)) == Some(REFINER_NUMBERS)
     }
 
     /// The network that predicts.
@@ -269,9 +297,9 @@ impl StableDiffusion {
         self.unet.in_channels() == 2 * self.vae.latent_channels() + 1
     }
 
-    /// Refuses a model of [`Self::is_inpainting`] or [`Self::is_xl`], for what shows a UNet latents and text states alone.
+    /// Refuses a model of [`Self::is_inpainting`], and a refiner, for what draws from text alone.
     pub fn expect_text_to_image(&self) -> Result<()> {
-        self.source.refuse_xl()?;
+        self.source.refuse_refiner()?;
         if !self.is_inpainting() {
             return Ok(());
         }
@@ -307,7 +335,7 @@ impl StableDiffusion {
             self.unet.out_channels(),
         );
         if let Some(added) = self.unet.added() {
-            let pooled = self.pooled_width();
+            let pooled = self.pooled_width;
             if ![Some(XL_NUMBERS), Some(REFINER_NUMBERS)].contains(&added.numbers(pooled)) {
                 problems.push(format!(
                     "unet: projection_class_embeddings_input_dim (pooled text of {pooled} values, {} for each of \
@@ -328,6 +356,22 @@ impl StableDiffusion {
         }
         if problems.is_empty() { Ok(()) } else { Err(Error::format(&self.dir, problems.join("\n"))) }
     }
+}
+
+/// The text towers of `source`; `note` hears of tensors that were not used.
+fn text_towers(
+    source: &Source,
+    numbers: Numbers,
+    device: Device,
+    note: &mut dyn FnMut(&str, Vec<String>),
+) -> Result<Vec<TextTower>> {
+    let tower = |part: Part| {
+        let (encoder, unused) = TextEncoder::load(source, part, numbers, device)?;
+        note(part.folder(), unused);
+        let tokenizer = Tokenizer::load(source, part, encoder.length() as usize)?;
+        Ok(TextTower { part, tokenizer, encoder })
+    };
+    source.text_parts().into_iter().map(tower).collect()
 }
 
 impl Layers for StableDiffusion {

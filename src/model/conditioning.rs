@@ -31,6 +31,14 @@ impl Conditioning {
         &self.states
     }
 
+    /// The same with the sizes that another one has, where it has some.
+    pub fn with_sizes_of(self, other: Self) -> Self {
+        match other.beside.into_iter().find(|(name, _)| *name == SIZES) {
+            Some((name, sizes)) => self.with(name, sizes),
+            None => self,
+        }
+    }
+
     /// A tensor beside the states.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.beside.iter().find(|(own, _)| *own == name).map(|(_, tensor)| tensor)

@@ -1,12 +1,13 @@
 //! Checkpoints: everything that training needs to go on exactly where it stopped.
 //!
-//! `checkpoints/step-000100/` holds what a finished run holds, usable as it is (a PEFT folder, with the text encoder's below
+//! `checkpoints/step-000100/` holds what a finished run holds, usable as it is (a PEFT folder, with the text encoders' below
 //! it, or a fully fine-tuned UNet; and a control encoder where one trains), the optimiser's moments, and `state.json`. A checkpoint is written beside its place and renamed, so one that is there is whole.
 
-use crate::adapter::peft::{self, AdapterConfig};
+use crate::adapter::peft::{self, AdapterConfig, PythonClass};
 use crate::attach::parameters::Parameters;
 use crate::error::{Error, Result};
 use crate::model::control::FILE_STEM;
+use crate::model::text::in_own_tower;
 use crate::platform::files;
 use crate::platform::host;
 use crate::train::loss_scale::LossScale;
@@ -57,7 +58,7 @@ impl std::str::FromStr for Resume {
 /// The files of one network's trained tensors.
 pub enum TrainedPart {
     /// A PEFT folder: at the top (`""`) or in a folder below it.
-    Peft { place: &'static str, config: AdapterConfig, class: (&'static str, &'static str) },
+    Peft { place: &'static str, config: AdapterConfig, class: PythonClass },
     /// A whole network in a folder of its own, as diffusers saves it, with its `config.json` and whatever belongs to it.
     Network { folder: &'static str, files: Vec<(&'static str, String)> },
 }
@@ -81,7 +82,7 @@ impl TrainedPart {
     /// The key of the tensor `name` in its file.
     fn key(&self, name: &str) -> String {
         match self {
-            Self::Peft { .. } => format!("base_model.model.{name}"),
+            Self::Peft { class, .. } => class.key(in_own_tower(name)),
             Self::Network { .. } => name.to_string(),
         }
     }
@@ -93,7 +94,11 @@ impl TrainedPart {
         }
         match self {
             Self::Peft { place, config, class } => {
-                peft::write(&dir.join(place), config, *class, tensors, Kind::Float, text)
+                let own = |(name, tensor): &(String, Tensor)| {
+                    (in_own_tower(name).to_string(), tensor.shallow_clone())
+                };
+                let tensors: Vec<(String, Tensor)> = tensors.iter().map(own).collect();
+                peft::write(&dir.join(place), config, *class, &tensors, Kind::Float, text)
             }
             Self::Network { folder, files: beside } => {
                 tensor_file::write(&self.weights(dir), tensors, text)?;

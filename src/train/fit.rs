@@ -10,15 +10,19 @@ use crate::weights::source::Source;
 use std::collections::BTreeSet;
 use toml::Value;
 
-/// Refuses a method that some layer that `config` names is too small for, with the largest rank that fits all of them.
+/// Refuses a method that some layer that `config` names is too small for, with the largest rank that fits all of them, and rates of
+/// other text encoders than the model's.
 pub(super) fn check(config: &TrainConfig, source: &Source) -> Result<()> {
-    source.refuse_xl()?;
+    source.refuse_refiner()?;
+    config.learning_rates(source.text_parts().len())?;
     let Some(method) = config.adapter.method()?.filter(|method| !method.trains_whole_network()) else {
         return Ok(());
     };
     let mut layers = named(source, Part::UNet, &config.adapter.target_modules)?;
     if config.adapter.train_text_encoder {
-        layers.extend(named(source, Part::TextEncoder, &config.adapter.text_target_modules)?);
+        for part in source.text_parts() {
+            layers.extend(named(source, part, &config.adapter.text_target_modules)?);
+        }
     }
     let misfit =
         |(name, shape): &(String, Vec<i64>)| Some((method.parameters_for(shape).err()?, name.clone()));

@@ -9,6 +9,7 @@ mod fit;
 pub mod loss;
 pub mod loss_scale;
 pub mod optim;
+mod picture_source;
 mod pictures;
 mod prepare;
 mod preview;

@@ -5,6 +5,7 @@ use crate::data::image::edges::may_be_edges;
 use crate::data::image::tensor;
 use crate::data::pairs::{ConditionKind, ConditionSource, PairFolder};
 use crate::data::{Crop, ImageFolder, Window};
+use crate::diffusion::picture_sizes::PictureSizes;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::platform::observer::Observer;
@@ -61,6 +62,20 @@ impl Pictures {
         match self {
             Self::Folder(folder) => folder.crop_window(index, resolution, crop),
             Self::Pairs(pairs) => pairs.crop_window(index, resolution, crop),
+        }
+    }
+
+    /// What Stable Diffusion XL is told of a crop's sizes, as diffusers' `train_dreambooth_lora_sdxl.py` has them: of the picture before
+    /// it was resized, where the crop lies after it, and of the crop.
+    pub fn sizes(&self, index: usize, resolution: u32, window: Window) -> PictureSizes {
+        let (width, height) = match self {
+            Self::Folder(folder) => (folder.images()[index].width, folder.images()[index].height),
+            Self::Pairs(pairs) => (pairs.pairs()[index].width, pairs.pairs()[index].height),
+        };
+        PictureSizes {
+            original: [height, width].map(i64::from),
+            crop: [window.y, window.x].map(i64::from),
+            target: [i64::from(resolution); 2],
         }
     }
 

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::model::control::{ConditionEncoder, Control};
 use crate::model::layers::Layers;
 use crate::platform::observer::Observer;
-use crate::platform::{device, files, seed};
+use crate::platform::{device, files, host, seed};
 use crate::train::base;
 use crate::train::batches::Batches;
 use crate::train::checkpoint::{self, Loaded, Moving, Resume, TrainedPart};
@@ -128,7 +128,7 @@ pub(super) fn prepare(
     // Class pictures take long.
     folder.write(|run| files::write_atomic(&run.join("dataset.txt"), report.as_bytes()))?;
 
-    let batches = Batches::new(&model, &config, resolution, (instance, class), observer)?;
+    let mut batches = Batches::new(&model, &config, resolution, (instance, class), observer)?;
     let held_out = held_out.map(|f| HeldOut::new(&model, &config, resolution, &f)).transpose()?;
     let whole = method.as_ref().is_some_and(|method| method.trains_whole_network());
     if whole {
@@ -136,10 +136,10 @@ pub(super) fn prepare(
     }
     let regulariser_weight = method.as_ref().map_or(0.0, |method| method.regulariser_weight());
     let has_adapter = method.is_some() && !whole;
-    let networks = Networks { schedule, control, layers, has_adapter, regulariser_weight, model };
-    let kind = networks.model.denoiser().numbers().compute;
+    let mut networks = Networks { schedule, control, layers, has_adapter, regulariser_weight, model };
     let (optimisation, taken, earlier) =
-        optimisation(&config, checkpoint, (parameters, parts), kind, &folder, observer)?;
+        optimisation(&config, checkpoint, (parameters, parts), &networks.model, &folder, observer)?;
+    encode_ahead(&config, taken, &mut batches, &mut networks.model, observer)?;
     let metrics = Metrics::open(folder.path(), taken, resume.is_some(), observer)?;
     let run = Run { folder, metrics, fingerprint, taken, earlier };
     Ok(PreparedRun { run, networks, data: Data { batches, held_out, previews }, optimisation, config })
@@ -207,6 +207,9 @@ fn note_of_idle(config: &TrainConfig, observer: &dyn Observer) {
         observer.note("class_data_dir and class_prompt have no effect without --with_prior_preservation");
     }
     let adapter = &config.adapter;
+    if !adapter.train_text_encoder && config.optimizer.text_encoder_lr.is_some() {
+        observer.note("text_encoder_lr has no effect without --train_text_encoder");
+    }
     let whole = adapter.method().ok().flatten().is_some_and(|method| method.trains_whole_network());
     if whole && adapter.target_modules != AdapterSection::default().target_modules {
         observer.note(&format!("target_modules has no effect: method {} trains every layer", adapter.method));
@@ -237,17 +240,27 @@ impl TrainedNetworks {
         let method = config.adapter.method()?;
         let mut layers = 0;
         if let Some(method) = &method {
-            layers +=
-                attach::attach_new(&mut model.unet, &targets, method, config.adapter.bias, config.seed)?;
-            setup::warn_of_idle_words("target_modules", &targets, &mut model.unet, observer);
+            layers += attach::attach_new(
+                &mut model.unet,
+                ("target_modules", &targets),
+                method,
+                config.adapter.bias,
+                config.seed,
+            )?;
+            setup::warn_of_idle_words("target_modules", &targets, &mut [&mut model.unet], observer);
         }
         let texts = if config.adapter.train_text_encoder { &mut model.texts[..] } else { &mut [] };
         for (i, tower) in texts.iter_mut().enumerate() {
             let (network, seed) = (&mut tower.encoder, seed::derive(config.seed, "text encoder", i as u64));
             if let Some(method) = &method {
-                layers += attach::attach_new(network, &text_targets, method, config.adapter.bias, seed)?;
-                setup::warn_of_idle_words("text_target_modules", &text_targets, network, observer);
+                let targets = ("text_target_modules", &text_targets);
+                layers += attach::attach_new(network, targets, method, config.adapter.bias, seed)?;
             }
+        }
+        if config.adapter.train_text_encoder {
+            let towers = model.texts.iter_mut().map(|tower| &mut tower.encoder as &mut dyn Layers);
+            let mut towers: Vec<_> = towers.collect();
+            setup::warn_of_idle_words("text_target_modules", &text_targets, &mut towers, observer);
         }
         let mut encoder = setup::control_encoder(config, model, instance)?;
         let mut networks: Vec<&mut dyn Layers> = Vec::new();
@@ -293,16 +306,42 @@ fn make_class(
     Ok(Pictures::Folder(folder))
 }
 
+/// Makes what the steps after `taken` need of text encoders and VAE, and lets go of those that have nothing more to do. Previews
+/// bring the VAE back.
+fn encode_ahead(
+    config: &TrainConfig,
+    taken: i64,
+    batches: &mut Batches,
+    model: &mut StableDiffusion,
+    observer: &dyn Observer,
+) -> Result<()> {
+    let accumulation = config.schedule.gradient_accumulation_steps as u64;
+    let number = |step: i64| (step as u64).saturating_mul(accumulation);
+    let numbers = number(taken)..number(config.schedule.max_train_steps);
+    // Text encoders first, which are the larger: what they held is free when pictures are encoded.
+    if !config.adapter.train_text_encoder && batches.encode_texts_ahead(model, numbers.clone(), observer)? {
+        model.release_texts();
+        host::give_memory_back();
+    }
+    if batches.encode_pictures_ahead(model, numbers, observer)? {
+        model.vae.release();
+        host::give_memory_back();
+    }
+    Ok(())
+}
+
 /// The optimiser as it starts, or as the checkpoint has it; then the steps taken, and their seconds.
 fn optimisation(
     config: &TrainConfig,
     checkpoint: Option<Loaded>,
     (mut parameters, parts): (Parameters, Vec<TrainedPart>),
-    kind: Kind,
+    model: &StableDiffusion,
     folder: &RunFolder,
     observer: &dyn Observer,
 ) -> Result<(Optimisation, i64, f64)> {
     let mut optimizer = AdamW::new(config.optimizer.adamw(), &parameters);
+    let learning_rates = config.learning_rates(model.texts.len())?;
+    let kind = model.denoiser().numbers().compute;
     let mut loss_scale = (kind == Kind::Half).then(|| LossScale::new(parameters.flat().device()));
     let mut ema = config.optimizer.use_ema.then(|| Ema::new(config.optimizer.ema_decay, &parameters));
     let (mut step, mut seconds, mut sums) = (0, 0.0, Sums::default());
@@ -318,7 +357,41 @@ fn optimisation(
         }
     }
     let totals = Totals::new(&sums);
-    let learning_rates = config.learning_rates();
     let optimisation = Optimisation { parameters, parts, optimizer, ema, loss_scale, learning_rates, totals };
     Ok((optimisation, step, seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::platform::observer::Silent;
+    use std::path::Path;
+
+    /// What of the embedded model is there when a run on it begins: text encoders, VAE.
+    fn there(trains_text: bool, center_crop: bool) -> (bool, bool) {
+        let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
+        let scratch = tempfile::tempdir().unwrap();
+        let mut config = TrainConfig { output_dir: scratch.path().join("run"), ..TrainConfig::default() };
+        config.model.pretrained_model_name_or_path = assets.join("tiny-sd");
+        config.data.instance_data_dir = scratch.path().join("pictures");
+        std::fs::create_dir(&config.data.instance_data_dir).unwrap();
+        // 4 pixels more than a square on one side: 5 squares of it for each of 60 pictures.
+        for i in 0..60 {
+            let pixels = image::RgbImage::from_pixel(36, 32, image::Rgb([i, 0, 0]));
+            pixels.save(config.data.instance_data_dir.join(format!("{i}.png"))).unwrap();
+        }
+        config.data.instance_prompt = "a sks cat".into();
+        config.data.resolution = Some(32);
+        config.data.center_crop = center_crop;
+        config.adapter.train_text_encoder = trains_text;
+        let run = prepare(config, None, &Silent).unwrap();
+        (!run.networks.model.texts.is_empty(), run.networks.model.vae.is_there())
+    }
+
+    #[test]
+    fn what_has_nothing_more_to_do_is_let_go() {
+        assert_eq!(there(false, true), (false, false));
+        assert_eq!(there(true, true), (true, false));
+        assert_eq!(there(false, false), (false, true), "300 squares are too many");
+    }
 }

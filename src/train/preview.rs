@@ -6,7 +6,7 @@ use crate::data::image::grid::{Grid, GridRow};
 use crate::data::image::{RgbImage, center_crop, png};
 use crate::data::pairs::ConditionFiles;
 use crate::diffusion::noise::NoiseSchedule;
-use crate::diffusion::sample::{self, Request, SampleSettings, Session, Steering, Strength};
+use crate::diffusion::sample::{self, KnownTexts, Request, SampleSettings, Session, Steering, Strength};
 use crate::diffusion::stable_diffusion::{StableDiffusion, Tokens};
 use crate::error::Result;
 use crate::model::Denoiser;
@@ -38,6 +38,8 @@ fn folder(run: &Path, step: i64) -> PathBuf {
 /// What previews are drawn from.
 pub struct Previews {
     rows: Vec<(SampleSettings, Option<RgbImage>)>,
+    /// What the prompts become, unless text encoders train.
+    known: KnownTexts,
 }
 
 impl Previews {
@@ -64,7 +66,7 @@ impl Previews {
             wanted.push((prompt.clone(), condition.map(square)));
         }
         if config.previews.num_validation_images == 0 {
-            return Ok(Self { rows: Vec::new() });
+            return Ok(Self { rows: Vec::new(), known: KnownTexts::default() });
         }
         if let (true, Some(pictures)) = (wanted.is_empty(), held_out) {
             for i in 0..pictures.len().min(PREVIEWED_PAIRS) {
@@ -84,7 +86,12 @@ impl Previews {
             settings.validate(model)?;
             Ok((settings, condition))
         };
-        Ok(Self { rows: wanted.into_iter().map(row).collect::<Result<_>>()? })
+        let rows = wanted.into_iter().map(row).collect::<Result<Vec<_>>>()?;
+        let known = match config.adapter.train_text_encoder {
+            true => KnownTexts::default(),
+            false => Session::<_, Control>::over(model, None).know_texts(rows.iter().map(|row| &row.0))?,
+        };
+        Ok(Self { rows, known })
     }
 
     /// Whether there is nothing to draw.
@@ -128,7 +135,7 @@ impl Previews {
         let columns = condition.chain(seeds.iter().map(|s| format!("seed {s}"))).collect();
         let mut grid = Grid { columns, rows: Vec::new() };
         let name = model.name();
-        let mut session = Session::over(model, control);
+        let mut session = Session::over(model, control).with_texts(&self.known);
         for (p, (settings, condition)) in self.rows.iter().enumerate() {
             let mut request = Request::new(settings, &seeds, config.prior.sample_batch_size);
             request.steering = condition.as_ref().filter(|_| control.is_some()).map(|condition| Steering {
@@ -153,8 +160,8 @@ impl Previews {
 
 /// Held-out pictures, encoded once, with the noise that they are always measured with.
 pub struct HeldOut {
-    /// Each with the tokens of its prompt, which may come to mean something else in training.
-    batches: Vec<(Batch, Tokens)>,
+    /// Each with the tokens of its prompt where they come to mean something else in training.
+    batches: Vec<(Batch, Option<Tokens>)>,
 }
 
 impl HeldOut {
@@ -175,6 +182,7 @@ impl HeldOut {
         for image in 0..pictures.len().min(most) {
             let window = pictures.crop_window(image, resolution, Crop::Center);
             let (pixels, condition) = pictures.prepare(image, resolution, window)?;
+            let sizes = pictures.sizes(image, resolution, window);
             let (mean, _) = encode(model, &pixels);
             let latents = model.vae.scaling().to_unet(&mean); // [1, c, h, w]
             let mut shape = latents.size();
@@ -190,11 +198,13 @@ impl HeldOut {
                 latents: latents.repeat([HELD_OUT_TIMESTEPS, 1, 1, 1]),
                 noise: host::to_device(&noise, device),
                 timesteps: host::to_device(&host::tensor(&timesteps), device),
-                conditioning: model.conditioning(&tokens).repeat(HELD_OUT_TIMESTEPS),
+                conditioning: model
+                    .told_sizes(model.conditioning(&tokens), &[sizes])
+                    .repeat(HELD_OUT_TIMESTEPS),
                 conditions: condition.map(|c| c.expand([HELD_OUT_TIMESTEPS, -1, -1, -1], false)),
                 class_half: false,
             };
-            batches.push((batch, tokens));
+            batches.push((batch, config.adapter.train_text_encoder.then_some(tokens)));
         }
         Ok(Self { batches })
     }
@@ -202,9 +212,12 @@ impl HeldOut {
     /// Mean denoising error over all pictures and timesteps.
     pub fn loss(&self, model: &StableDiffusion, control: Option<&Control>, schedule: &NoiseSchedule) -> f64 {
         let _guard = tch::no_grad_guard();
-        let loss = |(batch, tokens): &(Batch, Tokens)| {
-            let conditioning = model.conditioning(tokens).repeat(HELD_OUT_TIMESTEPS);
-            let batch = Batch { conditioning, ..batch.shallow_clone() };
+        let loss = |(batch, tokens): &(Batch, Option<Tokens>)| {
+            let mut batch = batch.shallow_clone();
+            if let Some(tokens) = tokens {
+                let now = model.conditioning(tokens).repeat(HELD_OUT_TIMESTEPS);
+                batch.conditioning = now.with_sizes_of(batch.conditioning);
+            }
             host::number(&training_loss(&model.unet, control, schedule, &batch, 0.0, None).total)
         };
         let sum: f64 = self.batches.iter().map(loss).sum();

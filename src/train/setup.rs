@@ -5,12 +5,13 @@ use crate::adapter::methods::full::FullConfig;
 use crate::adapter::peft::{AdapterConfig, Bias};
 use crate::adapter::target::TargetRule;
 use crate::attach;
-use crate::attach::loaded::{PeftFiles, TEXT_CLASS, TEXT_ENCODER, UNET_CLASS, peft_files};
+use crate::attach::loaded::{HOMES, PeftFiles, peft_files};
 use crate::attach::parameters::Parameters;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::control::{CONTROL_ENCODER, ConditionEncoder, EncoderConfig, FILE_STEM, PALETTE_FILE};
 use crate::model::layers::Layers;
+use crate::model::text::in_own_tower;
 use crate::platform::hub::{self, Wanted};
 use crate::platform::observer::Observer;
 use crate::platform::{files, host, seed};
@@ -25,7 +26,7 @@ use tch::{Kind, Tensor};
 /// The files that the run's trained tensors go into, in the order of the optimiser's groups.
 pub(super) fn trained_parts(
     config: &TrainConfig,
-    model: &StableDiffusion,
+    model: &mut StableDiffusion,
     targets: &TargetRule,
     text_targets: &TargetRule,
     control: Option<&EncoderConfig>,
@@ -36,7 +37,7 @@ pub(super) fn trained_parts(
             let files = vec![("config.json", model.unet_config()?)];
             vec![TrainedPart::Network { folder: "unet", files }]
         }
-        Some(method) => adapter_parts(config, &method, targets, text_targets),
+        Some(method) => adapter_parts(config, model, &method, targets, text_targets),
     };
     if let Some(encoder) = control {
         let mut beside = vec![("config.json", encoder.to_json()?)];
@@ -50,20 +51,38 @@ pub(super) fn trained_parts(
 
 fn adapter_parts(
     config: &TrainConfig,
+    model: &mut StableDiffusion,
     method: &Method,
     targets: &TargetRule,
     text_targets: &TargetRule,
 ) -> Vec<TrainedPart> {
-    let adapter = |targets: &TargetRule| AdapterConfig {
+    let adapter = |targets: serde_json::Value| AdapterConfig {
         method: method.clone(),
         bias: config.adapter.bias,
-        targets: targets.to_json(),
+        targets,
         base_model: config.model.pretrained_model_name_or_path.to_str().map(str::to_string),
     };
-    let mut parts = vec![TrainedPart::Peft { place: "", config: adapter(targets), class: UNET_CLASS }];
-    if config.adapter.train_text_encoder {
-        let config = adapter(text_targets);
-        parts.push(TrainedPart::Peft { place: TEXT_ENCODER, config, class: TEXT_CLASS });
+    let mut parts = Vec::new();
+    for (place, class) in HOMES {
+        let targets = if place.is_empty() {
+            targets.to_json()
+        } else {
+            let tower = model.texts.iter_mut().find(|tower| tower.part.folder() == place);
+            let Some(tower) = tower.filter(|_| config.adapter.train_text_encoder) else { continue };
+            match text_targets {
+                // A pattern means whole names, and something stands before them there; a list means their ends.
+                TargetRule::Pattern(..) if !class.before.is_empty() => {
+                    let names = tower
+                        .encoder
+                        .layers_mut()
+                        .into_iter()
+                        .map(|layer| in_own_tower(&layer.name).to_string());
+                    names.filter(|name| text_targets.matches(name)).collect::<Vec<_>>().into()
+                }
+                _ => text_targets.to_json(),
+            }
+        };
+        parts.push(TrainedPart::Peft { place, config: adapter(targets), class });
     }
     parts
 }
@@ -83,7 +102,13 @@ pub(super) fn control_encoder(
     let seed = seed::derive(config.seed, "control encoder", 0);
     let mut encoder = ConditionEncoder::start(own, seed, model.device());
     let everything = TargetRule::from_words(&[".*".to_string()])?;
-    attach::attach_new(&mut encoder, &everything, &Method::new(FullConfig), Bias::None, 0)?;
+    attach::attach_new(
+        &mut encoder,
+        ("control encoder", &everything),
+        &Method::new(FullConfig),
+        Bias::None,
+        0,
+    )?;
     Ok(Some(encoder))
 }
 
@@ -138,10 +163,11 @@ pub(super) fn find_checkpoint(
 pub(super) fn warn_of_idle_words(
     setting: &str,
     targets: &TargetRule,
-    network: &mut dyn Layers,
+    networks: &mut [&mut dyn Layers],
     observer: &dyn Observer,
 ) {
-    let names: Vec<String> = network.layers_mut().iter().map(|layer| layer.name.clone()).collect();
+    let layers = networks.iter_mut().flat_map(|network| network.layers_mut());
+    let names: Vec<String> = layers.map(|layer| in_own_tower(&layer.name).to_string()).collect();
     for word in targets.idle_words(&names) {
         observer.warn(&format!("{setting}: `{word}` is the name of no layer"));
     }
@@ -164,7 +190,7 @@ pub(super) fn start_from(
     let PeftFiles { files, note } =
         peft_files(&path, "a training goes on from a PEFT folder, as `hra train` and PEFT write it")?;
     note.iter().for_each(|note| observer.warn(&format!("init_adapter: {note}")));
-    let has_text = files.iter().any(|(place, _)| *place == TEXT_ENCODER);
+    let has_text = files.iter().any(|(place, _)| !place.is_empty());
     if has_text != config.adapter.train_text_encoder {
         let (has, flag) = if has_text { ("has one", "give") } else { ("has none", "leave out") };
         problems.push(format!("the adapter {has} for the text encoder: {flag} --train_text_encoder"));
@@ -206,7 +232,7 @@ pub(super) fn start_from(
     if problems.is_empty() {
         let places = parts.iter().map(TrainedPart::place).zip(parameters.groups());
         for (place, (name, view)) in places.flat_map(|(place, views)| views.iter().map(move |v| (place, v))) {
-            match values.remove(&(place.to_string(), name.clone())) {
+            match values.remove(&(place.to_string(), in_own_tower(name).to_string())) {
                 Some(value) if value.size() == view.size() => rows.push(value.reshape([-1])),
                 Some(value) => {
                     let (expected, found) = (view.size(), value.size());

@@ -1,6 +1,7 @@
 //! The loop: batch, loss, gradient, step, record, save.
 
 use crate::attach::{self, Movement};
+use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, ErrorKind, Result};
 use crate::platform::device::{self, PeakMemory};
 use crate::platform::observer::{Counter, Event, Observer};
@@ -184,12 +185,23 @@ impl<'a> Trainer<'a> {
         if self.data.previews.is_empty() {
             return Ok(());
         }
+        let StableDiffusion { vae, source, .. } = &mut self.networks.model;
+        let was_there = vae.is_there();
+        if let Err(problem) = vae.bring_back(source) {
+            // What was trained is worth more than a look at it.
+            self.observer.warn(&format!("previews of step {step} are not drawn: {problem}"));
+            return Ok(());
+        }
         let drawn = self.with_average(|t| {
             let Networks { model, control, .. } = &t.networks;
             t.run.folder.write(|run| {
                 t.data.previews.draw(model, control.as_ref(), &t.config, (run, step), t.observer)
             })
         });
+        if !was_there {
+            self.networks.model.vae.release();
+            host::give_memory_back();
+        }
         match drawn {
             Ok(folder) => {
                 self.observer.say(&format!("previews of step {step}: {}", folder.display()));

@@ -58,11 +58,6 @@ impl Checkpoint {
         Ok(Self { file: Arc::new(file), towers, said, config, notes })
     }
 
-    /// The folder that says what it does not.
-    pub(super) fn config(&self) -> Option<&Path> {
-        self.config.as_deref()
-    }
-
     /// What the user's folder or the header has of a text file. A part comes from one of them, so that no two tokenizers mix.
     pub(super) fn given(&self, name: &str) -> Result<Option<Text>> {
         let part = name.split_once('/').map_or(name, |(part, _)| part);

@@ -21,6 +21,9 @@ impl Part {
     /// All of them.
     pub const ALL: [Self; 4] = [Self::UNet, Self::TextEncoder, Self::TextEncoder2, Self::Vae];
 
+    /// Those that adapters are for: what LoRA files and runs can hold.
+    pub const ADAPTED: [Self; 3] = [Self::UNet, Self::TextEncoder, Self::TextEncoder2];
+
     /// The text towers, in the order in which their states stand beside each other.
     pub const TEXTS: [Self; 2] = [Self::TextEncoder, Self::TextEncoder2];
 
@@ -34,9 +37,14 @@ impl Part {
         }
     }
 
+    /// Whether it reads prompts.
+    pub fn is_text(self) -> bool {
+        self.tokenizer().is_some()
+    }
+
     /// The name of its weight file, without ending.
     pub fn stem(self) -> &'static str {
-        if self.tokenizer().is_some() { "model" } else { "diffusion_pytorch_model" }
+        if self.is_text() { "model" } else { "diffusion_pytorch_model" }
     }
 
     /// Of a text tower: the folder of its tokenizer.

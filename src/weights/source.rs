@@ -332,21 +332,30 @@ impl Source {
         }
     }
 
-    /// Refuses Stable Diffusion XL, for what only knows 1.x and 2.x.
-    pub fn refuse_xl(&self) -> Result<()> {
-        if !self.text_parts().contains(&Part::TextEncoder2) {
-            return Ok(());
-        }
-        let problem =
-            "expected a model of Stable Diffusion 1.x or 2.x, found one of XL, which only draws here";
-        Err(Error::format(&self.path, problem)
-            .with_hint("draw with it: hra sample --model MODEL --adapter ADAPTER"))
+    /// Whether it is of Stable Diffusion XL, its refiner among it.
+    pub fn is_xl(&self) -> bool {
+        self.text_parts().contains(&Part::TextEncoder2)
     }
 
-    /// A value of `model_index.json`, where there is one that can be read: of the folder, or of that which says what a checkpoint is.
+    /// Refuses XL's refiner, for what draws from text alone.
+    pub fn refuse_refiner(&self) -> Result<()> {
+        if self.text_parts() != [Part::TextEncoder2] {
+            return Ok(());
+        }
+        let problem = "expected a model that draws from text alone, found a refiner of Stable Diffusion XL, which draws from a picture";
+        Err(Error::format(&self.path, problem).with_hint(
+            "train and compare on XL's base model; a refiner draws with `hra sample --image FILE`",
+        ))
+    }
+
+    /// A value of `model_index.json`, where there is one that can be read: of the folder, of that which says what a checkpoint is, or of
+    /// the checkpoint itself.
     pub fn pipeline_value(&self, key: &str) -> Option<Value> {
-        let dir = self.checkpoint.as_ref().map_or(Some(self.path.as_path()), Checkpoint::config)?;
-        let text = read_below(dir, "model_index.json").ok().flatten()?;
+        let text = match &self.checkpoint {
+            None => read_below(&self.path, PIPELINE),
+            Some(checkpoint) => checkpoint.given(PIPELINE),
+        };
+        let text = text.ok().flatten()?;
         python_json::parse(&text.content).ok()?.remove(key)
     }
 
@@ -372,6 +381,12 @@ impl Source {
         python_json::parse(&text.content).ok()?.remove(key)
     }
 }
+
+/// Says of a folder which parts it has.
+pub const PIPELINE: &str = "model_index.json";
+
+/// The key of [`PIPELINE`] that says what no prompt becomes; true where it does not say (diffusers).
+pub const FORCE_ZEROS: &str = "force_zeros_for_empty_prompt";
 
 /// The config of a part, as folders have it.
 pub fn config_of(part: Part) -> String {

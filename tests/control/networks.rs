@@ -44,7 +44,7 @@ fn new_encoder(model: &StableDiffusion) -> ConditionEncoder {
     let config = EncoderConfig::new(&model.unet, model.vae.factor(), "other", None);
     let mut encoder = ConditionEncoder::start(config, 3, Device::Cpu);
     let everything = TargetRule::from_words(&[".*".to_string()]).unwrap();
-    attach::attach_new(&mut encoder, &everything, &Method::new(FullConfig), Bias::None, 0).unwrap();
+    attach::attach_new(&mut encoder, ("", &everything), &Method::new(FullConfig), Bias::None, 0).unwrap();
     encoder
 }
 
@@ -52,7 +52,7 @@ fn attach_hra(model: &mut StableDiffusion) {
     let config =
         HraConfig { rank: 4, gram_schmidt: false, init: HraInit::Auto, allow_odd_rank: false, lambda: 0.0 };
     let targets = TargetRule::from_words(&ATTENTION.map(String::from)).unwrap();
-    attach::attach_new(&mut model.unet, &targets, &Method::new(config), Bias::None, 5).unwrap();
+    attach::attach_new(&mut model.unet, ("", &targets), &Method::new(config), Bias::None, 5).unwrap();
 }
 
 /// Numbers from 0 to 1.

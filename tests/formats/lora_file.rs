@@ -4,10 +4,11 @@
 use crate::support::base::root;
 use crate::support::error::relative_error;
 use hra::StableDiffusion;
-use hra::adapter::lora_file::{LayerProduct, LoraFile, LoraLayer, LoraPart, Style, canonical, write};
+use hra::adapter::lora_file::{LayerProduct, LoraFile, LoraLayer, Style, canonical, write};
 use hra::model::layers::Layers;
 use hra::platform::random::normal;
 use hra::platform::seed;
+use hra::weights::part::Part;
 use hra::weights::tensor_file::{self, TensorFile};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -50,8 +51,8 @@ fn every_style_has_the_effect_that_python_gives_it() {
     let dir = root().join("tests/fixtures/cases/sd15/pipeline");
     let mut model = StableDiffusion::load(&dir, Kind::Float, Device::Cpu).unwrap();
     let parts = [
-        (LoraPart::UNet, weights(&mut model.unet, "unet/diffusion_pytorch_model.safetensors")),
-        (LoraPart::TextEncoder, weights(&mut model.texts[0].encoder, "text_encoder/model.safetensors")),
+        (Part::UNet, weights(&mut model.unet, "unet/diffusion_pytorch_model.safetensors")),
+        (Part::TextEncoder, weights(&mut model.texts[0].encoder, "text_encoder/model.safetensors")),
     ];
     let expected = TensorFile::open(&fixture("expected")).unwrap();
     let probe = expected.read("probe").unwrap();
@@ -65,7 +66,7 @@ fn every_style_has_the_effect_that_python_gives_it() {
             let resolved = file.resolve(*part, &names, &[]).unwrap();
             assert!(resolved.unmatched.is_empty(), "{style}: {:?}", resolved.unmatched);
             for (name, layer) in resolved.layers {
-                let key = format!("{style}/{}.{name}", part.name());
+                let key = format!("{style}/{}.{name}", part.folder());
                 let reference = expected.read(&key).unwrap();
                 let weight = &weights[&name];
                 let found = change(layer, weight).matmul(&probe.narrow(0, 0, weight.size()[1]));
@@ -128,14 +129,14 @@ fn ldm_names_find_their_layers() {
         ("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q", to_q),
         ("middle_block.0.in_layers.2", "mid_block.resnets.0.conv1"),
     ];
-    let resolved = file.resolve(LoraPart::UNet, &names, &ldm).unwrap();
+    let resolved = file.resolve(Part::UNet, &names, &ldm).unwrap();
     assert_eq!(resolved.layers.keys().collect::<Vec<_>>(), names);
     assert_eq!(resolved.unmatched.iter().map(|l| l.name.as_str()).collect::<Vec<_>>(), ["output_blocks_9_9"]);
-    assert!(file.resolve(LoraPart::TextEncoder, &names, &ldm).unwrap().layers.is_empty());
-    assert_eq!(file.resolve(LoraPart::UNet, &names, &[]).unwrap().unmatched.len(), 3);
+    assert!(file.resolve(Part::TextEncoder, &names, &ldm).unwrap().layers.is_empty());
+    assert_eq!(file.resolve(Part::UNet, &names, &[]).unwrap().unmatched.len(), 3);
 
     tensors.extend(kohya(&canonical(to_q)));
-    let told = read(&tensors, &[]).unwrap().resolve(LoraPart::UNet, &names, &ldm).unwrap_err().to_string();
+    let told = read(&tensors, &[]).unwrap().resolve(Part::UNet, &names, &ldm).unwrap_err().to_string();
     assert!(told.contains(to_q) && told.contains("input_blocks_1_1"), "{told}");
 }
 
@@ -251,6 +252,7 @@ fn changes(scale_down: f64, scale_up: f64) -> Vec<LayerProduct> {
         LayerProduct {
             part,
             layer: layer.to_string(),
+            ldm: None,
             down: normal(seeds[0], down) * scale_down,
             up: normal(seeds[1], up) * scale_up,
             magnitude: None,
@@ -258,11 +260,11 @@ fn changes(scale_down: f64, scale_up: f64) -> Vec<LayerProduct> {
     };
     let block = "down_blocks.0.attentions.0.transformer_blocks.0";
     vec![
-        make(LoraPart::UNet, &format!("{block}.attn1.to_out.0"), &[2, 12], &[12, 2]),
-        make(LoraPart::UNet, &format!("{block}.attn2.to_k"), &[4, 16], &[12, 4]),
-        make(LoraPart::UNet, &format!("{block}.ff.net.2"), &[2, 48], &[12, 2]),
-        make(LoraPart::UNet, "down_blocks.0.resnets.0.conv1", &[2, 12, 3, 3], &[12, 2, 1, 1]),
-        make(LoraPart::TextEncoder, "encoder.layers.0.self_attn.q_proj", &[2, 16], &[16, 2]),
+        make(Part::UNet, &format!("{block}.attn1.to_out.0"), &[2, 12], &[12, 2]),
+        make(Part::UNet, &format!("{block}.attn2.to_k"), &[4, 16], &[12, 4]),
+        make(Part::UNet, &format!("{block}.ff.net.2"), &[2, 48], &[12, 2]),
+        make(Part::UNet, "down_blocks.0.resnets.0.conv1", &[2, 12, 3, 3], &[12, 2, 1, 1]),
+        make(Part::TextEncoder, "encoder.layers.0.self_attn.q_proj", &[2, 16], &[16, 2]),
     ]
 }
 

@@ -10,6 +10,7 @@ use hra::adapter::methods::hra::{HraConfig, HraInit};
 use hra::adapter::methods::lora::{LoraConfig, LoraInit};
 use hra::adapter::methods::oft::{Coft, OftConfig};
 use hra::adapter::peft::{self, AdapterConfig, AdapterFile, Bias, CONFIG_FILE, WEIGHTS_FILE};
+use hra::attach::loaded::{HOMES, UNET_CLASS as CLASS};
 use hra::platform::random;
 use hra::weights::tensor_file;
 use proptest::prelude::*;
@@ -19,7 +20,6 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
-const CLASS: (&str, &str) = ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition");
 
 fn lora() -> LoraConfig {
     LoraConfig { rslora: true, ..LoraConfig::new(2, 3.0) }
@@ -145,9 +145,8 @@ fn configs_have_the_fields_that_peft_writes() {
             }
             let theirs = json_of(&dir);
             let file = AdapterFile::read(&dir).unwrap();
-            let class = &theirs["auto_mapping"];
-            let class =
-                (class["base_model_class"].as_str().unwrap(), class["parent_library"].as_str().unwrap());
+            let name = theirs["auto_mapping"]["base_model_class"].as_str().unwrap();
+            let (_, class) = HOMES.into_iter().find(|(_, class)| class.name == name).unwrap();
             let ours = file.config.to_json(class).unwrap();
             let keys = |v: &Value| v.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
             assert_eq!(keys(&ours), keys(&theirs), "{}", dir.display());

@@ -12,7 +12,7 @@ use hra::adapter::methods::hra_free::HraFreeConfig;
 use hra::adapter::methods::hra_magnitude::HraMagnitudeConfig;
 use hra::adapter::methods::lora::{LoraConfig, LoraInit};
 use hra::adapter::methods::oft::{Coft, OftConfig};
-use hra::adapter::peft::{self, AdapterFile};
+use hra::adapter::peft::{self, AdapterFile, PythonClass};
 use hra::adapter::{Adapter, Boft, Dora, Form, Frozen, Geometry, Lora, Method, Oft};
 use hra::platform::random::normal;
 use hra::weights::tensor_file::{self, TensorFile};
@@ -260,7 +260,7 @@ fn ia3_is_pefts() {
     assert_eq!(file.layers.len(), 4);
     // written again, it says the same
     let again = tempfile::tempdir().unwrap();
-    let class = ("Layers", "__main__");
+    let class = PythonClass { name: "Layers", module: "__main__", before: "" };
     peft::write(again.path(), &file.config, class, &file.tensors(), Kind::Float, &[]).unwrap();
     let read = |dir: &std::path::Path| {
         let text = std::fs::read_to_string(dir.join(peft::CONFIG_FILE)).unwrap();

@@ -12,6 +12,7 @@ mod support {
     pub mod error;
     pub mod grown;
     pub mod process;
+    pub mod stored_xl;
     pub mod xl_cases;
 }
 

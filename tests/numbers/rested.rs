@@ -6,7 +6,7 @@ use crate::reference::{Comparer, REFERENCE, adapters};
 use crate::support::cases::{Case, stored_cases};
 use crate::support::copied::copy;
 use crate::support::error::relative_error;
-use crate::support::grown::stored_xl;
+use crate::support::stored_xl::stored_xl;
 use hra::StableDiffusion;
 use hra::adapter::peft::AdapterFile;
 use hra::attach;

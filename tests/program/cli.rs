@@ -94,6 +94,20 @@ fn every_config_in_the_folder_validates_and_is_printed_whole() {
         table.try_into::<hra::train::config::TrainConfig>().unwrap().validate().unwrap();
         count += 1;
     }
+    // One rate or two; a file after them is a file.
+    for (rates, expected) in
+        [("5e-6", "text_encoder_lr = 0.000005"), ("1e-5,5e-6", "[0.00001, 0.000005]"), ("[1e-5]", "")]
+    {
+        let words = ["train", "--text_encoder_lr", rates, whole.to_str().unwrap(), "--print-config"];
+        let done = scratch.run(&words);
+        assert_eq!(done.code, if expected.is_empty() { 2 } else { 0 }, "{}", done.err);
+        assert!(done.out.contains(expected), "{}", done.out);
+    }
+    let rate = scratch.path("rate.toml");
+    std::fs::write(&rate, "[optimizer]\ntext_encoder_lr = \"fast\"\n").unwrap();
+    let done = scratch.run(&["train", whole.to_str().unwrap(), rate.to_str().unwrap(), "--print-config"]);
+    let words = "[optimizer] text_encoder_lr: expected a number, or a list of numbers, found";
+    assert!(done.code == 2 && done.err.contains(words), "{}", done.err);
     let broken = scratch.path("broken.toml");
     std::fs::write(&broken, "[adapter]\nrank = \"eight\"\n").unwrap();
     let done = scratch.run(&["train", whole.to_str().unwrap(), broken.to_str().unwrap(), "--print-config"]);

@@ -8,6 +8,7 @@ mod support {
     pub mod copied;
     pub mod error;
     pub mod finished;
+    pub mod grown;
     pub mod memory;
     pub mod process;
     pub mod records;
@@ -35,3 +36,4 @@ mod threads;
 mod torture;
 mod train;
 mod user_files;
+mod xl_training;

@@ -64,7 +64,7 @@ pub fn encoder(here: &Comparer, case: &Case) -> bool {
     let (mut encoder, unused) = ConditionEncoder::load(&dir, here.compute.device).unwrap();
     assert!(unused.is_empty(), "{}: {unused:?}", case.name);
     let everything = TargetRule::from_words(&[".*".to_string()]).unwrap();
-    attach::attach_new(&mut encoder, &everything, &Method::new(FullConfig), Bias::None, 0).unwrap();
+    attach::attach_new(&mut encoder, ("", &everything), &Method::new(FullConfig), Bias::None, 0).unwrap();
     let parameters = attach::pack_parameters(&mut [&mut encoder]);
     let out = encoder.forward(&here.input(&expected, "control.image"));
     here.compare(&expected, "control encoder", "encoder.out", &out, 1e-5);

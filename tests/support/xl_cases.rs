@@ -2,7 +2,7 @@
 
 use super::all_cases::{all, is_xl};
 use super::cases::Case;
-use super::grown::stored_xl;
+use super::stored_xl::stored_xl;
 
 /// That of this repository, and those that lie where [`all`] looks.
 pub fn xl_cases() -> Vec<Case> {

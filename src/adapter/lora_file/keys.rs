@@ -12,7 +12,7 @@
 //!
 //! What diffusers accepts is in its `loaders/lora_conversion_utils.py` and `utils/state_dict_utils.py` (0.42).
 
-use crate::adapter::lora_file::part::LoraPart;
+use crate::weights::part::Part;
 
 /// What a tensor is in its layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub enum Role {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LoraKey {
     /// A tensor of a layer, named in the style's own way: dots, or underscores.
-    Layer { part: LoraPart, layer: String, role: Role },
+    Layer { part: Part, layer: String, role: Role },
     /// Something that would change the result and is not done here; the reason.
     Refused(&'static str),
     /// Nothing known.
@@ -106,16 +106,16 @@ const OTHER_METHODS: [(&str, &str); 22] = [
 ];
 
 /// Beginnings that say which part a layer is of; one that begins with another is the longer and comes first.
-const PARTS: [(&str, LoraPart); 9] = [
-    ("unet.", LoraPart::UNet),
-    ("text_encoder.", LoraPart::TextEncoder),
-    ("text_encoder_2.", LoraPart::TextEncoder2),
-    ("lora_unet_", LoraPart::UNet),
-    ("lora_te1_", LoraPart::TextEncoder),
-    ("lora_te2_", LoraPart::TextEncoder2),
-    ("lora_te_", LoraPart::TextEncoder),
-    ("model.diffusion_model.", LoraPart::UNet),
-    ("diffusion_model.", LoraPart::UNet),
+const PARTS: [(&str, Part); 9] = [
+    ("unet.", Part::UNet),
+    ("text_encoder.", Part::TextEncoder),
+    ("text_encoder_2.", Part::TextEncoder2),
+    ("lora_unet_", Part::UNet),
+    ("lora_te1_", Part::TextEncoder),
+    ("lora_te2_", Part::TextEncoder2),
+    ("lora_te_", Part::TextEncoder),
+    ("model.diffusion_model.", Part::UNet),
+    ("diffusion_model.", Part::UNet),
 ];
 
 /// Reads a key.
@@ -132,15 +132,13 @@ pub fn parse(key: &str) -> LoraKey {
     let named = PARTS.iter().find_map(|(start, part)| Some((module.strip_prefix(start)?, *part)));
     let (module, part) = named.unwrap_or_else(|| {
         let is_text = ["text_model.", "encoder.layers."].iter().any(|start| module.starts_with(start));
-        (module, if is_text { LoraPart::TextEncoder } else { LoraPart::UNet })
+        (module, if is_text { Part::TextEncoder } else { Part::UNet })
     });
     let module = module.replace(".processor.", ".");
     // The processors of old gave all attention the UNet's names.
     let renamed = match part {
-        LoraPart::UNet => &[(".to_out", ".to_out.0")][..],
-        LoraPart::TextEncoder | LoraPart::TextEncoder2 => {
-            &[(".to_q", ".q_proj"), (".to_k", ".k_proj"), (".to_v", ".v_proj"), (".to_out", ".out_proj")]
-        }
+        Part::UNet => &[(".to_out", ".to_out.0")][..],
+        _ => &[(".to_q", ".q_proj"), (".to_k", ".k_proj"), (".to_v", ".v_proj"), (".to_out", ".out_proj")],
     };
     let renamed = renamed.iter().find_map(|(old, new)| Some(format!("{}{new}", module.strip_suffix(old)?)));
     LoraKey::Layer { part, layer: renamed.unwrap_or(module), role }
@@ -156,7 +154,7 @@ pub fn canonical(layer: &str) -> String {
 mod tests {
     use super::*;
 
-    fn found(key: &str) -> (LoraPart, String, Role) {
+    fn found(key: &str) -> (Part, String, Role) {
         match parse(key) {
             LoraKey::Layer { part, layer, role } => (part, canonical(&layer), role),
             other => panic!("{key}: {other:?}"),
@@ -176,7 +174,7 @@ mod tests {
             format!("{dotted}.processor.to_out_lora.down.weight"),
             format!("lora_unet_{layer}.lora_down.weight"),
         ] {
-            assert_eq!(found(&key), (LoraPart::UNet, layer.to_string(), Role::Down), "{key}");
+            assert_eq!(found(&key), (Part::UNet, layer.to_string(), Role::Down), "{key}");
         }
         let layer = "encoder_layers_3_self_attn_q_proj";
         let dotted = "encoder.layers.3.self_attn";
@@ -189,7 +187,7 @@ mod tests {
             format!("lora_te_text_model_{layer}.lora_up.weight"),
             format!("lora_te1_text_model_{layer}.lora_up.weight"),
         ] {
-            assert_eq!(found(&key), (LoraPart::TextEncoder, layer.to_string(), Role::Up), "{key}");
+            assert_eq!(found(&key), (Part::TextEncoder, layer.to_string(), Role::Up), "{key}");
         }
     }
 

@@ -7,13 +7,13 @@
 //! `m (W + scale * up down) / |W + scale * up down|`, norms by rows.
 
 mod keys;
-mod part;
 mod settings;
 mod write;
 
 use crate::error::{Error, Result};
 use crate::platform::host;
 use crate::weights::family;
+use crate::weights::part::Part;
 use crate::weights::tensor_file::TensorFile;
 use keys::{LoraKey, Role};
 use settings::LoraFileSettings;
@@ -23,7 +23,6 @@ use tch::{Kind, Tensor};
 
 pub use crate::platform::adapter_layout::DIFFUSERS_LORA as DIFFUSERS_FILE;
 pub use keys::canonical;
-pub use part::LoraPart;
 pub use write::{LayerProduct, Style, write};
 
 /// Far above any layer of a network (numbers of one tensor, numbers along one dimension).
@@ -34,7 +33,7 @@ const MAX_DIMENSION: i64 = 1 << 20;
 #[derive(Debug)]
 pub struct LoraLayer {
     /// Which part the layer is of.
-    pub part: LoraPart,
+    pub part: Part,
     /// The layer's name as every style can give it (see [`canonical`]).
     pub name: String,
     /// `(r, d_in)`, or `(r, c, kh, kw)` for a convolution.
@@ -95,7 +94,7 @@ impl LoraFile {
     /// Reads a file. Everything that is wrong, or cannot be honoured, is told by its key.
     pub fn read(path: &Path) -> Result<Self> {
         let file = TensorFile::open(path)?;
-        let mut found: BTreeMap<(LoraPart, String), FoundTensor> = BTreeMap::new();
+        let mut found: BTreeMap<(Part, String), FoundTensor> = BTreeMap::new();
         let mut refused: BTreeMap<&str, Vec<String>> = BTreeMap::new();
         let (mut unused, mut problems) = (Vec::new(), Vec::new());
         for key in file.names() {
@@ -162,7 +161,7 @@ impl LoraFile {
 
     /// Finds the layers of `part` in a model. `names` are the model's own; `ldm` gives further names (first) of some of them
     /// (second), such as those in a single-file checkpoint. The error is a layer that is meant twice.
-    pub fn resolve(&self, part: LoraPart, names: &[&str], ldm: &[(&str, &str)]) -> Result<Resolved<'_>> {
+    pub fn resolve(&self, part: Part, names: &[&str], ldm: &[(&str, &str)]) -> Result<Resolved<'_>> {
         let own = names.iter().map(|name| (canonical(name), *name));
         let further = ldm
             .iter()
@@ -197,10 +196,10 @@ fn role_name(role: Role) -> &'static str {
     }
 }
 
-fn read_settings(file: &TensorFile, problems: &mut Vec<String>) -> Vec<(LoraPart, LoraFileSettings)> {
+fn read_settings(file: &TensorFile, problems: &mut Vec<String>) -> Vec<(Part, LoraFileSettings)> {
     let mut found = Vec::new();
-    if let Some(text) = file.text(part::METADATA) {
-        for part in LoraPart::ALL {
+    if let Some(text) = file.text(settings::METADATA) {
+        for part in Part::ADAPTED {
             match LoraFileSettings::read(text, part) {
                 Ok(settings) => found.extend(settings.map(|settings| (part, settings))),
                 Err(mut wrong) => {
@@ -216,7 +215,7 @@ fn read_settings(file: &TensorFile, problems: &mut Vec<String>) -> Vec<(LoraPart
 /// One layer, checked; the error is every problem of it.
 fn read_layer(
     file: &TensorFile,
-    part: LoraPart,
+    part: Part,
     name: String,
     found: &mut FoundTensor,
     settings: Option<&LoraFileSettings>,

@@ -1,9 +1,9 @@
 //! PEFT's settings of a LoRA, as diffusers puts them into a file's metadata (`lora_adapter_metadata`, JSON): of one model, or
 //! of several with the model's name before each field.
 
-use crate::adapter::lora_file::part::LoraPart;
 use crate::adapter::peft_fields::unknown_field;
 use crate::adapter::peft_patterns::pattern;
+use crate::weights::part::Part;
 use regex::Regex;
 use serde_json::{Map, Value};
 
@@ -35,6 +35,9 @@ const READ: [&str; 7] =
 /// Starts that leave the base weights as they are; others (PiSSA, CorDA, LoftQ ..) change them.
 const PLAIN_STARTS: [&str; 4] = ["gaussian", "kaiming", "eva", "orthogonal"];
 
+/// Where diffusers keeps PEFT's settings.
+pub(super) const METADATA: &str = "lora_adapter_metadata";
+
 /// What scales the layers of one part.
 #[derive(Debug)]
 pub struct LoraFileSettings {
@@ -51,17 +54,17 @@ pub struct LoraFileSettings {
 
 impl LoraFileSettings {
     /// The settings for `part` in `text`; none if the text is of other parts. The error is every problem.
-    pub fn read(text: &str, part: LoraPart) -> Result<Option<Self>, Vec<String>> {
-        let whole: Map<String, Value> = serde_json::from_str(text)
-            .map_err(|e| vec![format!("metadata `{}`: not JSON: {e}", super::part::METADATA)])?;
-        let prefixed = |part: LoraPart| -> Map<String, Value> {
-            let start = format!("{}.", part.name());
+    pub fn read(text: &str, part: Part) -> Result<Option<Self>, Vec<String>> {
+        let whole: Map<String, Value> =
+            serde_json::from_str(text).map_err(|e| vec![format!("metadata `{METADATA}`: not JSON: {e}")])?;
+        let prefixed = |part: Part| -> Map<String, Value> {
+            let start = format!("{}.", part.folder());
             whole.iter().filter_map(|(k, v)| Some((k.strip_prefix(&start)?.to_string(), v.clone()))).collect()
         };
         let own = prefixed(part);
         let fields = match part {
             // Without a name they are those of the UNet, which alone writes so (`unet.save_lora_adapter`).
-            LoraPart::UNet if LoraPart::ALL.into_iter().all(|part| prefixed(part).is_empty()) => whole,
+            Part::UNet if Part::ADAPTED.into_iter().all(|part| prefixed(part).is_empty()) => whole,
             _ => own,
         };
         if fields.is_empty() { Ok(None) } else { Self::from_fields(&fields).map(Some) }

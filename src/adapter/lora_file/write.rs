@@ -5,12 +5,13 @@
 //! with `.lora_linear_layer.up.weight`; ComfyUI looks under no other name for attention, and diffusers turns these into
 //! PEFT's (`convert_unet_state_dict_to_peft`). No alpha is in it, which both take as a scale of 1.
 //!
-//! [`Style::Kohya`] is for A1111, ComfyUI and diffusers. All layers get the same alpha, the largest rank, and `up` is scaled
+//! [`Style::Kohya`] is for A1111, ComfyUI and diffusers; of Stable Diffusion XL ([`Style::KohyaXl`]) the UNet's layers have the names of
+//! checkpoints, and the first text encoder is `te1`, as kohya's `sdxl_train_network.py` has them. All layers get the same alpha, the largest rank, and `up` is scaled
 //! where a layer's rank is smaller: diffusers 0.42 loses the alphas of attention layers where they differ.
 
-use crate::adapter::lora_file::part::LoraPart;
 use crate::error::{Error, Result};
 use crate::platform::host;
+use crate::weights::part::Part;
 use crate::weights::tensor_file;
 use std::path::Path;
 use tch::{Kind, Tensor};
@@ -22,15 +23,19 @@ pub enum Style {
     Diffusers,
     /// As kohya's trainer writes it.
     Kohya,
+    /// As kohya's trainer writes it for Stable Diffusion XL.
+    KohyaXl,
 }
 
 /// The change of one layer's weight: `up down`, scale 1.
 #[derive(Debug)]
 pub struct LayerProduct {
     /// Which part the layer is of.
-    pub part: LoraPart,
+    pub part: Part,
     /// The layer's own name, with dots; a text encoder's with or without `text_model.`.
     pub layer: String,
+    /// A UNet layer's name in checkpoints, where it is known.
+    pub ldm: Option<String>,
     /// `(r, d_in)`, or `(r, c, kh, kw)` for a convolution.
     pub down: Tensor,
     /// `(d_out, r)`, or `(d_out, r, 1, 1)` for a convolution.
@@ -56,9 +61,9 @@ pub fn write(
         let (down, mut up) = balanced(&change.down, &change.up);
         let names = match style {
             Style::Diffusers => diffusers_names(change),
-            Style::Kohya => {
+            Style::Kohya | Style::KohyaXl => {
                 up *= own as f64 / rank as f64;
-                kohya_names(change)
+                kohya_names(change, style == Style::KohyaXl)
             }
         };
         let mut put = |name: String, tensor: &Tensor, kind: Kind| {
@@ -75,8 +80,8 @@ pub fn write(
             let shape = match (style, down.dim()) {
                 (Style::Diffusers, 4) => vec![1, -1, 1, 1],
                 (Style::Diffusers, _) => vec![-1],
-                (Style::Kohya, 4) => vec![-1, 1, 1, 1],
-                (Style::Kohya, _) => vec![-1, 1],
+                (_, 4) => vec![-1, 1, 1, 1],
+                _ => vec![-1, 1],
             };
             put(names.magnitude, &magnitude.reshape(shape), kind);
         }
@@ -88,7 +93,7 @@ pub fn write(
         return Err(Error::weights(path, problems));
     }
     let mut text = text.to_vec();
-    if style == Style::Kohya {
+    if style != Style::Diffusers {
         text.extend([
             ("ss_network_module", "networks.lora".to_string()),
             ("ss_network_dim", rank.to_string()),
@@ -108,14 +113,14 @@ struct Names {
 
 fn diffusers_names(change: &LayerProduct) -> Names {
     let layer = full_name(change);
-    let place = format!("{}.{layer}", change.part.name());
+    let place = format!("{}.{layer}", change.part.folder());
     let ends_in = |end: &str| layer.ends_with(end);
     let attention =
-        change.part == LoraPart::UNet && [".to_q", ".to_k", ".to_v", ".to_out.0"].into_iter().any(ends_in);
-    let stem = match (change.part, attention) {
-        (LoraPart::TextEncoder | LoraPart::TextEncoder2, _) => format!("{place}.lora_linear_layer"),
-        (LoraPart::UNet, false) => format!("{place}.lora"),
-        (LoraPart::UNet, true) => {
+        change.part == Part::UNet && [".to_q", ".to_k", ".to_v", ".to_out.0"].into_iter().any(ends_in);
+    let stem = match attention {
+        _ if change.part.is_text() => format!("{place}.lora_linear_layer"),
+        false => format!("{place}.lora"),
+        true => {
             let (block, projection) = place.split_once(".to_").unwrap_or((&place, ""));
             format!("{block}.processor.to_{}_lora", projection.trim_end_matches(".0"))
         }
@@ -124,23 +129,23 @@ fn diffusers_names(change: &LayerProduct) -> Names {
         down: format!("{stem}.down.weight"),
         up: format!("{stem}.up.weight"),
         // transformers puts the adapter's name into the key before its end, and needs an end to find.
-        magnitude: match change.part {
-            LoraPart::UNet => format!("{place}.lora_magnitude_vector"),
-            LoraPart::TextEncoder | LoraPart::TextEncoder2 => {
-                format!("{place}.lora_magnitude_vector.weight")
-            }
+        magnitude: match change.part.is_text() {
+            false => format!("{place}.lora_magnitude_vector"),
+            true => format!("{place}.lora_magnitude_vector.weight"),
         },
         alpha: None,
     }
 }
 
-fn kohya_names(change: &LayerProduct) -> Names {
+fn kohya_names(change: &LayerProduct, is_xl: bool) -> Names {
     let prefix = match change.part {
-        LoraPart::UNet => "lora_unet_",
-        LoraPart::TextEncoder => "lora_te_",
-        LoraPart::TextEncoder2 => "lora_te2_",
+        Part::TextEncoder if is_xl => "lora_te1_",
+        Part::TextEncoder => "lora_te_",
+        Part::TextEncoder2 => "lora_te2_",
+        _ => "lora_unet_",
     };
-    let place = format!("{prefix}{}", full_name(change).replace('.', "_"));
+    let name = change.ldm.clone().filter(|_| is_xl).unwrap_or_else(|| full_name(change));
+    let place = format!("{prefix}{}", name.replace('.', "_"));
     Names {
         down: format!("{place}.lora_down.weight"),
         up: format!("{place}.lora_up.weight"),
@@ -149,14 +154,13 @@ fn kohya_names(change: &LayerProduct) -> Names {
     }
 }
 
-/// Other programs have `text_model.` before the text encoder's names.
+/// Other programs have `text_model.` before the text encoders' names, but for the second one's projection.
 fn full_name(change: &LayerProduct) -> String {
-    match change.part {
-        LoraPart::TextEncoder | LoraPart::TextEncoder2 if !change.layer.starts_with("text_model.") => {
-            format!("text_model.{}", change.layer)
-        }
-        _ => change.layer.clone(),
+    let is_bare = !["text_model.", "text_projection"].iter().any(|start| change.layer.starts_with(start));
+    if change.part.is_text() && is_bare {
+        return format!("text_model.{}", change.layer);
     }
+    change.layer.clone()
 }
 
 /// The same product from halves whose largest numbers are about the same, rank by rank. Factors are powers of two, so that

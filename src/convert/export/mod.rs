@@ -12,16 +12,17 @@ use crate::adapter::peft::{self, AdapterConfig, Bias};
 use crate::adapter::peft_patterns::Exceptions;
 use crate::adapter::{Form, Method};
 use crate::attach::fixed::{AttachReport, Effect, effects};
-use crate::attach::loaded::{HOMES, LoadedAdapter, TEXT_CLASS, TEXT_ENCODER, UNET_CLASS, peft_files};
+use crate::attach::loaded::{HOMES, LoadedAdapter, peft_files};
 use crate::convert::single_file::{self, Replaced};
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::layers::{Layers, Module};
+use crate::model::text::in_own_tower;
 use crate::platform::choice::{Choice, Named, named};
 use crate::platform::{files, host, hub};
 use crate::weights::part::Part;
 use crate::weights::source::Source;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 
@@ -96,7 +97,6 @@ struct Goals {
 pub fn export(model: &mut StableDiffusion, request: &ExportRequest) -> Result<Written> {
     let _guard = tch::no_grad_guard();
     files::refuse_existing(&request.output)?;
-    model.source.refuse_xl()?;
     let adapters = read(model, &request.adapters)?;
     if let Some((alone, _)) = adapters.iter().find(|(adapter, _)| adapter.is_control_alone) {
         return Err(Error::config(format!(
@@ -140,16 +140,15 @@ fn goals(
     model: &mut StableDiffusion,
     mut adapters: Vec<(LoadedAdapter, f64)>,
 ) -> Result<(Goals, Vec<AttachReport>)> {
-    let text: BTreeSet<String> = model
-        .texts
-        .iter_mut()
-        .flat_map(|tower| tower.encoder.modules_mut())
-        .map(|module| match module {
-            Module::Layer(layer) => layer.name.clone(),
-            Module::Norm(norm) => norm.name.clone(),
-        })
-        .collect();
-    let part = |name: &str| if text.contains(name) { Part::TextEncoder } else { Part::UNet };
+    let mut of_text: BTreeMap<String, Part> = BTreeMap::new();
+    for tower in &mut model.texts {
+        let part = tower.part;
+        of_text.extend(tower.encoder.modules_mut().into_iter().map(|module| match module {
+            Module::Layer(layer) => (layer.name.clone(), part),
+            Module::Norm(norm) => (norm.name.clone(), part),
+        }));
+    }
+    let part = |name: &str| of_text.get(name).copied().unwrap_or(Part::UNet);
     let mut goals = Goals::default();
     let reports = effects(model, &mut adapters, &mut |effect| {
         let mut vector = |name: &str, what: &str, tensor: Option<Tensor>| {
@@ -267,6 +266,7 @@ fn write_lora(
         ))
         .with_hint("use --to merged or --to checkpoint"));
     }
+    let ldm: BTreeMap<String, Option<String>> = model.layer_names()?.unet.into_iter().collect();
     let mut changes = Vec::new();
     let mut energy: Vec<(f64, String)> = Vec::new();
     for layer in model.layers_mut() {
@@ -286,12 +286,9 @@ fn write_lora(
             b.extend([1, 1]);
         }
         changes.push(LayerProduct {
-            part: if goal.part == Part::TextEncoder {
-                lora_file::LoraPart::TextEncoder
-            } else {
-                lora_file::LoraPart::UNet
-            },
-            layer: layer.name.clone(),
+            part: goal.part,
+            layer: in_own_tower(&layer.name).to_string(),
+            ldm: ldm.get(&layer.name).cloned().flatten(),
             down: down.reshape(a).to_kind(Kind::Float),
             up: up.reshape(b).to_kind(Kind::Float),
             magnitude: None,
@@ -302,10 +299,9 @@ fn write_lora(
     match request.to {
         ExportForm::PeftLora => write_peft_lora(model, request, &changes, &text)?,
         ExportForm::KohyaLora => {
-            // A1111 shows a LoRA with models of its family only: Stable Diffusion 2 is known by the width of its text.
-            let second = if model.unet.context_width() == 1024 { "True" } else { "False" };
-            let text = [&text[..], &[("ss_v2", second.to_string())]].concat();
-            lora_file::write(&request.output, Style::Kohya, &changes, kind, &text)?;
+            let text = [&text[..], &family_of(model)].concat();
+            let style = if model.is_xl() { Style::KohyaXl } else { Style::Kohya };
+            lora_file::write(&request.output, style, &changes, kind, &text)?;
         }
         _ => {
             let is_file = request.output.extension().is_some_and(|e| e == "safetensors");
@@ -327,6 +323,13 @@ fn write_lora(
     }))
 }
 
+/// What A1111 goes by, which shows a LoRA with models of its family only: Stable Diffusion 2 is known by the width of its text.
+fn family_of(model: &StableDiffusion) -> Vec<(&'static str, String)> {
+    let second = if model.unet.context_width() == 1024 { "True" } else { "False" };
+    let xl = model.is_xl().then(|| ("ss_base_model_version", "sdxl_base_v1-0".to_string()));
+    [("ss_v2", second.to_string())].into_iter().chain(xl).collect()
+}
+
 /// The best approximation of a change `(d_out, d_in)` of a rank: `down (r, d_in)`, `up (d_out, r)`, and the share of the
 /// squared norm that it keeps.
 fn truncated(change: &Tensor, rank: Option<i64>) -> (Tensor, Tensor, f64) {
@@ -346,10 +349,7 @@ fn write_peft_lora(
 ) -> Result<()> {
     let kind = request.kind.unwrap_or(Kind::Float);
     files::stage_dir(&request.output, |dir| {
-        for (part, place, class) in [
-            (lora_file::LoraPart::UNet, "", UNET_CLASS),
-            (lora_file::LoraPart::TextEncoder, TEXT_ENCODER, TEXT_CLASS),
-        ] {
+        for (part, (place, class)) in Part::ADAPTED.into_iter().zip(HOMES) {
             let own: Vec<&LayerProduct> = changes.iter().filter(|change| change.part == part).collect();
             let Some(rank) = own.iter().map(|change| change.down.size()[0]).max() else { continue };
             let mut exceptions = Exceptions::default();
@@ -390,11 +390,11 @@ fn write_model(
         if let Some(goal) = goals.layers.get(&layer.name) {
             let weight = host::wide(&layer.matrix());
             let merged = goal.form.merged(&weight).to_kind(Kind::Float).reshape(&goal.shape[..]);
-            replaced.insert((goal.part, format!("{}.weight", layer.name)), merged);
+            replaced.insert((goal.part, format!("{}.weight", in_own_tower(&layer.name))), merged);
         }
     }
     for (name, (part, tensor)) in &goals.vectors {
-        replaced.insert((*part, name.clone()), tensor.to_kind(Kind::Float));
+        replaced.insert((*part, in_own_tower(name).to_string()), tensor.to_kind(Kind::Float));
     }
     let notes = match request.to {
         ExportForm::Checkpoint => {
@@ -404,7 +404,7 @@ fn write_model(
     };
     let written = Source::open(&request.output, None)?;
     let (mut largest, mut compared) = (0f64, 0);
-    for part in [Part::UNet, Part::TextEncoder] {
+    for part in written.parts() {
         let tensors = written.tensors(part)?;
         for ((_, name), expected) in
             replaced.range((part, String::new())..).take_while(|((p, _), _)| *p == part)

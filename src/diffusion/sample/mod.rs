@@ -11,6 +11,7 @@ mod settings;
 mod sizes;
 mod start;
 mod steering;
+mod texts;
 
 pub use noise::Noise;
 pub use session::{From, Made, Picture, Request, Session};
@@ -18,3 +19,4 @@ pub use settings::{SampleSettings, TextSettings};
 pub use sizes::SizeSettings;
 pub use start::Start;
 pub use steering::{Steering, Strength, conditions};
+pub use texts::KnownTexts;

@@ -11,11 +11,11 @@ use crate::diffusion::sample::settings::SampleSettings;
 use crate::diffusion::sample::sizes::ToldPicture;
 use crate::diffusion::sample::start::{PreparedStart, Start};
 use crate::diffusion::sample::steering::{Steered, Steering};
+use crate::diffusion::sample::texts::{KnownTexts, TextKey, Texts};
 use crate::diffusion::sampler::SamplerPlan;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::Conditioning;
-use crate::model::conditioning::SIZES;
 use crate::model::control::Control;
 use crate::model::layers::Layers;
 use crate::platform::host;
@@ -25,8 +25,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
-/// So many texts are kept; a file of prompts may hold any number.
-const MOST_TEXTS: usize = 256;
 /// So many pictures to start from are kept.
 const MOST_STARTS: usize = 8;
 
@@ -91,15 +89,6 @@ pub struct Made {
     pub plans: usize,
 }
 
-/// What a text becomes depends on these.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct TextKey {
-    adapted: bool,
-    /// For each text tower.
-    texts: [String; 2],
-    clip_skip: usize,
-}
-
 /// A model that draws. `M` and `C` own a model and a control, or borrow them.
 pub struct Session<M = StableDiffusion, C = Control> {
     model: M,
@@ -112,7 +101,7 @@ pub struct Session<M = StableDiffusion, C = Control> {
     enabled: bool,
     /// Whether an adapter changes what texts become.
     adapts_text: bool,
-    texts: HashMap<TextKey, Conditioning>,
+    texts: Texts,
     starts: HashMap<u64, PreparedStart>,
     plans: HashMap<String, Arc<SamplerPlan>>,
     made: Made,
@@ -229,7 +218,7 @@ impl Session {
         let mut layers = self.model.texts.iter_mut().flat_map(|tower| tower.encoder.modules_mut());
         self.adapts_text = layers.any(|module| module.is_attached());
         drop(layers);
-        self.texts.clear();
+        self.texts.forget();
     }
 }
 
@@ -245,11 +234,27 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             keeps_base: true,
             enabled: true,
             adapts_text: true, // as far as is known of a model that is lent
-            texts: HashMap::new(),
+            texts: Texts::default(),
             starts: HashMap::new(),
             plans: HashMap::new(),
             made: Made::default(),
         }
+    }
+
+    /// The same, for which what these texts become is known.
+    pub fn with_texts(mut self, known: &KnownTexts) -> Self {
+        self.texts.add(known);
+        self
+    }
+
+    /// What the texts of these settings become.
+    pub fn know_texts<'a>(&mut self, all: impl Iterator<Item = &'a SampleSettings>) -> Result<KnownTexts> {
+        let mut known = KnownTexts::default();
+        for settings in all {
+            self.text_rows(settings)?;
+            known.extend(self.texts.take());
+        }
+        Ok(known)
     }
 
     /// The model.
@@ -393,8 +398,8 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
         self.control.as_ref().map(Borrow::borrow).ok_or_else(missing)
     }
 
-    /// What the negative prompt and the prompt become, or with no guidance the prompt alone; with what is told of sizes.
-    fn conditioning(&mut self, settings: &SampleSettings, has_start: bool) -> Result<Conditioning> {
+    /// What the negative prompt and the prompt become, or with no guidance the prompt alone.
+    fn text_rows(&mut self, settings: &SampleSettings) -> Result<Vec<Conditioning>> {
         let prompt = self.text(settings.positive(), settings.texts.clip_skip)?;
         let mut rows = vec![prompt];
         if settings.is_guided() {
@@ -406,6 +411,12 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             };
             rows.insert(0, negative);
         }
+        Ok(rows)
+    }
+
+    /// [`Self::text_rows`] as one, with what is told of sizes.
+    fn conditioning(&mut self, settings: &SampleSettings, has_start: bool) -> Result<Conditioning> {
+        let rows = self.text_rows(settings)?;
         let all = Conditioning::cat(&rows.iter().collect::<Vec<_>>());
         let model = self.model();
         if !model.is_xl() {
@@ -414,24 +425,20 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
         let size = [settings.height, settings.width];
         let told = ToldPicture { size, has_start, is_refiner: model.is_refiner() };
         let sizes = [settings.sizes.of_negative(told), settings.sizes.of_prompt(told)];
-        let sizes = sizes[2 - rows.len()..].iter().map(|numbers| host::tensor(numbers)).collect::<Vec<_>>();
-        Ok(all.with(SIZES, host::to_device(&Tensor::stack(&sizes, 0), model.device())))
+        Ok(model.told_numbers(all, &sizes[2 - rows.len()..]))
     }
 
     /// What a text becomes. Each is encoded alone, so that it does not depend on the texts before it.
     fn text(&mut self, prompt: PromptTexts, clip_skip: usize) -> Result<Conditioning> {
         let adapted = self.enabled && self.adapts_text;
-        let key = TextKey { adapted, texts: [prompt.first, prompt.second].map(str::to_string), clip_skip };
+        let key = TextKey::new(adapted, prompt, clip_skip);
         if let Some(known) = self.texts.get(&key) {
-            return Ok(known.shallow_clone());
-        }
-        if self.texts.len() >= MOST_TEXTS {
-            self.texts.clear();
+            return Ok(known);
         }
         let (tokens, _) = self.model().tokens(&[prompt])?;
         let new = self.model().conditioning(&tokens.skipping(clip_skip));
         self.made.texts += 1;
-        self.texts.insert(key, new.shallow_clone());
+        self.texts.put(key, &new);
         Ok(new)
     }
 

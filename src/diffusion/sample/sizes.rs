@@ -1,6 +1,6 @@
-//! What Stable Diffusion XL is told of a picture's sizes (arXiv 2307.01952, section 2.2): how large the training picture was, where
-//! it was cropped, how large the result is to look.
+//! The sizes that Stable Diffusion XL is told of a picture that is drawn, where its user asks for others than its own.
 
+use crate::diffusion::picture_sizes::PictureSizes;
 use crate::error::{Error, Result};
 use crate::weights::bounds::MAX_WIDTH;
 
@@ -112,9 +112,9 @@ impl SizeSettings {
 }
 
 fn numbers(original: [i64; 2], crop: [i64; 2], target: [i64; 2], score: Option<f32>) -> Vec<f32> {
-    let sizes = original.into_iter().chain(crop).map(|n| n as f32);
-    match score {
-        Some(score) => sizes.chain([score]).collect(),
-        None => sizes.chain(target.map(|n| n as f32)).collect(),
+    let mut numbers = PictureSizes { original, crop, target }.numbers().to_vec();
+    if let Some(score) = score {
+        numbers.splice(numbers.len() - target.len().., [score]);
     }
+    numbers
 }

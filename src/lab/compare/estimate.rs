@@ -1,6 +1,7 @@
 //! How long a comparison may take: from the cells that are done, or else from one call of the UNet on this machine.
 
 use crate::attach;
+use crate::diffusion::picture_sizes::PictureSizes;
 use crate::diffusion::sample::SampleSettings;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::Result;
@@ -143,6 +144,8 @@ impl Probe {
         let mut shape = settings.latent_shape(&model);
         shape[0] = batch;
         let (conditioning, _) = model.encode_prompts(&["", ""])?;
+        let sizes = [PictureSizes::whole([settings.height, settings.width]); 2];
+        let conditioning = model.told_sizes(conditioning, &sizes);
         let latents = Tensor::zeros(shape, (Kind::Float, compute.device));
         let timesteps = Tensor::full([batch], 500.0, (Kind::Float, compute.device));
         let mut seconds = f64::INFINITY;

@@ -5,6 +5,7 @@
 //! picture and class (a difference of two classes then is not one of their noise), mean squared error, no guidance.
 
 use crate::diffusion::noise::NoiseSchedule;
+use crate::diffusion::picture_sizes::PictureSizes;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, Result};
 use crate::model::Conditioning;
@@ -40,7 +41,10 @@ impl<'a> DiffusionClassifier<'a> {
         shape[0] = count as i64;
         let timesteps = timesteps(model.scheduler.train_timesteps()?, count)?;
         // Each alone, so that what it becomes does not depend on the others.
-        let class = |prompt: &String| Ok(model.encode_prompts(&[prompt])?.0);
+        let pixels = [2, 3].map(|side| latents[side] * model.vae.factor());
+        let class = |prompt: &String| {
+            Ok(model.told_sizes(model.encode_prompts(&[prompt])?.0, &[PictureSizes::whole(pixels)]))
+        };
         Ok(Self {
             model,
             schedule: NoiseSchedule::new(&model.scheduler, device)?,

@@ -63,7 +63,9 @@ impl LatentScaling {
 
 /// Pictures to latents and back.
 pub struct Vae {
-    network: Box<dyn Autoencoder>,
+    /// None after [`Vae::release`].
+    network: Option<Box<dyn Autoencoder>>,
+    numbers: Numbers,
     config: VaeConfig,
     scaling: LatentScaling,
     is_ours: bool,
@@ -122,30 +124,61 @@ impl Vae {
         is_ours: bool,
         device: Device,
     ) -> Result<(Self, Vec<String>)> {
-        let (weights, path) = (Weights::open(source, Part::Vae, numbers, device)?, source.path());
-        let (network, unused): (Box<dyn Autoencoder>, _) = if is_ours {
-            let (network, unused) = Network::load(weights, &config, path)?;
+        let scaling = LatentScaling::new(&config, device);
+        let mut vae = Self { network: None, numbers, config, scaling, is_ours, is_raised: false, device };
+        let unused = vae.load_network(source)?;
+        Ok((vae, unused))
+    }
+
+    /// The network that serves; the answer names tensors of the file that it lacks.
+    fn load_network(&mut self, source: &Source) -> Result<Vec<String>> {
+        let weights = Weights::open(source, Part::Vae, self.numbers, self.device)?;
+        let (network, unused): (Box<dyn Autoencoder>, _) = if self.is_ours {
+            let (network, unused) = Network::load(weights, &self.config, source.path())?;
             (Box::new(network), unused)
         } else {
-            let (network, unused) = OfCrate::load(weights, &config, path, device)?;
+            let (network, unused) = OfCrate::load(weights, &self.config, source.path(), self.device)?;
             (Box::new(network), unused)
         };
-        let scaling = LatentScaling::new(&config, device);
-        Ok((Self { network, config, scaling, is_ours, is_raised: false, device }, unused))
+        self.network = Some(network);
+        Ok(unused)
+    }
+
+    /// Lets the weights go. Until [`Self::bring_back`] nothing can be encoded or decoded; what latents are stays known.
+    pub fn release(&mut self) {
+        self.network = None;
+    }
+
+    /// Loads weights that were let go, of the same source and as they were: without what was put on them.
+    pub fn bring_back(&mut self, source: &Source) -> Result<()> {
+        if self.network.is_none() {
+            let _guard = tch::no_grad_guard();
+            self.load_network(source)?;
+        }
+        Ok(())
+    }
+
+    /// Whether its weights are there.
+    pub fn is_there(&self) -> bool {
+        self.network.is_some()
+    }
+
+    fn network(&self) -> &dyn Autoencoder {
+        self.network.as_deref().expect("a VAE that was let go is brought back before it is used")
     }
 
     /// Pictures `(b, 3, h, w)` in [-1, 1] to mean and log-variance, each `(b, z, h/f, w/f)`, as the network gives them.
     pub fn encode(&self, pictures: &Tensor) -> (Tensor, Tensor) {
         let _guard = tch::no_grad_guard();
         let pictures = host::to_device(pictures, self.device).to_kind(Kind::Float);
-        let halves = self.network.moments(&pictures).chunk(2, 1);
+        let halves = self.network().moments(&pictures).chunk(2, 1);
         (halves[0].shallow_clone(), halves[1].clamp(-30.0, 20.0))
     }
 
     /// Latents `(b, z, h, w)` as [`Self::encode`] gives them to pictures `(b, 3, f h, f w)`, about [-1, 1].
     pub fn decode(&self, latents: &Tensor) -> Tensor {
         let _guard = tch::no_grad_guard();
-        self.network.decode(&host::to_device(latents, self.device).to_kind(Kind::Float))
+        self.network().decode(&host::to_device(latents, self.device).to_kind(Kind::Float))
     }
 
     /// How latents are changed for the UNet.
@@ -170,9 +203,9 @@ impl Vae {
 }
 
 impl Layers for Vae {
-    /// None where the crate's network serves.
+    /// None where the crate's network serves, or none does.
     fn modules_mut(&mut self) -> Vec<Module<'_>> {
-        self.network.modules_mut()
+        self.network.as_mut().map_or_else(Vec::new, |network| network.modules_mut())
     }
 }
 

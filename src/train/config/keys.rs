@@ -150,6 +150,8 @@ pub enum ValueKind {
     Whole,
     Whole32,
     Number,
+    /// A number, or several separated by commas.
+    Numbers,
     Device,
     /// A [`Background`](crate::data::image::Background).
     Colour,
@@ -168,6 +170,7 @@ impl ValueKind {
             Count | Count32 => "a whole number from 0 up",
             Whole | Whole32 => "a whole number",
             Number => "a number",
+            Numbers => "a number, or a list of numbers",
         }
     }
 }
@@ -306,8 +309,8 @@ pub const KEYS: &[(&str, &[Key])] = &[
             key(Section::Adapter, "allow_odd_rank", "", Switch, "hra, hra-magnitude: train an odd rank although it cannot start at the base model").of_method(),
             key(Section::Adapter, "target_modules", "NAMES", List, "Layers of the UNet to adapt: name endings separated by commas, or one regular expression for whole names").of_method(),
             key(Section::Adapter, "init_adapter", "DIR", File, "Start from the values of this adapter folder (of the same method, rank and layers)").unset("not used").of_comparison(),
-            key(Section::Adapter, "train_text_encoder", "", Switch, "Train the text encoder too, by the same method").of_method(),
-            key(Section::Adapter, "text_target_modules", "NAMES", List, "Layers of the text encoder to adapt").of_method(),
+            key(Section::Adapter, "train_text_encoder", "", Switch, "Train the text encoder too (of Stable Diffusion XL both), by the same method").of_method(),
+            key(Section::Adapter, "text_target_modules", "NAMES", List, "Layers of the text encoders to adapt").of_method(),
             key(Section::Adapter, "bias", "", Words(words::<Bias>), "Biases that train beside the adapter: none, all of the network, or only those of adapted layers").also(&["hra_bias", "lora_bias"]).of_method(),
         ],
     ),
@@ -318,7 +321,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
             key(Section::Schedule, "train_batch_size", "", Count, "Subject pictures for a step (with prior preservation, as many class pictures too)"),
             key(Section::Schedule, "gradient_accumulation_steps", "", Count, "Batches whose gradients are averaged for one step"),
             key(Section::Optimizer, "learning_rate", "", Number, "Peak learning rate").also(&["lr", "unet_lr"]).of_method(),
-            key(Section::Optimizer, "text_encoder_lr", "", Number, "Peak learning rate of the text encoder").also(&["learning_rate_text"]).unset("that of the UNet").of_method(),
+            key(Section::Optimizer, "text_encoder_lr", "RATE", Numbers, "Peak learning rate of the text encoders: one for all, or with a comma one for each of Stable Diffusion XL's").also(&["learning_rate_text"]).unset("that of the UNet").of_method(),
             key(Section::Schedule, "lr_scheduler", "", Words(words::<LrSchedule>), "Learning-rate schedule"),
             key(Section::Schedule, "lr_warmup_steps", "", Whole, "Steps of linear warm-up (all schedules but constant)"),
             key(Section::Schedule, "lr_num_cycles", "", Number, "Cycles of cosine_with_restarts"),

@@ -355,7 +355,10 @@ fn typed_values(table: &Table) -> std::result::Result<(), Problems> {
         if let Err(error) = read {
             let problem = match error.message() {
                 // serde's words are for programmers.
-                text if text.starts_with("invalid type") || text.starts_with("invalid value") => {
+                text if text.starts_with("invalid type")
+                    || text.starts_with("invalid value")
+                    || text == key.kind.expected() =>
+                {
                     format!("expected {}, found {found}", key.kind.expected())
                 }
                 text => text.to_string(),

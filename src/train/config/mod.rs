@@ -11,9 +11,10 @@ mod validate;
 pub use method_name::MethodName;
 pub use sections::{
     AdapterSection, CheckpointsSection, DataSection, ModelSection, OptimizerSection, PreviewsSection,
-    PriorSection, ScheduleSection,
+    PriorSection, ScheduleSection, TextRates,
 };
 
+use crate::error::Result;
 use crate::platform::device::DeviceChoice;
 use crate::train::optim::{LearningRate, LrSchedule};
 use serde::{Deserialize, Serialize};
@@ -66,8 +67,9 @@ impl TrainConfig {
         self.data.train_data_dir.is_some()
     }
 
-    /// The learning rates over the run: the UNet's, the text encoder's and the control encoder's, each where it trains.
-    pub fn learning_rates(&self) -> Vec<LearningRate> {
+    /// The learning rates over the run: the UNet's, those of the model's `texts` text encoders, and the control encoder's, each
+    /// where it trains. Errors: rates for another number of text encoders.
+    pub fn learning_rates(&self, texts: usize) -> Result<Vec<LearningRate>> {
         let Self { optimizer, schedule, adapter, .. } = self;
         // diffusers' scripts give lr_num_cycles to cosine_with_restarts only; cosine is half a period.
         let cycles = if schedule.lr_scheduler == LrSchedule::Cosine { 0.5 } else { schedule.lr_num_cycles };
@@ -84,11 +86,11 @@ impl TrainConfig {
             rates.push(rate(optimizer.learning_rate));
         }
         if adapter.train_text_encoder {
-            rates.push(rate(optimizer.text_encoder_lr.unwrap_or(optimizer.learning_rate)));
+            rates.extend(optimizer.text_rates(texts)?.into_iter().map(rate));
         }
         if self.is_control() {
             rates.push(rate(optimizer.control_lr.unwrap_or(optimizer.learning_rate)));
         }
-        rates
+        Ok(rates)
     }
 }

@@ -215,6 +215,38 @@ impl AdapterSection {
     }
 }
 
+/// Peak learning rates of text encoders.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "a number, or a list of numbers")]
+pub enum TextRates {
+    /// One for all.
+    All(f64),
+    /// One for each, in their order.
+    Each(Vec<f64>),
+}
+
+impl TextRates {
+    /// All that are named.
+    pub fn named(&self) -> &[f64] {
+        match self {
+            Self::All(rate) => std::slice::from_ref(rate),
+            Self::Each(rates) => rates,
+        }
+    }
+
+    /// One for each of `count` text encoders. Errors: another number of them is named.
+    fn of(&self, count: usize) -> Result<Vec<f64>> {
+        match self.named() {
+            [rate] => Ok(vec![*rate; count]),
+            rates if rates.len() == count => Ok(rates.to_vec()),
+            rates => Err(Error::config(format!(
+                "text_encoder_lr: expected one rate, or one for each of the model's {count} text encoders, found {}",
+                rates.len()
+            ))),
+        }
+    }
+}
+
 /// `[optimizer]`: rates, AdamW, and what is minimised and averaged.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -223,8 +255,8 @@ pub struct OptimizerSection {
     pub control_lr: Option<f64>,
     /// Peak learning rate.
     pub learning_rate: f64,
-    /// Peak learning rate of the text encoder.
-    pub text_encoder_lr: Option<f64>,
+    /// Peak learning rate of the text encoders.
+    pub text_encoder_lr: Option<TextRates>,
     /// AdamW beta 1.
     pub adam_beta1: f64,
     /// AdamW beta 2.
@@ -262,6 +294,11 @@ impl Default for OptimizerSection {
 }
 
 impl OptimizerSection {
+    /// The peak learning rates of `count` text encoders: what is said, or the UNet's. Errors: another number of them is named.
+    pub fn text_rates(&self, count: usize) -> Result<Vec<f64>> {
+        self.text_encoder_lr.as_ref().map_or(Ok(vec![self.learning_rate; count]), |rates| rates.of(count))
+    }
+
     /// AdamW's own settings.
     pub fn adamw(&self) -> AdamWConfig {
         AdamWConfig {

@@ -186,8 +186,11 @@ impl TrainConfig {
             "canny_low and canny_high: expected two numbers from 0 up, the first not above the second, which is 2040 at most",
         );
         require(
-            self.optimizer.text_encoder_lr.is_none_or(positive),
-            "text_encoder_lr: expected a number above 0",
+            self.optimizer.text_encoder_lr.iter().all(|rates| {
+                let named = rates.named();
+                (1..=2).contains(&named.len()) && named.iter().copied().all(positive)
+            }),
+            "text_encoder_lr: expected a number above 0, or two of them",
         );
         require(self.optimizer.control_lr.is_none_or(positive), "control_lr: expected a number above 0");
         require(positive(self.optimizer.learning_rate), "learning_rate: expected a number above 0");

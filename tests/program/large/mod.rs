@@ -8,5 +8,6 @@
 //! ```
 
 mod fill;
+mod phases;
 mod sd15;
 mod xl;

@@ -1,6 +1,10 @@
-//! Stable Diffusion XL's size, its weights in bf16 on disk and in memory: two drawing steps at 1024 px on the CPU, with 7 GB of disk.
+//! Stable Diffusion XL's size, its weights in bf16 on disk and in memory: two drawing steps at 1024 px and one training step at 512 px on
+//! the CPU, with 7 GB of disk.
 
 use super::fill::{CLIP_L_VALUES, assert_drawn, clip_l, config, measured, text, tokenizer, vae, weights};
+use super::phases::watched;
+use crate::support::base::root;
+use crate::support::records::records;
 use crate::support::scratch::Scratch;
 use hra::weights::part::Part;
 use serde_json::json;
@@ -12,16 +16,66 @@ use tch::Kind;
 const UNET_VALUES: i64 = 2_567_463_684;
 const BIGG_VALUES: i64 = 694_659_840;
 
-#[test]
-#[ignore = "makes 7 GB of weights and computes for minutes"]
-fn stable_diffusion_xl_of_full_size_draws() {
-    let scratch = Scratch::new();
+/// Values of an HRA adapter of rank 8 on its attention projections: 8 for each input of 10 transformer blocks of width 640 and 60 of
+/// width 1280, each with six projections of that width and two of the text's.
+const ADAPTER_VALUES: i64 = 8 * (10 * (6 * 640 + 2 * 2048) + 60 * (6 * 1280 + 2 * 2048));
+
+/// The model, made where it is not kept.
+fn model(scratch: &Scratch) -> PathBuf {
     let model = kept_model().unwrap_or_else(|| scratch.path("sdxl"));
     if !model.is_dir() {
         let started = Instant::now();
         make_model(&model);
         println!("made the model in {:.0} s", started.elapsed().as_secs_f64());
     }
+    model
+}
+
+#[test]
+#[ignore = "makes 7 GB of weights and computes for minutes"]
+fn stable_diffusion_xl_of_full_size_trains() {
+    let scratch = Scratch::new();
+    let (model, run) = (text(&model(&scratch)), text(&scratch.path("run")));
+    let pictures = text(&root().join("assets/subjects/cat/train"));
+    let words = [
+        "train",
+        "--device=cpu",
+        "--dtype=bf16",
+        "--pretrained_model_name_or_path",
+        &model,
+        "--instance_data_dir",
+        &pictures,
+        "--instance_prompt=a fluent 3d emoji of a sks cat face",
+        "--resolution=512",
+        "--method=hra",
+        "--rank=8",
+        "--max_train_steps=1",
+        "--output_dir",
+        &run,
+    ];
+    let (trained, phases) = watched(&scratch, &words, &["encoding pictures", "training"]);
+    assert_eq!(trained.code, 0, "{}", trained.err);
+    assert!(trained.out.contains(&format!("({ADAPTER_VALUES} values")), "{}", trained.out);
+    let names: Vec<&str> = phases.iter().map(|phase| phase.name.as_str()).collect();
+    assert_eq!(names, ["loading", "encoding pictures", "training"]);
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    for phase in &phases {
+        let (most, last) = (gb(phase.most), gb(phase.last));
+        println!("{}: {:.0} s, at most {most:.2} GB, {last:.2} GB in the end", phase.name, phase.seconds);
+    }
+    println!("{}", trained.out);
+    assert!(phases.iter().all(|phase| phase.most < 24_000_000_000));
+    let record = &records(Path::new(&run))[0];
+    for key in ["loss", "gradient_norm", "weight_change"] {
+        assert!(record[key].as_f64().is_some_and(|v| v.is_finite() && v > 0.0), "{key} of {record}");
+    }
+}
+
+#[test]
+#[ignore = "makes 7 GB of weights and computes for minutes"]
+fn stable_diffusion_xl_of_full_size_draws() {
+    let scratch = Scratch::new();
+    let model = model(&scratch);
     // As this CPU computes, and as one without arithmetic of bf16 does.
     for (name, isa) in [("as chosen", "ALL"), ("in f32", "AVX512_CORE")] {
         let latents = scratch.path(&format!("{name}.safetensors"));

@@ -3,11 +3,12 @@
 use super::{pipeline, put, split};
 use hra::StableDiffusion;
 use hra::adapter::combine::{How, combine};
-use hra::adapter::lora_file::{LoraFile, LoraPart};
+use hra::adapter::lora_file::LoraFile;
 use hra::adapter::peft::{self, AdapterFile};
 use hra::attach::fixed::attach_fixed;
 use hra::attach::loaded::{FULL_UNET, LayerNames, LoadedAdapter, UNET_CLASS};
 use hra::attach::{attach_trained, set_enabled};
+use hra::weights::part::Part;
 use std::cell::RefCell;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
@@ -114,7 +115,7 @@ pub fn full_unet(scratch: &Path, input: &[u8]) {
 pub fn lora_file(scratch: &Path, input: &[u8]) {
     put(scratch, "lora.safetensors", input);
     let Ok(file) = LoraFile::read(&scratch.join("lora.safetensors")) else { return };
-    for part in [LoraPart::UNet, LoraPart::TextEncoder] {
+    for part in Part::ADAPTED {
         let _ = file.resolve(part, &["mid_block.attentions.0.proj_in"], &[]);
     }
     for layer in &file.layers {

@@ -35,7 +35,7 @@ pub fn train_config(scratch: &Path, input: &[u8]) {
             let weight = Tensor::ones(shape, (Kind::Float, Device::Cpu));
             let _ = method.start(&weight, config.seed).map(|adapter| adapter.project());
         }
-        for rate in config.learning_rates() {
+        for rate in [1, 2].into_iter().flat_map(|texts| config.learning_rates(texts)).flatten() {
             let _ = [0, 1, config.schedule.max_train_steps].map(|step| rate.at(step));
         }
         let _ = config.optimizer.adamw();

@@ -11,7 +11,7 @@ pub use changes::lacks_changes;
 pub use classifier::questions;
 
 use crate::adapter::peft;
-use crate::attach::loaded::{FULL_UNET, TEXT_ENCODER};
+use crate::attach::loaded::{FULL_UNET, HOMES};
 use crate::data::image::RgbImage;
 use crate::diffusion::stable_diffusion::StableDiffusion;
 use crate::error::{Error, ErrorKind, Result};
@@ -400,17 +400,12 @@ fn adapter_folder(config: &TrainConfig, step: i64) -> PathBuf {
 }
 
 /// The files that are needed to draw with what was trained.
-fn weight_files(run: &Path) -> [PathBuf; 7] {
-    let (text, control) = (run.join(TEXT_ENCODER), run.join(CONTROL_ENCODER));
-    [
-        control.join(format!("{FILE_STEM}.safetensors")),
-        control.join("config.json"),
-        run.join(peft::WEIGHTS_FILE),
-        run.join(peft::CONFIG_FILE),
-        text.join(peft::WEIGHTS_FILE),
-        text.join(peft::CONFIG_FILE),
-        run.join(FULL_UNET),
-    ]
+fn weight_files(run: &Path) -> Vec<PathBuf> {
+    let control = run.join(CONTROL_ENCODER);
+    let peft = |(place, _)| [peft::WEIGHTS_FILE, peft::CONFIG_FILE].map(|file| run.join(place).join(file));
+    let others =
+        [control.join(format!("{FILE_STEM}.safetensors")), control.join("config.json"), run.join(FULL_UNET)];
+    HOMES.into_iter().flat_map(peft).chain(others).collect()
 }
 
 /// Where a cell keeps what was drawn after a step.
