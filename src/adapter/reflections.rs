@@ -109,10 +109,13 @@ impl Reflections {
     }
 
     /// As a LoRA of the frozen `weight` `(d_out, d_in)`, exact, but only for this weight:
-    /// `down = U^T (r, d_in)`, `up = -(W U) T (d_out, r)`, both f64 on the CPU.
+    /// `down = Q^T (k, d_in)`, `up = W Q (M - I) (d_out, k)`, both f64 on the CPU. The columns of Q are orthonormal, so that rounding
+    /// to a shorter format loses a share of the change, and none of the two reflections that nearly cancel.
     pub fn low_rank(&self, weight: &Tensor) -> (Tensor, Tensor) {
         let _guard = tch::no_grad_guard();
-        (self.u.tr().contiguous(), -self.product(weight).matmul(&self.t))
+        let (q, m) = self.core();
+        let turned = host::wide(weight).matmul(&q).matmul(&(m - host::eye(q.size()[1])));
+        (q.tr().contiguous(), turned)
     }
 
     /// `W H` in f32.
@@ -268,18 +271,19 @@ fn orthogonal_power(m: &Tensor, s: f64) -> (Tensor, bool) {
 }
 
 /// Unit columns `(k, n)` with `m = H_1 H_2 .. H_n`: each reflection turns one more column of what is left of the
-/// orthogonal `m` `(k, k)` into that of the identity.
+/// orthogonal `m` `(k, k)` into that of the identity, the one that is furthest from it: of a short difference rounding makes
+/// another direction, and with it another number of reflections.
 fn householder_vectors(m: &Tensor) -> Tensor {
     let (mut left, eye) = (m.shallow_clone(), host::eye(m.size()[0]));
     let mut vectors = Vec::new();
-    for i in 0..m.size()[0] {
-        let v = left.select(1, i) - eye.select(1, i);
-        let length = host::number(&v.norm());
-        if length > 1e-8 {
-            let u = v / length;
-            left = &left - u.outer(&left.tr().mv(&u)) * 2.0;
-            vectors.push(u);
-        }
+    for _ in 0..m.size()[0] {
+        let off = &left - &eye;
+        let lengths = numbers(&off.norm_scalaropt_dim(2, [0], false));
+        let furthest = (0..lengths.len()).max_by(|i, j| lengths[*i].total_cmp(&lengths[*j]));
+        let Some(at) = furthest.filter(|at| lengths[*at] > 1e-8) else { break };
+        let u = off.select(1, at as i64) / lengths[at];
+        left = &left - u.outer(&left.tr().mv(&u)) * 2.0;
+        vectors.push(u);
     }
     if vectors.is_empty() { eye.narrow(1, 0, 0) } else { Tensor::stack(&vectors, 1) }
 }

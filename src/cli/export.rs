@@ -71,6 +71,7 @@ pub fn run(args: &ExportArgs, observer: &dyn Observer) -> Result<()> {
         )));
     }
     files::refuse_existing(&args.output)?;
+    files::create_parent(&args.output)?;
     files::check_place_writable(&args.output)?;
     let mut adapters: Vec<(PathBuf, f64)> =
         args.adapter.iter().map(|a| adapter_with_strength(a)).collect::<Result<_>>()?;

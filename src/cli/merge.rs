@@ -52,6 +52,7 @@ struct Merged {
 /// Runs `hra merge`.
 pub fn run(args: &MergeArgs, observer: &dyn Observer) -> Result<()> {
     files::refuse_existing(&args.output)?;
+    files::create_parent(&args.output)?;
     files::check_place_writable(&args.output)?;
     let mut adapters: Vec<(PathBuf, f64)> =
         args.adapters.iter().map(|a| adapter_with_strength(a)).collect::<Result<_>>()?;

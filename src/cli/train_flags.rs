@@ -33,7 +33,8 @@ fn parser(kind: ValueKind) -> ValueParser {
         Count32 => of(whole::<u32>),
         Whole => of(whole::<i64>),
         Whole32 => of(whole::<i32>),
-        Number | Numbers => of(number::<f64>),
+        Number => of(number::<f64>),
+        Numbers => of(|text| number::<f64>(text.trim())),
         Colour => of(|text| number::<Background>(text).map(|colour| colour.to_string())),
         Device => of(|text| number::<DeviceChoice>(text).map(|choice| choice.to_string())),
         Words(values) => {

@@ -156,6 +156,14 @@ pub fn check_folder_writable(dir: &Path) -> Result<()> {
     probe(&there.join("probe")).map_err(|e| Error::io(what, dir, e))
 }
 
+/// Makes the folder that `path` is to lie in, where it is missing.
+pub fn create_parent(path: &Path) -> Result<()> {
+    match path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        Some(parent) => create_dir_all(parent),
+        None => Ok(()),
+    }
+}
+
 /// Fails if no file or folder could be written at `path`, whose folder must be there, as [`check_folder_writable`].
 pub fn check_place_writable(path: &Path) -> Result<()> {
     probe(path).map_err(|e| Error::io("write", path, e))

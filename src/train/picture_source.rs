@@ -203,6 +203,9 @@ impl PictureSource {
             (all.len() <= most).then_some(all)
         };
         let Some(captions) = captions else { return Ok(false) };
+        if captions.is_empty() {
+            return Ok(true);
+        }
         let progress = Counter::new(observer, "encoding captions", 0, captions.len() as u64);
         let mut made = HashMap::new();
         for (i, caption) in captions.into_iter().enumerate() {
@@ -230,8 +233,12 @@ impl PictureSource {
         let Some(places) = self.looked_at(draws, numbers, (all, MAX_AHEAD), of_sample) else {
             return Ok(false);
         };
+        if places.is_empty() {
+            return Ok(true);
+        }
         let _guard = tch::no_grad_guard();
-        let progress = Counter::new(observer, "encoding pictures", 0, places.len() as u64);
+        let what = format!("encoding {} pictures", self.name);
+        let progress = Counter::new(observer, &what, 0, places.len() as u64);
         for (i, (image, window)) in places.into_iter().enumerate() {
             observer.check(|| "stopped while pictures were encoded; no step was taken".into())?;
             let (pixels, _) = self.pictures.prepare(image, draws.resolution, window)?;

@@ -142,6 +142,32 @@ fn an_odd_number_of_reflections_has_one_direction_that_strength_cannot_turn() {
     assert!(distance(&matrix(&h.power(1.0).0, 9), &matrix(&h, 9)) < 1e-6);
 }
 
+/// Vectors as a short training leaves them: pairs that were equal, moved apart by a few thousandths.
+fn barely_trained(seed: u64, d_in: i64) -> Tensor {
+    let pairs = normal(seed, &[d_in, 4]).repeat_interleave_self_int(2, 1, None);
+    pairs + normal(seed + 1, &[d_in, 8]) * 3e-3
+}
+
+#[test]
+fn chains_of_barely_trained_adapters_keep_an_even_number_of_reflections() {
+    for seed in 0..40 {
+        let half = |seed, s| Reflections::from_vectors(&barely_trained(seed, 32), false).power(s).0;
+        let chain = half(10 * seed, 0.8).then(&half(10 * seed + 5, 0.6));
+        let vectors = chain.vectors();
+        assert_eq!(vectors.size()[1] % 2, 0, "seed {seed}");
+        assert!(distance(&dense(&vectors), &matrix(&chain, 32)) < 1e-5, "seed {seed}");
+    }
+}
+
+#[test]
+fn the_low_rank_form_of_a_barely_trained_adapter_can_be_rounded() {
+    let (weight, h) = (normal(1, &[24, 64]), Reflections::from_vectors(&barely_trained(2, 64), false));
+    let (down, up) = h.low_rank(&weight);
+    let exact = up.matmul(&down);
+    let short = |t: &Tensor| t.to_kind(Kind::Half).to_kind(Kind::Double);
+    assert!(relative_error(&short(&up).matmul(&short(&down)), &exact) < 1e-3);
+}
+
 #[test]
 fn chains_multiply_in_the_order_given() {
     let (a, b) = (normal(1, &[12, 4]), normal(2, &[12, 3]));

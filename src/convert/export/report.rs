@@ -68,9 +68,21 @@ impl Display for Written {
                  {least:.2} % at least ({least_layer})"
             )?;
         }
-        write!(f, "{}", self.read_back)
+        write!(f, "{}", self.read_back)?;
+        let lost = self.read_back.relative_difference.unwrap_or_default();
+        if self.approximation.is_none() && lost > VISIBLE {
+            write!(
+                f,
+                "\nwarning: {:.0} % of what the adapter changes is lost in this number format: write it with --dtype f32",
+                lost * 100.0
+            )?;
+        }
+        Ok(())
     }
 }
+
+/// A share of an adapter's change whose loss may be seen.
+const VISIBLE: f64 = 0.01;
 
 impl Display for ReadBack {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {

@@ -190,7 +190,7 @@ impl TrainConfig {
                 let named = rates.named();
                 (1..=2).contains(&named.len()) && named.iter().copied().all(positive)
             }),
-            "text_encoder_lr: expected a number above 0, or two of them",
+            "text_encoder_lr: expected one number above 0, or two with a comma between them",
         );
         require(self.optimizer.control_lr.is_none_or(positive), "control_lr: expected a number above 0");
         require(positive(self.optimizer.learning_rate), "learning_rate: expected a number above 0");

@@ -53,11 +53,11 @@ fn stable_diffusion_xl_of_full_size_trains() {
         "--output_dir",
         &run,
     ];
-    let (trained, phases) = watched(&scratch, &words, &["encoding pictures", "training"]);
+    let (trained, phases) = watched(&scratch, &words, &["encoding instance pictures", "training"]);
     assert_eq!(trained.code, 0, "{}", trained.err);
     assert!(trained.out.contains(&format!("({ADAPTER_VALUES} values")), "{}", trained.out);
     let names: Vec<&str> = phases.iter().map(|phase| phase.name.as_str()).collect();
-    assert_eq!(names, ["loading", "encoding pictures", "training"]);
+    assert_eq!(names, ["loading", "encoding instance pictures", "training"]);
     let gb = |bytes: u64| bytes as f64 / 1e9;
     for phase in &phases {
         let (most, last) = (gb(phase.most), gb(phase.last));
