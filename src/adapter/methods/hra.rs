@@ -303,8 +303,8 @@ impl Hra {
     ///
     /// Paired columns `u_1 = u_2, u_3 = u_4, ..` cancel, so training starts at the base model. The bound of the draw is
     /// a free choice (H depends on directions only) that sets the angle of the first Adam steps, about
-    /// `lr * sqrt(3) / bound`: a constant 0.5 keeps that angle, and so the best learning rate, the same for every rank,
-    /// where PEFT's `1 / sqrt(r / 2)` makes it grow with the rank.
+    /// `lr * sqrt(3) / bound`: a constant 0.5 keeps that angle the same for every rank, where PEFT's
+    /// `1 / sqrt(r / 2)` makes it grow with the rank.
     ///
     /// Errors: more reflections than the layer has inputs.
     pub fn new(weight: &Tensor, config: HraConfig, seed: u64) -> std::result::Result<Self, String> {

@@ -305,7 +305,7 @@ pub const KEYS: &[(&str, &[Key])] = &[
             key(Section::Adapter, "coft_eps", "", Number, "coft: how far a block may turn; its ball has the radius eps * b^2 / sqrt(blocks)").also(&["eps", "oft_eps"]).of_method(),
             key(Section::Adapter, "hra_lambda", "", Number, "hra, hra-magnitude: weight of the orthogonality regulariser (the paper's lambda)").also(&["lambda"]).of_method(),
             key(Section::Adapter, "gram_schmidt", "", Switch, "hra, hra-magnitude: orthonormalise the vectors (the paper's lambda = infinity; PEFT's apply_GS)").also(&["apply_gs", "apply_GS", "hra_apply_gs", "hra_apply_GS"]).of_method(),
-            key(Section::Adapter, "hra_init", "", Words(words::<HraInit>), "hra, hra-magnitude: start of the vectors: ours, whose best learning rate does not depend on the rank, or PEFT's draw").of_method(),
+            key(Section::Adapter, "hra_init", "", Words(words::<HraInit>), "hra, hra-magnitude: start of the vectors: ours, within the same bound at every rank, or PEFT's draw").of_method(),
             key(Section::Adapter, "allow_odd_rank", "", Switch, "hra, hra-magnitude: train an odd rank although it cannot start at the base model").of_method(),
             key(Section::Adapter, "target_modules", "NAMES", List, "Layers of the UNet to adapt: name endings separated by commas, or one regular expression for whole names").of_method(),
             key(Section::Adapter, "init_adapter", "DIR", File, "Start from the values of this adapter folder (of the same method, rank and layers)").unset("not used").of_comparison(),
