@@ -142,6 +142,7 @@ impl StableDiffusion {
     /// Lets the text towers go, after which no prompt becomes anything.
     pub fn release_texts(&mut self) {
         self.texts.clear();
+        host::give_memory_back();
     }
 
     /// What prompts become, and a warning for each prompt that was cut.

@@ -61,44 +61,19 @@ impl Batches {
         Ok(Self { draws, batch_size: config.schedule.train_batch_size as u64, instance, class })
     }
 
-    /// Makes what the texts of these batches become, if it is not too much to be kept; the answer says whether the text encoders have
-    /// nothing to do then.
-    pub(super) fn encode_texts_ahead(
+    /// Has every source encode ahead what it shows in these batches, by `encode`; the answer is whether all of them could.
+    pub(super) fn encode_ahead(
         &mut self,
-        model: &StableDiffusion,
         batches: Range<u64>,
-        observer: &dyn Observer,
+        encode: impl Fn(&mut PictureSource, BatchDraws, Range<u64>) -> Result<bool>,
     ) -> Result<bool> {
-        let mut all = true;
-        for (source, (draws, numbers)) in self.sources(batches) {
-            all &= source.encode_texts_ahead(model, draws, numbers, observer)?;
-        }
-        Ok(all)
-    }
-
-    /// The same of their pictures and the VAE.
-    pub(super) fn encode_pictures_ahead(
-        &mut self,
-        model: &StableDiffusion,
-        batches: Range<u64>,
-        observer: &dyn Observer,
-    ) -> Result<bool> {
-        let mut all = true;
-        for (source, (draws, numbers)) in self.sources(batches) {
-            all &= source.encode_pictures_ahead(model, draws, numbers, observer)?;
-        }
-        Ok(all)
-    }
-
-    /// All sources, each with what it is asked by about these batches.
-    fn sources(
-        &mut self,
-        batches: Range<u64>,
-    ) -> impl Iterator<Item = (&mut PictureSource, (BatchDraws, Range<u64>))> {
         let number = |batch: u64| batch.saturating_mul(self.batch_size);
         let numbers = number(batches.start)..number(batches.end);
-        let asked = (self.draws, numbers);
-        std::iter::once(&mut self.instance).chain(&mut self.class).map(move |source| (source, asked.clone()))
+        let mut all = true;
+        for source in std::iter::once(&mut self.instance).chain(&mut self.class) {
+            all &= encode(source, self.draws, numbers.clone())?;
+        }
+        Ok(all)
     }
 
     /// The batch of number `index`, counted from 0 over all steps and accumulations. `trains_text` says whether the states of

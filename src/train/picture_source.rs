@@ -203,17 +203,12 @@ impl PictureSource {
             (all.len() <= most).then_some(all)
         };
         let Some(captions) = captions else { return Ok(false) };
-        if captions.is_empty() {
-            return Ok(true);
-        }
-        let progress = Counter::new(observer, "encoding captions", 0, captions.len() as u64);
         let mut made = HashMap::new();
-        for (i, caption) in captions.into_iter().enumerate() {
-            observer.check(|| "stopped while captions were encoded; no step was taken".into())?;
+        each_told(captions, "captions", observer, |caption| {
             let text = model.conditioning(&model.tokens(&[caption.as_str()])?.0);
             made.insert(caption, text);
-            progress.set(i as u64 + 1, "");
-        }
+            Ok(())
+        })?;
         if let Said::Captions { known, .. } = &mut self.said {
             *known = made;
         }
@@ -233,18 +228,13 @@ impl PictureSource {
         let Some(places) = self.looked_at(draws, numbers, (all, MAX_AHEAD), of_sample) else {
             return Ok(false);
         };
-        if places.is_empty() {
-            return Ok(true);
-        }
         let _guard = tch::no_grad_guard();
-        let what = format!("encoding {} pictures", self.name);
-        let progress = Counter::new(observer, &what, 0, places.len() as u64);
-        for (i, (image, window)) in places.into_iter().enumerate() {
-            observer.check(|| "stopped while pictures were encoded; no step was taken".into())?;
+        let what = format!("{} pictures", self.name);
+        each_told(places, &what, observer, |(image, window)| {
             let (pixels, _) = self.pictures.prepare(image, draws.resolution, window)?;
             self.moments.insert((image, window), moments(model, &pixels));
-            progress.set(i as u64 + 1, "");
-        }
+            Ok(())
+        })?;
         Ok(true)
     }
 
@@ -311,6 +301,26 @@ impl PictureSource {
             condition: condition.map(|c| conditions(&[&c], side, side)),
         })
     }
+}
+
+/// Encodes each of some things, which is counted and can be stopped.
+fn each_told<T>(
+    things: BTreeSet<T>,
+    what: &str,
+    observer: &dyn Observer,
+    mut encode: impl FnMut(T) -> Result<()>,
+) -> Result<()> {
+    if things.is_empty() {
+        return Ok(());
+    }
+    let (counted, count) = (format!("encoding {what}"), things.len() as u64);
+    let progress = Counter::new(observer, &counted, 0, count);
+    for (done, thing) in (1..).zip(things) {
+        observer.check(|| format!("stopped while {what} were encoded; no step was taken"))?;
+        encode(thing)?;
+        progress.set(done, "");
+    }
+    Ok(())
 }
 
 /// Mean and standard deviation of a square picture's latents.

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::model::control::{ConditionEncoder, Control};
 use crate::model::layers::Layers;
 use crate::platform::observer::Observer;
-use crate::platform::{device, files, host, seed};
+use crate::platform::{device, files, seed};
 use crate::train::base;
 use crate::train::batches::Batches;
 use crate::train::checkpoint::{self, Loaded, Moving, Resume, TrainedPart};
@@ -20,6 +20,7 @@ use crate::train::config::{AdapterSection, TrainConfig};
 use crate::train::fit;
 use crate::train::loss_scale::LossScale;
 use crate::train::optim::{AdamW, Ema, LearningRate};
+use crate::train::picture_source::PictureSource;
 use crate::train::pictures::Pictures;
 use crate::train::preview::{HeldOut, Previews};
 use crate::train::run::{Metrics, RunFolder, Sums};
@@ -319,13 +320,15 @@ fn encode_ahead(
     let number = |step: i64| (step as u64).saturating_mul(accumulation);
     let numbers = number(taken)..number(config.schedule.max_train_steps);
     // Text encoders first, which are the larger: what they held is free when pictures are encoded.
-    if !config.adapter.train_text_encoder && batches.encode_texts_ahead(model, numbers.clone(), observer)? {
+    let texts =
+        |source: &mut PictureSource, draws, own| source.encode_texts_ahead(model, draws, own, observer);
+    if !config.adapter.train_text_encoder && batches.encode_ahead(numbers.clone(), texts)? {
         model.release_texts();
-        host::give_memory_back();
     }
-    if batches.encode_pictures_ahead(model, numbers, observer)? {
+    let pictures =
+        |source: &mut PictureSource, draws, own| source.encode_pictures_ahead(model, draws, own, observer);
+    if batches.encode_ahead(numbers, pictures)? {
         model.vae.release();
-        host::give_memory_back();
     }
     Ok(())
 }

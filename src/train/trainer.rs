@@ -200,7 +200,6 @@ impl<'a> Trainer<'a> {
         });
         if !was_there {
             self.networks.model.vae.release();
-            host::give_memory_back();
         }
         match drawn {
             Ok(folder) => {

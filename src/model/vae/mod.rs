@@ -147,6 +147,7 @@ impl Vae {
     /// Lets the weights go. Until [`Self::bring_back`] nothing can be encoded or decoded; what latents are stays known.
     pub fn release(&mut self) {
         self.network = None;
+        host::give_memory_back();
     }
 
     /// Loads weights that were let go, of the same source and as they were: without what was put on them.
