@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 /// Draws the subject, or from a condition, with the end of a run.
 pub fn of_run(config: &TrainConfig, run: &Path) -> String {
     format!(
-        "{} --prompt {} --guidance {} --output {}",
+        "{} --prompt {}{} --guidance {} --output {}",
         with_adapter(config, &run.to_string_lossy()),
         if config.is_control() {
             "CAPTION --control IMAGE".to_string()
         } else {
             shell_word(&config.data.instance_prompt)
         },
+        flags(size(config)),
         config.previews.validation_guidance,
         pictures(run)
     )
@@ -26,11 +27,8 @@ pub fn of_run(config: &TrainConfig, run: &Path) -> String {
 pub fn of_scored(config: &TrainConfig, place: &Recommended) -> String {
     let TrainConfig { previews, model, .. } = config;
     let prompts = previews.validation_prompt.iter().map(|prompt| format!(" --prompt {}", shell_word(prompt)));
-    let side = config.data.resolution;
     let others = [
         ("scheduler", previews.validation_scheduler.map(|kind| kind.to_string())),
-        ("width", side.map(|side| side.to_string())),
-        ("height", side.map(|side| side.to_string())),
         ("dtype", (model.dtype != Precision::F32).then(|| model.dtype.to_string())),
         ("device", (config.device != DeviceChoice::Auto).then(|| config.device.to_string())),
         ("threads", config.threads.map(|threads| threads.to_string())),
@@ -44,9 +42,14 @@ pub fn of_scored(config: &TrainConfig, place: &Recommended) -> String {
         previews.validation_inference_steps,
         previews.validation_guidance,
         config.prior.sample_batch_size,
-        flags(others),
+        flags(size(config)) + &flags(others),
         pictures(&config.output_dir)
     )
+}
+
+/// The size that was trained at, where it was asked for; without it pictures have that of the model.
+fn size(config: &TrainConfig) -> [(&'static str, Option<String>); 2] {
+    ["width", "height"].map(|side| (side, config.data.resolution.map(|pixels| pixels.to_string())))
 }
 
 /// The verb, the model with what belongs to it, and the adapter.

@@ -270,6 +270,9 @@ impl<'a> Trainer<'a> {
                 h.loss(&t.networks.model, t.networks.control.as_ref(), &t.networks.schedule)
             };
             record.held_out_loss = self.with_average(|t| Ok(t.data.held_out.as_ref().map(|h| look(h, t))))?;
+            if let Some(loss) = record.held_out_loss {
+                self.observer.say(&format!("step {step}: held-out loss {loss:.4}"));
+            }
         }
         let Run { folder, metrics, .. } = &mut self.run;
         let written = folder.write(|_| metrics.write(&record))?;

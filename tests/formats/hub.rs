@@ -251,6 +251,9 @@ fn what_cannot_be_had_is_told_with_a_way_out() {
     let refuse = |model: &str, words: &[&str]| refused(sample(&scratch, &server, model, &[]), words);
     refuse(&format!("{NAME}@no-such-branch"), &["no revision `no-such-branch`", "hint:"]);
     refuse("someone/nothing", &["someone/nothing", "no such repository", "nothing is at that path"]);
+    // A slip of the pen in a path has an id's form too.
+    fs::create_dir_all(scratch.path("models/tiny-sd-turbo")).unwrap();
+    refuse("models/tiny-sd-tubro", &["no such repository", "the folder models holds tiny-sd-turbo"]);
     server.requests();
     for word in ["nothing", "a/b/c", "../a/b", "models/x.safetensors", "someone/tiny-sd@../x"] {
         refuse(word, &[word, "found nothing", "owner/name", "hint:"]);

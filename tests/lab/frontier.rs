@@ -90,9 +90,24 @@ fn finished_cells_are_drawn_along_scales_without_training() {
     the_grid_is_what_sample_draws(&scratch);
     the_report_has_the_curves(&scratch);
     a_point_opens_its_pictures_on_a_narrow_page(&scratch);
-    let again = scratch.ok(&["compare", "c.toml", "--dry-run", "--json"]).out;
-    let plan: Value = serde_json::from_str(&again).unwrap();
-    assert_eq!((&plan["trainings"], &plan["pictures"]), (&0.into(), &0.into()), "{again}");
+    a_plan_counts_what_is_to_be_drawn(&scratch);
+}
+
+fn a_plan_counts_what_is_to_be_drawn(scratch: &Scratch) {
+    let counts = |after: &str| {
+        let again = scratch.ok(&["compare", "c.toml", "--dry-run", "--json"]).out;
+        let plan: Value = serde_json::from_str(&again).unwrap();
+        assert_eq!(plan["trainings"], 0, "{after}: {again}");
+        plan["pictures"].as_u64().unwrap()
+    };
+    assert_eq!(counts("all is done"), 0);
+    let hra = cell(scratch, HRA);
+    std::fs::remove_file(hra.join("record.json")).unwrap();
+    assert_eq!(counts("only scores are missing"), 0);
+    std::fs::remove_dir_all(hra.join("step-000006/scale-0.5")).unwrap();
+    assert_eq!(counts("a place of the grid is missing"), 1 + 4 + 1);
+    std::fs::remove_file(hra.join("step-000006/scale--0.5/test/01-00.png")).unwrap();
+    assert_eq!(counts("a picture is missing: its prompt is drawn whole"), 6 + 2);
 }
 
 fn the_grid_is_what_sample_draws(scratch: &Scratch) {

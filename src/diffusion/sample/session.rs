@@ -377,10 +377,12 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
             };
             let latents = draw_batch(&drawing, &noise.batch(first, length), steered)?;
             for latents in latents.split(1, 0) {
-                check_finite(&latents, "latents", model, &settings.prompt)?;
+                let computed_in = model.denoiser().numbers().compute;
+                check_finite(&latents, "latents", (computed_in, "--dtype"), &settings.prompt)?;
                 // One at a time: the decoder is what needs most memory, and a picture must not depend on its neighbours.
                 let pixels = model.vae.decode(&model.vae.scaling().from_unet(&latents));
-                check_finite(&pixels, "pixels of the VAE", model, &settings.prompt)?;
+                let computed_in = model.vae.numbers().compute;
+                check_finite(&pixels, "pixels of the VAE", (computed_in, "--vae-dtype"), &settings.prompt)?;
                 let mut image = to_image(&pixels)?;
                 if let Some(start) = request.start {
                     start.paste(&mut image);
@@ -454,17 +456,18 @@ impl<M: Borrow<StableDiffusion>, C: Borrow<Control>> Session<M, C> {
     }
 }
 
-/// Fails unless all numbers are finite: a picture of others is black.
-fn check_finite(numbers: &Tensor, what: &str, model: &StableDiffusion, prompt: &str) -> Result<()> {
+/// Fails unless all numbers are finite: a picture of others is black. What they were computed in goes with the flag that says so.
+fn check_finite(numbers: &Tensor, what: &str, (kind, flag): (Kind, &str), prompt: &str) -> Result<()> {
     if host::all_finite(numbers) {
         return Ok(());
     }
-    let hint = match model.denoiser().numbers().compute {
+    let hint = match kind {
         Kind::Float => {
             "`hra inspect` names the tensors of a model or an adapter that are not finite; an adapter's strength nearer 0, or less \
              --guidance, keeps large numbers small"
+                .to_string()
         }
-        _ => "try --dtype f32",
+        _ => format!("try {flag} f32"),
     };
     Err(Error::not_finite(format!("prompt `{prompt}`: the {what} are not finite numbers")).with_hint(hint))
 }

@@ -97,6 +97,11 @@ pub fn file_name(prompt: usize, picture: usize) -> String {
     format!("{prompt:02}-{picture:02}.png")
 }
 
+/// Whether all pictures of a prompt are in `folder`.
+pub(super) fn has_prompt(folder: &Path, prompt: usize, num_images: usize) -> bool {
+    (0..num_images).all(|picture| folder.join(file_name(prompt, picture)).is_file())
+}
+
 impl SetDrawing {
     /// Seeds of the pictures of a prompt.
     pub fn seeds(&self, prompt: usize) -> Vec<u64> {
@@ -165,6 +170,6 @@ impl SetDrawing {
     }
 
     fn has_prompt(&self, folder: &Path, prompt: usize) -> bool {
-        (0..self.num_images).all(|i| folder.join(file_name(prompt, i)).is_file())
+        has_prompt(folder, prompt, self.num_images)
     }
 }

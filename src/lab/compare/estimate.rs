@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::lab::compare::cell;
 use crate::lab::compare::config::CompareConfig;
 use crate::lab::compare::shard::Shard;
-use crate::lab::compare::task::{Task, TaskSet};
+use crate::lab::compare::task::Task;
 use crate::lab::results::{self, CellRecord, RECORD_FILE};
 use crate::platform::device;
 use crate::platform::host;
@@ -53,10 +53,11 @@ impl Estimate {
         let todo: Vec<&Task> = mine.iter().filter(|t| !cell::is_done(folder, t)).copied().collect();
         let bases = tasks.iter().filter(|t| t.cell.is_base() && !cell::is_done(folder, t));
         let left: Vec<&Task> = todo.iter().copied().chain(bases).collect();
-        let draws_class =
-            |t: &&&Task| t.cell.is_base() && t.train.prior.with_prior_preservation && pictures(folder, t) > 0;
+        let draws_class = |t: &&&Task| {
+            t.cell.is_base() && t.train.prior.with_prior_preservation && cell::undrawn(folder, t) > 0
+        };
         let class: usize = left.iter().filter(draws_class).map(|t| t.train.prior.num_class_images).sum();
-        let drawn: usize = left.iter().map(|task| pictures(folder, task)).sum();
+        let drawn: usize = left.iter().map(|task| cell::undrawn(folder, task)).sum();
         let untrained: Vec<&Task> = todo.iter().filter(|t| !cell::is_trained(folder, t)).copied().collect();
         let steps = untrained.iter().map(|t| t.train.schedule.max_train_steps).sum();
         let mut estimate = Self {
@@ -94,24 +95,6 @@ impl Estimate {
         );
         Ok(estimate)
     }
-}
-
-/// Pictures that a task draws; of one whose scored steps are done, those of its grid.
-fn pictures(folder: &Path, task: &Task) -> usize {
-    let drift = task.drift_prompts.len() * task.num_drift_images;
-    let at_place =
-        |sets: &[TaskSet]| drift + sets.iter().map(|s| s.prompts.len() * s.num_images).sum::<usize>();
-    let grid = task.frontier.as_ref().filter(|_| !task.cell.is_base());
-    let grid =
-        grid.map_or(0, |f| at_place(&f.sets) * f.points.iter().filter(|(_, scale)| *scale != 1.0).count());
-    if cell::is_scored(folder, task) {
-        return 0;
-    }
-    let scored = || CellRecord::read(&results::cell_folder(folder, &task.cell.id).join(RECORD_FILE));
-    if scored().is_ok_and(|record| record.has(&task.scored_with)) {
-        return grid;
-    }
-    at_place(&task.sets) * task.steps.len() + grid
 }
 
 /// Seconds of a step of a method, from a cell that is done.

@@ -187,6 +187,11 @@ impl Vae {
         &self.scaling
     }
 
+    /// What its weights rest and it computes in.
+    pub fn numbers(&self) -> Numbers {
+        self.numbers
+    }
+
     /// Whether our own network serves, and not the crate's.
     pub fn is_ours(&self) -> bool {
         self.is_ours

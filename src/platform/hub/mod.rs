@@ -26,6 +26,8 @@ pub use wanted::Wanted;
 
 use transfer::{Client, Remote, TransferFailure};
 
+/// Names that are shown of a folder in which something was looked for.
+const MAX_NEIGHBOURS: usize = 8;
 /// The hub, where `HF_ENDPOINT` names no other.
 const ENDPOINT: &str = "https://huggingface.co";
 
@@ -74,7 +76,24 @@ pub fn resolve(word: &Path, wanted: Wanted, observer: &dyn Observer) -> Result<P
         ))
         .with_hint(hint));
     };
-    Hub::from_env(id)?.path(wanted, observer)
+    let path = Hub::from_env(id)?.path(wanted, observer);
+    path.map_err(|error| error.with_hints(neighbours(word)))
+}
+
+/// What lies where `word` points to as a path: with a slip of the pen it was no hub id.
+fn neighbours(word: &Path) -> Option<String> {
+    let folder = word.parent().filter(|folder| folder.is_dir())?;
+    let mut names: Vec<String> = folder
+        .read_dir()
+        .ok()?
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    let more = if names.len() > MAX_NEIGHBOURS { ", .." } else { "" };
+    names.truncate(MAX_NEIGHBOURS);
+    (!names.is_empty())
+        .then(|| format!("as a path: the folder {} holds {}{more}", folder.display(), names.join(", ")))
 }
 
 /// Whether `word` is read as a hub id: nothing is at that path, and it has an id's form.

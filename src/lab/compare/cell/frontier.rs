@@ -87,7 +87,7 @@ impl Cell<'_> {
     }
 }
 
-fn scale_folder(step: &Path, scale: f64) -> PathBuf {
+pub(super) fn scale_folder(step: &Path, scale: f64) -> PathBuf {
     step.join(format!("scale-{scale}"))
 }
 

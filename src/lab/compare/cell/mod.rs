@@ -1,14 +1,16 @@
 //! One cell, in a process of its own: train, draw, score, and write `record.json`. Whatever was finished before is not done
 //! again; an interrupted training goes on from its last checkpoint. `scoring` scores; `frontier` draws and scores the grid of scales;
-//! `changes` measures the weights; `classifier` asks the model itself.
+//! `changes` measures the weights; `classifier` asks the model itself; `undrawn` counts what is to be drawn.
 
 mod changes;
 mod classifier;
 mod frontier;
 mod scoring;
+mod undrawn;
 
 pub use changes::lacks_changes;
 pub use classifier::questions;
+pub use undrawn::undrawn;
 
 use crate::adapter::peft;
 use crate::attach::loaded::{FULL_UNET, HOMES};
