@@ -122,14 +122,30 @@ fn a_vae_has_the_layers_that_its_file_has() {
     );
 }
 
-fn tokenizer(dir: &Path, edit: impl FnOnce(&mut Value)) -> hra::Error {
+fn tokenizer(dir: &Path, edit: impl FnOnce(&mut Value)) -> hra::Result<Tokenizer> {
     let mut value: Value =
         serde_json::from_slice(&fs::read(case().pipeline().join("tokenizer/tokenizer.json")).unwrap())
             .unwrap();
     edit(&mut value);
     fs::create_dir_all(dir.join("tokenizer")).unwrap();
     fs::write(dir.join("tokenizer/tokenizer.json"), value.to_string()).unwrap();
-    Tokenizer::load(&Source::open(dir, None).unwrap(), Part::TextEncoder, 77).map(|_| ()).unwrap_err()
+    Tokenizer::load(&Source::open(dir, None).unwrap(), Part::TextEncoder, 77)
+}
+
+#[test]
+fn a_pattern_that_has_the_special_tokens_gives_the_same_ids() {
+    // As today's transformers writes it.
+    let dir = tempfile::tempdir().unwrap();
+    let plain = tokenizer(dir.path(), |_| {}).unwrap();
+    let todays = tokenizer(dir.path(), |v| {
+        let pattern = &mut v["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"];
+        let own = pattern.as_str().unwrap();
+        *pattern = json!(format!(r"<\|startoftext\|>|<\|endoftext\|>|{own}"));
+    })
+    .unwrap();
+    for prompt in ["a photo of a sks dog, 4k!!", "it's <|endoftext|> \u{e9}\u{1f415} 12 <|startoftext|>x"] {
+        assert_eq!(todays.encode(prompt).unwrap(), plain.encode(prompt).unwrap(), "{prompt}");
+    }
 }
 
 #[test]
@@ -165,7 +181,8 @@ fn a_tokenizer_is_a_byte_level_bpe_and_nothing_else() {
         ),
     ];
     for (edit, with, word) in edits {
-        refused(tokenizer(dir.path(), |value| edit(value, with)), &[word]);
+        let problem = tokenizer(dir.path(), |value| edit(value, with)).map(drop);
+        refused(problem.unwrap_err(), &[word]);
     }
     // What ends up in no id is not looked at, and may be anything.
     let problem = tokenizer(dir.path(), |value| {
@@ -173,7 +190,7 @@ fn a_tokenizer_is_a_byte_level_bpe_and_nothing_else() {
         value["post_processor"] = json!({"type": "RobertaProcessing", "sep": 1});
         value["model"]["vocab"] = json!({});
     });
-    refused(problem, &["not a tokenizer"]);
+    refused(problem.map(drop).unwrap_err(), &["not a tokenizer"]);
 }
 
 /// Writes a PEFT folder and reads it.
