@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 /// Draws the subject, or from a condition, with the end of a run.
 pub fn of_run(config: &TrainConfig, run: &Path) -> String {
     format!(
-        "{} --prompt {}{} --guidance {} --output {}",
+        "{} --prompt {} --guidance {} --output {}",
         with_adapter(config, &run.to_string_lossy()),
+        // A condition has a size of its own.
         if config.is_control() {
             "CAPTION --control IMAGE".to_string()
         } else {
-            shell_word(&config.data.instance_prompt)
+            shell_word(&config.data.instance_prompt) + &flags(size(config))
         },
-        flags(size(config)),
         config.previews.validation_guidance,
         pictures(run)
     )
@@ -76,4 +76,25 @@ fn flags<const N: usize>(values: [(&str, Option<String>); N]) -> String {
 
 fn pictures(run: &Path) -> String {
     shell_word(&run.join("pictures").to_string_lossy())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_subject_is_drawn_in_the_size_that_it_was_trained_at_and_a_condition_has_its_own() {
+        let mut config = TrainConfig::default();
+        config.data.instance_prompt = "a sks dog".into();
+        let line = |config: &TrainConfig| of_run(config, Path::new("runs/dog"));
+        assert!(!line(&config).contains("--width"));
+        config.data.resolution = Some(128);
+        assert!(
+            line(&config).contains("--prompt 'a sks dog' --width 128 --height 128 --guidance"),
+            "{}",
+            line(&config)
+        );
+        config.data.train_data_dir = Some("pairs".into());
+        assert!(line(&config).contains("--control IMAGE --guidance"), "{}", line(&config));
+    }
 }

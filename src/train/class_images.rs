@@ -50,6 +50,15 @@ pub fn folder(config: &TrainConfig) -> PathBuf {
     config.prior.class_data_dir.clone().unwrap_or_else(|| config.output_dir.join("class_images"))
 }
 
+/// How many of `total` pictures that we make are not in `dir`.
+pub fn missing(dir: &Path, total: usize) -> usize {
+    (0..total).filter(|index| !file(dir, *index).is_file()).count()
+}
+
+fn file(dir: &Path, index: usize) -> PathBuf {
+    dir.join(format!("class-{index:05}.png"))
+}
+
 impl ClassImages {
     /// Refuses settings that the model cannot draw, pictures made from others, and own folders without a picture.
     pub fn check(
@@ -102,7 +111,7 @@ impl ClassImages {
         let json = serde_json::to_string_pretty(manifest).map_err(|e| Error::data(e.to_string()))?;
         files::write_atomic(&self.dir.join(MANIFEST_FILE), json.as_bytes())?;
         let total = config.prior.num_class_images;
-        let missing = (0..total).filter(|i| self.is_missing(*i)).count();
+        let missing = missing(&self.dir, total);
         if missing == 0 {
             return Ok(format!("class pictures: {total} made before, in {dir}"));
         }
@@ -115,7 +124,7 @@ impl ClassImages {
     }
 
     fn file(&self, index: usize) -> PathBuf {
-        self.dir.join(format!("class-{index:05}.png"))
+        file(&self.dir, index)
     }
 
     fn generate(

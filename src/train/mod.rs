@@ -21,6 +21,7 @@ mod totals;
 mod trainer;
 
 pub use checkpoint::Resume;
+pub use class_images::missing as missing_class_images;
 pub use trainer::Outcome;
 
 use crate::diffusion::stable_diffusion::StableDiffusion;

@@ -62,6 +62,7 @@ fn finished_cells_are_drawn_along_scales_without_training() {
         &scratch,
         "scales = [0, 0.5, 1, -0.5]\ncheckpoints = [6]\ndrifts = [0.5, 300]\ndrift_limit = 200",
     );
+    let planned = pictures_left(&scratch, &[]);
     let told = scratch.ok(&["compare", "c.toml"]);
     assert!(told.out.contains("HRA"), "{}", told.out);
     let after = written(&scratch.path("out/cells"));
@@ -78,6 +79,7 @@ fn finished_cells_are_drawn_along_scales_without_training() {
     };
     assert_eq!(made.iter().find(elsewhere), None, "only the grid and the validation prompts are drawn");
     assert!(made.iter().all(|path| path.ends_with(".png")), "{made:?}");
+    assert_eq!(planned, made.len(), "the plan counts what is drawn");
     // One picture of the validation prompt, two of each of two test prompts, one of the unrelated prompt.
     let grid = made.iter().filter(|path| path.contains("/scale-")).count();
     assert_eq!(grid, 4 * 2 * (1 + 4 + 1), "4 trainings at 2 scales");
@@ -93,21 +95,30 @@ fn finished_cells_are_drawn_along_scales_without_training() {
     a_plan_counts_what_is_to_be_drawn(&scratch);
 }
 
+/// Pictures that a plan says are to be drawn; nothing is to be trained.
+fn pictures_left(scratch: &Scratch, more: &[&str]) -> usize {
+    let again = scratch.ok(&[&["compare", "c.toml", "--dry-run", "--json"], more].concat()).out;
+    let plan: Value = serde_json::from_str(&again).unwrap();
+    assert!(!more.is_empty() || plan["trainings"] == 0, "{again}");
+    plan["pictures"].as_u64().unwrap() as usize
+}
+
 fn a_plan_counts_what_is_to_be_drawn(scratch: &Scratch) {
-    let counts = |after: &str| {
-        let again = scratch.ok(&["compare", "c.toml", "--dry-run", "--json"]).out;
-        let plan: Value = serde_json::from_str(&again).unwrap();
-        assert_eq!(plan["trainings"], 0, "{after}: {again}");
-        plan["pictures"].as_u64().unwrap()
-    };
-    assert_eq!(counts("all is done"), 0);
+    assert_eq!(pictures_left(scratch, &[]), 0, "all is done");
     let hra = cell(scratch, HRA);
     std::fs::remove_file(hra.join("record.json")).unwrap();
-    assert_eq!(counts("only scores are missing"), 0);
+    assert_eq!(pictures_left(scratch, &[]), 0, "only scores are missing");
     std::fs::remove_dir_all(hra.join("step-000006/scale-0.5")).unwrap();
-    assert_eq!(counts("a place of the grid is missing"), 1 + 4 + 1);
+    assert_eq!(pictures_left(scratch, &[]), 1 + 4 + 1, "a place of the grid is missing");
     std::fs::remove_file(hra.join("step-000006/scale--0.5/test/01-00.png")).unwrap();
-    assert_eq!(counts("a picture is missing: its prompt is drawn whole"), 6 + 2);
+    assert_eq!(pictures_left(scratch, &[]), 6 + 2, "a picture is missing: its prompt is drawn whole");
+    let settings = std::fs::read_to_string(scratch.path("c.toml")).unwrap();
+    let changed = settings.replace("guidance = ", "guidance = 1");
+    assert_ne!(settings, changed);
+    std::fs::write(scratch.path("c.toml"), changed).unwrap();
+    let class_pictures = 2 * 2;
+    let afresh = pictures_left(scratch, &["--output-dir", "another"]) - class_pictures;
+    assert_eq!(pictures_left(scratch, &[]), afresh, "what was drawn in another way is drawn anew");
 }
 
 fn the_grid_is_what_sample_draws(scratch: &Scratch) {

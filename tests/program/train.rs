@@ -81,7 +81,7 @@ fn previews_and_measurements_do_not_disturb_training() {
     let scratch = Scratch::new();
     scratch.train("plain", &["--max_train_steps", "2"]);
     let held_out = root().join("assets/subjects/cat/held_out");
-    scratch.train(
+    let looked = scratch.train(
         "looked-at",
         &[
             "--max_train_steps",
@@ -102,9 +102,10 @@ fn previews_and_measurements_do_not_disturb_training() {
     );
     assert_eq!(adapter(&scratch.path("plain")), adapter(&scratch.path("looked-at")));
     let record = &records(&scratch.path("looked-at"))[1];
-    assert!(
-        record["held_out_loss"].as_f64().unwrap() > 0.0 && record["weight_change"].as_f64().unwrap() > 0.0
-    );
+    let held_out_loss = record["held_out_loss"].as_f64().unwrap();
+    assert!(held_out_loss > 0.0 && record["weight_change"].as_f64().unwrap() > 0.0);
+    let told = format!("step 2: held-out loss {held_out_loss:.4}");
+    assert!(looked.err.contains(&told), "{told} in:\n{}", looked.err);
     assert!(record["orthogonality_error"].as_f64().unwrap() < 1e-5);
     for name in
         ["samples/step-000001/0000-0001.png", "samples/step-000002/grid.png", "dataset.txt", "config.toml"]

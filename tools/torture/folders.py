@@ -29,7 +29,7 @@ def link_tree(source, target):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # of a link what it leads to
     except OSError:
         shutil.copy2(source, target)
 

@@ -97,11 +97,6 @@ pub fn file_name(prompt: usize, picture: usize) -> String {
     format!("{prompt:02}-{picture:02}.png")
 }
 
-/// Whether all pictures of a prompt are in `folder`.
-pub(super) fn has_prompt(folder: &Path, prompt: usize, num_images: usize) -> bool {
-    (0..num_images).all(|picture| folder.join(file_name(prompt, picture)).is_file())
-}
-
 impl SetDrawing {
     /// Seeds of the pictures of a prompt.
     pub fn seeds(&self, prompt: usize) -> Vec<u64> {
@@ -115,6 +110,16 @@ impl SetDrawing {
     /// Whether every picture is in `folder`, drawn in this way.
     pub fn is_done(&self, folder: &Path) -> bool {
         self.is_the_same(folder) && (0..self.prompts.len()).all(|prompt| self.has_prompt(folder, prompt))
+    }
+
+    /// Pictures that [`Self::draw`] draws into `folder`, whatever the model and the resolution are, which are not looked at.
+    pub fn undrawn(&self, folder: &Path) -> usize {
+        let as_found =
+            |found: Self| Self { model: found.model, resolution: found.resolution, ..self.clone() };
+        let found = results::read_json::<Self>(&folder.join(MANIFEST_FILE)).ok();
+        let is_the_same = found.is_some_and(|found| as_found(found.clone()) == found);
+        let lacking = |prompt: &usize| !is_the_same || !self.has_prompt(folder, *prompt);
+        self.num_images * (0..self.prompts.len()).filter(lacking).count()
     }
 
     /// Draws the pictures that are missing. A folder drawn in another way is drawn anew. A prompt whose pictures are not all
@@ -170,6 +175,6 @@ impl SetDrawing {
     }
 
     fn has_prompt(&self, folder: &Path, prompt: usize) -> bool {
-        has_prompt(folder, prompt, self.num_images)
+        (0..self.num_images).all(|i| folder.join(file_name(prompt, i)).is_file())
     }
 }

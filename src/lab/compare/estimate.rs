@@ -13,9 +13,9 @@ use crate::lab::results::{self, CellRecord, RECORD_FILE};
 use crate::platform::device;
 use crate::platform::host;
 use crate::platform::observer::Observer;
-use crate::train::base;
 use crate::train::config::TrainConfig;
-use std::collections::HashMap;
+use crate::train::{self, base};
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::time::Instant;
 use tch::{Kind, Tensor};
@@ -54,9 +54,16 @@ impl Estimate {
         let bases = tasks.iter().filter(|t| t.cell.is_base() && !cell::is_done(folder, t));
         let left: Vec<&Task> = todo.iter().copied().chain(bases).collect();
         let draws_class = |t: &&&Task| {
-            t.cell.is_base() && t.train.prior.with_prior_preservation && cell::undrawn(folder, t) > 0
+            t.cell.is_base() && t.train.prior.with_prior_preservation && !cell::is_scored(folder, t)
         };
-        let class: usize = left.iter().filter(draws_class).map(|t| t.train.prior.num_class_images).sum();
+        // Subjects of one class share theirs.
+        let class: BTreeMap<&Path, usize> = left
+            .iter()
+            .filter(draws_class)
+            .map(|t| (t.class_folder.as_path(), t.train.prior.num_class_images))
+            .collect();
+        let class: usize =
+            class.into_iter().map(|(of, total)| train::missing_class_images(&folder.join(of), total)).sum();
         let drawn: usize = left.iter().map(|task| cell::undrawn(folder, task)).sum();
         let untrained: Vec<&Task> = todo.iter().filter(|t| !cell::is_trained(folder, t)).copied().collect();
         let steps = untrained.iter().map(|t| t.train.schedule.max_train_steps).sum();

@@ -8,6 +8,7 @@
 pub mod choice;
 mod id;
 mod integrity;
+mod neighbours;
 mod transfer;
 mod wanted;
 
@@ -26,8 +27,6 @@ pub use wanted::Wanted;
 
 use transfer::{Client, Remote, TransferFailure};
 
-/// Names that are shown of a folder in which something was looked for.
-const MAX_NEIGHBOURS: usize = 8;
 /// The hub, where `HF_ENDPOINT` names no other.
 const ENDPOINT: &str = "https://huggingface.co";
 
@@ -76,24 +75,7 @@ pub fn resolve(word: &Path, wanted: Wanted, observer: &dyn Observer) -> Result<P
         ))
         .with_hint(hint));
     };
-    let path = Hub::from_env(id)?.path(wanted, observer);
-    path.map_err(|error| error.with_hints(neighbours(word)))
-}
-
-/// What lies where `word` points to as a path: with a slip of the pen it was no hub id.
-fn neighbours(word: &Path) -> Option<String> {
-    let folder = word.parent().filter(|folder| folder.is_dir())?;
-    let mut names: Vec<String> = folder
-        .read_dir()
-        .ok()?
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
-    names.sort();
-    let more = if names.len() > MAX_NEIGHBOURS { ", .." } else { "" };
-    names.truncate(MAX_NEIGHBOURS);
-    (!names.is_empty())
-        .then(|| format!("as a path: the folder {} holds {}{more}", folder.display(), names.join(", ")))
+    Hub::from_env(id)?.path(wanted, observer)
 }
 
 /// Whether `word` is read as a hub id: nothing is at that path, and it has an id's form.
@@ -407,6 +389,7 @@ impl Hub {
             "{}{at}: nothing is at that path here, and as a hub id ({}): {problem}",
             self.id.name, self.endpoint
         ))
+        .with_hints(neighbours::of(Path::new(&self.id.name)))
     }
 
     fn not_in_cache(&self, lack: &Error, why: &str) -> Error {

@@ -2,7 +2,7 @@
 
 use crate::diffusion::sample::Session;
 use crate::error::{Error, ErrorKind, Result};
-use crate::lab::compare::cell::{Cell, adapter_folder, all_drawn, has_weights};
+use crate::lab::compare::cell::{Cell, adapter_folder, all_drawn, has_weights, step_folder};
 use crate::lab::compare::draw;
 use crate::lab::compare::task::{Task, TaskFrontier, TaskSet};
 use crate::lab::evaluate::Towers;
@@ -64,7 +64,7 @@ impl Cell<'_> {
             if !all_drawn(&drawings, &place) {
                 continue;
             }
-            let at_hand = |e: &&Evaluation| self.is_scored_step(scale) && e.step == step;
+            let at_hand = |e: &&Evaluation| is_scored_step(self.task, scale) && e.step == step;
             let known: Vec<Evaluation> = scored.iter().filter(at_hand).cloned().collect();
             let evaluations = if frontier.sets.iter().all(|s| known.iter().any(|e| e.set == s.set)) {
                 known
@@ -76,18 +76,23 @@ impl Cell<'_> {
         Ok(Some(FrontierRecord { made_with: frontier.made_with.clone(), points }))
     }
 
-    /// Whether a place of the grid is that of a scored step: as trained, or the base model.
-    fn is_scored_step(&self, scale: f64) -> bool {
-        scale == 1.0 || self.task.cell.is_base()
-    }
-
     fn point_folder(&self, step: i64, scale: f64) -> PathBuf {
-        let place = self.step_folder(step);
-        if self.is_scored_step(scale) { place } else { scale_folder(&place, scale) }
+        point_folder(self.task, &self.folder, step, scale)
     }
 }
 
-pub(super) fn scale_folder(step: &Path, scale: f64) -> PathBuf {
+/// Where a place of the grid is drawn, below the folder of its cell.
+pub(super) fn point_folder(task: &Task, cell: &Path, step: i64, scale: f64) -> PathBuf {
+    let place = step_folder(cell, step);
+    if is_scored_step(task, scale) { place } else { scale_folder(&place, scale) }
+}
+
+/// Whether a place of the grid is that of a scored step: as trained, or the base model.
+fn is_scored_step(task: &Task, scale: f64) -> bool {
+    scale == 1.0 || task.cell.is_base()
+}
+
+fn scale_folder(step: &Path, scale: f64) -> PathBuf {
     step.join(format!("scale-{scale}"))
 }
 
@@ -100,10 +105,8 @@ pub(super) fn check_weights(comparison: &Path, task: &Task) -> Result<()> {
     let config = task.train_config(comparison);
     let missing = frontier.points.iter().find_map(|(step, scale)| {
         let adapter = adapter_folder(&config, *step);
-        let place = scale_folder(
-            &super::step_folder(&results::cell_folder(comparison, &task.cell.id), *step),
-            *scale,
-        );
+        let place =
+            scale_folder(&step_folder(&results::cell_folder(comparison, &task.cell.id), *step), *scale);
         let has_pictures = |set: &TaskSet| place.join(set.set.name()).join(draw::MANIFEST_FILE).is_file();
         let drawn = *scale == 1.0 && task.steps.contains(step) || frontier.sets.iter().all(has_pictures);
         (!drawn && !has_weights(&adapter)).then_some(adapter)

@@ -239,31 +239,8 @@ impl Cell<'_> {
         step_folder(&self.folder, step)
     }
 
-    fn drawing(
-        &self,
-        prompts: Vec<String>,
-        num_images: usize,
-        fingerprint: &str,
-        resolution: u32,
-    ) -> SetDrawing {
-        let (sampling, batch) = (self.task.sampling.clone(), self.config.prior.sample_batch_size);
-        let model = fingerprint.to_string();
-        SetDrawing { sampling, model, resolution, batch, prompts, num_images, pairs: None }
-    }
-
-    /// Everything that is drawn at one place: its folder's name, and how; what is drawn for drift is the last.
     fn drawings(&self, sets: &[TaskSet], fingerprint: &str, resolution: u32) -> Vec<(String, SetDrawing)> {
-        let sets = sets.iter().map(|set| {
-            let prompts = set.prompts.iter().map(|p| p.prompt.clone()).collect();
-            let drawing = self.drawing(prompts, set.num_images, fingerprint, resolution);
-            let drawing = SetDrawing { pairs: set.pairs.clone(), ..drawing };
-            (set.set.name().to_string(), drawing)
-        });
-        let drift = (!self.task.drift_prompts.is_empty()).then(|| {
-            let (prompts, count) = (self.task.drift_prompts.clone(), self.task.num_drift_images);
-            (DRIFT.to_string(), self.drawing(prompts, count, fingerprint, resolution))
-        });
-        sets.chain(drift).collect()
+        drawings(self.task, sets, fingerprint, resolution)
     }
 
     /// Draws what is missing; the base model's fingerprint, or `None` where the weights that should draw are gone.
@@ -386,6 +363,26 @@ impl Cell<'_> {
 }
 
 /// Whether everything that is drawn at a place is there.
+/// Everything that is drawn at one place: its folder's name, and how; what is drawn for drift is the last.
+fn drawings(task: &Task, sets: &[TaskSet], model: &str, resolution: u32) -> Vec<(String, SetDrawing)> {
+    let drawing = |prompts, num_images, pairs| SetDrawing {
+        sampling: task.sampling.clone(),
+        model: model.to_string(),
+        resolution,
+        batch: task.train.prior.sample_batch_size,
+        prompts,
+        num_images,
+        pairs,
+    };
+    let of_set = |set: &TaskSet| {
+        let prompts = set.prompts.iter().map(|p| p.prompt.clone()).collect();
+        (set.set.name().to_string(), drawing(prompts, set.num_images, set.pairs.clone()))
+    };
+    let drift = (!task.drift_prompts.is_empty())
+        .then(|| (DRIFT.to_string(), drawing(task.drift_prompts.clone(), task.num_drift_images, None)));
+    sets.iter().map(of_set).chain(drift).collect()
+}
+
 fn all_drawn(drawings: &[(String, SetDrawing)], place: &Path) -> bool {
     drawings.iter().all(|(name, drawing)| drawing.is_done(&place.join(name)))
 }
