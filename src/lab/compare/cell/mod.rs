@@ -362,7 +362,6 @@ impl Cell<'_> {
     }
 }
 
-/// Whether everything that is drawn at a place is there.
 /// Everything that is drawn at one place: its folder's name, and how; what is drawn for drift is the last.
 fn drawings(task: &Task, sets: &[TaskSet], model: &str, resolution: u32) -> Vec<(String, SetDrawing)> {
     let drawing = |prompts, num_images, pairs| SetDrawing {
@@ -383,6 +382,7 @@ fn drawings(task: &Task, sets: &[TaskSet], model: &str, resolution: u32) -> Vec<
     sets.iter().map(of_set).chain(drift).collect()
 }
 
+/// Whether everything that is drawn at a place is there.
 fn all_drawn(drawings: &[(String, SetDrawing)], place: &Path) -> bool {
     drawings.iter().all(|(name, drawing)| drawing.is_done(&place.join(name)))
 }
