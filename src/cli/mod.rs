@@ -77,7 +77,8 @@ impl From<Error> for Early {
 
 /// The whole command line as clap knows it. A negative number is a value, and no flag.
 pub fn command() -> Command {
-    let refresh = Arg::new(REFRESH).long(REFRESH).action(ArgAction::SetTrue).help(
+    // Under a heading of its own, so that the flags of a verb come first.
+    let refresh = Arg::new(REFRESH).long(REFRESH).action(ArgAction::SetTrue).help_heading("Hub").help(
         "Hash all cached files of the hub before they are used, weights too, and take damaged ones anew",
     );
     let command = FROM_HUB
